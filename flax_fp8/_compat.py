@@ -1,0 +1,81 @@
+"""The only file that touches ``jax._src``.
+
+An extended dtype needs five things that JAX does not export. Each is looked up here, once, by what
+it is rather than by version, so that a JAX that lacks one says so at import instead of failing
+inside somebody's training step.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def require(module: str, attribute: str) -> Any:
+  """Returns ``module.attribute`` of JAX's private tree, or raises an error that says what to do."""
+  try:
+    return getattr(importlib.import_module(module), attribute)
+  except (ImportError, AttributeError) as error:
+    raise ImportError(
+        f"flax_fp8: this JAX has no {module}.{attribute}, which the dtype fp32_max_grad is built "
+        f"on; got jax=={jax.__version__}. Install a JAX release that flax_fp8's changelog names as "
+        "tested, or a newer flax_fp8."
+    ) from error
+
+
+ExtendedDType: Any = require("jax._src.dtypes", "ExtendedDType")
+_EArray: Any = require("jax._src.earray", "EArray")
+_global_result_handlers: Any = require("jax._src.interpreters.pxla", "global_result_handlers")
+_physical_aval: Any = require("jax._src.core", "physical_aval")
+_eager_adders: Any = require("jax._src.ad_util", "raw_jaxval_adders")
+
+
+def wrapped_result_handler(aval: Any, sharding: Any, committed: bool) -> Callable[[Any], Any]:
+  """Makes the handler by which a compiled function's result becomes an array of an extended dtype.
+
+  The physical array has the logical array's shape, so the sharding is the same for both.
+  """
+  make = _global_result_handlers[jax.core.ShapedArray]
+  physical = make(_physical_aval(aval), sharding, committed)
+  return lambda buffers: _EArray(aval, physical(buffers))
+
+
+def wrapped_from_shards(aval: Any, sharding: Any, arrays: Any, committed: bool) -> Any:
+  """Assembles an array of an extended dtype from one array a device."""
+  return wrapped_result_handler(aval, sharding, committed)([array._data for array in arrays])
+
+
+def _add_eagerly(x: Any, y: Any) -> Any:
+  return x.dtype._rules.add(x.dtype, x, y)
+
+
+# Eager autodiff adds cotangents through this table, which has no entry for arrays of extended
+# dtypes: without one, state used twice outside jit raises KeyError.
+_eager_adders.setdefault(_EArray, _add_eagerly)
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+  """Returns the mesh axes along which ``x`` differs, as far as a checked shard_map tracks them."""
+  aval = jax.typeof(x)
+  if hasattr(aval, "manual_axis_type"):
+    return frozenset(aval.manual_axis_type.varying)
+  return frozenset(aval.vma)
+
+
+def unchecked_manual_axes() -> tuple[str, ...]:
+  """Returns the manual mesh axes of an enclosing ``shard_map(check_vma=False)``, else ``()``.
+
+  There JAX does not track along which axes a value varies, and sums the cotangent of every
+  replicated input over them. ``axis_index`` varies by its nature, so it tells whether JAX tracks.
+  """
+  axes = tuple(jax.sharding.get_abstract_mesh().manual_axes)
+  return tuple(a for a in axes if a not in varying_axes(jax.lax.axis_index(a)))
+
+
+def scalar_aval() -> Any:
+  """Returns the abstract value of the float32 that stands behind one fp32_max_grad element."""
+  return jax.core.ShapedArray((), jnp.dtype("float32"))

@@ -1,0 +1,135 @@
+"""``Fp8DotGeneral`` and ``Fp8Einsum``: contractions that keep their scales as Linen variables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from flax_fp8 import ops
+from flax_fp8.linen.state import read_state
+from flax_fp8.ops import check
+from flax_fp8.recipes.base import Recipe, register_module
+from flax_fp8.recipes.delayed import DelayedScaling
+
+
+class Fp8DotGeneral(nn.Module):
+  """``lax.dot_general`` in FP8, for ``dot_general_cls=`` of Linen layers.
+
+  ``out ≈ dot_general(lhs, rhs)``; the gradient of each state variable is its new value.
+
+  Attributes:
+    recipe: how tensors are scaled.
+
+  Variables (collection ``_overwrite_with_gradient``, for the default recipe):
+    input_scale, kernel_scale, output_grad_scale: float32 ``(1,)``, dequantisation multipliers.
+    input_amax_history, kernel_amax_history, output_grad_amax_history: float32
+    ``(amax_history_len,)``, in the units of the tensor.
+
+  Raises:
+    TypeError: an operand is not float32, bfloat16 or float16.
+    ValueError: ``dimension_numbers`` do not fit, ``precision`` is given, or the variables lack the
+      collection.
+
+  Numerics:
+    See ``flax_fp8.ops.dot_general``. A layer called several times in one apply has one state, and
+    its new amax is the largest of the calls. Where that state enters a loop, a pipeline or a remat
+    from outside, differentiate with ``flax_fp8.value_and_grad``, so that there it is the largest
+    too.
+
+  Example:
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> import flax_fp8 as fp8
+    >>> layer = nn.Dense(4, dot_general_cls=fp8.Fp8DotGeneral)
+    >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 8)))
+    >>> sorted(variables)
+    ['_overwrite_with_gradient', 'params']
+
+  References:
+    flax.linen.fp8_ops.Fp8DotGeneral; Micikevicius et al., https://arxiv.org/abs/2209.05433.
+  """
+
+  recipe: Recipe = DelayedScaling()
+
+  @nn.compact
+  def __call__(
+      self,
+      lhs: jax.Array,
+      rhs: jax.Array,
+      dimension_numbers: Any,
+      precision: Any = None,
+      preferred_element_type: Any = None,
+  ) -> jax.Array:
+    """Contracts; arguments as ``lax.dot_general``, ``lhs`` the input and ``rhs`` the kernel."""
+    check.precision(name := type(self).__name__, precision)
+    return ops.dot_general(
+        lhs,
+        rhs,
+        dimension_numbers,
+        recipe=self.recipe,
+        state=read_state(self, self.recipe),
+        preferred_element_type=preferred_element_type,
+        name=name,
+    )
+
+
+class Fp8Einsum(nn.Module):
+  """``jnp.einsum`` of two operands in FP8, for mixture-of-experts layers and their like.
+
+  ``out ≈ einsum(equation, lhs, rhs)``; the gradient of each state variable is its new value.
+
+  Attributes:
+    recipe: how tensors are scaled.
+
+  Variables:
+    As ``Fp8DotGeneral``. The left operand is always the input, the right one the kernel.
+
+  Raises:
+    TypeError: an operand is not float32, bfloat16 or float16.
+    ValueError: the equation is malformed or does not fit, ``precision`` is given, or the variables
+      lack the collection.
+
+  Numerics:
+    As ``Fp8DotGeneral``. Experts on a batch label share one scale; for a scale an expert, map the
+    module with ``nn.vmap(..., variable_axes={"_overwrite_with_gradient": 0})``.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> import flax_fp8 as fp8
+    >>> einsum = fp8.Fp8Einsum()
+    >>> x, w = jnp.ones((2, 3, 4)), jnp.ones((2, 4, 5))
+    >>> variables = einsum.init(jax.random.key(0), "ebk,ekn->ebn", x, w)
+    >>> einsum.apply(variables, "ebk,ekn->ebn", x, w).shape
+    (2, 3, 5)
+
+  References:
+    flax.linen.fp8_ops.Fp8Einsum; jax.numpy.einsum.
+  """
+
+  recipe: Recipe = DelayedScaling()
+
+  @nn.compact
+  def __call__(
+      self,
+      equation: str,
+      lhs: jax.Array,
+      rhs: jax.Array,
+      precision: Any = None,
+      preferred_element_type: Any = None,
+  ) -> jax.Array:
+    """Contracts; arguments as ``jnp.einsum``, ``lhs`` the input and ``rhs`` the kernel."""
+    check.precision(name := type(self).__name__, precision)
+    return ops.einsum(
+        equation,
+        lhs,
+        rhs,
+        recipe=self.recipe,
+        state=read_state(self, self.recipe),
+        preferred_element_type=preferred_element_type,
+        name=name,
+    )
+
+
+register_module("dot_general_cls", Fp8DotGeneral)
+register_module("einsum_cls", Fp8Einsum)

@@ -1,0 +1,71 @@
+"""State as Linen variables: where they live, how they are made, and why they are cast once."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_fp8.meta_dtype import to_max_grad
+from flax_fp8.recipes.base import Recipe, Role, TensorState
+
+OVERWRITE_WITH_GRADIENT = "_overwrite_with_gradient"
+
+
+def read_state(module: nn.Module, recipe: Recipe) -> dict[str, TensorState]:
+  """Reads a module's state, creating it while the module is being initialised.
+
+  Args:
+    module: bound module; its variables are ``{role}_{key}`` of the collection
+      ``_overwrite_with_gradient``.
+    recipe: declares the keys.
+
+  Returns:
+    For each role the leaves, ready for ``ops.dot_general``.
+
+  Raises:
+    ValueError: the module is applied without its state.
+  """
+  return {
+      role.value: {
+          key: _read(module, f"{role.value}_{key}", value)
+          for key, value in recipe.init_state(role).items()
+      }
+      for role in Role
+  }
+
+
+def _read(module: nn.Module, name: str, fresh: np.ndarray) -> jax.Array:
+  has = module.has_variable(OVERWRITE_WITH_GRADIENT, name)
+  if not has and not module.is_mutable_collection(OVERWRITE_WITH_GRADIENT):
+    raise ValueError(
+        f"{type(module).__name__}: applying the model needs the collection "
+        f"{OVERWRITE_WITH_GRADIENT!r}; got variables without {name!r} at "
+        f"{'/'.join(module.path)!r}. Pass the whole variables dict, and for a checkpoint that was "
+        "trained without FP8 add fresh state with upgrade_variables(model, variables, *inputs)."
+    )
+  variable = module.variable(OVERWRITE_WITH_GRADIENT, name, lambda: jnp.asarray(fresh))
+  return _cast_once(module, variable.value)
+
+
+# For each apply (its root scope), the float32 tracers that were cast and what they were cast to.
+_casts: weakref.WeakKeyDictionary[Any, dict[int, tuple[Any, jax.Array]]]
+_casts = weakref.WeakKeyDictionary()
+
+
+def _cast_once(module: nn.Module, value: Any) -> Any:
+  """Casts a traced value to fp32_max_grad, the same value always to the same cast.
+
+  A layer that is called several times in one apply reads the same tracer each time. If each call
+  made its own cast, the cotangents would meet behind the casts, in float32, and be summed.
+  """
+  if not isinstance(value, jax.core.Tracer):
+    return value
+  casts = _casts.setdefault(module.scope.root, {})
+  if id(value) not in casts:
+    casts[id(value)] = (value, to_max_grad(value))  # holding the tracer keeps its id from reuse
+  return casts[id(value)][1]

@@ -1,0 +1,131 @@
+"""``fp32_max_grad``: float32 in memory, but autodiff accumulates its cotangents by maximum.
+
+The gradient of a scale or of an amax history is its new value. Where one state is used on several
+paths, the sum of the new values means nothing; the maximum is right, since every path computes the
+same scale from the same old history and differs only in the amax that it saw.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from flax_fp8 import _compat
+
+
+class MaxGradRules:
+  """What JAX asks of an extended dtype: how to lower, convert, fill and add it."""
+
+  allow_conversion: bool = True
+
+  @staticmethod
+  def physical_element_aval(dtype: Any) -> Any:
+    """Each element is one float32."""
+    del dtype
+    return _compat.scalar_aval()
+
+  @staticmethod
+  def convert_from(dtype: MaxGradDType, other: Any) -> bool:
+    """Conversion to float32 alone is allowed."""
+    return other == dtype.float_dtype
+
+  @staticmethod
+  def convert_to(other: Any, dtype: MaxGradDType) -> bool:
+    """Conversion from float32 alone is allowed."""
+    return other == dtype.float_dtype
+
+  @staticmethod
+  def add(dtype: MaxGradDType, x: Any, y: Any) -> jax.Array:
+    """Autodiff's sum of two cotangents: their maximum."""
+    return _wrap(lax.max(to_float32(x), to_float32(y)), dtype)
+
+  @staticmethod
+  def zero(dtype: MaxGradDType) -> jax.Array:
+    """The neutral element of ``add``: ``max(-inf, x) == x``, and -inf means that no path came."""
+    return _wrap(np.float32(-np.inf), dtype)
+
+  @staticmethod
+  def full(shape: Any, fill_value: Any, dtype: MaxGradDType) -> jax.Array:
+    """As ``lax.full``."""
+    if jnp.issubdtype(jax.typeof(fill_value).dtype, jax.dtypes.extended):
+      fill_value = to_float32(fill_value)
+    return _wrap(lax.full(shape, fill_value, dtype.float_dtype), dtype)
+
+  @staticmethod
+  def tangent_dtype(dtype: MaxGradDType) -> MaxGradDType:
+    """Tangents are of the same dtype: a new state is a state."""
+    return dtype
+
+  global_sharded_result_handler = staticmethod(_compat.wrapped_result_handler)
+  make_sharded_array = staticmethod(_compat.wrapped_from_shards)
+
+
+class max_grad(jax.dtypes.extended):  # noqa: N801 - a scalar type, named as NumPy names them
+  """Scalar type of ``fp32_max_grad``, for ``jnp.issubdtype(x.dtype, max_grad)``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MaxGradDType(_compat.ExtendedDType):
+  """Class of the dtype ``fp32_max_grad``.
+
+  Attributes:
+    float_dtype: the dtype in memory.
+    type: the scalar type that ``jnp.issubdtype`` takes.
+  """
+
+  float_dtype: Any = np.dtype("float32")
+  _rules: type = MaxGradRules
+  type: type = max_grad
+
+  def __post_init__(self) -> None:
+    if np.dtype(self.float_dtype) != np.float32:
+      raise ValueError(
+          f"MaxGradDType: the dtype in memory must be float32; got {self.float_dtype}. Use "
+          "fp32_max_grad."
+      )
+    object.__setattr__(self, "float_dtype", np.dtype("float32"))
+
+  @property
+  def name(self) -> str:
+    """Name of the dtype, as arrays print it."""
+    return "fp32_max_grad"
+
+  @property
+  def itemsize(self) -> int:
+    """Bytes an element."""
+    return self.float_dtype.itemsize
+
+  def __repr__(self) -> str:
+    return self.name
+
+
+fp32_max_grad = MaxGradDType()
+
+
+def _wrap(x: Any, dtype: MaxGradDType) -> jax.Array:
+  return lax.convert_element_type(x, dtype)
+
+
+def is_max_grad(x: Any) -> bool:
+  """Tells whether an array, tracer or ShapeDtypeStruct is of dtype fp32_max_grad."""
+  return getattr(x, "dtype", None) == fp32_max_grad
+
+
+def to_max_grad(x: Any) -> jax.Array:
+  """Casts float32 to fp32_max_grad; leaves fp32_max_grad as it is."""
+  return x if is_max_grad(x) else _wrap(x, fp32_max_grad)
+
+
+def to_float32(x: Any) -> jax.Array:
+  """Casts fp32_max_grad to float32; leaves any other dtype as it is."""
+  return lax.convert_element_type(x, jnp.float32) if is_max_grad(x) else x
+
+
+def like(x: Any, old: Any) -> jax.Array:
+  """Casts new float32 state to the dtype, float32 or fp32_max_grad, that the old state has."""
+  return to_max_grad(x) if is_max_grad(old) else x

@@ -1,0 +1,6 @@
+"""Contractions in FP8 as functions of values and state; no modules, no variables."""
+
+from flax_fp8.ops.dot_general import dot_general, init_state
+from flax_fp8.ops.einsum import einsum
+
+__all__ = ["dot_general", "einsum", "init_state"]

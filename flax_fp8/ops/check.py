@@ -1,0 +1,99 @@
+"""Checks of a contraction's arguments, at trace time, in the words of the public name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flax_fp8.contraction import DimensionNumbers
+from flax_fp8.meta_dtype import is_max_grad
+from flax_fp8.recipes.base import Recipe, Role
+
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def result_dtype(name: str, lhs: jax.Array, rhs: jax.Array, preferred: Any) -> Any:
+  """Returns the dtype of the product; raises TypeError where FP8 can't represent an operand."""
+  for side, x in (("lhs", lhs), ("rhs", rhs)):
+    if x.dtype.name not in COMPUTE_DTYPES:
+      raise TypeError(
+          f"{name}: operands must be of dtype {', '.join(COMPUTE_DTYPES)}; got {side} of dtype "
+          f"{x.dtype} and shape {x.shape}. Cast it, or leave this contraction to lax.dot_general."
+      )
+  dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
+  if preferred is None:
+    return dtype
+  if jnp.dtype(preferred).name not in COMPUTE_DTYPES:
+    raise TypeError(
+        f"{name}: preferred_element_type must be one of {', '.join(COMPUTE_DTYPES)}; got "
+        f"preferred_element_type={preferred}. Leave it out for {dtype}."
+    )
+  return jnp.dtype(preferred)
+
+
+def dimension_numbers(name: str, numbers: Any, lhs: jax.Array, rhs: jax.Array) -> DimensionNumbers:
+  """Returns canonical dimension numbers; raises ValueError where ``lax.dot_general`` would."""
+  try:
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = numbers
+    contract = _axes(lhs_contract), _axes(rhs_contract)
+    dims = contract, (_axes(lhs_batch), _axes(rhs_batch))
+    like = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (lhs, rhs)]
+    jax.eval_shape(lambda x, y: lax.dot_general(x, y, dims), *like)
+  except (TypeError, ValueError) as error:
+    raise ValueError(
+        f"{name}: dimension_numbers must be ((lhs_contracting, rhs_contracting), (lhs_batch, "
+        "rhs_batch)) with equal sizes of paired axes; got "
+        f"dimension_numbers={numbers}, lhs of shape {lhs.shape}, rhs of shape {rhs.shape}: {error} "
+        "Mend the axes or the shapes."
+    ) from error
+  return dims
+
+
+def precision(name: str, value: Any) -> None:
+  """Raises ValueError for a precision other than the default: the recipe chooses it."""
+  if value not in (None, lax.Precision.DEFAULT):
+    raise ValueError(
+        f"{name}: the recipe chooses how the FP8 GEMMs accumulate, so precision must be None; got "
+        f"precision={value}. Leave precision out of this layer, or leave the layer out of FP8."
+    )
+
+
+def state(name: str, recipe: Any, value: Mapping[str, Any]) -> None:
+  """Raises TypeError or ValueError where the state is not of the recipe's making."""
+  if not isinstance(recipe, Recipe):
+    raise TypeError(
+        f"{name}: recipe must be a recipe, such as DelayedScaling(); got recipe={recipe!r}. Pass "
+        "an instance, not its class or name."
+    )
+  for role in Role:
+    fresh = recipe.init_state(role)
+    leaves = value.get(role.value, {})
+    if leaves.keys() != fresh.keys():
+      raise ValueError(
+          f"{name}: the state of {role.value} must hold {sorted(fresh)}; got {sorted(leaves)}. Make "
+          "it with ops.init_state(recipe)."
+      )
+    for key, leaf in leaves.items():
+      _leaf(f"{name}: {role.value}_{key}", leaf, fresh[key].shape, recipe)
+
+
+def _leaf(name: str, leaf: Any, shape: tuple[int, ...], recipe: Recipe) -> None:
+  if not is_max_grad(leaf) and leaf.dtype != jnp.float32:
+    raise TypeError(
+        f"{name} must be float32 or fp32_max_grad; got dtype {leaf.dtype}. Keep FP8 state out of "
+        "casts of parameters."
+    )
+  if leaf.shape != shape and (leaf.shape, shape) != ((), (1,)):
+    raise ValueError(
+        f"{name} must have shape {shape} for {recipe}; got shape {leaf.shape}. Choose the recipe "
+        "that the state was made with, map leading axes with nn.vmap or nn.scan, or take fresh state "
+        "from upgrade_variables."
+    )
+
+
+def _axes(axes: Any) -> tuple[int, ...]:
+  return tuple(int(a) for a in axes)

@@ -1,0 +1,180 @@
+"""Scales, the saturating cast, and the pair of FP8 data and scale that a GEMM takes.
+
+A scale is always the *dequantisation* multiplier, ``x ≈ q * scale``, and all arithmetic on scales
+and quotients is float32, whatever dtype the tensor has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from flax_fp8.formats import Float8
+
+# Scales stay inside the normal float32 range, with room for the reciprocal.
+_SMALLEST_SCALE = 2.0**-126
+_LARGEST_SCALE = 2.0**126
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QTensor:
+  """A quantised tensor: ``x ≈ data * scale``.
+
+  Attributes:
+    data: the values in FP8; shape of the tensor.
+    scale: float32; shape ``()`` for a scale per tensor, else of the data's rank, each dimension
+      being 1, the data's, or a divisor of it (a block).
+  """
+
+  data: jax.Array
+  scale: jax.Array
+
+
+def saturating_cast(x: jax.Array, float8: Float8) -> jax.Array:
+  """Casts to FP8, clamping to the largest finite values.
+
+  ``clip(x, -max, max).astype(fp8)``
+
+  Args:
+    x: values; any shape; float32, bfloat16 or float16.
+    float8: the format.
+
+  Returns:
+    The values in ``float8.dtype``; shape of ``x``.
+
+  Numerics:
+    Rounds to nearest, ties to even, subnormals included; values below half the smallest subnormal
+    become zero (which in a fnuz format has no sign). ±inf and overflow saturate to ±max, as the
+    hardware's satfinite conversion does. NaN stays NaN.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from flax_fp8 import formats, quantize
+    >>> quantize.saturating_cast(jnp.array([1.06, 1e6, -jnp.inf, jnp.nan]), formats.E4M3)
+    Array([1, 448, -448, nan], dtype=float8_e4m3fn)
+
+  References:
+    OCP 8-bit Floating Point Specification (OFP8), section 5.2, saturating mode.
+  """
+  limit = jnp.asarray(float8.max, jnp.float32)
+  return jnp.clip(x.astype(jnp.float32), -limit, limit).astype(float8.dtype)
+
+
+def quantize(x: jax.Array, scale: jax.Array, float8: Float8) -> QTensor:
+  """Quantises with a given scale.
+
+  ``data = saturating_cast(x / scale)``
+
+  Args:
+    x: values; shape ``[...]``; float32, bfloat16 or float16.
+    scale: dequantisation multiplier; float32; of a shape that broadcasts against ``x`` without
+      adding dimensions.
+    float8: the format.
+
+  Returns:
+    The ``QTensor`` of data and scale.
+
+  Numerics:
+    The quotient is float32, rounded once to FP8: see ``saturating_cast``.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from flax_fp8 import formats, quantize
+    >>> quantize.quantize(jnp.array([0.5, 3.0]), jnp.float32(0.5), formats.E5M2).data
+    Array([1, 6], dtype=float8_e5m2)
+
+  References:
+    Micikevicius et al., FP8 Formats for Deep Learning, https://arxiv.org/abs/2209.05433, section 4.
+  """
+  quotient = x.astype(jnp.float32) / jnp.broadcast_to(scale, x.shape)
+  return QTensor(saturating_cast(quotient, float8), scale)
+
+
+def dequantize(data: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
+  """Multiplies by the scale in float32 and casts.
+
+  ``(data.astype(float32) * scale).astype(dtype)``
+
+  Args:
+    data: FP8 values, or the result of a GEMM on them; shape ``[...]``.
+    scale: dequantisation multiplier; float32; broadcasts against ``data`` as in ``quantize``.
+    dtype: of the result.
+
+  Returns:
+    The dequantised values; shape of ``data``; ``dtype``.
+
+  Numerics:
+    One rounding to float32 and one to ``dtype``.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from flax_fp8 import quantize
+    >>> q = jnp.array([1.0, 6.0], jnp.float8_e4m3fn)
+    >>> quantize.dequantize(q, jnp.float32(0.5), jnp.bfloat16)
+    Array([0.5, 3], dtype=bfloat16)
+
+  References:
+    Micikevicius et al., FP8 Formats for Deep Learning, https://arxiv.org/abs/2209.05433, section 4.
+  """
+  scaled = data.astype(jnp.float32) * jnp.broadcast_to(scale, data.shape)
+  return scaled.astype(dtype)
+
+
+def product(lhs_scale: jax.Array, rhs_scale: jax.Array) -> jax.Array:
+  """Multiplies two scales without overflow to infinity, which would turn a zero into NaN."""
+  return jnp.minimum(lhs_scale * rhs_scale, np.finfo(np.float32).max)
+
+
+def scale_from_amax(
+    amax: jax.Array,
+    fallback: jax.Array,
+    float8_max: float,
+    margin: float = 0,
+    power_of_two: bool = False,
+) -> jax.Array:
+  """Computes the scale under which ``amax`` is the format's largest value.
+
+  ``scale = amax / float8_max * 2**margin``, computed as ``1 / (float8_max / amax / 2**margin)``
+
+  Args:
+    amax: largest magnitude; float32; units of the tensor; any shape.
+    fallback: scale where ``amax`` is zero, NaN or infinite; float32; shape of ``amax``.
+    float8_max: largest finite value of the format.
+    margin: headroom in powers of two.
+    power_of_two: rounds the scale up to a power of two, so that scaling is exact.
+
+  Returns:
+    The dequantisation multiplier; float32; shape of ``amax``.
+
+  Numerics:
+    Never zero, infinite or NaN for a sound fallback: scales are kept within ``[2**-126, 2**126]``.
+    The two divisions round as those of flax.linen.fp8_ops do, bit for bit.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from flax_fp8 import quantize
+    >>> one = jnp.float32(1)
+    >>> [float(quantize.scale_from_amax(jnp.float32(a), one, 448.0)) for a in (896.0, 0.0, jnp.inf)]
+    [2.0, 1.0, 1.0]
+
+  References:
+    Micikevicius et al., FP8 Formats for Deep Learning, https://arxiv.org/abs/2209.05433, section 4.
+  """
+  inverse = (jnp.float32(float8_max) / amax) / jnp.float32(2.0**margin)
+  scale = 1.0 / jnp.clip(inverse, 1.0 / _LARGEST_SCALE, 1.0 / _SMALLEST_SCALE)
+  if power_of_two:
+    scale = _round_up_to_power_of_two(scale)
+  return jnp.where(jnp.isfinite(amax) & (amax > 0.0), scale, fallback)
+
+
+def _round_up_to_power_of_two(scale: jax.Array) -> jax.Array:
+  bits = lax.bitcast_convert_type(scale, jnp.uint32)
+  mantissa = bits & np.uint32(0x7FFFFF)
+  exponent = (bits >> np.uint32(23)) + (mantissa != 0).astype(jnp.uint32)
+  return lax.bitcast_convert_type(exponent << np.uint32(23), jnp.float32)

@@ -1,0 +1,74 @@
+"""Fresh FP8 state for variables that come from a model or checkpoint without it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.core
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
+
+
+def upgrade_variables(module: nn.Module, variables: Any, *init_args: Any, **init_kwargs: Any) -> Any:
+  """Adds the FP8 state that a model needs and its variables lack.
+
+  Args:
+    module: the FP8 model.
+    variables: variables dict of the same model without FP8, or with the state of some layers.
+    *init_args: what the model's ``init`` takes after the PRNG key; arrays or ShapeDtypeStructs.
+    **init_kwargs: the same by keyword.
+
+  Returns:
+    ``variables`` with the missing state added, as ``module.init`` makes it. What was there stays.
+
+  Raises:
+    ValueError: ``variables`` is no variables dict.
+
+  Example:
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> import flax_fp8 as fp8
+    >>> x = jnp.ones((2, 4))
+    >>> variables = nn.Dense(4).init(jax.random.key(0), x)
+    >>> layer = nn.Dense(4, dot_general_cls=fp8.Fp8DotGeneral)
+    >>> variables = fp8.upgrade_variables(layer, variables, x)
+    >>> layer.apply(variables, x).shape
+    (2, 4)
+
+  References:
+    flax.linen.Module.init.
+  """
+  if not isinstance(variables, Mapping) or "params" not in variables:
+    raise ValueError(
+        "upgrade_variables: variables must be a variables dict with the collection 'params'; got "
+        f"{sorted(variables) if isinstance(variables, Mapping) else type(variables)}. Wrap bare "
+        "parameters as {'params': params}."
+    )
+  fresh = _fresh_state(module, init_args, init_kwargs)
+  old = flax.core.unfreeze(variables)
+  new = {**old, OVERWRITE_WITH_GRADIENT: _fill(old.get(OVERWRITE_WITH_GRADIENT, {}), fresh)}
+  return flax.core.freeze(new) if isinstance(variables, flax.core.FrozenDict) else new
+
+
+def _fresh_state(module: nn.Module, args: Any, kwargs: Any) -> Any:
+  """Initialises the model under jit and keeps the state alone, so that no parameter is computed."""
+  is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+
+  def init() -> Any:
+    fill = lambda x: jnp.zeros(x.shape, x.dtype) if is_shape(x) else x
+    full_args, full_kwargs = jax.tree.map(fill, (args, kwargs), is_leaf=is_shape)
+    made = module.init(jax.random.key(0), *full_args, **full_kwargs)
+    return flax.core.unfreeze(made).get(OVERWRITE_WITH_GRADIENT, {})
+
+  return jax.jit(init)()
+
+
+def _fill(old: Any, fresh: Any) -> Any:
+  """Takes the old where there is one, else the fresh."""
+  if not isinstance(fresh, Mapping):
+    return old
+  kept = {key: _fill(old[key], value) if key in old else value for key, value in fresh.items()}
+  return {**old, **kept}

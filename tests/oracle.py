@@ -1,0 +1,100 @@
+"""Slow truth: FP8 and delayed scaling in scalar Python and float64 NumPy, sharing no code with us.
+
+A format is enumerated code by code from its bit layout; rounding searches that list.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import math
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Bit layout of an FP8 format."""
+
+  exponent_bits: int
+  mantissa_bits: int
+  bias: int
+  kind: str  # "ieee": infinities and NaNs; "fn": one NaN a sign, no infinity; "fnuz": one NaN, no -0
+
+
+LAYOUTS = {
+    "float8_e4m3fn": Layout(4, 3, 7, "fn"),
+    "float8_e5m2": Layout(5, 2, 15, "ieee"),
+    "float8_e4m3fnuz": Layout(4, 3, 8, "fnuz"),
+    "float8_e5m2fnuz": Layout(5, 2, 16, "fnuz"),
+}
+
+
+def decode(code: int, layout: Layout) -> float:
+  """Value of one of the 256 codes."""
+  sign = -1.0 if code & 0x80 else 1.0
+  exponent = (code & 0x7F) >> layout.mantissa_bits
+  mantissa = code & ((1 << layout.mantissa_bits) - 1)
+  top = (1 << layout.exponent_bits) - 1
+  if layout.kind == "fnuz" and code == 0x80:
+    return math.nan
+  if layout.kind == "fn" and code & 0x7F == 0x7F:
+    return math.nan
+  if layout.kind == "ieee" and exponent == top:
+    return math.nan if mantissa else sign * math.inf
+  if exponent == 0:
+    return sign * mantissa * 2.0 ** (1 - layout.bias - layout.mantissa_bits)
+  return sign * (1 + mantissa / (1 << layout.mantissa_bits)) * 2.0 ** (exponent - layout.bias)
+
+
+@functools.cache
+def magnitudes(name: str) -> tuple[float, ...]:
+  """Finite non-negative values in ascending order; position is the code."""
+  values = [decode(code, LAYOUTS[name]) for code in range(128)]
+  return tuple(v for v in values if math.isfinite(v))
+
+
+def round_scalar(x: float, name: str) -> float:
+  """Rounds to nearest, ties to the even code; saturates; keeps NaN."""
+  if math.isnan(x):
+    return math.nan
+  values = magnitudes(name)
+  magnitude = min(abs(x), values[-1])
+  above = bisect.bisect_left(values, magnitude)
+  below = max(above - 1, 0)
+  up, down = values[above] - magnitude, magnitude - values[below]
+  code = above if up < down or (up == down and above % 2 == 0) else below
+  return math.copysign(values[code], x)
+
+
+def quantize(x: np.ndarray, scale: float, name: str) -> np.ndarray:
+  """``round(x / scale)`` elementwise; the quotient is float32 as in hardware, the result float64."""
+  quotient = np.float32(x) / np.float32(scale)
+  return np.vectorize(round_scalar, otypes=[np.float64])(quotient.astype(np.float64), name)
+
+
+def qdq(x: np.ndarray, scale: float, name: str) -> np.ndarray:
+  """Value that FP8 makes of ``x``, in float64."""
+  return quantize(x, scale, name) * float(scale)
+
+
+def scale(history: np.ndarray, old: float, name: str, margin: float = 0) -> float:
+  """Scale of a step from the amaxes before it, in float64."""
+  amax = max(float(h) for h in history)
+  if amax == 0 or not math.isfinite(amax):
+    return float(old)
+  return amax / magnitudes(name)[-1] * 2.0**margin
+
+
+def roll(history: np.ndarray, amax: float) -> np.ndarray:
+  """History after a step: newest in slot 0, oldest in slot 1."""
+  length = len(history)
+  new = [float(history[(i + 1) % length]) for i in range(length)]
+  new[0] = amax if math.isfinite(amax) else 0.0
+  return np.array(new)
+
+
+def amax(*tensors: np.ndarray) -> float:
+  """Largest magnitude of all that a state saw, element by element."""
+  return max((abs(float(v)) for t in tensors for v in np.asarray(t, np.float64).ravel()), default=0.0)

@@ -1,0 +1,395 @@
+"""Is FP8 state right under JAX's transformations? Prints a table; ``python -m tests.transformations``.
+
+Rows are programs that use one FP8 layer under a transformation. Columns are ways to differentiate:
+plain ``jax.grad``; ``fp8.value_and_grad``; and ``TrainState``, that is, plain ``jax.grad`` around
+``state.apply_fn`` (which is the looped function, where the loop lies outside of the model) followed by
+``apply_gradients``. A cell is right when scales and histories of all three tensors equal those of
+the float64 oracle, which is told every tensor that the layer met.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import flax_fp8 as fp8
+from tests import oracle
+
+OWG = fp8.OVERWRITE_WITH_GRADIENT
+COLUMNS = ("jax.grad", "value_and_grad", "TrainState")
+RECIPE = fp8.DelayedScaling(amax_history_len=4)
+ROLES = {"input": "float8_e4m3fn", "kernel": "float8_e4m3fn", "output_grad": "float8_e5m2"}
+HISTORY = {
+    "input": np.array([0.5, 3.0, 1.0, 0.25], np.float32),
+    "kernel": np.array([0.25, 0.125, 2.0, 1.0], np.float32),
+    "output_grad": np.array([4.0, 1.0, 0.5, 0.0], np.float32),
+}
+STEPS, BATCH, WIDTH = 4, 4, 8  # four microbatches, calls, experts or layers
+
+_random = np.random.default_rng(0)
+X = _random.normal(size=(STEPS, BATCH, WIDTH)).astype(np.float32)
+# Cotangents of the outputs: the loss is sum(out * C). Magnitudes differ a step, so a sum shows.
+C = (_random.normal(size=X.shape) * np.array([1, 3, 2, 0.5]).reshape(STEPS, 1, 1)).astype(np.float32)
+KERNELS = _random.normal(size=(STEPS, WIDTH, WIDTH)).astype(np.float32) / 3
+
+
+class Layer(nn.Module):
+  """The FP8 layer, with a kernel of its own that tests can set."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = self.param("kernel", nn.initializers.ones, (WIDTH, WIDTH))
+    dims = (((x.ndim - 1,), (0,)), ((), ()))
+    return RECIPE.dot_general_cls(name="dot")(x, kernel, dims)
+
+
+class ThreeCalls(nn.Module):
+  """Calls one layer four times, under ``wrap``."""
+
+  wrap: Callable[[type[nn.Module]], Any] = staticmethod(lambda module: module)
+
+  @nn.compact
+  def __call__(self, xs: jax.Array, cs: jax.Array) -> jax.Array:
+    layer = self.wrap(Layer)(name="layer")
+    return sum(jnp.sum(layer(x) * c) for x, c in zip(xs, cs, strict=True))
+
+
+class Inside(nn.Module):
+  """Calls ``ThreeCalls`` inside a remat."""
+
+  @nn.compact
+  def __call__(self, xs: jax.Array, cs: jax.Array) -> jax.Array:
+    return nn.remat(ThreeCalls)(name="inner")(xs, cs)
+
+
+class Mapped(nn.Module):
+  """Maps the layer over the leading axis with ``nn.vmap``."""
+
+  axis: int | None
+
+  @nn.compact
+  def __call__(self, xs: jax.Array, cs: jax.Array) -> jax.Array:
+    axes = {"params": self.axis, OWG: self.axis}
+    mapped = nn.vmap(Layer, variable_axes=axes, split_rngs={"params": self.axis is not None})
+    return jnp.sum(mapped(name="layer")(xs) * cs)
+
+
+class Step(nn.Module):
+  """One step of a loop over calls: ``carry`` accumulates the loss."""
+
+  @nn.compact
+  def __call__(self, carry: jax.Array, x_c: Any) -> tuple[jax.Array, None]:
+    x, c = x_c
+    return carry + jnp.sum(Layer(name="layer")(x) * c), None
+
+
+class Scanned(nn.Module):
+  """Scans the layer over calls: one state for all, or one a step."""
+
+  per_layer: bool
+
+  @nn.compact
+  def __call__(self, xs: jax.Array, cs: jax.Array) -> jax.Array:
+    how = {"variable_broadcast": ["params", OWG], "split_rngs": {"params": False}}
+    if self.per_layer:
+      how = {"variable_axes": {"params": 0, OWG: 0}, "split_rngs": {"params": True}}
+    return nn.scan(Step, **how)(name="step")(jnp.float32(0), (xs, cs))[0]
+
+
+class Recurrent(nn.Module):
+  """A linear recurrence ``h = layer(h) + x``, the state shared by all steps."""
+
+  @nn.compact
+  def __call__(self, xs: jax.Array, cs: jax.Array) -> jax.Array:
+    def step(layer: nn.Module, h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+      h = layer(h) + x
+      return h, h
+
+    scan = nn.scan(step, variable_broadcast=["params", OWG], split_rngs={"params": False})
+    _, hs = scan(Layer(name="layer"), jnp.zeros_like(xs[0]), xs)
+    return jnp.sum(hs * cs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+  """All that one state met."""
+
+  inputs: Any = dataclasses.field(default_factory=lambda: X)
+  kernel: Any = dataclasses.field(default_factory=lambda: KERNELS[0])
+  grads: Any = dataclasses.field(default_factory=lambda: C)
+
+
+Loss = Callable[[Any], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A row.
+
+  Attributes:
+    name: what is transformed how.
+    model: initialised for its variables.
+    program: makes the loss of the variables from an ``apply``.
+    seen: what the state met; a list for a state with a leading axis.
+    jit: whether the gradient is compiled.
+    outside: whether the loop lies outside of the model.
+    differentiate: wraps the gradient function; for ``jit`` around it and its like.
+    expect: outcome by column where it is not "right".
+    inputs: what the model is initialised with.
+  """
+
+  name: str
+  model: nn.Module
+  program: Callable[[Callable[..., Any]], Loss]
+  seen: Seen | list[Seen] = dataclasses.field(default_factory=Seen)
+  jit: bool = True
+  outside: bool = False
+  expect: dict[str, str] = dataclasses.field(default_factory=dict)
+  inputs: Any = (X, C)
+
+
+def whole(apply: Callable[..., Any]) -> Loss:
+  """The model's own loss."""
+  return lambda variables: apply(variables, X, C)
+
+
+def _loss(apply: Callable[..., Any], variables: Any, x: Any, c: Any) -> jax.Array:
+  return jnp.sum(apply(variables, x) * c)
+
+
+def vmapped(apply: Callable[..., Any]) -> Loss:
+  """``jax.vmap`` of the layer, its variables shared."""
+  return lambda v: jnp.sum(jax.vmap(apply, in_axes=(None, 0))(v, X) * C)
+
+
+def microbatches(apply: Callable[..., Any], x: Any = X, c: Any = C) -> Loss:
+  """``lax.scan`` over microbatches, the variables shared."""
+
+  def loss(variables: Any) -> jax.Array:
+    step = lambda total, xc: (total + _loss(apply, variables, *xc), None)
+    return jax.lax.scan(step, jnp.float32(0), (jnp.asarray(x), jnp.asarray(c)))[0]
+
+  return loss
+
+
+def scan_of_vmap(apply: Callable[..., Any]) -> Loss:
+  """Scans over microbatches of a layer mapped over their examples."""
+  return microbatches(lambda v, x: jax.vmap(apply, in_axes=(None, 0))(v, x))
+
+
+def vmap_of_scan(apply: Callable[..., Any]) -> Loss:
+  """Maps over examples a scan over microbatches."""
+
+  def loss(variables: Any) -> jax.Array:
+    one = lambda x, c: microbatches(apply, x[:, None], c[:, None])(variables)
+    return jnp.sum(jax.vmap(one, in_axes=1)(jnp.asarray(X), jnp.asarray(C)))
+
+  return loss
+
+
+def cond(apply: Callable[..., Any]) -> Loss:
+  """One of two branches uses the layer."""
+
+  def loss(variables: Any) -> jax.Array:
+    use = lambda v: _loss(apply, v, X[0], C[0])
+    return jax.lax.cond(jnp.asarray(X[0, 0, 0]) < 9, use, lambda v: jnp.float32(0), variables)
+
+  return loss
+
+
+def not_taken(apply: Callable[..., Any]) -> Loss:
+  """The branch that uses the layer is not taken: the state stays as it is."""
+
+  def loss(variables: Any) -> jax.Array:
+    use = lambda v: _loss(apply, v, X[0], C[0])
+    return jax.lax.cond(jnp.asarray(X[0, 0, 0]) > 9, use, lambda v: jnp.float32(0), variables)
+
+  return loss
+
+
+def fori_loop(apply: Callable[..., Any]) -> Loss:
+  """``lax.fori_loop`` over microbatches."""
+
+  def loss(variables: Any) -> jax.Array:
+    xs, cs = jnp.asarray(X), jnp.asarray(C)
+    body = lambda i, total: total + _loss(apply, variables, xs[i], cs[i])
+    return jax.lax.fori_loop(0, STEPS, body, jnp.float32(0))
+
+  return loss
+
+
+@functools.cache
+def mesh() -> jax.sharding.Mesh:
+  """Four devices in a row."""
+  return jax.make_mesh((STEPS,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def sharded(check_vma: bool) -> Callable[[Callable[..., Any]], Loss]:
+  """``shard_map`` over the batch, the variables replicated."""
+
+  def program(apply: Callable[..., Any]) -> Loss:
+    def local(variables: Any, x: jax.Array, c: jax.Array) -> jax.Array:
+      return jax.lax.psum(_loss(apply, variables, x[0], c[0]), "data")
+
+    run = jax.shard_map(
+        local, mesh=mesh(), in_specs=(P(), P("data"), P("data")), out_specs=P(), check_vma=check_vma
+    )
+    return lambda variables: run(variables, X, C)
+
+  return program
+
+
+def pjit(apply: Callable[..., Any]) -> Loss:
+  """A sharded batch under jit, the variables replicated."""
+  batch = NamedSharding(mesh(), P("data"))
+
+  def loss(variables: Any) -> jax.Array:
+    x, c = (jax.lax.with_sharding_constraint(jnp.asarray(t), batch) for t in (X, C))
+    return _loss(apply, variables, x, c)
+
+  return loss
+
+
+def jitted_inside(apply: Callable[..., Any]) -> Loss:
+  """jit inside grad."""
+  return jax.jit(whole(apply))
+
+
+def recurrence() -> Seen:
+  """What the state of ``Recurrent`` meets: forward values and backpropagated gradients."""
+  s = {role: oracle.scale(HISTORY[role], 1.0, name) for role, name in ROLES.items()}
+  kernel = oracle.qdq(KERNELS[0], s["kernel"], ROLES["kernel"])
+  h, inputs = np.zeros_like(X[0]), []
+  for x in X:
+    inputs.append(h)
+    h = np.float32(oracle.qdq(h, s["input"], ROLES["input"]) @ kernel) + x
+  grads = [C[-1]]
+  for c in C[-2::-1]:
+    back = oracle.qdq(grads[-1], s["output_grad"], ROLES["output_grad"]) @ kernel.T
+    grads.append(c + np.float32(back))
+  return Seen(inputs=np.stack(inputs), grads=np.stack(grads))
+
+
+SUMS = {"jax.grad": "sums"}
+PER_STEP = [Seen(X[i], KERNELS[i], C[i]) for i in range(STEPS)]
+FIRST = Seen(X[0], KERNELS[0], C[0])
+LAYER = {"model": Layer(), "inputs": (X[0],)}
+
+CASES = [
+    Case("several calls, jit", ThreeCalls(), whole),
+    Case("several calls, eager", ThreeCalls(), whole, jit=False),
+    Case("jit inside grad", ThreeCalls(), jitted_inside, jit=False),
+    Case("vmap, shared", program=vmapped, **LAYER),
+    Case("vmap, shared, eager", program=vmapped, jit=False, **LAYER),
+    Case("nn.vmap, shared", Mapped(None), whole),
+    Case("nn.vmap, per expert", Mapped(0), whole, PER_STEP),
+    Case("lax.scan over microbatches", program=microbatches, outside=True, expect=SUMS, **LAYER),
+    Case("recurrent carry", Recurrent(), whole, recurrence(), expect=SUMS),
+    Case("nn.scan, per layer", Scanned(True), whole, PER_STEP),
+    Case("nn.scan, broadcast", Scanned(False), whole, expect=SUMS),
+    Case("several calls in a remat, jit", Inside(), whole),
+    Case("several calls in a remat, eager", Inside(), whole, jit=False),
+    Case("several calls of a remat, jit", ThreeCalls(nn.remat), whole, expect=SUMS),
+    Case("several calls of a remat, eager", ThreeCalls(nn.remat), whole, jit=False, expect=SUMS),
+    Case("cond", program=cond, seen=FIRST, outside=True, **LAYER),
+    Case("fori_loop", program=fori_loop, outside=True, expect=SUMS, **LAYER),
+    Case("shard_map, check_vma=True", program=sharded(True), **LAYER),
+    Case("shard_map, check_vma=True, eager", program=sharded(True), jit=False, **LAYER),
+    Case(
+        "shard_map, check_vma=False",
+        program=sharded(False),
+        expect={"value_and_grad": "clear error"},
+        **LAYER,
+    ),
+    Case("pjit, sharded batch", program=pjit, **LAYER),
+    Case("vmap of scan", program=vmap_of_scan, outside=True, expect=SUMS, **LAYER),
+    Case("scan of vmap", program=scan_of_vmap, outside=True, expect=SUMS, **LAYER),
+]
+
+
+def make_variables(case: Case) -> Any:
+  """Variables with the known kernel and the known history."""
+  fresh = jax.eval_shape(case.model.init, jax.random.key(0), *case.inputs)
+
+  def fill(path: Any, leaf: Any) -> jax.Array:
+    name = path[-1].key
+    if name == "kernel":
+      return jnp.asarray(KERNELS if leaf.ndim == 3 else KERNELS[0])
+    role = next(role for role in ROLES if name.startswith(role))
+    value = HISTORY[role] if name.endswith("history") else np.ones(1, np.float32)
+    return jnp.broadcast_to(value, leaf.shape)
+
+  return jax.tree_util.tree_map_with_path(fill, fresh)
+
+
+def new_state(case: Case, column: str) -> dict[str, np.ndarray]:
+  """State after one step, by variable name."""
+  variables = make_variables(case)
+  wrap = jax.jit if case.jit else (lambda f: f)
+  if column == "TrainState":
+    program = (lambda apply: apply) if case.outside else case.program
+    apply_fn = case.program(case.model.apply) if case.outside else case.model.apply
+    state = fp8.TrainState.create(apply_fn=apply_fn, params=variables, tx=optax.sgd(0.1))
+    grads = wrap(jax.grad(program(state.apply_fn)))(variables)
+    tree = state.apply_gradients(grads=grads).params
+  else:
+    gradient = jax.grad if column == "jax.grad" else fp8.grad
+    tree = wrap(gradient(case.program(case.model.apply)))(variables)
+  leaves = jax.tree_util.tree_leaves_with_path(tree[OWG])
+  return {path[-1].key: np.asarray(leaf) for path, leaf in leaves}
+
+
+def expected_state(seen: Seen) -> dict[str, np.ndarray]:
+  """State after one step by the oracle."""
+  met = {"input": seen.inputs, "kernel": seen.kernel, "output_grad": seen.grads}
+  state = {}
+  for role, name in ROLES.items():
+    state[f"{role}_scale"] = np.array([oracle.scale(HISTORY[role], 1.0, name)])
+    state[f"{role}_amax_history"] = oracle.roll(HISTORY[role], oracle.amax(met[role]))
+  return state
+
+
+def outcome(case: Case, column: str) -> str:
+  """What a cell shows: "right", "sums", "clear error", or what else happened."""
+  per_index = isinstance(case.seen, list)
+  all_seen = case.seen if per_index else [case.seen]
+  try:
+    got = new_state(case, column)
+  except TypeError as error:
+    return "clear error" if "check_vma=True" in str(error) else f"TypeError: {error}"
+  for i, seen in enumerate(all_seen):
+    for name, want in expected_state(seen).items():
+      value = got[name][i] if per_index else got[name]
+      if value.shape != want.shape or not np.allclose(value, want, rtol=1e-6, atol=0):
+        summed = value.shape == want.shape and np.all(value >= want)
+        return "sums" if summed else f"wrong {name}: {value}, not {want}"
+  return "right"
+
+
+def main() -> int:
+  """Prints the table; returns the number of cells that are not as documented."""
+  surprises = 0
+  print(f"| case | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
+  for case in CASES:
+    cells = {column: outcome(case, column) for column in COLUMNS}
+    surprises += sum(cells[c] != case.expect.get(c, "right") for c in COLUMNS)
+    print(f"| {case.name} | {' | '.join(cells[c].splitlines()[0] for c in COLUMNS)} |")
+  total = len(CASES) * len(COLUMNS)
+  print(f"\n{total} cells, {surprises} not as documented. sums: shared state entered a loop or remat as")
+  print("float32; differentiate with fp8.value_and_grad, or cast with fp8.as_max_grad outside the loop.")
+  return surprises
+
+
+if __name__ == "__main__":
+  sys.exit(main())
