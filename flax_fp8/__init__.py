@@ -8,39 +8,39 @@ from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.meta_dtype import fp32_max_grad
 from flax_fp8.recipes import DelayedScaling, Recipe
 from flax_fp8.training import (
-    TrainState,
-    apply_updates,
-    as_max_grad,
-    grad,
-    partition_for_grad_overwrite,
-    upgrade_variables,
-    value_and_grad,
+  TrainState,
+  apply_updates,
+  as_max_grad,
+  grad,
+  partition_for_grad_overwrite,
+  upgrade_variables,
+  value_and_grad,
 )
 
 __version__ = "0.1.0"
 
 __all__ = [
-    # Modules
-    "Fp8DotGeneral",
-    "Fp8Einsum",
-    # Recipes
-    "DelayedScaling",
-    "Format",
-    "Recipe",
-    # State
-    "OVERWRITE_WITH_GRADIENT",
-    "as_max_grad",
-    "fp32_max_grad",
-    "grad",
-    "value_and_grad",
-    # Training
-    "TrainState",
-    "apply_updates",
-    "partition_for_grad_overwrite",
-    "upgrade_variables",
-    # Hardware
-    "capability",
-    # Namespaces
-    "fp8_ops",
-    "ops",
+  # Modules
+  "Fp8DotGeneral",
+  "Fp8Einsum",
+  # Recipes
+  "DelayedScaling",
+  "Format",
+  "Recipe",
+  # State
+  "OVERWRITE_WITH_GRADIENT",
+  "as_max_grad",
+  "fp32_max_grad",
+  "grad",
+  "value_and_grad",
+  # Training
+  "TrainState",
+  "apply_updates",
+  "partition_for_grad_overwrite",
+  "upgrade_variables",
+  # Hardware
+  "capability",
+  # Namespaces
+  "fp8_ops",
+  "ops",
 ]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 
@@ -21,9 +22,9 @@ def require(module: str, attribute: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
   except (ImportError, AttributeError) as error:
     raise ImportError(
-        f"flax_fp8: this JAX has no {module}.{attribute}, which the dtype fp32_max_grad is built "
-        f"on; got jax=={jax.__version__}. Install a JAX release that flax_fp8's changelog names as "
-        "tested, or a newer flax_fp8."
+      f"flax_fp8: this JAX has no {module}.{attribute}, which the dtype fp32_max_grad is built "
+      f"on; got jax=={jax.__version__}. Install a JAX release that flax_fp8's changelog names as "
+      "tested, or a newer flax_fp8."
     ) from error
 
 

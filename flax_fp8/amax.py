@@ -52,7 +52,7 @@ def amax(x: jax.Array, state: Any) -> jax.Array:
 
 @functools.cache
 def _reduce_all_but(kept: int) -> Callable[[jax.Array, Any], jax.Array]:
-  """Makes the reduction that keeps the first ``kept`` axes: those over which the state is mapped."""
+  """Makes the reduction that keeps the first ``kept`` axes, over which the state is mapped."""
 
   @custom_vmap
   def reduce(x: jax.Array, state: Any) -> jax.Array:
@@ -75,7 +75,9 @@ def _reduce_all_but(kept: int) -> Callable[[jax.Array, Any], jax.Array]:
 def _across_devices(largest: jax.Array, state: Any) -> jax.Array:
   if unchecked := _compat.unchecked_manual_axes():
     return lax.pmax(largest, unchecked)
-  axes = _compat.varying_axes(largest).difference(*map(_compat.varying_axes, jax.tree.leaves(state)))
+  axes = _compat.varying_axes(largest).difference(
+    *map(_compat.varying_axes, jax.tree.leaves(state))
+  )
   return lax.pmax(largest, tuple(sorted(axes))) if axes else largest
 
 

@@ -33,7 +33,10 @@ def capability(device: Any = None) -> tuple[bool, str]:
     return True, "CPU: FP8 is emulated; right to the bit, no faster than BF16"
   found = getattr(device, "compute_capability", None)
   if found is None:
-    return False, f"{device.device_kind}: no FP8 matrix units known for platform {device.platform!r}"
+    return (
+      False,
+      f"{device.device_kind}: no FP8 matrix units known for platform {device.platform!r}",
+    )
   name = f"{device.device_kind} (compute capability {found})"
   if str(found).startswith("gfx"):
     supported = str(found).startswith(_ROCM)

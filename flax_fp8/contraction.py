@@ -37,7 +37,7 @@ def kept_axes(ndim: int, contracting: Axes, batch: Axes) -> Axes:
 
 
 def backward_gemms(
-    dimension_numbers: DimensionNumbers, lhs_ndim: int, rhs_ndim: int
+  dimension_numbers: DimensionNumbers, lhs_ndim: int, rhs_ndim: int
 ) -> tuple[Gemm, Gemm]:
   """Derives the GEMMs that give the gradients of both operands.
 
@@ -62,12 +62,12 @@ def backward_gemms(
   grad_lhs = tuple(range(n_batch, n_batch + n_lhs))
   grad_rhs = tuple(range(n_batch + n_lhs, n_batch + n_lhs + len(rhs_kept)))
   dgrad = Gemm(
-      dimension_numbers=((grad_rhs, rhs_kept), (grad_batch, rhs_batch)),
-      permutation=_back_to(lhs_batch, lhs_kept, lhs_contract, rhs_contract),
+    dimension_numbers=((grad_rhs, rhs_kept), (grad_batch, rhs_batch)),
+    permutation=_back_to(lhs_batch, lhs_kept, lhs_contract, rhs_contract),
   )
   wgrad = Gemm(
-      dimension_numbers=((grad_lhs, lhs_kept), (grad_batch, lhs_batch)),
-      permutation=_back_to(rhs_batch, rhs_kept, rhs_contract, lhs_contract),
+    dimension_numbers=((grad_lhs, lhs_kept), (grad_batch, lhs_batch)),
+    permutation=_back_to(rhs_batch, rhs_kept, rhs_contract, lhs_contract),
   )
   return dgrad, wgrad
 
@@ -82,7 +82,7 @@ def _back_to(batch: Axes, kept: Axes, contract: Axes, other_contract: Axes) -> A
 
 
 def dot_per_tensor(
-    lhs: QTensor, rhs: QTensor, dimension_numbers: DimensionNumbers, *, fast_accumulation: bool
+  lhs: QTensor, rhs: QTensor, dimension_numbers: DimensionNumbers, *, fast_accumulation: bool
 ) -> jax.Array:
   """Multiplies two tensors that have one scale each.
 
@@ -100,11 +100,11 @@ def dot_per_tensor(
   """
   precision = lax.Precision.DEFAULT if fast_accumulation else lax.Precision.HIGHEST
   out = lax.dot_general(
-      lhs.data,
-      rhs.data,
-      dimension_numbers,
-      precision=precision,
-      preferred_element_type=jnp.float32,
+    lhs.data,
+    rhs.data,
+    dimension_numbers,
+    precision=precision,
+    preferred_element_type=jnp.float32,
   )
   return dequantize(out, product(lhs.scale, rhs.scale), jnp.float32)
 
@@ -151,9 +151,9 @@ def plan_einsum(equation: str, lhs_shape: Sequence[int], rhs_shape: Sequence[int
     sizes = {lhs_sizes[label], rhs_sizes[label]}
     if len(sizes - {1}) > 1:
       raise ValueError(
-          f"Fp8Einsum: a label must have one size; got {equation=} where {label!r} is "
-          f"{lhs_sizes[label]} in {tuple(lhs_shape)} and {rhs_sizes[label]} in {tuple(rhs_shape)}. "
-          "Mend the equation or the shapes."
+        f"Fp8Einsum: a label must have one size; got {equation=} where {label!r} is "
+        f"{lhs_sizes[label]} in {tuple(lhs_shape)} and {rhs_sizes[label]} in {tuple(rhs_shape)}. "
+        "Mend the equation or the shapes."
       )
     if len(sizes) == 2:  # broadcast: summing over a size of 1 drops the label
       (lhs_sizes if lhs_sizes[label] == 1 else rhs_sizes).pop(label)
@@ -165,13 +165,13 @@ def plan_einsum(equation: str, lhs_shape: Sequence[int], rhs_shape: Sequence[int
   result += [c for c in rhs_left if c not in lhs_left]
   find = lambda labels, wanted: tuple(labels.index(c) for c in wanted)
   return EinsumPlan(
-      lhs_reduction=f"{lhs}->{''.join(lhs_left)}",
-      rhs_reduction=f"{rhs}->{''.join(rhs_left)}",
-      dimension_numbers=(
-          (find(lhs_left, summed), find(rhs_left, summed)),
-          (find(lhs_left, batch), find(rhs_left, batch)),
-      ),
-      permutation=find(result, out),
+    lhs_reduction=f"{lhs}->{''.join(lhs_left)}",
+    rhs_reduction=f"{rhs}->{''.join(rhs_left)}",
+    dimension_numbers=(
+      (find(lhs_left, summed), find(rhs_left, summed)),
+      (find(lhs_left, batch), find(rhs_left, batch)),
+    ),
+    permutation=find(result, out),
   )
 
 
@@ -181,18 +181,18 @@ def _labels(equation: str, lhs_ndim: int, rhs_ndim: int) -> tuple[str, str, str]
   operands = inputs.split(",")
   if len(operands) != 2:
     raise ValueError(
-        f"Fp8Einsum: the equation must have two operands; got {equation=}. Use jnp.einsum for "
-        "others, or split it."
+      f"Fp8Einsum: the equation must have two operands; got {equation=}. Use jnp.einsum for "
+      "others, or split it."
     )
   dots = [
-      ndim - len(labels.replace("...", "")) if "..." in labels else 0
-      for labels, ndim in zip(operands, (lhs_ndim, rhs_ndim), strict=True)
+    ndim - len(labels.replace("...", "")) if "..." in labels else 0
+    for labels, ndim in zip(operands, (lhs_ndim, rhs_ndim), strict=True)
   ]
   unused = [c for c in map(chr, range(ord("A"), ord("z") + 1)) if c.isalpha() and c not in equation]
   ellipsis = unused[: max(0, *dots)]
   lhs, rhs = (
-      labels.replace("...", "".join(ellipsis[len(ellipsis) - n :]) if n > 0 else "")
-      for labels, n in zip(operands, dots, strict=True)
+    labels.replace("...", "".join(ellipsis[len(ellipsis) - n :]) if n > 0 else "")
+    for labels, n in zip(operands, dots, strict=True)
   )
   if not arrow:
     counts = collections.Counter(lhs + rhs)
@@ -202,14 +202,14 @@ def _labels(equation: str, lhs_ndim: int, rhs_ndim: int) -> tuple[str, str, str]
   legal = all(c.isalpha() for c in lhs + rhs + out)
   if not legal or len(set(out)) != len(out) or not set(out) <= set(lhs + rhs) or min(dots) < 0:
     raise ValueError(
-        "Fp8Einsum: labels are letters, and each label of the output must occur there once and in "
-        f"an operand; got {equation=} for operands of rank {lhs_ndim} and {rhs_ndim}. Mend it."
+      "Fp8Einsum: labels are letters, and each label of the output must occur there once and in "
+      f"an operand; got {equation=} for operands of rank {lhs_ndim} and {rhs_ndim}. Mend it."
     )
   return lhs, rhs, out
 
 
 def _sizes(
-    equation: str, labels: str, shape: Sequence[int], other: Sequence[int]
+  equation: str, labels: str, shape: Sequence[int], other: Sequence[int]
 ) -> dict[str, int]:
   """Maps each label of one operand to its size, in order of first occurrence."""
   sizes: dict[str, int] = {}
@@ -218,7 +218,7 @@ def _sizes(
       labels = ""
   if len(labels) != len(shape):
     raise ValueError(
-        f"Fp8Einsum: an operand must have one dimension a label; got {equation=} with shapes "
-        f"{tuple(shape)} and {tuple(other)}. Mend the equation or the shapes."
+      f"Fp8Einsum: an operand must have one dimension a label; got {equation=} with shapes "
+      f"{tuple(shape)} and {tuple(other)}. Mend the equation or the shapes."
     )
   return sizes

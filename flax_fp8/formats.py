@@ -61,12 +61,12 @@ class Float8:
 def _describe(dtype: Any) -> Float8:
   info = ml_dtypes.finfo(dtype)
   return Float8(
-      dtype=np.dtype(dtype),
-      max=float(info.max),
-      smallest_normal=float(info.smallest_normal),
-      smallest_subnormal=float(info.smallest_subnormal),
-      mantissa_bits=int(info.nmant),
-      has_inf=bool(np.isinf(np.asarray(np.inf).astype(dtype).astype(np.float32))),
+    dtype=np.dtype(dtype),
+    max=float(info.max),
+    smallest_normal=float(info.smallest_normal),
+    smallest_subnormal=float(info.smallest_subnormal),
+    mantissa_bits=int(info.nmant),
+    has_inf=bool(np.isinf(np.asarray(np.inf).astype(dtype).astype(np.float32))),
   )
 
 
@@ -98,8 +98,8 @@ def float8(dtype: Any) -> Float8:
   found = _BY_DTYPE.get(jnp.dtype(dtype))
   if found is None:
     raise ValueError(
-        f"formats.float8: the dtype must be one of {[d.name for d in _BY_DTYPE]}; got {dtype=}. "
-        "Pass one of these."
+      f"formats.float8: the dtype must be one of {[d.name for d in _BY_DTYPE]}; got {dtype=}. "
+      "Pass one of these."
     )
   return found
 
@@ -140,8 +140,8 @@ class Format:
     for name in ("forward", "backward"):
       if not isinstance(value := getattr(self, name), Float8):
         raise TypeError(
-            f"Format: {name} must be a formats.Float8; got {value!r}. Pass formats.E4M3, or "
-            "formats.float8(dtype)."
+          f"Format: {name} must be a formats.Float8; got {value!r}. Pass formats.E4M3, or "
+          "formats.float8(dtype)."
         )
 
 

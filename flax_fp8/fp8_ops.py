@@ -19,34 +19,34 @@ from flax_fp8.formats import Format, float8
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, read_state
 from flax_fp8.meta_dtype import MaxGradDType, MaxGradRules, fp32_max_grad, max_grad
 from flax_fp8.ops.flax_dots import (
-    dot_general_transpose_lhs,
-    dot_general_transpose_rhs,
-    dot_general_with_precision,
-    dot_general_with_precision_jvp,
-    fp8_scaled_dot_general,
-    quantized_dot,
-    quantized_dot_bwd,
-    quantized_dot_fwd,
-    warn_of_precision,
+  dot_general_transpose_lhs,
+  dot_general_transpose_rhs,
+  dot_general_with_precision,
+  dot_general_with_precision_jvp,
+  fp8_scaled_dot_general,
+  quantized_dot,
+  quantized_dot_bwd,
+  quantized_dot_fwd,
+  warn_of_precision,
 )
 from flax_fp8.ops.quantization import (
-    dequantize,
-    in_q,
-    in_q_bwd,
-    in_q_fwd,
-    in_qdq,
-    in_qdq_bwd,
-    in_qdq_fwd,
-    out_dq,
-    out_dq_bwd,
-    out_dq_fwd,
-    out_qdq,
-    out_qdq_bwd,
-    out_qdq_fwd,
-    qdq,
-    quantize,
-    quantize_dequantize_update,
-    update_fp8_meta,
+  dequantize,
+  in_q,
+  in_q_bwd,
+  in_q_fwd,
+  in_qdq,
+  in_qdq_bwd,
+  in_qdq_fwd,
+  out_dq,
+  out_dq_bwd,
+  out_dq_fwd,
+  out_qdq,
+  out_qdq_bwd,
+  out_qdq_fwd,
+  qdq,
+  quantize,
+  quantize_dequantize_update,
+  update_fp8_meta,
 )
 from flax_fp8.quantize import scale_from_amax as _scale_from_amax
 from flax_fp8.recipes.delayed import DelayedScaling
@@ -86,7 +86,7 @@ def get_fp8_max(fp8_dtype: DType, out_dtype: DType) -> jax.Array:
 
 
 def compute_scale(
-    amax: jax.Array, scale: jax.Array, fp8_max: jax.Array | float, margin: float = 0
+  amax: jax.Array, scale: jax.Array, fp8_max: jax.Array | float, margin: float = 0
 ) -> jax.Array:
   """Computes the scale that maps ``amax`` to ``fp8_max / 2**margin``.
 
@@ -200,23 +200,23 @@ class Fp8DirectDotGeneralOp(Fp8DotGeneralBase):
 
   @nn.compact
   def __call__(
-      self,
-      lhs: jax.Array,
-      rhs: jax.Array,
-      dimension_numbers: Any,
-      precision: Any = None,
-      preferred_element_type: Any = None,
+    self,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    dimension_numbers: Any,
+    precision: Any = None,
+    preferred_element_type: Any = None,
   ) -> jax.Array:
     """Contracts; arguments as ``lax.dot_general``."""
     warn_of_precision(name := type(self).__name__, precision)
     return ops.dot_general(
-        lhs,
-        rhs,
-        dimension_numbers,
-        recipe=self.recipe,
-        state=read_state(self, self.recipe),
-        preferred_element_type=preferred_element_type or rhs.dtype,
-        name=name,
+      lhs,
+      rhs,
+      dimension_numbers,
+      recipe=self.recipe,
+      state=read_state(self, self.recipe),
+      preferred_element_type=preferred_element_type or rhs.dtype,
+      name=name,
     )
 
 
@@ -252,23 +252,23 @@ class Fp8Einsum(Fp8DotGeneralBase):
 
   @nn.compact
   def __call__(
-      self,
-      eqn: str,
-      lhs: jax.Array,
-      rhs: jax.Array,
-      precision: Any = None,
-      preferred_element_type: Any = None,
+    self,
+    eqn: str,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    precision: Any = None,
+    preferred_element_type: Any = None,
   ) -> jax.Array:
     """Contracts; arguments as ``jnp.einsum``."""
     warn_of_precision(name := type(self).__name__, precision)
     return ops.einsum(
-        eqn,
-        lhs,
-        rhs,
-        recipe=self.recipe,
-        state=read_state(self, self.recipe),
-        preferred_element_type=preferred_element_type or rhs.dtype,
-        name=name,
+      eqn,
+      lhs,
+      rhs,
+      recipe=self.recipe,
+      state=read_state(self, self.recipe),
+      preferred_element_type=preferred_element_type or rhs.dtype,
+      name=name,
     )
 
 
@@ -302,10 +302,10 @@ class Fp8DotGeneralOp(Fp8DotGeneralBase):
   def __post_init__(self) -> None:
     super().__post_init__()
     warnings.warn(
-        f"{type(self).__name__} is deprecated, because it leaves to XLA whether a GEMM is FP8. Use "
-        f"{self._replacement()}.",
-        DeprecationWarning,
-        stacklevel=3,
+      f"{type(self).__name__} is deprecated, because it leaves to XLA whether a GEMM is FP8. Use "
+      f"{self._replacement()}.",
+      DeprecationWarning,
+      stacklevel=3,
     )
 
   def _replacement(self) -> str:
@@ -313,7 +313,7 @@ class Fp8DotGeneralOp(Fp8DotGeneralBase):
 
   @nn.compact
   def __call__(
-      self, lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, precision: Any = None
+    self, lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, precision: Any = None
   ) -> jax.Array:
     """Contracts; arguments as ``lax.dot_general``."""
     warn_of_precision(type(self).__name__, precision)
@@ -359,46 +359,46 @@ def _leaves(state: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
 
 
 __all__ = [
-    "CAN_USE_EARRAY",
-    "DType",
-    "Fp8DirectDotGeneralOp",
-    "Fp8DotGeneral",
-    "Fp8DotGeneralBase",
-    "Fp8DotGeneralOp",
-    "Fp8Einsum",
-    "Fp8MetaTyRules",
-    "NANOOFp8DotGeneralOp",
-    "OVERWRITE_WITH_GRADIENT",
-    "compute_amax_history",
-    "compute_scale",
-    "dequantize",
-    "dot_general_transpose_lhs",
-    "dot_general_transpose_rhs",
-    "dot_general_with_precision",
-    "dot_general_with_precision_jvp",
-    "fm32",
-    "fp32_max_grad",
-    "fp8_meta_dtype",
-    "fp8_meta_dtype_wrapper",
-    "fp8_scaled_dot_general",
-    "get_fp8_max",
-    "in_q",
-    "in_q_bwd",
-    "in_q_fwd",
-    "in_qdq",
-    "in_qdq_bwd",
-    "in_qdq_fwd",
-    "out_dq",
-    "out_dq_bwd",
-    "out_dq_fwd",
-    "out_qdq",
-    "out_qdq_bwd",
-    "out_qdq_fwd",
-    "qdq",
-    "quantize",
-    "quantize_dequantize_update",
-    "quantized_dot",
-    "quantized_dot_bwd",
-    "quantized_dot_fwd",
-    "update_fp8_meta",
+  "CAN_USE_EARRAY",
+  "DType",
+  "Fp8DirectDotGeneralOp",
+  "Fp8DotGeneral",
+  "Fp8DotGeneralBase",
+  "Fp8DotGeneralOp",
+  "Fp8Einsum",
+  "Fp8MetaTyRules",
+  "NANOOFp8DotGeneralOp",
+  "OVERWRITE_WITH_GRADIENT",
+  "compute_amax_history",
+  "compute_scale",
+  "dequantize",
+  "dot_general_transpose_lhs",
+  "dot_general_transpose_rhs",
+  "dot_general_with_precision",
+  "dot_general_with_precision_jvp",
+  "fm32",
+  "fp32_max_grad",
+  "fp8_meta_dtype",
+  "fp8_meta_dtype_wrapper",
+  "fp8_scaled_dot_general",
+  "get_fp8_max",
+  "in_q",
+  "in_q_bwd",
+  "in_q_fwd",
+  "in_qdq",
+  "in_qdq_bwd",
+  "in_qdq_fwd",
+  "out_dq",
+  "out_dq_bwd",
+  "out_dq_fwd",
+  "out_qdq",
+  "out_qdq_bwd",
+  "out_qdq_fwd",
+  "qdq",
+  "quantize",
+  "quantize_dequantize_update",
+  "quantized_dot",
+  "quantized_dot_bwd",
+  "quantized_dot_fwd",
+  "update_fp8_meta",
 ]

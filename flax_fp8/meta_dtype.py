@@ -85,8 +85,8 @@ class MaxGradDType(_compat.ExtendedDType):
   def __post_init__(self) -> None:
     if np.dtype(self.float_dtype) != np.float32:
       raise ValueError(
-          f"MaxGradDType: the dtype in memory must be float32; got {self.float_dtype}. Use "
-          "fp32_max_grad."
+        f"MaxGradDType: the dtype in memory must be float32; got {self.float_dtype}. Use "
+        "fp32_max_grad."
       )
     object.__setattr__(self, "float_dtype", np.dtype("float32"))
 

@@ -132,11 +132,11 @@ def product(lhs_scale: jax.Array, rhs_scale: jax.Array) -> jax.Array:
 
 
 def scale_from_amax(
-    amax: jax.Array,
-    fallback: jax.Array,
-    float8_max: float,
-    margin: float = 0,
-    power_of_two: bool = False,
+  amax: jax.Array,
+  fallback: jax.Array,
+  float8_max: float | jax.Array,
+  margin: float = 0,
+  power_of_two: bool = False,
 ) -> jax.Array:
   """Computes the scale under which ``amax`` is the format's largest value.
 

@@ -20,14 +20,16 @@ class Layout:
   exponent_bits: int
   mantissa_bits: int
   bias: int
-  kind: str  # "ieee": infinities and NaNs; "fn": one NaN a sign, no infinity; "fnuz": one NaN, no -0
+  kind: (
+    str  # "ieee": infinities and NaNs; "fn": one NaN a sign, no infinity; "fnuz": one NaN, no -0
+  )
 
 
 LAYOUTS = {
-    "float8_e4m3fn": Layout(4, 3, 7, "fn"),
-    "float8_e5m2": Layout(5, 2, 15, "ieee"),
-    "float8_e4m3fnuz": Layout(4, 3, 8, "fnuz"),
-    "float8_e5m2fnuz": Layout(5, 2, 16, "fnuz"),
+  "float8_e4m3fn": Layout(4, 3, 7, "fn"),
+  "float8_e5m2": Layout(5, 2, 15, "ieee"),
+  "float8_e4m3fnuz": Layout(4, 3, 8, "fnuz"),
+  "float8_e5m2fnuz": Layout(5, 2, 16, "fnuz"),
 }
 
 
@@ -69,8 +71,9 @@ def round_scalar(x: float, name: str) -> float:
 
 
 def quantize(x: np.ndarray, scale: float, name: str) -> np.ndarray:
-  """``round(x / scale)`` elementwise; the quotient is float32 as in hardware, the result float64."""
-  quotient = np.float32(x) / np.float32(scale)
+  """``round(x / scale)`` elementwise; the quotient is float32, as in hardware."""
+  with np.errstate(all="ignore"):
+    quotient = np.float32(x) / np.float32(scale)
   return np.vectorize(round_scalar, otypes=[np.float64])(quotient.astype(np.float64), name)
 
 
@@ -97,4 +100,6 @@ def roll(history: np.ndarray, amax: float) -> np.ndarray:
 
 def amax(*tensors: np.ndarray) -> float:
   """Largest magnitude of all that a state saw, element by element."""
-  return max((abs(float(v)) for t in tensors for v in np.asarray(t, np.float64).ravel()), default=0.0)
+  return max(
+    (abs(float(v)) for t in tensors for v in np.asarray(t, np.float64).ravel()), default=0.0
+  )

@@ -1,8 +1,8 @@
-"""Is FP8 state right under JAX's transformations? Prints a table; ``python -m tests.transformations``.
+"""Is FP8 state right under JAX's transformations? ``python -m tests.transformations`` prints a table.
 
 Rows are programs that use one FP8 layer under a transformation. Columns are ways to differentiate:
 plain ``jax.grad``; ``fp8.value_and_grad``; and ``TrainState``, that is, plain ``jax.grad`` around
-``state.apply_fn`` (which is the looped function, where the loop lies outside of the model) followed by
+``state.apply_fn`` (the looped function, where the loop lies outside of the model) followed by
 ``apply_gradients``. A cell is right when scales and histories of all three tensors equal those of
 the float64 oracle, which is told every tensor that the layer met.
 """
@@ -31,16 +31,18 @@ COLUMNS = ("jax.grad", "value_and_grad", "TrainState")
 RECIPE = fp8.DelayedScaling(amax_history_len=4)
 ROLES = {"input": "float8_e4m3fn", "kernel": "float8_e4m3fn", "output_grad": "float8_e5m2"}
 HISTORY = {
-    "input": np.array([0.5, 3.0, 1.0, 0.25], np.float32),
-    "kernel": np.array([0.25, 0.125, 2.0, 1.0], np.float32),
-    "output_grad": np.array([4.0, 1.0, 0.5, 0.0], np.float32),
+  "input": np.array([0.5, 3.0, 1.0, 0.25], np.float32),
+  "kernel": np.array([0.25, 0.125, 2.0, 1.0], np.float32),
+  "output_grad": np.array([4.0, 1.0, 0.5, 0.0], np.float32),
 }
 STEPS, BATCH, WIDTH = 4, 4, 8  # four microbatches, calls, experts or layers
 
 _random = np.random.default_rng(0)
 X = _random.normal(size=(STEPS, BATCH, WIDTH)).astype(np.float32)
 # Cotangents of the outputs: the loss is sum(out * C). Magnitudes differ a step, so a sum shows.
-C = (_random.normal(size=X.shape) * np.array([1, 3, 2, 0.5]).reshape(STEPS, 1, 1)).astype(np.float32)
+C = (_random.normal(size=X.shape) * np.array([1, 3, 2, 0.5]).reshape(STEPS, 1, 1)).astype(
+  np.float32
+)
 KERNELS = _random.normal(size=(STEPS, WIDTH, WIDTH)).astype(np.float32) / 3
 
 
@@ -243,7 +245,7 @@ def sharded(check_vma: bool) -> Callable[[Callable[..., Any]], Loss]:
       return jax.lax.psum(_loss(apply, variables, x[0], c[0]), "data")
 
     run = jax.shard_map(
-        local, mesh=mesh(), in_specs=(P(), P("data"), P("data")), out_specs=P(), check_vma=check_vma
+      local, mesh=mesh(), in_specs=(P(), P("data"), P("data")), out_specs=P(), check_vma=check_vma
     )
     return lambda variables: run(variables, X, C)
 
@@ -287,34 +289,34 @@ FIRST = Seen(X[0], KERNELS[0], C[0])
 LAYER = {"model": Layer(), "inputs": (X[0],)}
 
 CASES = [
-    Case("several calls, jit", ThreeCalls(), whole),
-    Case("several calls, eager", ThreeCalls(), whole, jit=False),
-    Case("jit inside grad", ThreeCalls(), jitted_inside, jit=False),
-    Case("vmap, shared", program=vmapped, **LAYER),
-    Case("vmap, shared, eager", program=vmapped, jit=False, **LAYER),
-    Case("nn.vmap, shared", Mapped(None), whole),
-    Case("nn.vmap, per expert", Mapped(0), whole, PER_STEP),
-    Case("lax.scan over microbatches", program=microbatches, outside=True, expect=SUMS, **LAYER),
-    Case("recurrent carry", Recurrent(), whole, recurrence(), expect=SUMS),
-    Case("nn.scan, per layer", Scanned(True), whole, PER_STEP),
-    Case("nn.scan, broadcast", Scanned(False), whole, expect=SUMS),
-    Case("several calls in a remat, jit", Inside(), whole),
-    Case("several calls in a remat, eager", Inside(), whole, jit=False),
-    Case("several calls of a remat, jit", ThreeCalls(nn.remat), whole, expect=SUMS),
-    Case("several calls of a remat, eager", ThreeCalls(nn.remat), whole, jit=False, expect=SUMS),
-    Case("cond", program=cond, seen=FIRST, outside=True, **LAYER),
-    Case("fori_loop", program=fori_loop, outside=True, expect=SUMS, **LAYER),
-    Case("shard_map, check_vma=True", program=sharded(True), **LAYER),
-    Case("shard_map, check_vma=True, eager", program=sharded(True), jit=False, **LAYER),
-    Case(
-        "shard_map, check_vma=False",
-        program=sharded(False),
-        expect={"value_and_grad": "clear error"},
-        **LAYER,
-    ),
-    Case("pjit, sharded batch", program=pjit, **LAYER),
-    Case("vmap of scan", program=vmap_of_scan, outside=True, expect=SUMS, **LAYER),
-    Case("scan of vmap", program=scan_of_vmap, outside=True, expect=SUMS, **LAYER),
+  Case("several calls, jit", ThreeCalls(), whole),
+  Case("several calls, eager", ThreeCalls(), whole, jit=False),
+  Case("jit inside grad", ThreeCalls(), jitted_inside, jit=False),
+  Case("vmap, shared", program=vmapped, **LAYER),
+  Case("vmap, shared, eager", program=vmapped, jit=False, **LAYER),
+  Case("nn.vmap, shared", Mapped(None), whole),
+  Case("nn.vmap, per expert", Mapped(0), whole, PER_STEP),
+  Case("lax.scan over microbatches", program=microbatches, outside=True, expect=SUMS, **LAYER),
+  Case("recurrent carry", Recurrent(), whole, recurrence(), expect=SUMS),
+  Case("nn.scan, per layer", Scanned(True), whole, PER_STEP),
+  Case("nn.scan, broadcast", Scanned(False), whole, expect=SUMS),
+  Case("several calls in a remat, jit", Inside(), whole),
+  Case("several calls in a remat, eager", Inside(), whole, jit=False),
+  Case("several calls of a remat, jit", ThreeCalls(nn.remat), whole, expect=SUMS),
+  Case("several calls of a remat, eager", ThreeCalls(nn.remat), whole, jit=False, expect=SUMS),
+  Case("cond", program=cond, seen=FIRST, outside=True, **LAYER),
+  Case("fori_loop", program=fori_loop, outside=True, expect=SUMS, **LAYER),
+  Case("shard_map, check_vma=True", program=sharded(True), **LAYER),
+  Case("shard_map, check_vma=True, eager", program=sharded(True), jit=False, **LAYER),
+  Case(
+    "shard_map, check_vma=False",
+    program=sharded(False),
+    expect={"value_and_grad": "clear error"},
+    **LAYER,
+  ),
+  Case("pjit, sharded batch", program=pjit, **LAYER),
+  Case("vmap of scan", program=vmap_of_scan, outside=True, expect=SUMS, **LAYER),
+  Case("scan of vmap", program=scan_of_vmap, outside=True, expect=SUMS, **LAYER),
 ]
 
 
@@ -386,8 +388,12 @@ def main() -> int:
     surprises += sum(cells[c] != case.expect.get(c, "right") for c in COLUMNS)
     print(f"| {case.name} | {' | '.join(cells[c].splitlines()[0] for c in COLUMNS)} |")
   total = len(CASES) * len(COLUMNS)
-  print(f"\n{total} cells, {surprises} not as documented. sums: shared state entered a loop or remat as")
-  print("float32; differentiate with fp8.value_and_grad, or cast with fp8.as_max_grad outside the loop.")
+  print(
+    f"\n{total} cells, {surprises} not as documented. sums: shared state entered a loop or remat as"
+  )
+  print(
+    "float32; differentiate with fp8.value_and_grad, or cast with fp8.as_max_grad outside the loop."
+  )
   return surprises
 
 

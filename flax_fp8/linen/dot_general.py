@@ -54,23 +54,23 @@ class Fp8DotGeneral(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      lhs: jax.Array,
-      rhs: jax.Array,
-      dimension_numbers: Any,
-      precision: Any = None,
-      preferred_element_type: Any = None,
+    self,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    dimension_numbers: Any,
+    precision: Any = None,
+    preferred_element_type: Any = None,
   ) -> jax.Array:
     """Contracts; arguments as ``lax.dot_general``, ``lhs`` the input and ``rhs`` the kernel."""
     check.precision(name := type(self).__name__, precision)
     return ops.dot_general(
-        lhs,
-        rhs,
-        dimension_numbers,
-        recipe=self.recipe,
-        state=read_state(self, self.recipe),
-        preferred_element_type=preferred_element_type,
-        name=name,
+      lhs,
+      rhs,
+      dimension_numbers,
+      recipe=self.recipe,
+      state=read_state(self, self.recipe),
+      preferred_element_type=preferred_element_type,
+      name=name,
     )
 
 
@@ -111,23 +111,23 @@ class Fp8Einsum(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      equation: str,
-      lhs: jax.Array,
-      rhs: jax.Array,
-      precision: Any = None,
-      preferred_element_type: Any = None,
+    self,
+    equation: str,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    precision: Any = None,
+    preferred_element_type: Any = None,
   ) -> jax.Array:
     """Contracts; arguments as ``jnp.einsum``, ``lhs`` the input and ``rhs`` the kernel."""
     check.precision(name := type(self).__name__, precision)
     return ops.einsum(
-        equation,
-        lhs,
-        rhs,
-        recipe=self.recipe,
-        state=read_state(self, self.recipe),
-        preferred_element_type=preferred_element_type,
-        name=name,
+      equation,
+      lhs,
+      rhs,
+      recipe=self.recipe,
+      state=read_state(self, self.recipe),
+      preferred_element_type=preferred_element_type,
+      name=name,
     )
 
 

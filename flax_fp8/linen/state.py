@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,11 +32,11 @@ def read_state(module: nn.Module, recipe: Recipe) -> dict[str, TensorState]:
     ValueError: the module is applied without its state.
   """
   return {
-      role.value: {
-          key: _read(module, f"{role.value}_{key}", value)
-          for key, value in recipe.init_state(role).items()
-      }
-      for role in Role
+    role.value: {
+      key: _read(module, f"{role.value}_{key}", value)
+      for key, value in recipe.init_state(role).items()
+    }
+    for role in Role
   }
 
 
@@ -43,10 +44,10 @@ def _read(module: nn.Module, name: str, fresh: np.ndarray) -> jax.Array:
   has = module.has_variable(OVERWRITE_WITH_GRADIENT, name)
   if not has and not module.is_mutable_collection(OVERWRITE_WITH_GRADIENT):
     raise ValueError(
-        f"{type(module).__name__}: applying the model needs the collection "
-        f"{OVERWRITE_WITH_GRADIENT!r}; got variables without {name!r} at "
-        f"{'/'.join(module.path)!r}. Pass the whole variables dict, and for a checkpoint that was "
-        "trained without FP8 add fresh state with upgrade_variables(model, variables, *inputs)."
+      f"{type(module).__name__}: applying the model needs the collection "
+      f"{OVERWRITE_WITH_GRADIENT!r}; got variables without {name!r} at "
+      f"{'/'.join(module.path)!r}. Pass the whole variables dict, and for a checkpoint that was "
+      "trained without FP8 add fresh state with upgrade_variables(model, variables, *inputs)."
     )
   variable = module.variable(OVERWRITE_WITH_GRADIENT, name, lambda: jnp.asarray(fresh))
   return _cast_once(module, variable.value)
@@ -65,6 +66,7 @@ def _cast_once(module: nn.Module, value: Any) -> Any:
   """
   if not isinstance(value, jax.core.Tracer):
     return value
+  assert module.scope is not None
   casts = _casts.setdefault(module.scope.root, {})
   if id(value) not in casts:
     casts[id(value)] = (value, to_max_grad(value))  # holding the tracer keeps its id from reuse

@@ -21,16 +21,16 @@ def result_dtype(name: str, lhs: jax.Array, rhs: jax.Array, preferred: Any) -> A
   for side, x in (("lhs", lhs), ("rhs", rhs)):
     if x.dtype.name not in COMPUTE_DTYPES:
       raise TypeError(
-          f"{name}: operands must be of dtype {', '.join(COMPUTE_DTYPES)}; got {side} of dtype "
-          f"{x.dtype} and shape {x.shape}. Cast it, or leave this contraction to lax.dot_general."
+        f"{name}: operands must be of dtype {', '.join(COMPUTE_DTYPES)}; got {side} of dtype "
+        f"{x.dtype} and shape {x.shape}. Cast it, or leave this contraction to lax.dot_general."
       )
   dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
   if preferred is None:
     return dtype
   if jnp.dtype(preferred).name not in COMPUTE_DTYPES:
     raise TypeError(
-        f"{name}: preferred_element_type must be one of {', '.join(COMPUTE_DTYPES)}; got "
-        f"preferred_element_type={preferred}. Leave it out for {dtype}."
+      f"{name}: preferred_element_type must be one of {', '.join(COMPUTE_DTYPES)}; got "
+      f"preferred_element_type={preferred}. Leave it out for {dtype}."
     )
   return jnp.dtype(preferred)
 
@@ -45,10 +45,10 @@ def dimension_numbers(name: str, numbers: Any, lhs: jax.Array, rhs: jax.Array) -
     jax.eval_shape(lambda x, y: lax.dot_general(x, y, dims), *like)
   except (TypeError, ValueError) as error:
     raise ValueError(
-        f"{name}: dimension_numbers must be ((lhs_contracting, rhs_contracting), (lhs_batch, "
-        "rhs_batch)) with equal sizes of paired axes; got "
-        f"dimension_numbers={numbers}, lhs of shape {lhs.shape}, rhs of shape {rhs.shape}: {error} "
-        "Mend the axes or the shapes."
+      f"{name}: dimension_numbers must be ((lhs_contracting, rhs_contracting), (lhs_batch, "
+      "rhs_batch)) with equal sizes of paired axes; got "
+      f"dimension_numbers={numbers}, lhs of shape {lhs.shape}, rhs of shape {rhs.shape}: {error} "
+      "Mend the axes or the shapes."
     ) from error
   return dims
 
@@ -57,8 +57,8 @@ def precision(name: str, value: Any) -> None:
   """Raises ValueError for a precision other than the default: the recipe chooses it."""
   if value not in (None, lax.Precision.DEFAULT):
     raise ValueError(
-        f"{name}: the recipe chooses how the FP8 GEMMs accumulate, so precision must be None; got "
-        f"precision={value}. Leave precision out of this layer, or leave the layer out of FP8."
+      f"{name}: the recipe chooses how the FP8 GEMMs accumulate, so precision must be None; got "
+      f"precision={value}. Leave precision out of this layer, or leave the layer out of FP8."
     )
 
 
@@ -66,16 +66,16 @@ def state(name: str, recipe: Any, value: Mapping[str, Any]) -> None:
   """Raises TypeError or ValueError where the state is not of the recipe's making."""
   if not isinstance(recipe, Recipe):
     raise TypeError(
-        f"{name}: recipe must be a recipe, such as DelayedScaling(); got recipe={recipe!r}. Pass "
-        "an instance, not its class or name."
+      f"{name}: recipe must be a recipe, such as DelayedScaling(); got recipe={recipe!r}. Pass "
+      "an instance, not its class or name."
     )
   for role in Role:
     fresh = recipe.init_state(role)
     leaves = value.get(role.value, {})
     if leaves.keys() != fresh.keys():
       raise ValueError(
-          f"{name}: the state of {role.value} must hold {sorted(fresh)}; got {sorted(leaves)}. Make "
-          "it with ops.init_state(recipe)."
+        f"{name}: the state of {role.value} must hold {sorted(fresh)}; got {sorted(leaves)}. Make "
+        "it with ops.init_state(recipe)."
       )
     for key, leaf in leaves.items():
       _leaf(f"{name}: {role.value}_{key}", leaf, fresh[key].shape, recipe)
@@ -84,14 +84,14 @@ def state(name: str, recipe: Any, value: Mapping[str, Any]) -> None:
 def _leaf(name: str, leaf: Any, shape: tuple[int, ...], recipe: Recipe) -> None:
   if not is_max_grad(leaf) and leaf.dtype != jnp.float32:
     raise TypeError(
-        f"{name} must be float32 or fp32_max_grad; got dtype {leaf.dtype}. Keep FP8 state out of "
-        "casts of parameters."
+      f"{name} must be float32 or fp32_max_grad; got dtype {leaf.dtype}. Keep FP8 state out of "
+      "casts of parameters."
     )
   if leaf.shape != shape and (leaf.shape, shape) != ((), (1,)):
     raise ValueError(
-        f"{name} must have shape {shape} for {recipe}; got shape {leaf.shape}. Choose the recipe "
-        "that the state was made with, map leading axes with nn.vmap or nn.scan, or take fresh state "
-        "from upgrade_variables."
+      f"{name} must have shape {shape} for {recipe}; got shape {leaf.shape}. Choose the recipe "
+      "that the state was made with, map leading axes with nn.vmap or nn.scan, or take fresh state "
+      "from upgrade_variables."
     )
 
 

@@ -26,14 +26,14 @@ State: TypeAlias = Mapping[str, TensorState]
 
 
 def dot_general(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    dimension_numbers: Any,
-    *,
-    recipe: Recipe,
-    state: State,
-    preferred_element_type: Any = None,
-    name: str = "dot_general",
+  lhs: jax.Array,
+  rhs: jax.Array,
+  dimension_numbers: Any,
+  *,
+  recipe: Recipe,
+  state: State,
+  preferred_element_type: Any = None,
+  name: str = "dot_general",
 ) -> jax.Array:
   """Contracts two arrays in FP8; ``lax.dot_general`` with state.
 
@@ -68,7 +68,9 @@ def dot_general(
     >>> recipe = fp8.DelayedScaling(amax_history_len=2)
     >>> state = ops.init_state(recipe)
     >>> def loss(state, x, w):
-    ...   return jnp.sum(ops.dot_general(x, w, (((1,), (0,)), ((), ())), recipe=recipe, state=state))
+    ...   return jnp.sum(
+    ...     ops.dot_general(x, w, (((1,), (0,)), ((), ())), recipe=recipe, state=state)
+    ...   )
     >>> new_state = jax.grad(loss)(state, jnp.full((2, 4), 3.0), jnp.ones((4, 2)))
     >>> new_state["input"]
     {'amax_history': Array([3., 0.], dtype=float32), 'scale': Array([1.], dtype=float32)}
@@ -104,13 +106,13 @@ def init_state(recipe: Recipe) -> dict[str, TensorState]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _scaled_dot_general(
-    recipe: Recipe, dims: DimensionNumbers, dtype: Any, lhs: jax.Array, rhs: jax.Array, state: State
+  recipe: Recipe, dims: DimensionNumbers, dtype: Any, lhs: jax.Array, rhs: jax.Array, state: State
 ) -> jax.Array:
   return _forward(recipe, dims, dtype, lhs, rhs, state)[0]
 
 
 def _forward(
-    recipe: Recipe, dims: DimensionNumbers, dtype: Any, lhs: jax.Array, rhs: jax.Array, state: State
+  recipe: Recipe, dims: DimensionNumbers, dtype: Any, lhs: jax.Array, rhs: jax.Array, state: State
 ) -> tuple[jax.Array, Any]:
   (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dims
   lhs_axes = (lhs_contract, contraction.kept_axes(lhs.ndim, lhs_contract, lhs_batch))
@@ -124,7 +126,7 @@ def _forward(
 
 
 def _backward(
-    recipe: Recipe, dims: DimensionNumbers, dtype: Any, residuals: Any, grad: jax.Array
+  recipe: Recipe, dims: DimensionNumbers, dtype: Any, residuals: Any, grad: jax.Array
 ) -> tuple[jax.Array, jax.Array, State]:
   del dtype
   q_lhs, q_rhs, lhs_seen, rhs_seen, state, (lhs, rhs) = residuals

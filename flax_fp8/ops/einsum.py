@@ -15,14 +15,14 @@ from flax_fp8.recipes.base import Recipe
 
 
 def einsum(
-    equation: str,
-    lhs: jax.Array,
-    rhs: jax.Array,
-    *,
-    recipe: Recipe,
-    state: State,
-    preferred_element_type: Any = None,
-    name: str = "einsum",
+  equation: str,
+  lhs: jax.Array,
+  rhs: jax.Array,
+  *,
+  recipe: Recipe,
+  state: State,
+  preferred_element_type: Any = None,
+  name: str = "einsum",
 ) -> jax.Array:
   """Contracts two arrays in FP8 by an einsum equation; ``jnp.einsum`` with state.
 
@@ -63,18 +63,18 @@ def einsum(
   """
   if not isinstance(equation, str):
     raise TypeError(
-        f"{name}: the equation must be a string; got {equation!r}. Write it as 'mk,kn->mn'."
+      f"{name}: the equation must be a string; got {equation!r}. Write it as 'mk,kn->mn'."
     )
   lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
   dtype = check.result_dtype(name, lhs, rhs, preferred_element_type)
   plan = plan_einsum(equation, lhs.shape, rhs.shape)
   out = dot_general(
-      jnp.einsum(plan.lhs_reduction, lhs),
-      jnp.einsum(plan.rhs_reduction, rhs),
-      plan.dimension_numbers,
-      recipe=recipe,
-      state=state,
-      preferred_element_type=dtype,
-      name=name,
+    jnp.einsum(plan.lhs_reduction, lhs),
+    jnp.einsum(plan.rhs_reduction, rhs),
+    plan.dimension_numbers,
+    recipe=recipe,
+    state=state,
+    preferred_element_type=dtype,
+    name=name,
   )
   return lax.transpose(out, plan.permutation)

@@ -20,20 +20,20 @@ from flax_fp8.recipes.delayed import DelayedScaling
 
 
 def fp8_scaled_dot_general(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    dimension_numbers: Any,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-    *,
-    lhs_scale: jax.Array,
-    rhs_scale: jax.Array,
-    grad_scale: jax.Array,
-    lhs_amax_history: jax.Array,
-    rhs_amax_history: jax.Array,
-    grad_amax_history: jax.Array,
-    quantize_compute_type: Any = jnp.float32,
-    fp8_format: Format = Format.HYBRID,
+  lhs: jax.Array,
+  rhs: jax.Array,
+  dimension_numbers: Any,
+  precision: Any = None,
+  preferred_element_type: Any = None,
+  *,
+  lhs_scale: jax.Array,
+  rhs_scale: jax.Array,
+  grad_scale: jax.Array,
+  lhs_amax_history: jax.Array,
+  rhs_amax_history: jax.Array,
+  grad_amax_history: jax.Array,
+  quantize_compute_type: Any = jnp.float32,
+  fp8_format: Format = Format.HYBRID,
 ) -> jax.Array:
   """Contracts in FP8 by delayed scaling, the state given leaf by leaf.
 
@@ -81,17 +81,17 @@ def fp8_scaled_dot_general(
   warn_of_precision("fp8_scaled_dot_general", precision)
   pair = lambda scale, history: {"scale": scale, "amax_history": history}
   return dot_general(
-      lhs,
-      rhs,
-      dimension_numbers,
-      recipe=DelayedScaling(amax_history_len=lhs_amax_history.shape[0], fp8_format=fp8_format),
-      state={
-          "input": pair(lhs_scale, lhs_amax_history),
-          "kernel": pair(rhs_scale, rhs_amax_history),
-          "output_grad": pair(grad_scale, grad_amax_history),
-      },
-      preferred_element_type=preferred_element_type,
-      name="fp8_scaled_dot_general",
+    lhs,
+    rhs,
+    dimension_numbers,
+    recipe=DelayedScaling(amax_history_len=lhs_amax_history.shape[0], fp8_format=fp8_format),
+    state={
+      "input": pair(lhs_scale, lhs_amax_history),
+      "kernel": pair(rhs_scale, rhs_amax_history),
+      "output_grad": pair(grad_scale, grad_amax_history),
+    },
+    preferred_element_type=preferred_element_type,
+    name="fp8_scaled_dot_general",
   )
 
 
@@ -104,16 +104,16 @@ def warn_of_precision(name: str, precision: Any) -> None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
 def quantized_dot(
-    lhs: jax.Array,
-    q_lhs: jax.Array,
-    lhs_scale: jax.Array,
-    rhs: jax.Array,
-    q_rhs: jax.Array,
-    rhs_scale: jax.Array,
-    out_grad_scale: jax.Array,
-    out_grad_amax_history: jax.Array,
-    dimension_numbers: Any,
-    preferred_element_type: Any = None,
+  lhs: jax.Array,
+  q_lhs: jax.Array,
+  lhs_scale: jax.Array,
+  rhs: jax.Array,
+  q_rhs: jax.Array,
+  rhs_scale: jax.Array,
+  out_grad_scale: jax.Array,
+  out_grad_amax_history: jax.Array,
+  dimension_numbers: Any,
+  preferred_element_type: Any = None,
 ) -> jax.Array:
   """Multiplies two quantised operands, unscaled; the backward pass quantises the gradient.
 
@@ -161,7 +161,7 @@ def quantized_dot_fwd(*args: Any) -> tuple[jax.Array, Any]:
 
 
 def quantized_dot_bwd(
-    dimension_numbers: Any, preferred_element_type: Any, res: Any, g: jax.Array
+  dimension_numbers: Any, preferred_element_type: Any, res: Any, g: jax.Array
 ) -> tuple[Any, ...]:
   """Backward rule of ``quantized_dot``."""
   lhs, q_lhs, lhs_scale, rhs, q_rhs, rhs_scale, scale, history = res
@@ -169,9 +169,13 @@ def quantized_dot_bwd(
   new_scale, new_history = update_fp8_meta(g, E5M2.dtype, scale, history)
   g_scale = to_float32(new_scale)
   q_g = quantize(g, E5M2.dtype, g_scale, jnp.float32)
-  dims = {"dimension_numbers": dimension_numbers, "precision": lax.Precision.HIGHEST}
-  grad_lhs = dot_general_transpose_lhs(q_g, lhs, q_rhs, **dims, preferred_element_type=jnp.float32)
-  grad_rhs = dot_general_transpose_rhs(q_g, q_lhs, rhs, **dims, preferred_element_type=jnp.float32)
+  how: Any = {
+    "dimension_numbers": dimension_numbers,
+    "precision": lax.Precision.HIGHEST,
+    "preferred_element_type": jnp.float32,
+  }
+  grad_lhs = dot_general_transpose_lhs(q_g, lhs, q_rhs, **how)
+  grad_rhs = dot_general_transpose_rhs(q_g, q_lhs, rhs, **how)
   grad_lhs = dequantize(grad_lhs, dtype, product(to_float32(rhs_scale), g_scale))
   grad_rhs = dequantize(grad_rhs, dtype, product(to_float32(lhs_scale), g_scale))
   return grad_lhs, None, None, grad_rhs, None, None, *emit((new_scale, new_history))
@@ -181,14 +185,14 @@ quantized_dot.defvjp(quantized_dot_fwd, quantized_dot_bwd)
 
 
 def dot_general_transpose_lhs(
-    g: jax.Array,
-    x: jax.Array,
-    y: jax.Array,
-    *,
-    dimension_numbers: Any,
-    precision: Any,
-    preferred_element_type: Any,
-    swap_ans: bool = False,
+  g: jax.Array,
+  x: jax.Array,
+  y: jax.Array,
+  *,
+  dimension_numbers: Any,
+  precision: Any,
+  preferred_element_type: Any,
+  swap_ans: bool = False,
 ) -> jax.Array:
   """Returns the gradient of the left operand of ``dot_general(x, y)``.
 
@@ -228,13 +232,13 @@ def dot_general_transpose_lhs(
 
 
 def dot_general_transpose_rhs(
-    g: jax.Array,
-    x: jax.Array,
-    y: jax.Array,
-    *,
-    dimension_numbers: Any,
-    precision: Any,
-    preferred_element_type: Any,
+  g: jax.Array,
+  x: jax.Array,
+  y: jax.Array,
+  *,
+  dimension_numbers: Any,
+  precision: Any,
+  preferred_element_type: Any,
 ) -> jax.Array:
   """Returns the gradient of the right operand of ``dot_general(x, y)``.
 
@@ -264,23 +268,23 @@ def dot_general_transpose_rhs(
   """
   (x_contract, y_contract), (x_batch, y_batch) = dimension_numbers
   return dot_general_transpose_lhs(
-      g,
-      y,
-      x,
-      dimension_numbers=((y_contract, x_contract), (y_batch, x_batch)),
-      precision=precision,
-      preferred_element_type=preferred_element_type,
-      swap_ans=True,
+    g,
+    y,
+    x,
+    dimension_numbers=((y_contract, x_contract), (y_batch, x_batch)),
+    precision=precision,
+    preferred_element_type=preferred_element_type,
+    swap_ans=True,
   )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def dot_general_with_precision(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    dimension_numbers: Any,
-    precision: Any = None,
-    preferred_element_type: Any = None,
+  lhs: jax.Array,
+  rhs: jax.Array,
+  dimension_numbers: Any,
+  precision: Any = None,
+  preferred_element_type: Any = None,
 ) -> jax.Array:
   """Multiplies with fast accumulation forward and full accumulation backward.
 
@@ -312,17 +316,17 @@ def dot_general_with_precision(
 
 @dot_general_with_precision.defjvp
 def dot_general_with_precision_jvp(
-    dimension_numbers: Any,
-    precision: Any,
-    preferred_element_type: Any,
-    primals: Any,
-    tangents: Any,
+  dimension_numbers: Any,
+  precision: Any,
+  preferred_element_type: Any,
+  primals: Any,
+  tangents: Any,
 ) -> tuple[jax.Array, jax.Array]:
   """Differentiation rule of ``dot_general_with_precision``."""
   del precision, preferred_element_type
   (lhs, rhs), (lhs_dot, rhs_dot) = primals, tangents
   full = functools.partial(
-      lax.dot_general, dimension_numbers=dimension_numbers, precision=lax.Precision.HIGHEST
+    lax.dot_general, dimension_numbers=dimension_numbers, precision=lax.Precision.HIGHEST
   )
   out = dot_general_with_precision(lhs, rhs, dimension_numbers)
   return out, full(lhs_dot, rhs) + full(lhs, rhs_dot)

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax_fp8 import amax as _amax
 from flax_fp8.formats import float8
 from flax_fp8.meta_dtype import like, to_float32
-from flax_fp8.quantize import product
 from flax_fp8.quantize import dequantize as _dequantize
+from flax_fp8.quantize import product
 from flax_fp8.quantize import quantize as _quantize
 from flax_fp8.recipes.delayed import next_scale, roll_history
 
@@ -116,7 +116,7 @@ def qdq(x: jax.Array, q_dtype: Any, scale: jax.Array, compute_dtype: Any) -> jax
 
 
 def update_fp8_meta(
-    x: jax.Array, q_dtype: Any, scale: jax.Array, amax_history: jax.Array
+  x: jax.Array, q_dtype: Any, scale: jax.Array, amax_history: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Takes a step of delayed scaling: the scale of this step, and the history for the next.
 
@@ -154,7 +154,7 @@ def update_fp8_meta(
 
 
 def quantize_dequantize_update(
-    x: jax.Array, q_dtype: Any, scale: jax.Array, amax_history: jax.Array, compute_dtype: Any
+  x: jax.Array, q_dtype: Any, scale: jax.Array, amax_history: jax.Array, compute_dtype: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Quantises and dequantises by delayed scaling, and returns the new state.
 
@@ -192,7 +192,7 @@ def quantize_dequantize_update(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def in_qdq(
-    compute_dtype: Any, q_dtype: Any, inp: jax.Array, scale: jax.Array, amax_history: jax.Array
+  compute_dtype: Any, q_dtype: Any, inp: jax.Array, scale: jax.Array, amax_history: jax.Array
 ) -> jax.Array:
   """Rounds an operand to FP8's grid going forward; its gradient passes through unchanged.
 
@@ -228,7 +228,7 @@ def in_qdq(
 
 
 def in_qdq_fwd(
-    compute_dtype: Any, q_dtype: Any, inp: jax.Array, scale: jax.Array, amax_history: jax.Array
+  compute_dtype: Any, q_dtype: Any, inp: jax.Array, scale: jax.Array, amax_history: jax.Array
 ) -> tuple[jax.Array, Any]:
   """Forward rule of ``in_qdq``."""
   inp = jnp.asarray(inp)
@@ -247,7 +247,7 @@ in_qdq.defvjp(in_qdq_fwd, in_qdq_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def out_qdq(
-    compute_dtype: Any, q_dtype: Any, out: jax.Array, scale: jax.Array, amax_history: jax.Array
+  compute_dtype: Any, q_dtype: Any, out: jax.Array, scale: jax.Array, amax_history: jax.Array
 ) -> jax.Array:
   """Rounds the gradient to FP8's grid going backward; the value passes through unchanged.
 
@@ -284,7 +284,7 @@ def out_qdq(
 
 
 def out_qdq_fwd(
-    compute_dtype: Any, q_dtype: Any, out: jax.Array, scale: jax.Array, amax_history: jax.Array
+  compute_dtype: Any, q_dtype: Any, out: jax.Array, scale: jax.Array, amax_history: jax.Array
 ) -> tuple[jax.Array, Any]:
   """Forward rule of ``out_qdq``."""
   del compute_dtype, q_dtype
@@ -293,7 +293,8 @@ def out_qdq_fwd(
 
 def out_qdq_bwd(compute_dtype: Any, q_dtype: Any, res: Any, g: jax.Array) -> tuple[Any, ...]:
   """Backward rule of ``out_qdq``."""
-  q_g, *new = quantize_dequantize_update(g, q_dtype, *res, compute_dtype)
+  scale, amax_history = res
+  q_g, *new = quantize_dequantize_update(g, q_dtype, scale, amax_history, compute_dtype)
   return q_g, *emit(new)
 
 
@@ -302,7 +303,7 @@ out_qdq.defvjp(out_qdq_fwd, out_qdq_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def in_q(
-    compute_dtype: Any, q_dtype: Any, inp: jax.Array, scale: jax.Array, amax_history: jax.Array
+  compute_dtype: Any, q_dtype: Any, inp: jax.Array, scale: jax.Array, amax_history: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Quantises an operand by delayed scaling.
 
@@ -339,7 +340,7 @@ def in_q(
 
 
 def in_q_fwd(
-    compute_dtype: Any, q_dtype: Any, inp: jax.Array, scale: jax.Array, amax_history: jax.Array
+  compute_dtype: Any, q_dtype: Any, inp: jax.Array, scale: jax.Array, amax_history: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
   """Forward rule of ``in_q``."""
   inp = jnp.asarray(inp)
@@ -358,9 +359,7 @@ in_q.defvjp(in_q_fwd, in_q_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def out_dq(
-    dq_type: Any, lhs_scale: jax.Array, rhs_scale: jax.Array, out: jax.Array
-) -> jax.Array:
+def out_dq(dq_type: Any, lhs_scale: jax.Array, rhs_scale: jax.Array, out: jax.Array) -> jax.Array:
   """Dequantises the product of two quantised operands; its gradient passes through unscaled.
 
   ``dequantize(out, lhs_scale * rhs_scale)``
@@ -390,7 +389,7 @@ def out_dq(
 
 
 def out_dq_fwd(
-    dq_type: Any, lhs_scale: jax.Array, rhs_scale: jax.Array, out: jax.Array
+  dq_type: Any, lhs_scale: jax.Array, rhs_scale: jax.Array, out: jax.Array
 ) -> tuple[jax.Array, Any]:
   """Forward rule of ``out_dq``."""
   return out_dq(dq_type, lhs_scale, rhs_scale, out), None

@@ -55,7 +55,7 @@ class Recipe(abc.ABC):
 
   @abc.abstractmethod
   def quantize(
-      self, x: jax.Array, state: TensorState, role: Role, contracting: tuple[Axes, Axes]
+    self, x: jax.Array, state: TensorState, role: Role, contracting: tuple[Axes, Axes]
   ) -> tuple[tuple[QTensor, QTensor], Any]:
     """Quantises a tensor for the two GEMMs that take it.
 
@@ -78,14 +78,14 @@ class Recipe(abc.ABC):
 
   @abc.abstractmethod
   def contract(
-      self, lhs: QTensor, rhs: QTensor, dimension_numbers: DimensionNumbers, kind: GemmKind
+    self, lhs: QTensor, rhs: QTensor, dimension_numbers: DimensionNumbers, kind: GemmKind
   ) -> jax.Array:
     """Multiplies two quantised tensors; returns the dequantised product in float32."""
 
   @final
   @property
   def dot_general_cls(self) -> Callable[..., Any]:
-    """``Fp8DotGeneral`` with this recipe: ``nn.Dense(n, dot_general_cls=recipe.dot_general_cls)``."""
+    """``Fp8DotGeneral`` with this recipe, for ``nn.Dense(n, dot_general_cls=...)``."""
     return _bind("dot_general_cls", self)
 
   @final

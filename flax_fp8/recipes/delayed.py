@@ -40,13 +40,13 @@ def roll_history(history: jax.Array, newest: jax.Array) -> jax.Array:
 
 
 def next_scale(
-    scale: jax.Array,
-    history: jax.Array,
-    float8: Float8,
-    *,
-    algo: AmaxComputeAlgo = "max",
-    margin: float = 0,
-    power_of_two: bool = False,
+  scale: jax.Array,
+  history: jax.Array,
+  float8: Float8,
+  *,
+  algo: AmaxComputeAlgo = "max",
+  margin: float = 0,
+  power_of_two: bool = False,
 ) -> jax.Array:
   """Computes the scale of this step from the history of the steps before it.
 
@@ -118,35 +118,35 @@ class DelayedScaling(Recipe):
   def __post_init__(self) -> None:
     if not isinstance(self.amax_history_len, int) or self.amax_history_len < 1:
       raise ValueError(
-          "DelayedScaling: amax_history_len must be an integer of at least 1; got "
-          f"amax_history_len={self.amax_history_len!r}. For scales without a memory, keep one amax."
+        "DelayedScaling: amax_history_len must be an integer of at least 1; got "
+        f"amax_history_len={self.amax_history_len!r}. For scales without a memory, keep one amax."
       )
     if self.amax_compute_algo not in get_args(AmaxComputeAlgo):
       raise ValueError(
-          f"DelayedScaling: amax_compute_algo must be one of {get_args(AmaxComputeAlgo)}; got "
-          f"amax_compute_algo={self.amax_compute_algo!r}. Pass one of these strings."
+        f"DelayedScaling: amax_compute_algo must be one of {get_args(AmaxComputeAlgo)}; got "
+        f"amax_compute_algo={self.amax_compute_algo!r}. Pass one of these strings."
       )
     if not -64 <= self.margin <= 64:
       raise ValueError(
-          "DelayedScaling: margin is a number of powers of two within ±64; got "
-          f"margin={self.margin!r}. A usual margin is 0, 1 or 2."
+        "DelayedScaling: margin is a number of powers of two within ±64; got "
+        f"margin={self.margin!r}. A usual margin is 0, 1 or 2."
       )
     if not isinstance(self.fp8_format, Format):
       raise TypeError(
-          f"DelayedScaling: fp8_format must be a Format; got fp8_format={self.fp8_format!r}. Pass "
-          "Format.HYBRID, Format.E4M3, or Format(forward, backward)."
+        f"DelayedScaling: fp8_format must be a Format; got fp8_format={self.fp8_format!r}. Pass "
+        "Format.HYBRID, Format.E4M3, or Format(forward, backward)."
       )
 
   def init_state(self, role: Role) -> dict[str, np.ndarray]:
     """Scale 1 and an empty history."""
     del role
     return {
-        "scale": np.ones((1,), np.float32),
-        "amax_history": np.zeros((self.amax_history_len,), np.float32),
+      "scale": np.ones((1,), np.float32),
+      "amax_history": np.zeros((self.amax_history_len,), np.float32),
     }
 
   def quantize(
-      self, x: jax.Array, state: TensorState, role: Role, contracting: tuple[Axes, Axes]
+    self, x: jax.Array, state: TensorState, role: Role, contracting: tuple[Axes, Axes]
   ) -> tuple[tuple[QTensor, QTensor], jax.Array]:
     """Quantises once for both GEMMs; observes the amax."""
     del contracting
@@ -156,12 +156,12 @@ class DelayedScaling(Recipe):
   def update(self, state: TensorState, observation: Any, role: Role) -> TensorState:
     """Keeps the scale that this step used, and records its amax."""
     return {
-        "scale": self._scale(state, role),
-        "amax_history": roll_history(state["amax_history"], observation),
+      "scale": self._scale(state, role),
+      "amax_history": roll_history(state["amax_history"], observation),
     }
 
   def contract(
-      self, lhs: QTensor, rhs: QTensor, dimension_numbers: DimensionNumbers, kind: GemmKind
+    self, lhs: QTensor, rhs: QTensor, dimension_numbers: DimensionNumbers, kind: GemmKind
   ) -> jax.Array:
     """One GEMM; fast accumulation going forward, full going backward."""
     fast = kind is GemmKind.FPROP
@@ -173,10 +173,10 @@ class DelayedScaling(Recipe):
 
   def _scale(self, state: TensorState, role: Role) -> jax.Array:
     return next_scale(
-        state["scale"],
-        state["amax_history"],
-        self._float8(role),
-        algo=self.amax_compute_algo,
-        margin=self.margin,
-        power_of_two=self.power_of_two,
+      state["scale"],
+      state["amax_history"],
+      self._float8(role),
+      algo=self.amax_compute_algo,
+      margin=self.margin,
+      power_of_two=self.power_of_two,
     )

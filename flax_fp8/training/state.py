@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import flax.core
@@ -60,18 +60,18 @@ def _cast_if_state(path: Any, leaf: Any) -> Any:
     return leaf
   if (dtype := jnp.result_type(leaf)) != jnp.float32:
     raise TypeError(
-        f"as_max_grad: FP8 state must be float32; got {jax.tree_util.keystr(path)} of {dtype=}. "
-        f"Keep the collection {OVERWRITE_WITH_GRADIENT!r} out of casts of parameters."
+      f"as_max_grad: FP8 state must be float32; got {jax.tree_util.keystr(path)} of {dtype=}. "
+      f"Keep the collection {OVERWRITE_WITH_GRADIENT!r} out of casts of parameters."
     )
   return to_max_grad(leaf)
 
 
 def value_and_grad(
-    fun: Callable[..., Any],
-    argnums: int | Sequence[int] = 0,
-    has_aux: bool = False,
-    holomorphic: bool = False,
-    allow_int: bool = False,
+  fun: Callable[..., Any],
+  argnums: int | Sequence[int] = 0,
+  has_aux: bool = False,
+  holomorphic: bool = False,
+  allow_int: bool = False,
 ) -> Callable[..., Any]:
   """Like ``jax.value_and_grad``, but state met on several paths comes back as the maximum.
 
@@ -101,7 +101,9 @@ def value_and_grad(
     >>> import flax_fp8 as fp8
     >>> layer = nn.Dense(4, dot_general_cls=fp8.Fp8DotGeneral)
     >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 4)))
-    >>> twice = lambda v: jnp.sum(layer.apply(v, jnp.ones((2, 4))) + layer.apply(v, jnp.zeros((2, 4))))
+    >>> twice = lambda v: jnp.sum(
+    ...   layer.apply(v, jnp.ones((2, 4))) + layer.apply(v, jnp.zeros((2, 4)))
+    ... )
     >>> loss, grads = fp8.value_and_grad(twice)(variables)
     >>> float(grads["_overwrite_with_gradient"]["Fp8DotGeneral_0"]["input_amax_history"][0])
     1.0
@@ -128,11 +130,11 @@ def value_and_grad(
 
 
 def grad(
-    fun: Callable[..., Any],
-    argnums: int | Sequence[int] = 0,
-    has_aux: bool = False,
-    holomorphic: bool = False,
-    allow_int: bool = False,
+  fun: Callable[..., Any],
+  argnums: int | Sequence[int] = 0,
+  has_aux: bool = False,
+  holomorphic: bool = False,
+  allow_int: bool = False,
 ) -> Callable[..., Any]:
   """Like ``jax.grad``, but state met on several paths comes back as the maximum.
 
@@ -174,11 +176,15 @@ def grad(
 
 def _check_differentiable(argument: Any, allow_int: bool) -> None:
   for path, leaf in jax.tree_util.tree_leaves_with_path(argument):
-    if not allow_int and not is_max_grad(leaf) and not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+    if (
+      not allow_int
+      and not is_max_grad(leaf)
+      and not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    ):
       raise TypeError(
-          "value_and_grad: arguments to differentiate must be real or complex; got "
-          f"{jax.tree_util.keystr(path) or 'an argument'} of dtype {jnp.result_type(leaf)}. Pass it "
-          "as another argument, or set allow_int=True."
+        "value_and_grad: arguments to differentiate must be real or complex; got "
+        f"{jax.tree_util.keystr(path) or 'an argument'} of dtype {jnp.result_type(leaf)}. Pass it "
+        "as another argument, or set allow_int=True."
       )
 
 
@@ -207,7 +213,7 @@ def overwrite_leaf(old: Any, new: Any) -> jax.Array:
 
 
 @contextlib.contextmanager
-def _explain_arithmetic_on_state() -> Iterator[None]:
+def _explain_arithmetic_on_state() -> Generator[None]:
   """Says what to do where something, JAX's shard_map as a rule, calculates with fp32_max_grad."""
   try:
     yield
@@ -215,11 +221,11 @@ def _explain_arithmetic_on_state() -> Iterator[None]:
     if f"does not accept dtype {fp32_max_grad}" not in str(error):
       raise
     raise TypeError(
-        "value_and_grad: FP8 state is fp32_max_grad in here and takes no arithmetic; got: "
-        f"{error} shard_map(check_vma=False) does this at its boundary, where it sums cotangents: "
-        "call it with check_vma=True, or call flax_fp8.value_and_grad inside the mapped function, "
-        "or cast inside it, with as_max_grad(variables), and differentiate with jax.value_and_grad. "
-        "In a loss of your own, leave the state out, with partition_for_grad_overwrite(variables)."
+      "value_and_grad: FP8 state is fp32_max_grad in here and takes no arithmetic; got: "
+      f"{error} shard_map(check_vma=False) does this at its boundary, where it sums cotangents: "
+      "call it with check_vma=True, or call flax_fp8.value_and_grad inside the mapped function, "
+      "or cast inside it, with as_max_grad(variables), and differentiate with jax.value_and_grad. "
+      "In a loss of your own, leave the state out, with partition_for_grad_overwrite(variables)."
     ) from error
 
 
@@ -280,8 +286,9 @@ def apply_updates(variables: Any, updates: Any, overwrite: Any) -> Any:
   Example:
     >>> import flax_fp8 as fp8, jax.numpy as jnp
     >>> variables = {"params": jnp.array(1.0), "_overwrite_with_gradient": jnp.array(5.0)}
-    >>> new = fp8.apply_updates(variables, {"params": jnp.array(0.5)},
-    ...                         {"_overwrite_with_gradient": jnp.array(7.0)})
+    >>> new = fp8.apply_updates(
+    ...   variables, {"params": jnp.array(0.5)}, {"_overwrite_with_gradient": jnp.array(7.0)}
+    ... )
     >>> {name: float(x) for name, x in sorted(new.items())}
     {'_overwrite_with_gradient': 7.0, 'params': 1.5}
 
@@ -298,18 +305,20 @@ def apply_updates(variables: Any, updates: Any, overwrite: Any) -> Any:
 
 def _check_same_paths(name: str, given: Any, expected: Any) -> None:
   shapes = lambda tree: {
-      jax.tree_util.keystr(path): jnp.shape(leaf)
-      for path, leaf in jax.tree_util.tree_leaves_with_path(flax.core.unfreeze(tree))
+    jax.tree_util.keystr(path): jnp.shape(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(flax.core.unfreeze(tree))
   }
   got, want = shapes(given), shapes(expected)
   missing = sorted(want.keys() - got.keys())
   extra = sorted(got.keys() - want.keys())
-  other = sorted(f"{k} {got[k]} for {want[k]}" for k in want.keys() & got.keys() if got[k] != want[k])
+  other = sorted(
+    f"{k} {got[k]} for {want[k]}" for k in want.keys() & got.keys() if got[k] != want[k]
+  )
   if missing or extra or other:
     raise ValueError(
-        f"apply_updates: {name} must have the FP8 state of the variables; got {missing=}, "
-        f"{extra=}, other shapes={other}. Differentiate with respect to the whole variables dict, "
-        "params and state, and pass on its gradient unchanged."
+      f"apply_updates: {name} must have the FP8 state of the variables; got {missing=}, "
+      f"{extra=}, other shapes={other}. Differentiate with respect to the whole variables dict, "
+      "params and state, and pass on its gradient unchanged."
     )
 
 
@@ -319,13 +328,13 @@ def _add(old: Any, updates: Any, path: tuple[str, ...]) -> Any:
     return optax.apply_updates(old, updates)
   if unknown := sorted(set(updates) - set(old)):
     raise ValueError(
-        f"apply_updates: updates must name parameters of the variables; got {unknown} at "
-        f"{'/'.join(path) or 'the top'}, where there are {sorted(old)}. Pass what tx.update returned "
-        "for the gradients of these variables."
+      f"apply_updates: updates must name parameters of the variables; got {unknown} at "
+      f"{'/'.join(path) or 'the top'}, where there are {sorted(old)}. Pass what tx.update returned "
+      "for the gradients of these variables."
     )
   return {
-      key: _add(value, updates[key], (*path, key)) if key in updates else value
-      for key, value in old.items()
+    key: _add(value, updates[key], (*path, key)) if key in updates else value
+    for key, value in old.items()
   }
 
 

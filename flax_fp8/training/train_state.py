@@ -56,15 +56,17 @@ class TrainState(train_state.TrainState):
   """
 
   @classmethod
-  def create(cls, *, apply_fn: Callable[..., Any], params: Any, tx: Any, **kwargs: Any) -> TrainState:
+  def create(
+    cls, *, apply_fn: Callable[..., Any], params: Any, tx: Any, **kwargs: Any
+  ) -> TrainState:
     """Makes the state of step 0; arguments as Flax's."""
     return cls(
-        step=0,
-        apply_fn=_MaxGradApply(apply_fn),
-        params=params,
-        tx=tx,
-        opt_state=tx.init(_parameters(params)),
-        **kwargs,
+      step=0,
+      apply_fn=_MaxGradApply(apply_fn),
+      params=params,
+      tx=tx,
+      opt_state=tx.init(_parameters(params)),
+      **kwargs,
     )
 
   def apply_gradients(self, *, grads: Any, **kwargs: Any) -> TrainState:
@@ -115,14 +117,14 @@ def _check_collections(grads: Any, variables: Any) -> None:
       continue
     if collection not in grads:
       raise ValueError(
-          f"TrainState.apply_gradients: grads must hold the collection {collection!r}, as params "
-          f"does; got collections {sorted(grads)}. Differentiate the loss with respect to the whole "
-          "of state.params."
+        f"TrainState.apply_gradients: grads must hold the collection {collection!r}, as params "
+        f"does; got collections {sorted(grads)}. Differentiate the loss with respect to the whole "
+        "of state.params."
       )
     want, got = (jax.tree.structure(flax.core.unfreeze(t[collection])) for t in (variables, grads))
     if want != got:
       raise ValueError(
-          f"TrainState.apply_gradients: grads must have the structure of params; got, in "
-          f"{collection!r}, {got} where params has {want}. Differentiate the loss with respect to "
-          "state.params, and pass on its gradient unchanged."
+        f"TrainState.apply_gradients: grads must have the structure of params; got, in "
+        f"{collection!r}, {got} where params has {want}. Differentiate the loss with respect to "
+        "state.params, and pass on its gradient unchanged."
       )

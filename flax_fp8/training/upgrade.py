@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 
 
-def upgrade_variables(module: nn.Module, variables: Any, *init_args: Any, **init_kwargs: Any) -> Any:
+def upgrade_variables(
+  module: nn.Module, variables: Any, *init_args: Any, **init_kwargs: Any
+) -> Any:
   """Adds the FP8 state that a model needs and its variables lack.
 
   Args:
@@ -43,9 +45,9 @@ def upgrade_variables(module: nn.Module, variables: Any, *init_args: Any, **init
   """
   if not isinstance(variables, Mapping) or "params" not in variables:
     raise ValueError(
-        "upgrade_variables: variables must be a variables dict with the collection 'params'; got "
-        f"{sorted(variables) if isinstance(variables, Mapping) else type(variables)}. Wrap bare "
-        "parameters as {'params': params}."
+      "upgrade_variables: variables must be a variables dict with the collection 'params'; got "
+      f"{sorted(variables) if isinstance(variables, Mapping) else type(variables)}. Wrap bare "
+      "parameters as {'params': params}."
     )
   fresh = _fresh_state(module, init_args, init_kwargs)
   old = flax.core.unfreeze(variables)

@@ -1,0 +1,143 @@
+"""Dimension-number algebra against JAX's own differentiation and einsum."""
+
+import itertools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from flax_fp8 import contraction
+
+hypothesis.settings.register_profile("here", deadline=None, max_examples=60, derandomize=True)
+hypothesis.settings.load_profile("here")
+
+
+def integers(shape, seed=0):
+  """Small integers: every contraction of them is exact in float32."""
+  return np.random.default_rng(seed).integers(-3, 4, size=shape).astype(np.float32)
+
+
+@st.composite
+def contractions(draw):
+  """Two shapes with dimension numbers that fit."""
+  batch, contract = (
+    draw(st.lists(st.integers(1, 3), max_size=2)),
+    draw(st.lists(st.integers(1, 3), max_size=2)),
+  )
+  lhs_kept, rhs_kept = (draw(st.lists(st.integers(1, 3), max_size=2)) for _ in range(2))
+  operands = []
+  for kept in (lhs_kept, rhs_kept):
+    sizes = batch + contract + kept
+    order = draw(st.permutations(range(len(sizes))))
+    shape = tuple(sizes[i] for i in order)
+    where = [order.index(i) for i in range(len(sizes))]
+    operands.append((shape, where[len(batch) : len(batch) + len(contract)], where[: len(batch)]))
+  (lhs, lhs_c, lhs_b), (rhs, rhs_c, rhs_b) = operands
+  return lhs, rhs, ((tuple(lhs_c), tuple(rhs_c)), (tuple(lhs_b), tuple(rhs_b)))
+
+
+@hypothesis.given(contractions())
+def test_backward_gemms_equal_jax(case):
+  lhs_shape, rhs_shape, dims = case
+  lhs, rhs = integers(lhs_shape), integers(rhs_shape, 1)
+  out, vjp = jax.vjp(lambda x, y: lax.dot_general(x, y, dims), lhs, rhs)
+  g = integers(out.shape, 2)
+  dgrad, wgrad = contraction.backward_gemms(dims, lhs.ndim, rhs.ndim)
+  got = [
+    lax.transpose(lax.dot_general(g, other, gemm.dimension_numbers), gemm.permutation)
+    for gemm, other in ((dgrad, rhs), (wgrad, lhs))
+  ]
+  for ours, theirs in zip(got, vjp(g), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+
+
+EQUATIONS = {
+  "mk,kn->mn": ((2, 3), (3, 4)),
+  "mk,kn": ((2, 3), (3, 4)),
+  "mk,kn->nm": ((2, 3), (3, 4)),
+  "mk , kn -> mn": ((2, 3), (3, 4)),
+  "ebk,ekn->ebn": ((2, 3, 4), (2, 4, 5)),
+  "bhqd,bhkd->bhqk": ((2, 3, 4, 5), (2, 3, 6, 5)),
+  "BSEM,EMH->EBSH": ((2, 3, 4, 5), (4, 5, 6)),
+  "...k,kn->...n": ((2, 3, 4), (4, 5)),
+  "...mk,...kn->...mn": ((2, 3, 4, 5), (3, 5, 6)),
+  "...mk,...kn": ((2, 3, 4, 5), (2, 3, 5, 6)),
+  "k...,kn->n...": ((4, 2, 3), (4, 5)),
+  "...,...->...": ((2, 3), (2, 3)),
+  "mkl,lkn->mn": ((2, 3, 4), (4, 3, 5)),
+  "amk,kn->mn": ((6, 2, 3), (3, 4)),
+  "mk,kna->mn": ((2, 3), (3, 4, 6)),
+  "mk,kn->": ((2, 3), (3, 4)),
+  "iik,kn->in": ((2, 2, 3), (3, 4)),
+  "ii,ij->j": ((3, 3), (3, 4)),
+  "aaa,ab->b": ((3, 3, 3), (3, 4)),
+  "m,n->mn": ((2,), (3,)),
+  "bk,bk->b": ((2, 3), (2, 3)),
+  "k,k->": ((3,), (3,)),
+  ",k->k": ((), (3,)),
+  "bmk,bkn->bmn": ((1, 2, 3), (5, 3, 4)),
+  "mk,kn->mn ": ((2, 1), (3, 4)),
+  "zY,Yz->zY": ((2, 3), (3, 2)),
+}
+
+
+def by_plan(equation, lhs, rhs):
+  plan = contraction.plan_einsum(equation, lhs.shape, rhs.shape)
+  operands = jnp.einsum(plan.lhs_reduction, lhs), jnp.einsum(plan.rhs_reduction, rhs)
+  return lax.transpose(lax.dot_general(*operands, plan.dimension_numbers), plan.permutation)
+
+
+@pytest.mark.parametrize(("equation", "shapes"), EQUATIONS.items(), ids=EQUATIONS)
+def test_plan_equals_jnp_einsum(equation, shapes):
+  lhs, rhs = integers(shapes[0]), integers(shapes[1], 1)
+  np.testing.assert_array_equal(by_plan(equation, lhs, rhs), jnp.einsum(equation, lhs, rhs))
+
+
+@st.composite
+def equations(draw):
+  """Random labels, some repeated, some summed, the output in any order."""
+  sizes = dict(zip("abcd", (2, 3, 1, 4), strict=True))
+  lhs, rhs = (draw(st.text("abcd", max_size=4)) for _ in range(2))
+  out = draw(st.permutations(sorted(set(lhs + rhs))))
+  out = "".join(out[: draw(st.integers(0, len(out)))])
+  shape = lambda labels: tuple(sizes[c] for c in labels)
+  return f"{lhs},{rhs}->{out}", shape(lhs), shape(rhs)
+
+
+@hypothesis.given(equations())
+def test_random_equations_equal_jnp_einsum(case):
+  equation, lhs_shape, rhs_shape = case
+  lhs, rhs = integers(lhs_shape), integers(rhs_shape, 1)
+  np.testing.assert_array_equal(by_plan(equation, lhs, rhs), jnp.einsum(equation, lhs, rhs))
+
+
+BAD = {
+  "one operand": ("mk->m", (2, 3), (3, 4), "two operands"),
+  "three operands": ("mk,kn,n->m", (2, 3), (3, 4), "two operands"),
+  "unknown output": ("mk,kn->mz", (2, 3), (3, 4), "labels are letters"),
+  "repeated output": ("mk,kn->mm", (2, 3), (3, 4), "labels are letters"),
+  "no letter": ("m1,1n->mn", (2, 3), (3, 4), "labels are letters"),
+  "too few labels": ("m,kn->mn", (2, 3), (3, 4), "one dimension a label"),
+  "too many labels": ("mkz,kn->mn", (2, 3), (3, 4), "one dimension a label"),
+  "too many beside dots": ("...mkz,kn->mn", (2, 3), (3, 4), "labels are letters"),
+  "sizes differ": ("mk,kn->mn", (2, 3), (4, 5), "one size.*'k' is 3 in .* and 4 in"),
+  "diagonal differs": ("mm,mn->n", (2, 3), (2, 4), "one dimension a label"),
+  "lone dots in output": ("mk,kn->...mn->", (2, 3), (3, 4), "labels are letters"),
+}
+
+
+@pytest.mark.parametrize(("equation", "lhs", "rhs", "message"), BAD.values(), ids=BAD)
+def test_bad_equations(equation, lhs, rhs, message):
+  with pytest.raises(ValueError, match=f"Fp8Einsum: .*{message}"):
+    contraction.plan_einsum(equation, lhs, rhs)
+
+
+def test_kept_axes():
+  for ndim in range(5):
+    for contracting in itertools.combinations(range(ndim), min(ndim, 2)):
+      kept = contraction.kept_axes(ndim, contracting, ())
+      assert sorted(kept + contracting) == list(range(ndim))

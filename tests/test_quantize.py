@@ -1,0 +1,96 @@
+"""The saturating cast and the arithmetic of scales against the scalar oracle."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_fp8 import formats, quantize
+from tests import oracle
+from tests.test_formats import ALL
+
+F32_MAX = float(np.finfo(np.float32).max)
+
+
+def hard_values(name: str) -> np.ndarray:
+  """Every value, every midpoint, their float32 neighbours, and what lies beyond both ends."""
+  values = np.array(oracle.magnitudes(name))
+  points = np.concatenate(
+    [values, (values[1:] + values[:-1]) / 2, [values[-1] * 1.04, 1e30, F32_MAX]]
+  )
+  points = np.concatenate([points, [values[1] / 4, 1e-30, 2.0**-126, np.inf]]).astype(np.float32)
+  with np.errstate(over="ignore"):
+    near = [np.nextafter(points, np.float32(end)) for end in (0, np.inf)]
+  all_points = np.concatenate([points, *near])
+  return np.concatenate([all_points, -all_points, [np.nan]]).astype(np.float32)
+
+
+@pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.name)
+@pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["eager", "jit"])
+class TestSaturatingCast:
+  def test_equals_the_oracle(self, fmt, run):
+    x = hard_values(fmt.name)
+    got = run(lambda x: quantize.saturating_cast(x, fmt))(x)
+    want = [oracle.round_scalar(float(v), fmt.name) for v in x]
+    assert got.dtype == fmt.dtype
+    np.testing.assert_array_equal(np.asarray(got, np.float64), want)
+
+  @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+  def test_every_16_bit_value(self, fmt, run, dtype):
+    x = np.arange(2**16, dtype=np.uint16).view(jnp.dtype(dtype))
+    got = run(lambda x: quantize.saturating_cast(x, fmt))(x)
+    want = oracle.quantize(x.astype(np.float32), 1.0, fmt.name)
+    np.testing.assert_array_equal(np.asarray(got, np.float64), want)
+
+
+def test_fnuz_zero_has_no_sign():
+  got = quantize.saturating_cast(jnp.array([-1e-9]), formats.E4M3_FNUZ)
+  assert np.asarray(got).view(np.uint8)[0] == 0
+
+
+@pytest.mark.parametrize("scale", [2.0**-110, 1e-3, 1.0, 7.3, 2.0**100])
+@pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.name)
+def test_quantize_and_dequantize_equal_the_oracle(fmt, scale):
+  x = np.random.default_rng(0).normal(size=200).astype(np.float32) * np.float32(scale) * 9
+  q = quantize.quantize(jnp.asarray(x), jnp.float32(scale), fmt)
+  np.testing.assert_array_equal(np.asarray(q.data, np.float64), oracle.quantize(x, scale, fmt.name))
+  back = quantize.dequantize(q.data, q.scale, jnp.float32)
+  np.testing.assert_array_equal(back, oracle.qdq(x, np.float32(scale), fmt.name).astype(np.float32))
+
+
+class TestScaleFromAmax:
+  def scale(self, amax, fmt=formats.E4M3, fallback=3.0, **options):
+    arrays = jnp.float32(amax), jnp.float32(fallback)
+    return float(jax.jit(lambda a, f: quantize.scale_from_amax(a, f, fmt.max, **options))(*arrays))
+
+  @pytest.mark.parametrize("margin", [0, 1, -2, 0.5])
+  @pytest.mark.parametrize("amax", [1e-30, 0.1, 1.0, 447.0, 1e30])
+  def test_equals_float64(self, amax, margin):
+    want = float(np.float32(amax)) / 448.0 * 2.0**margin
+    assert self.scale(amax, margin=margin) == pytest.approx(want, rel=3e-7)
+
+  @pytest.mark.parametrize("amax", [0.0, np.nan, np.inf])
+  def test_falls_back(self, amax):
+    assert self.scale(amax) == 3.0
+
+  @pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.name)
+  @pytest.mark.parametrize("amax", [1e-45, 2.0**-149, 1e-40, 2.0**-126, 1e-36, 1e38, F32_MAX])
+  @pytest.mark.parametrize("margin", [0, 64, -64])
+  def test_is_never_zero_or_infinite(self, amax, fmt, margin):
+    scale = self.scale(amax, fmt, margin=margin)
+    assert 2.0**-126 <= scale <= 2.0**126 or scale == 3.0  # XLA's CPU may read a subnormal as zero
+    quotient = jnp.float32(min(amax, F32_MAX)) / jnp.float32(scale)
+    assert np.isfinite(quotient)
+
+  @pytest.mark.parametrize("amax", [1e-40, 3e-39, 0.3, 1.0, 448.0, 448.0001, 1e30, F32_MAX])
+  def test_power_of_two_is_the_next_one_up(self, amax):
+    exact, rounded = self.scale(amax), self.scale(amax, power_of_two=True)
+    mantissa, _ = np.frexp(rounded)
+    assert mantissa == 0.5
+    assert exact <= rounded < 2 * exact
+
+
+def test_product_of_scales_does_not_overflow():
+  big = jnp.float32(2.0**120)
+  assert float(quantize.product(big, big)) == F32_MAX
+  assert float(quantize.product(jnp.float32(3), jnp.float32(0.5))) == 1.5
