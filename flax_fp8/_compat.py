@@ -1,8 +1,8 @@
 """The only file that touches ``jax._src``.
 
-An extended dtype needs five things that JAX does not export. Each is looked up here, once, by what
-it is rather than by version, so that a JAX that lacks one says so at import instead of failing
-inside somebody's training step.
+An extended dtype needs six things that JAX does not export, two of them to be mended for ours. Each
+is looked up here, once, by what it is rather than by version, so that a JAX that lacks one says so
+at import instead of failing inside somebody's training step.
 """
 
 from __future__ import annotations
@@ -57,6 +57,22 @@ def _add_eagerly(x: Any, y: Any) -> Any:
 # Eager autodiff adds cotangents through this table, which has no entry for arrays of extended
 # dtypes: without one, state used twice outside jit raises KeyError.
 _eager_adders.setdefault(_EArray, _add_eagerly)
+
+
+def _logical_sharding(shape: Any, dtype: Any, physical: Any) -> Any:
+  """JAX's function, but right for dtypes whose elements are scalars in memory.
+
+  JAX cuts the element's own dimensions off a sharding with ``[:-ndim]``, which for no dimensions
+  cuts all: a sharded array would raise, or come out as replicated. Here there is nothing to cut.
+  """
+  if getattr(dtype._rules, "scalar_elements", False):
+    return physical
+  return _jax_logical_sharding(shape, dtype, physical)
+
+
+_jax_logical_sharding: Any = require("jax._src.sharding_impls", "logical_sharding")
+_sharding_impls: Any = importlib.import_module("jax._src.sharding_impls")
+_sharding_impls.logical_sharding = _logical_sharding
 
 
 def varying_axes(x: Any) -> frozenset[str]:

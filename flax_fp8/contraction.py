@@ -31,6 +31,13 @@ class Gemm:
   permutation: Axes
 
 
+def plain_gemm(dimension_numbers: DimensionNumbers, lhs_ndim: int, rhs_ndim: int) -> Gemm:
+  """Returns the GEMM of a ``lax.dot_general`` whose result stays as it is."""
+  (contract, _), (batch, _) = dimension_numbers
+  ndim = lhs_ndim + rhs_ndim - 2 * len(contract) - len(batch)
+  return Gemm(dimension_numbers=dimension_numbers, permutation=tuple(range(ndim)))
+
+
 def kept_axes(ndim: int, contracting: Axes, batch: Axes) -> Axes:
   """Returns the axes of an operand that are neither contracted nor batch."""
   return tuple(a for a in range(ndim) if a not in contracting and a not in batch)
@@ -81,17 +88,16 @@ def _back_to(batch: Axes, kept: Axes, contract: Axes, other_contract: Axes) -> A
   return tuple(int(a) for a in np.argsort(batch + kept + contract_in_result))
 
 
-def dot_per_tensor(
-  lhs: QTensor, rhs: QTensor, dimension_numbers: DimensionNumbers, *, fast_accumulation: bool
-) -> jax.Array:
+def dot_per_tensor(lhs: QTensor, rhs: QTensor, gemm: Gemm, *, fast_accumulation: bool) -> jax.Array:
   """Multiplies two tensors that have one scale each.
 
-  ``dot_general(lhs.data, rhs.data) * (lhs.scale * rhs.scale)``
+  ``transpose(dot_general(lhs.data, rhs.data)) * (lhs.scale * rhs.scale)``, in this order, so that
+  the compiler sees the transposition beside the GEMM and can make the GEMM write it.
 
   Args:
     lhs: left operand, scale of shape ``()``.
     rhs: right operand, scale of shape ``()``.
-    dimension_numbers: of ``lax.dot_general``.
+    gemm: dimension numbers, and the transposition of the result.
     fast_accumulation: lets the tensor core keep partial sums in less than float32 (Hopper keeps
       about 14 bits), which is faster. On other hardware it changes nothing.
 
@@ -102,10 +108,11 @@ def dot_per_tensor(
   out = lax.dot_general(
     lhs.data,
     rhs.data,
-    dimension_numbers,
+    gemm.dimension_numbers,
     precision=precision,
     preferred_element_type=jnp.float32,
   )
+  out = lax.transpose(out, gemm.permutation)
   return dequantize(out, product(lhs.scale, rhs.scale), jnp.float32)
 
 
@@ -116,12 +123,14 @@ class EinsumPlan:
   Attributes:
     lhs_reduction: unary equation that takes diagonals and sums of the left operand.
     rhs_reduction: the same for the right operand.
-    dimension_numbers: of the GEMM between what is left of them.
-    permutation: transposition of the GEMM's result.
+    swap: whether the GEMM takes what is left of the right operand first.
+    dimension_numbers: of the GEMM.
+    permutation: transposition of the GEMM's result; the identity where either order allows it.
   """
 
   lhs_reduction: str
   rhs_reduction: str
+  swap: bool
   dimension_numbers: DimensionNumbers
   permutation: Axes
 
@@ -157,22 +166,30 @@ def plan_einsum(equation: str, lhs_shape: Sequence[int], rhs_shape: Sequence[int
       )
     if len(sizes) == 2:  # broadcast: summing over a size of 1 drops the label
       (lhs_sizes if lhs_sizes[label] == 1 else rhs_sizes).pop(label)
-  lhs_left = [c for c in lhs_sizes if c in rhs_sizes or c in out]
-  rhs_left = [c for c in rhs_sizes if c in lhs_sizes or c in out]
-  batch = [c for c in out if c in lhs_left and c in rhs_left]
-  summed = sorted(c for c in lhs_left if c in rhs_left and c not in out)
-  result = batch + [c for c in lhs_left if c not in rhs_left]
-  result += [c for c in rhs_left if c not in lhs_left]
+  lhs_left = "".join(c for c in lhs_sizes if c in rhs_sizes or c in out)
+  rhs_left = "".join(c for c in rhs_sizes if c in lhs_sizes or c in out)
+  swap = _result(lhs_left, rhs_left, out) != out
+  first, second = (rhs_left, lhs_left) if swap else (lhs_left, rhs_left)
+  batch = [c for c in out if c in first and c in second]
+  summed = sorted(c for c in first if c in second and c not in out)
   find = lambda labels, wanted: tuple(labels.index(c) for c in wanted)
   return EinsumPlan(
-    lhs_reduction=f"{lhs}->{''.join(lhs_left)}",
-    rhs_reduction=f"{rhs}->{''.join(rhs_left)}",
+    lhs_reduction=f"{lhs}->{lhs_left}",
+    rhs_reduction=f"{rhs}->{rhs_left}",
+    swap=swap,
     dimension_numbers=(
-      (find(lhs_left, summed), find(rhs_left, summed)),
-      (find(lhs_left, batch), find(rhs_left, batch)),
+      (find(first, summed), find(second, summed)),
+      (find(first, batch), find(second, batch)),
     ),
-    permutation=find(result, out),
+    permutation=find(_result(first, second, out), out),
   )
+
+
+def _result(first: str, second: str, out: str) -> str:
+  """Returns the labels of a GEMM's result: batch, the first operand's own, the second's own."""
+  batch = "".join(c for c in out if c in first and c in second)
+  own = lambda labels, other: "".join(c for c in labels if c not in other)
+  return batch + own(first, second) + own(second, first)
 
 
 def _labels(equation: str, lhs_ndim: int, rhs_ndim: int) -> tuple[str, str, str]:

@@ -22,6 +22,7 @@ class MaxGradRules:
   """What JAX asks of an extended dtype: how to lower, convert, fill and add it."""
 
   allow_conversion: bool = True
+  scalar_elements: bool = True
 
   @staticmethod
   def physical_element_aval(dtype: Any) -> Any:

@@ -66,7 +66,9 @@ def saturating_cast(x: jax.Array, float8: Float8) -> jax.Array:
   return jnp.clip(x.astype(jnp.float32), -limit, limit).astype(float8.dtype)
 
 
-def quantize(x: jax.Array, scale: jax.Array, float8: Float8) -> QTensor:
+def quantize(
+  x: jax.Array, scale: jax.Array, float8: Float8, inverse: jax.Array | None = None
+) -> QTensor:
   """Quantises with a given scale.
 
   ``data = saturating_cast(x / scale)``
@@ -76,6 +78,8 @@ def quantize(x: jax.Array, scale: jax.Array, float8: Float8) -> QTensor:
     scale: dequantisation multiplier; float32; of a shape that broadcasts against ``x`` without
       adding dimensions.
     float8: the format.
+    inverse: ``1 / scale``, of the shape of ``scale``, where it is known without another rounding;
+      then ``x`` is multiplied by it.
 
   Returns:
     The ``QTensor`` of data and scale.
@@ -92,7 +96,10 @@ def quantize(x: jax.Array, scale: jax.Array, float8: Float8) -> QTensor:
   References:
     Micikevicius et al., FP8 Formats for Deep Learning, https://arxiv.org/abs/2209.05433, section 4.
   """
-  quotient = x.astype(jnp.float32) / jnp.broadcast_to(scale, x.shape)
+  if inverse is None:
+    quotient = x.astype(jnp.float32) / jnp.broadcast_to(scale, x.shape)
+  else:
+    quotient = x.astype(jnp.float32) * jnp.broadcast_to(inverse, x.shape)
   return QTensor(saturating_cast(quotient, float8), scale)
 
 
@@ -137,10 +144,10 @@ def scale_from_amax(
   float8_max: float | jax.Array,
   margin: float = 0,
   power_of_two: bool = False,
-) -> jax.Array:
-  """Computes the scale under which ``amax`` is the format's largest value.
+) -> tuple[jax.Array, jax.Array]:
+  """Computes the scale under which ``amax`` is the format's largest value, and its inverse.
 
-  ``scale = amax / float8_max * 2**margin``, computed as ``1 / (float8_max / amax / 2**margin)``
+  ``inverse = float8_max / amax / 2**margin``; ``scale = 1 / inverse``
 
   Args:
     amax: largest magnitude; float32; units of the tensor; any shape.
@@ -150,27 +157,31 @@ def scale_from_amax(
     power_of_two: rounds the scale up to a power of two, so that scaling is exact.
 
   Returns:
-    The dequantisation multiplier; float32; shape of ``amax``.
+    The dequantisation multiplier and its inverse, by which to quantise; float32; shape of ``amax``.
 
   Numerics:
-    Never zero, infinite or NaN for a sound fallback: scales are kept within ``[2**-126, 2**126]``.
-    The two divisions round as those of flax.linen.fp8_ops do, bit for bit.
+    Neither is ever zero, infinite or NaN for a sound fallback: scales are kept within
+    ``[2**-126, 2**126]``. Both round as in a compiled program of flax.linen.fp8_ops, where the
+    compiler turns the division by a quotient into a product: bit for bit the same FP8 values.
 
   Example:
     >>> import jax.numpy as jnp
     >>> from flax_fp8 import quantize
-    >>> one = jnp.float32(1)
-    >>> [float(quantize.scale_from_amax(jnp.float32(a), one, 448.0)) for a in (896.0, 0.0, jnp.inf)]
-    [2.0, 1.0, 1.0]
+    >>> amax = jnp.array([896.0, 0.0, jnp.inf])
+    >>> quantize.scale_from_amax(amax, jnp.ones(3), 448.0)[0]
+    Array([2., 1., 1.], dtype=float32)
 
   References:
     Micikevicius et al., FP8 Formats for Deep Learning, https://arxiv.org/abs/2209.05433, section 4.
   """
   inverse = (jnp.float32(float8_max) / amax) / jnp.float32(2.0**margin)
-  scale = 1.0 / jnp.clip(inverse, 1.0 / _LARGEST_SCALE, 1.0 / _SMALLEST_SCALE)
+  inverse = jnp.clip(inverse, 1.0 / _LARGEST_SCALE, 1.0 / _SMALLEST_SCALE)
+  scale = 1.0 / inverse
   if power_of_two:
     scale = _round_up_to_power_of_two(scale)
-  return jnp.where(jnp.isfinite(amax) & (amax > 0.0), scale, fallback)
+    inverse = 1.0 / scale
+  usable = jnp.isfinite(amax) & (amax > 0.0)
+  return jnp.where(usable, scale, fallback), jnp.where(usable, inverse, 1.0 / fallback)
 
 
 def _round_up_to_power_of_two(scale: jax.Array) -> jax.Array:

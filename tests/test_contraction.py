@@ -88,7 +88,15 @@ EQUATIONS = {
 def by_plan(equation, lhs, rhs):
   plan = contraction.plan_einsum(equation, lhs.shape, rhs.shape)
   operands = jnp.einsum(plan.lhs_reduction, lhs), jnp.einsum(plan.rhs_reduction, rhs)
-  return lax.transpose(lax.dot_general(*operands, plan.dimension_numbers), plan.permutation)
+  first, second = operands[::-1] if plan.swap else operands
+  return lax.transpose(lax.dot_general(first, second, plan.dimension_numbers), plan.permutation)
+
+
+@pytest.mark.parametrize("equation", ["mk,kn->mn", "mk,kn->nm", "ebk,ekn->ebn", "ebk,ekn->enb"])
+def test_the_order_of_operands_saves_a_transposition(equation):
+  lhs, rhs = EQUATIONS["ebk,ekn->ebn" if "e" in equation else "mk,kn->mn"]
+  plan = contraction.plan_einsum(equation, lhs, rhs)
+  assert plan.permutation == tuple(range(len(plan.permutation)))
 
 
 @pytest.mark.parametrize(("equation", "shapes"), EQUATIONS.items(), ids=EQUATIONS)

@@ -61,7 +61,11 @@ def test_quantize_and_dequantize_equal_the_oracle(fmt, scale):
 class TestScaleFromAmax:
   def scale(self, amax, fmt=formats.E4M3, fallback=3.0, **options):
     arrays = jnp.float32(amax), jnp.float32(fallback)
-    return float(jax.jit(lambda a, f: quantize.scale_from_amax(a, f, fmt.max, **options))(*arrays))
+    scale, inverse = jax.jit(lambda a, f: quantize.scale_from_amax(a, f, fmt.max, **options))(
+      *arrays
+    )
+    assert float(inverse) == pytest.approx(1 / float(scale), rel=3e-7)
+    return float(scale)
 
   @pytest.mark.parametrize("margin", [0, 1, -2, 0.5])
   @pytest.mark.parametrize("amax", [1e-30, 0.1, 1.0, 447.0, 1e30])

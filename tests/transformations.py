@@ -1,4 +1,4 @@
-"""Is FP8 state right under JAX's transformations? ``python -m tests.transformations`` prints a table.
+"""Is FP8 state right under JAX's transformations? ``python -m tests.transformations`` prints it.
 
 Rows are programs that use one FP8 layer under a transformation. Columns are ways to differentiate:
 plain ``jax.grad``; ``fp8.value_and_grad``; and ``TrainState``, that is, plain ``jax.grad`` around

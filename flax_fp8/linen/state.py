@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_fp8.meta_dtype import to_max_grad
+from flax_fp8.ops import check
 from flax_fp8.recipes.base import Recipe, Role, TensorState
 
 OVERWRITE_WITH_GRADIENT = "_overwrite_with_gradient"
@@ -29,8 +30,10 @@ def read_state(module: nn.Module, recipe: Recipe) -> dict[str, TensorState]:
     For each role the leaves, ready for ``ops.dot_general``.
 
   Raises:
+    TypeError: ``recipe`` is no recipe.
     ValueError: the module is applied without its state.
   """
+  check.recipe(type(module).__name__, recipe)
   return {
     role.value: {
       key: _read(module, f"{role.value}_{key}", value)

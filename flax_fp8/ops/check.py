@@ -62,13 +62,17 @@ def precision(name: str, value: Any) -> None:
     )
 
 
-def state(name: str, recipe: Any, value: Mapping[str, Any]) -> None:
-  """Raises TypeError or ValueError where the state is not of the recipe's making."""
-  if not isinstance(recipe, Recipe):
+def recipe(name: str, value: Any) -> None:
+  """Raises TypeError where the recipe is none."""
+  if not isinstance(value, Recipe):
     raise TypeError(
-      f"{name}: recipe must be a recipe, such as DelayedScaling(); got recipe={recipe!r}. Pass "
+      f"{name}: recipe must be a recipe, such as DelayedScaling(); got recipe={value!r}. Pass "
       "an instance, not its class or name."
     )
+
+
+def state(name: str, recipe: Recipe, value: Mapping[str, Any]) -> None:
+  """Raises TypeError or ValueError where the state is not of the recipe's making."""
   for role in Role:
     fresh = recipe.init_state(role)
     leaves = value.get(role.value, {})

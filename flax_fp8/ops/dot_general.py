@@ -17,12 +17,14 @@ from jax import lax
 
 from flax_fp8 import _compat, contraction
 from flax_fp8.amax import emit_once
-from flax_fp8.contraction import DimensionNumbers, Gemm
+from flax_fp8.contraction import Axes, DimensionNumbers
 from flax_fp8.meta_dtype import like, to_float32
 from flax_fp8.ops import check
+from flax_fp8.quantize import QTensor
 from flax_fp8.recipes.base import GemmKind, Recipe, Role, TensorState
 
 State: TypeAlias = Mapping[str, TensorState]
+Roles: TypeAlias = tuple[Role, Role]
 
 
 def dot_general(
@@ -33,6 +35,7 @@ def dot_general(
   recipe: Recipe,
   state: State,
   preferred_element_type: Any = None,
+  roles: Roles = (Role.INPUT, Role.KERNEL),
   name: str = "dot_general",
 ) -> jax.Array:
   """Contracts two arrays in FP8; ``lax.dot_general`` with state.
@@ -47,6 +50,7 @@ def dot_general(
     recipe: how to scale.
     state: for each role, the leaves of ``recipe.init_state(role)``, float32 or fp32_max_grad.
     preferred_element_type: dtype of the result; the promoted dtype of the operands if None.
+    roles: what ``lhs`` and ``rhs`` are; exchanged for a GEMM that takes the kernel first.
     name: what error messages call the operation.
 
   Returns:
@@ -82,8 +86,10 @@ def dot_general(
   lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
   dtype = check.result_dtype(name, lhs, rhs, preferred_element_type)
   dims = check.dimension_numbers(name, dimension_numbers, lhs, rhs)
+  check.recipe(name, recipe)
   check.state(name, recipe, state)
-  return _scaled_dot_general(recipe, dims, dtype, lhs, rhs, {r.value: state[r.value] for r in Role})
+  call = _Call(recipe, dims, dtype, roles)
+  return _scaled_dot_general(call, lhs, rhs, {role.value: state[role.value] for role in Role})
 
 
 def init_state(recipe: Recipe) -> dict[str, TensorState]:
@@ -104,46 +110,65 @@ def init_state(recipe: Recipe) -> dict[str, TensorState]:
   return {role.value: jax.tree.map(jnp.asarray, recipe.init_state(role)) for role in Role}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _scaled_dot_general(
-  recipe: Recipe, dims: DimensionNumbers, dtype: Any, lhs: jax.Array, rhs: jax.Array, state: State
-) -> jax.Array:
-  return _forward(recipe, dims, dtype, lhs, rhs, state)[0]
+_GRADIENT_OF = {Role.INPUT: GemmKind.DGRAD, Role.KERNEL: GemmKind.WGRAD}
 
 
-def _forward(
-  recipe: Recipe, dims: DimensionNumbers, dtype: Any, lhs: jax.Array, rhs: jax.Array, state: State
-) -> tuple[jax.Array, Any]:
-  (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dims
+@dataclasses.dataclass(frozen=True)
+class _Call:
+  """What is static about a contraction."""
+
+  recipe: Recipe
+  dimension_numbers: DimensionNumbers
+  dtype: Any
+  roles: Roles
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scaled_dot_general(call: _Call, lhs: jax.Array, rhs: jax.Array, state: State) -> jax.Array:
+  return _forward(call, lhs, rhs, state)[0]
+
+
+def _forward(call: _Call, lhs: jax.Array, rhs: jax.Array, state: State) -> tuple[jax.Array, Any]:
+  """Quantises both operands and multiplies; keeps their FP8 copies and what the state will need."""
+  (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = call.dimension_numbers
   lhs_axes = (lhs_contract, contraction.kept_axes(lhs.ndim, lhs_contract, lhs_batch))
   rhs_axes = (rhs_contract, contraction.kept_axes(rhs.ndim, rhs_contract, rhs_batch))
-  as_float = jax.tree.map(to_float32, state)
-  q_lhs, lhs_seen = recipe.quantize(lhs, as_float["input"], Role.INPUT, lhs_axes)
-  q_rhs, rhs_seen = recipe.quantize(rhs, as_float["kernel"], Role.KERNEL, rhs_axes)
-  out = recipe.contract(q_lhs[0], q_rhs[0], dims, GemmKind.FPROP)
+  (q_lhs, kept_lhs), lhs_seen = _quantize(call, lhs, state, call.roles[0], lhs_axes)
+  (q_rhs, kept_rhs), rhs_seen = _quantize(call, rhs, state, call.roles[1], rhs_axes)
+  gemm = contraction.plain_gemm(call.dimension_numbers, lhs.ndim, rhs.ndim)
+  out = call.recipe.contract(q_lhs, q_rhs, gemm, GemmKind.FPROP)
   operands = (_Operand.of(lhs), _Operand.of(rhs))
-  return out.astype(dtype), (q_lhs[1], q_rhs[1], lhs_seen, rhs_seen, state, operands)
+  return out.astype(call.dtype), (kept_lhs, kept_rhs, (lhs_seen, rhs_seen), state, operands)
 
 
-def _backward(
-  recipe: Recipe, dims: DimensionNumbers, dtype: Any, residuals: Any, grad: jax.Array
-) -> tuple[jax.Array, jax.Array, State]:
-  del dtype
-  q_lhs, q_rhs, lhs_seen, rhs_seen, state, (lhs, rhs) = residuals
-  as_float = jax.tree.map(to_float32, state)
-  dgrad, wgrad = contraction.backward_gemms(dims, q_lhs.data.ndim, q_rhs.data.ndim)
-  grad_axes = (dgrad.dimension_numbers[0][0], wgrad.dimension_numbers[0][0])
-  q_grad, grad_seen = recipe.quantize(grad, as_float["output_grad"], Role.OUTPUT_GRAD, grad_axes)
+def _backward(call: _Call, residuals: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, State]:
+  """Quantises the gradient and multiplies it with both kept operands; updates the state."""
+  q_lhs, q_rhs, seen, state, (lhs, rhs) = residuals
+  to_lhs, to_rhs = contraction.backward_gemms(
+    call.dimension_numbers, q_lhs.data.ndim, q_rhs.data.ndim
+  )
+  axes = (to_lhs.dimension_numbers[0][0], to_rhs.dimension_numbers[0][0])
+  (grad_to_lhs, grad_to_rhs), grad_seen = _quantize(call, grad, state, Role.OUTPUT_GRAD, axes)
+  lhs_kind, rhs_kind = (_GRADIENT_OF[role] for role in call.roles)
+  grad_lhs = lhs.reduce(call.recipe.contract(grad_to_lhs, q_rhs, to_lhs, lhs_kind))
+  grad_rhs = rhs.reduce(call.recipe.contract(grad_to_rhs, q_lhs, to_rhs, rhs_kind))
+  observed = dict(zip((*call.roles, Role.OUTPUT_GRAD), (*seen, grad_seen), strict=True))
+  return grad_lhs, grad_rhs, _new_state(call.recipe, state, observed)
 
-  def gemm(gemm: Gemm, kind: GemmKind, q_grad: Any, q_operand: Any) -> jax.Array:
-    out = recipe.contract(q_grad, q_operand, gemm.dimension_numbers, kind)
-    return lax.transpose(out, gemm.permutation)
 
-  grad_lhs = lhs.reduce(gemm(dgrad, GemmKind.DGRAD, q_grad[0], q_rhs))
-  grad_rhs = rhs.reduce(gemm(wgrad, GemmKind.WGRAD, q_grad[1], q_lhs))
-  seen = {"input": lhs_seen, "kernel": rhs_seen, "output_grad": grad_seen}
-  new = {r.value: recipe.update(as_float[r.value], seen[r.value], r) for r in Role}
-  return grad_lhs, grad_rhs, jax.tree.map(_as_cotangent, new, state)
+def _quantize(
+  call: _Call, x: jax.Array, state: State, role: Role, axes: tuple[Axes, Axes]
+) -> tuple[tuple[QTensor, QTensor], Any]:
+  return call.recipe.quantize(x, jax.tree.map(to_float32, state[role.value]), role, axes)
+
+
+def _new_state(recipe: Recipe, state: State, observed: Mapping[Role, Any]) -> State:
+  """Updates the state of each role, as cotangents of the old state."""
+  new = {
+    role.value: recipe.update(jax.tree.map(to_float32, state[role.value]), seen, role)
+    for role, seen in observed.items()
+  }
+  return jax.tree.map(_as_cotangent, new, state)
 
 
 def _as_cotangent(new: jax.Array, old: jax.Array) -> jax.Array:

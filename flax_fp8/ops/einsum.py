@@ -11,7 +11,7 @@ from jax import lax
 from flax_fp8.contraction import plan_einsum
 from flax_fp8.ops import check
 from flax_fp8.ops.dot_general import State, dot_general
-from flax_fp8.recipes.base import Recipe
+from flax_fp8.recipes.base import Recipe, Role
 
 
 def einsum(
@@ -68,13 +68,18 @@ def einsum(
   lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
   dtype = check.result_dtype(name, lhs, rhs, preferred_element_type)
   plan = plan_einsum(equation, lhs.shape, rhs.shape)
+  first = jnp.einsum(plan.lhs_reduction, lhs), Role.INPUT
+  second = jnp.einsum(plan.rhs_reduction, rhs), Role.KERNEL
+  if plan.swap:
+    first, second = second, first
   out = dot_general(
-    jnp.einsum(plan.lhs_reduction, lhs),
-    jnp.einsum(plan.rhs_reduction, rhs),
+    first[0],
+    second[0],
     plan.dimension_numbers,
     recipe=recipe,
     state=state,
     preferred_element_type=dtype,
+    roles=(first[1], second[1]),
     name=name,
   )
   return lax.transpose(out, plan.permutation)

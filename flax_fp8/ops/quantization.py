@@ -1,12 +1,7 @@
-"""Delayed scaling of single tensors: quantise an operand, dequantise a result, or both at once.
-
-The building blocks for contractions of one's own. The calls are those of ``flax.linen.fp8_ops``;
-scale and history go in as values, and their gradients are their new values.
-"""
+"""Delayed scaling of single tensors, with the names and calls of ``flax.linen.fp8_ops``."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -15,8 +10,8 @@ import jax.numpy as jnp
 from flax_fp8 import amax as _amax
 from flax_fp8.formats import float8
 from flax_fp8.meta_dtype import like, to_float32
+from flax_fp8.quantize import QTensor, scale_from_amax
 from flax_fp8.quantize import dequantize as _dequantize
-from flax_fp8.quantize import product
 from flax_fp8.quantize import quantize as _quantize
 from flax_fp8.recipes.delayed import next_scale, roll_history
 
@@ -147,10 +142,19 @@ def update_fp8_meta(
   References:
     flax.linen.fp8_ops.update_fp8_meta.
   """
+  return delayed_step(x, q_dtype, scale, amax_history)[1:]
+
+
+def delayed_step(
+  x: jax.Array, q_dtype: Any, scale: jax.Array, amax_history: jax.Array
+) -> tuple[QTensor, jax.Array, jax.Array]:
+  """Quantises by delayed scaling; returns the values, the new scale and the new history."""
+  float8_format = float8(q_dtype)
+  new_scale, inverse = next_scale(to_float32(scale), to_float32(amax_history), float8_format)
+  q = _quantize(x, _fit(new_scale, x), float8_format, _fit(inverse, x))
   seen = _amax.amax(x, (scale, amax_history))
-  new_scale = next_scale(to_float32(scale), to_float32(amax_history), float8(q_dtype))
   new_history = roll_history(to_float32(amax_history), seen)
-  return like(new_scale, scale), like(new_history, amax_history)
+  return q, like(new_scale, scale), like(new_history, amax_history)
 
 
 def quantize_dequantize_update(
@@ -186,222 +190,9 @@ def quantize_dequantize_update(
   References:
     flax.linen.fp8_ops.quantize_dequantize_update.
   """
-  new_scale, new_history = update_fp8_meta(x, q_dtype, scale, amax_history)
-  return qdq(x, q_dtype, to_float32(new_scale), compute_dtype), new_scale, new_history
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def in_qdq(
-  compute_dtype: Any, q_dtype: Any, inp: jax.Array, scale: jax.Array, amax_history: jax.Array
-) -> jax.Array:
-  """Rounds an operand to FP8's grid going forward; its gradient passes through unchanged.
-
-  ``qdq(inp)``; the gradients of ``scale`` and ``amax_history`` are their new values.
-
-  Args:
-    compute_dtype: taken for compatibility; arithmetic is float32.
-    q_dtype: an FP8 dtype.
-    inp: values; any shape; float32, bfloat16 or float16.
-    scale: as for ``update_fp8_meta``.
-    amax_history: as for ``update_fp8_meta``.
-
-  Returns:
-    Values on the grid; shape and dtype of ``inp``.
-
-  Raises:
-    ValueError: ``q_dtype`` is no FP8 dtype.
-
-  Numerics:
-    As ``qdq``.
-
-  Example:
-    >>> import jax, jax.numpy as jnp
-    >>> from flax_fp8 import fp8_ops
-    >>> f = lambda s, h: fp8_ops.in_qdq(jnp.float32, jnp.float8_e4m3fn, 3.0, s, h)
-    >>> jax.grad(f, (0, 1))(jnp.float32(1), jnp.zeros(2))
-    (Array(1., dtype=float32), Array([3., 0.], dtype=float32))
-
-  References:
-    flax.linen.fp8_ops.in_qdq.
-  """
-  return in_qdq_fwd(compute_dtype, q_dtype, inp, scale, amax_history)[0]
-
-
-def in_qdq_fwd(
-  compute_dtype: Any, q_dtype: Any, inp: jax.Array, scale: jax.Array, amax_history: jax.Array
-) -> tuple[jax.Array, Any]:
-  """Forward rule of ``in_qdq``."""
-  inp = jnp.asarray(inp)
-  out, *new = quantize_dequantize_update(inp, q_dtype, scale, amax_history, compute_dtype)
-  return out, tuple(new)
-
-
-def in_qdq_bwd(compute_dtype: Any, q_dtype: Any, res: Any, g: jax.Array) -> tuple[Any, ...]:
-  """Backward rule of ``in_qdq``."""
-  del compute_dtype, q_dtype
-  return g, *emit(res)
-
-
-in_qdq.defvjp(in_qdq_fwd, in_qdq_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def out_qdq(
-  compute_dtype: Any, q_dtype: Any, out: jax.Array, scale: jax.Array, amax_history: jax.Array
-) -> jax.Array:
-  """Rounds the gradient to FP8's grid going backward; the value passes through unchanged.
-
-  ``out``; its gradient is ``qdq(g)``, those of ``scale`` and ``amax_history`` their new values.
-
-  Args:
-    compute_dtype: taken for compatibility; arithmetic is float32.
-    q_dtype: an FP8 dtype, E5M2 as a rule.
-    out: values; any shape; float32, bfloat16 or float16.
-    scale: of the gradient; as for ``update_fp8_meta``.
-    amax_history: of the gradient; as for ``update_fp8_meta``.
-
-  Returns:
-    ``out``.
-
-  Raises:
-    ValueError: ``q_dtype`` is no FP8 dtype.
-
-  Numerics:
-    As ``qdq``.
-
-  Example:
-    >>> import jax, jax.numpy as jnp
-    >>> from flax_fp8 import fp8_ops
-    >>> f = lambda x, s, h: 1.1 * fp8_ops.out_qdq(jnp.float32, jnp.float8_e5m2, x, s, h)
-    >>> jax.grad(f)(3.0, jnp.float32(1), jnp.zeros(2))
-    Array(1., dtype=float32)
-
-  References:
-    flax.linen.fp8_ops.out_qdq.
-  """
-  del compute_dtype, q_dtype, scale, amax_history
-  return out
-
-
-def out_qdq_fwd(
-  compute_dtype: Any, q_dtype: Any, out: jax.Array, scale: jax.Array, amax_history: jax.Array
-) -> tuple[jax.Array, Any]:
-  """Forward rule of ``out_qdq``."""
-  del compute_dtype, q_dtype
-  return out, (scale, amax_history)
-
-
-def out_qdq_bwd(compute_dtype: Any, q_dtype: Any, res: Any, g: jax.Array) -> tuple[Any, ...]:
-  """Backward rule of ``out_qdq``."""
-  scale, amax_history = res
-  q_g, *new = quantize_dequantize_update(g, q_dtype, scale, amax_history, compute_dtype)
-  return q_g, *emit(new)
-
-
-out_qdq.defvjp(out_qdq_fwd, out_qdq_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def in_q(
-  compute_dtype: Any, q_dtype: Any, inp: jax.Array, scale: jax.Array, amax_history: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Quantises an operand by delayed scaling.
-
-  ``quantize(inp, new_scale), new_scale``; the gradients of ``scale`` and ``amax_history`` are their
-  new values. That of ``inp`` is zero: whoever multiplies the FP8 values defines it.
-
-  Args:
-    compute_dtype: taken for compatibility; arithmetic is float32.
-    q_dtype: an FP8 dtype.
-    inp: values; any shape; float32, bfloat16 or float16.
-    scale: as for ``update_fp8_meta``.
-    amax_history: as for ``update_fp8_meta``.
-
-  Returns:
-    FP8 values of the shape of ``inp``, and the scale that they were quantised with.
-
-  Raises:
-    ValueError: ``q_dtype`` is no FP8 dtype.
-
-  Numerics:
-    As ``quantize``.
-
-  Example:
-    >>> import jax.numpy as jnp
-    >>> from flax_fp8 import fp8_ops
-    >>> x, one, empty = jnp.array([0.5]), jnp.ones(1), jnp.zeros(2)
-    >>> fp8_ops.in_q(jnp.float32, jnp.float8_e4m3fn, x, one, empty)[0]
-    Array([0.5], dtype=float8_e4m3fn)
-
-  References:
-    flax.linen.fp8_ops.in_q.
-  """
-  return in_q_fwd(compute_dtype, q_dtype, inp, scale, amax_history)[0]
-
-
-def in_q_fwd(
-  compute_dtype: Any, q_dtype: Any, inp: jax.Array, scale: jax.Array, amax_history: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array], Any]:
-  """Forward rule of ``in_q``."""
-  inp = jnp.asarray(inp)
-  new_scale, new_history = update_fp8_meta(inp, q_dtype, scale, amax_history)
-  q = quantize(inp, q_dtype, to_float32(new_scale), compute_dtype)
-  return (q, new_scale), (new_scale, new_history)
-
-
-def in_q_bwd(compute_dtype: Any, q_dtype: Any, res: Any, _: Any) -> tuple[Any, ...]:
-  """Backward rule of ``in_q``."""
-  del compute_dtype, q_dtype
-  return None, *emit(res)
-
-
-in_q.defvjp(in_q_fwd, in_q_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def out_dq(dq_type: Any, lhs_scale: jax.Array, rhs_scale: jax.Array, out: jax.Array) -> jax.Array:
-  """Dequantises the product of two quantised operands; its gradient passes through unscaled.
-
-  ``dequantize(out, lhs_scale * rhs_scale)``
-
-  Args:
-    dq_type: dtype of the result.
-    lhs_scale: of the left operand; float32 or fp32_max_grad; shape ``()`` or ``(1,)``.
-    rhs_scale: of the right operand; the same.
-    out: the product of FP8 values, float32; any shape.
-
-  Returns:
-    The product in ``dq_type``; shape of ``out``.
-
-  Numerics:
-    Scales and product are multiplied in float32.
-
-  Example:
-    >>> import jax.numpy as jnp
-    >>> from flax_fp8 import fp8_ops
-    >>> fp8_ops.out_dq(jnp.float32, jnp.ones(1) * 2, jnp.ones(1) * 3, jnp.ones((2,)))
-    Array([6., 6.], dtype=float32)
-
-  References:
-    flax.linen.fp8_ops.out_dq.
-  """
-  return dequantize(out, dq_type, product(to_float32(lhs_scale), to_float32(rhs_scale)))
-
-
-def out_dq_fwd(
-  dq_type: Any, lhs_scale: jax.Array, rhs_scale: jax.Array, out: jax.Array
-) -> tuple[jax.Array, Any]:
-  """Forward rule of ``out_dq``."""
-  return out_dq(dq_type, lhs_scale, rhs_scale, out), None
-
-
-def out_dq_bwd(dq_type: Any, _: Any, g: jax.Array) -> tuple[Any, ...]:
-  """Backward rule of ``out_dq``."""
-  del dq_type
-  return None, None, g
-
-
-out_dq.defvjp(out_dq_fwd, out_dq_bwd)
+  del compute_dtype
+  q, new_scale, new_history = delayed_step(x, q_dtype, scale, amax_history)
+  return _dequantize(q.data, q.scale, x.dtype), new_scale, new_history
 
 
 def _fit(scale: jax.Array, x: jax.Array) -> jax.Array:
@@ -410,6 +201,84 @@ def _fit(scale: jax.Array, x: jax.Array) -> jax.Array:
   return scale.reshape(()) if scale.size == 1 else scale
 
 
-def emit(new: Any) -> tuple[jax.Array, ...]:
-  """Returns new state as cotangents."""
-  return tuple(like(_amax.emit_once(to_float32(leaf)), leaf) for leaf in new)
+def get_fp8_max(fp8_dtype: Any, out_dtype: Any) -> jax.Array:
+  """Returns the largest finite value of an FP8 dtype.
+
+  Args:
+    fp8_dtype: an FP8 dtype.
+    out_dtype: dtype of the result.
+
+  Returns:
+    A scalar.
+
+  Raises:
+    ValueError: ``fp8_dtype`` is no FP8 dtype.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from flax_fp8 import fp8_ops
+    >>> fp8_ops.get_fp8_max(jnp.float8_e4m3fn, jnp.float32)
+    Array(448., dtype=float32)
+
+  References:
+    flax.linen.fp8_ops.get_fp8_max.
+  """
+  return jnp.asarray(float8(fp8_dtype).max, out_dtype)
+
+
+def compute_scale(
+  amax: jax.Array, scale: jax.Array, fp8_max: jax.Array | float, margin: float = 0
+) -> jax.Array:
+  """Computes the scale that maps ``amax`` to ``fp8_max / 2**margin``.
+
+  ``amax / fp8_max * 2**margin``
+
+  Args:
+    amax: largest magnitude; float32; any shape.
+    scale: returned where ``amax`` is zero or not finite.
+    fp8_max: largest finite value of the format.
+    margin: headroom in powers of two.
+
+  Returns:
+    The dequantisation multiplier; float32; never zero, infinite or NaN.
+
+  Numerics:
+    See ``flax_fp8.quantize.scale_from_amax``.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from flax_fp8 import fp8_ops
+    >>> fp8_ops.compute_scale(jnp.float32(896), jnp.float32(1), 448.0)
+    Array(2., dtype=float32)
+
+  References:
+    flax.linen.fp8_ops.compute_scale.
+  """
+  return scale_from_amax(jnp.asarray(amax), jnp.asarray(scale), fp8_max, margin)[0]
+
+
+def compute_amax_history(x: jax.Array, amax_history: jax.Array) -> jax.Array:
+  """Records the amax of ``x``.
+
+  ``roll(amax_history, -1).at[0].set(max(|x|))``
+
+  Args:
+    x: values; any shape.
+    amax_history: float32; shape ``(length,)``; slot 0 newest, slot 1 oldest.
+
+  Returns:
+    The history for the next step; shape of ``amax_history``.
+
+  Numerics:
+    An amax that is not finite is recorded as zero, that is, as not seen.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from flax_fp8 import fp8_ops
+    >>> fp8_ops.compute_amax_history(jnp.array([-3.0]), jnp.array([1.0, 7.0, 8.0]))
+    Array([3., 8., 1.], dtype=float32)
+
+  References:
+    flax.linen.fp8_ops.compute_amax_history.
+  """
+  return roll_history(amax_history, _amax.amax(x, amax_history))

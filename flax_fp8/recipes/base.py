@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, final
 import jax
 import numpy as np
 
-from flax_fp8.contraction import Axes, DimensionNumbers
+from flax_fp8.contraction import Axes, Gemm
 from flax_fp8.quantize import QTensor
 
 TensorState: TypeAlias = dict[str, jax.Array]
@@ -63,9 +63,9 @@ class Recipe(abc.ABC):
       x: float32, bfloat16 or float16; any shape.
       state: of this tensor, float32.
       role: what ``x`` is.
-      contracting: the axes of ``x`` contracted in its first GEMM (fprop for input and kernel,
-        dgrad for the output gradient) and in its second one (wgrad for input and output gradient,
-        dgrad for the kernel).
+      contracting: the axes of ``x`` that each of its two GEMMs contracts. Input and kernel: fprop,
+        then the backward GEMM (wgrad for the input, dgrad for the kernel). Output gradient: the
+        GEMM that gives the left operand's gradient, then the right one's.
 
     Returns:
       One ``QTensor`` for each of these GEMMs, and an observation: a pytree of small arrays that
@@ -77,10 +77,8 @@ class Recipe(abc.ABC):
     """Returns the state for the next step, float32, of the structure of ``state``."""
 
   @abc.abstractmethod
-  def contract(
-    self, lhs: QTensor, rhs: QTensor, dimension_numbers: DimensionNumbers, kind: GemmKind
-  ) -> jax.Array:
-    """Multiplies two quantised tensors; returns the dequantised product in float32."""
+  def contract(self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind) -> jax.Array:
+    """Multiplies two quantised tensors; returns the dequantised, transposed product in float32."""
 
   @final
   @property

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_fp8.amax import amax
-from flax_fp8.contraction import Axes, DimensionNumbers, dot_per_tensor
+from flax_fp8.contraction import Axes, Gemm, dot_per_tensor
 from flax_fp8.formats import Float8, Format
 from flax_fp8.quantize import QTensor, quantize, scale_from_amax
 from flax_fp8.recipes.base import GemmKind, Recipe, Role, TensorState
@@ -47,7 +47,7 @@ def next_scale(
   algo: AmaxComputeAlgo = "max",
   margin: float = 0,
   power_of_two: bool = False,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
   """Computes the scale of this step from the history of the steps before it.
 
   ``scale_from_amax(max(history), fallback=scale)``
@@ -61,7 +61,8 @@ def next_scale(
     power_of_two: rounds scales up to powers of two.
 
   Returns:
-    The scale; float32; shape of ``scale``. The old one where the history is empty.
+    The scale and its inverse; float32; shape of ``scale``. The old scale where the history is
+    empty.
   """
   largest = jnp.max(history, axis=0) if algo == "max" else history[0]
   largest = jnp.broadcast_to(largest, scale.shape)
@@ -150,28 +151,27 @@ class DelayedScaling(Recipe):
   ) -> tuple[tuple[QTensor, QTensor], jax.Array]:
     """Quantises once for both GEMMs; observes the amax."""
     del contracting
-    q = quantize(x, self._scale(state, role).reshape(()), self._float8(role))
+    scale, inverse = (value.reshape(()) for value in self._scale(state, role))
+    q = quantize(x, scale, self._float8(role), inverse)
     return (q, q), amax(x, state)
 
   def update(self, state: TensorState, observation: Any, role: Role) -> TensorState:
     """Keeps the scale that this step used, and records its amax."""
     return {
-      "scale": self._scale(state, role),
+      "scale": self._scale(state, role)[0],
       "amax_history": roll_history(state["amax_history"], observation),
     }
 
-  def contract(
-    self, lhs: QTensor, rhs: QTensor, dimension_numbers: DimensionNumbers, kind: GemmKind
-  ) -> jax.Array:
+  def contract(self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind) -> jax.Array:
     """One GEMM; fast accumulation going forward, full going backward."""
     fast = kind is GemmKind.FPROP
-    return dot_per_tensor(lhs, rhs, dimension_numbers, fast_accumulation=fast)
+    return dot_per_tensor(lhs, rhs, gemm, fast_accumulation=fast)
 
   def _float8(self, role: Role) -> Float8:
     backward = role is Role.OUTPUT_GRAD
     return self.fp8_format.backward if backward else self.fp8_format.forward
 
-  def _scale(self, state: TensorState, role: Role) -> jax.Array:
+  def _scale(self, state: TensorState, role: Role) -> tuple[jax.Array, jax.Array]:
     return next_scale(
       state["scale"],
       state["amax_history"],

@@ -1,12 +1,7 @@
 """The training loop's side: FP8 state is written over, parameters go to the optimiser."""
 
-from flax_fp8.training.state import (
-  apply_updates,
-  as_max_grad,
-  grad,
-  partition_for_grad_overwrite,
-  value_and_grad,
-)
+from flax_fp8.training.max_grad import as_max_grad, grad, value_and_grad
+from flax_fp8.training.state import apply_updates, partition_for_grad_overwrite
 from flax_fp8.training.train_state import TrainState
 from flax_fp8.training.upgrade import upgrade_variables
 

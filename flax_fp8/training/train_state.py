@@ -11,7 +11,8 @@ import jax
 from flax.training import train_state
 
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
-from flax_fp8.training.state import apply_updates, as_max_grad
+from flax_fp8.training.max_grad import as_max_grad
+from flax_fp8.training.state import apply_updates
 
 
 class TrainState(train_state.TrainState):

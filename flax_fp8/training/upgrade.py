@@ -50,9 +50,10 @@ def upgrade_variables(
       "parameters as {'params': params}."
     )
   fresh = _fresh_state(module, init_args, init_kwargs)
-  old = flax.core.unfreeze(variables)
+  frozen = isinstance(variables, flax.core.FrozenDict)
+  old: Any = flax.core.unfreeze(variables) if frozen else dict(variables)
   new = {**old, OVERWRITE_WITH_GRADIENT: _fill(old.get(OVERWRITE_WITH_GRADIENT, {}), fresh)}
-  return flax.core.freeze(new) if isinstance(variables, flax.core.FrozenDict) else new
+  return flax.core.freeze(new) if frozen else new
 
 
 def _fresh_state(module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -1,0 +1,234 @@
+"""The modules of ``flax.linen.fp8_ops``: its fields, class names and variables, our arithmetic."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flax_fp8 import ops
+from flax_fp8.formats import Format, float8
+from flax_fp8.linen.state import read_state
+from flax_fp8.ops.flax_dots import dot_general_with_precision, warn_of_precision
+from flax_fp8.ops.in_out import in_qdq, out_qdq
+from flax_fp8.recipes.delayed import DelayedScaling
+
+DType = Any
+
+
+class Fp8DotGeneralBase(nn.Module):
+  """Fields that Flax's FP8 modules share.
+
+  Attributes:
+    amax_history_length: number of amaxes kept a tensor.
+    e4m3_dtype: FP8 dtype of inputs and kernels.
+    e5m2_dtype: FP8 dtype of output gradients.
+
+  Raises:
+    ValueError: a dtype is no FP8 dtype, or the length is below 1.
+
+  Example:
+    >>> from flax_fp8 import fp8_ops
+    >>> fp8_ops.Fp8DotGeneralBase().amax_history_length
+    1024
+
+  References:
+    flax.linen.fp8_ops.Fp8DotGeneralBase.
+  """
+
+  amax_history_length: int = 1024
+  e4m3_dtype: DType = jnp.float8_e4m3fn
+  e5m2_dtype: DType = jnp.float8_e5m2
+
+  @property
+  def recipe(self) -> DelayedScaling:
+    """The recipe that the fields describe."""
+    fp8_format = Format(float8(self.e4m3_dtype), float8(self.e5m2_dtype))
+    return DelayedScaling(amax_history_len=self.amax_history_length, fp8_format=fp8_format)
+
+
+class Fp8DirectDotGeneralOp(Fp8DotGeneralBase):
+  """``flax_fp8.Fp8DotGeneral`` with the fields and the class name of Flax.
+
+  Attributes:
+    amax_history_length: number of amaxes kept a tensor.
+    e4m3_dtype: FP8 dtype of inputs and kernels; honoured.
+    e5m2_dtype: FP8 dtype of output gradients; honoured.
+
+  Raises:
+    TypeError: as ``flax_fp8.Fp8DotGeneral``.
+    ValueError: as ``flax_fp8.Fp8DotGeneral``, but a precision is disregarded with a warning.
+
+  Numerics:
+    As ``flax_fp8.Fp8DotGeneral``; the result has the dtype of ``rhs``.
+
+  Example:
+    >>> import flax.linen as nn
+    >>> from flax_fp8 import fp8_ops
+    >>> layer = nn.Dense(4, dot_general_cls=fp8_ops.Fp8DotGeneral)
+
+  References:
+    flax.linen.fp8_ops.Fp8DirectDotGeneralOp.
+  """
+
+  @nn.compact
+  def __call__(
+    self,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    dimension_numbers: Any,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+  ) -> jax.Array:
+    """Contracts; arguments as ``lax.dot_general``."""
+    warn_of_precision(name := type(self).__name__, precision)
+    return ops.dot_general(
+      lhs,
+      rhs,
+      dimension_numbers,
+      recipe=self.recipe,
+      state=read_state(self, self.recipe),
+      preferred_element_type=preferred_element_type or rhs.dtype,
+      name=name,
+    )
+
+
+Fp8DotGeneral = Fp8DirectDotGeneralOp
+
+
+class Fp8Einsum(Fp8DotGeneralBase):
+  """``flax_fp8.Fp8Einsum`` with the fields of Flax.
+
+  Attributes:
+    amax_history_length: number of amaxes kept a tensor.
+    e4m3_dtype: FP8 dtype of inputs and kernels; honoured.
+    e5m2_dtype: FP8 dtype of output gradients; honoured.
+
+  Raises:
+    TypeError: as ``flax_fp8.Fp8Einsum``.
+    ValueError: as ``flax_fp8.Fp8Einsum``, but a precision is disregarded with a warning.
+
+  Numerics:
+    As ``flax_fp8.Fp8Einsum``; the result has the dtype of ``rhs``.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from flax_fp8 import fp8_ops
+    >>> x = jnp.ones((2, 2))
+    >>> out, _ = fp8_ops.Fp8Einsum().init_with_output(jax.random.key(0), "mk,kn->mn", x, x)
+    >>> out.shape
+    (2, 2)
+
+  References:
+    flax.linen.fp8_ops.Fp8Einsum.
+  """
+
+  @nn.compact
+  def __call__(
+    self,
+    eqn: str,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+  ) -> jax.Array:
+    """Contracts; arguments as ``jnp.einsum``."""
+    warn_of_precision(name := type(self).__name__, precision)
+    return ops.einsum(
+      eqn,
+      lhs,
+      rhs,
+      recipe=self.recipe,
+      state=read_state(self, self.recipe),
+      preferred_element_type=preferred_element_type or rhs.dtype,
+      name=name,
+    )
+
+
+class Fp8DotGeneralOp(Fp8DotGeneralBase):
+  """Deprecated: rounds operands to FP8's grid and multiplies them in high precision.
+
+  ``out_qdq(dot_general(in_qdq(lhs), in_qdq(rhs)))``, which XLA may or may not turn into an FP8
+  GEMM. Use ``Fp8DotGeneral``, which asks for one.
+
+  Attributes:
+    amax_history_length: number of amaxes kept a tensor.
+    e4m3_dtype: FP8 dtype of inputs and kernels.
+    e5m2_dtype: FP8 dtype of output gradients.
+
+  Numerics:
+    As ``in_qdq`` and ``out_qdq``; the GEMM is in the dtype of ``rhs``.
+
+  Example:
+    >>> import warnings
+    >>> from flax_fp8 import fp8_ops
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...   warnings.simplefilter("always")
+    ...   layer = fp8_ops.Fp8DotGeneralOp()
+    >>> caught[0].category.__name__
+    'DeprecationWarning'
+
+  References:
+    flax.linen.fp8_ops.Fp8DotGeneralOp.
+  """
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    warnings.warn(
+      f"{type(self).__name__} is deprecated, because it leaves to XLA whether a GEMM is FP8. Use "
+      f"{self._replacement()}.",
+      DeprecationWarning,
+      stacklevel=3,
+    )
+
+  def _replacement(self) -> str:
+    return "flax_fp8.Fp8DotGeneral or flax_fp8.Fp8Einsum"
+
+  @nn.compact
+  def __call__(
+    self, lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, precision: Any = None
+  ) -> jax.Array:
+    """Contracts; arguments as ``lax.dot_general``."""
+    warn_of_precision(type(self).__name__, precision)
+    state = read_state(self, self.recipe)
+    dtype = rhs.dtype
+    q_lhs = in_qdq(dtype, self.e4m3_dtype, jnp.asarray(lhs, dtype), *_leaves(state["input"]))
+    q_rhs = in_qdq(dtype, self.e4m3_dtype, rhs, *_leaves(state["kernel"]))
+    out = dot_general_with_precision(q_lhs, q_rhs, dimension_numbers)
+    return out_qdq(dtype, self.e5m2_dtype, out, *_leaves(state["output_grad"]))
+
+
+class NANOOFp8DotGeneralOp(Fp8DotGeneralOp):
+  """Deprecated: ``Fp8DotGeneralOp`` with the fnuz formats of AMD's CDNA3.
+
+  Use ``Fp8DotGeneral`` with the recipe ``DelayedScaling(fp8_format=Format.HYBRID_FNUZ)``.
+
+  Attributes:
+    amax_history_length: number of amaxes kept a tensor.
+    e4m3_dtype: float8_e4m3fnuz.
+    e5m2_dtype: float8_e5m2fnuz.
+
+  Example:
+    >>> import warnings
+    >>> from flax_fp8 import fp8_ops
+    >>> with warnings.catch_warnings():
+    ...   warnings.simplefilter("ignore")
+    ...   print(fp8_ops.NANOOFp8DotGeneralOp().e4m3_dtype.__name__)
+    float8_e4m3fnuz
+
+  References:
+    flax.linen.fp8_ops.NANOOFp8DotGeneralOp.
+  """
+
+  e4m3_dtype: DType = jnp.float8_e4m3fnuz
+  e5m2_dtype: DType = jnp.float8_e5m2fnuz
+
+  def _replacement(self) -> str:
+    return "flax_fp8.Fp8DotGeneral with DelayedScaling(fp8_format=Format.HYBRID_FNUZ)"
+
+
+def _leaves(state: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+  return state["scale"], state["amax_history"]

@@ -1,0 +1,213 @@
+"""Differentiation that takes the maximum of state used on several paths, instead of the sum."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flax_fp8 import _compat
+from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
+from flax_fp8.meta_dtype import fp32_max_grad, is_max_grad, to_max_grad
+from flax_fp8.training.state import overwrite_leaf
+
+
+def as_max_grad(variables: Any) -> Any:
+  """Casts the FP8 state in a tree to ``fp32_max_grad`` and leaves the rest.
+
+  Differentiated with respect to the tree so cast, or to the tree before the cast, state that is
+  used on several paths comes back as the maximum over them instead of the sum. Cast outside of
+  every loop, pipeline and remat that the state enters.
+
+  Args:
+    variables: any pytree; its state is what lies under a key ``_overwrite_with_gradient``.
+
+  Returns:
+    The tree with every float32 leaf under such a key as fp32_max_grad; same shapes.
+
+  Raises:
+    TypeError: a leaf under such a key is neither float32 nor fp32_max_grad.
+
+  Numerics:
+    The bits stay as they are.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import flax_fp8 as fp8
+    >>> cast = fp8.as_max_grad({"params": jnp.ones(2), "_overwrite_with_gradient": jnp.ones(1)})
+    >>> {name: str(x.dtype) for name, x in sorted(cast.items())}
+    {'_overwrite_with_gradient': 'fp32_max_grad', 'params': 'float32'}
+
+  References:
+    flax.linen.fp8_ops.fp32_max_grad.
+  """
+  return jax.tree_util.tree_map_with_path(_cast_if_state, variables)
+
+
+def _is_state(path: Sequence[Any]) -> bool:
+  return any(getattr(entry, "key", None) == OVERWRITE_WITH_GRADIENT for entry in path)
+
+
+def _cast_if_state(path: Any, leaf: Any) -> Any:
+  if not _is_state(path) or is_max_grad(leaf):
+    return leaf
+  if (dtype := jnp.result_type(leaf)) != jnp.float32:
+    raise TypeError(
+      f"as_max_grad: FP8 state must be float32; got {jax.tree_util.keystr(path)} of {dtype=}. "
+      f"Keep the collection {OVERWRITE_WITH_GRADIENT!r} out of casts of parameters."
+    )
+  return to_max_grad(leaf)
+
+
+def value_and_grad(
+  fun: Callable[..., Any],
+  argnums: int | Sequence[int] = 0,
+  has_aux: bool = False,
+  holomorphic: bool = False,
+  allow_int: bool = False,
+) -> Callable[..., Any]:
+  """Like ``jax.value_and_grad``, but state met on several paths comes back as the maximum.
+
+  ``jax.value_and_grad(fun)(as_max_grad(variables))``, the state then cast back to float32.
+
+  Args:
+    fun: function of arrays and pytrees, returning a real scalar, or a pair if ``has_aux``. It sees
+      the FP8 state of the differentiated arguments as fp32_max_grad.
+    argnums: which positional arguments to differentiate with respect to.
+    has_aux: whether ``fun`` returns ``(value, aux)``.
+    holomorphic: as for ``jax.value_and_grad``.
+    allow_int: as for ``jax.value_and_grad``.
+
+  Returns:
+    A function of the same arguments that returns ``(value, gradients)``. In the gradients, state
+    is its new value in float32; state that no path of this call used is its old value.
+
+  Raises:
+    TypeError: as ``jax.value_and_grad``; or ``fun`` takes the state through
+      ``shard_map(check_vma=False)``, across whose boundary JAX cannot take a maximum.
+
+  Numerics:
+    Gradients of everything else are those of ``jax.value_and_grad``, bit for bit.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, flax.linen as nn
+    >>> import flax_fp8 as fp8
+    >>> layer = nn.Dense(4, dot_general_cls=fp8.Fp8DotGeneral)
+    >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 4)))
+    >>> twice = lambda v: jnp.sum(
+    ...   layer.apply(v, jnp.ones((2, 4))) + layer.apply(v, jnp.zeros((2, 4)))
+    ... )
+    >>> loss, grads = fp8.value_and_grad(twice)(variables)
+    >>> float(grads["_overwrite_with_gradient"]["Fp8DotGeneral_0"]["input_amax_history"][0])
+    1.0
+
+  References:
+    jax.value_and_grad.
+  """
+  positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+  @functools.wraps(fun)
+  def wrapped(*args: Any, **kwargs: Any) -> Any:
+    cast = list(args)
+    for i in positions:
+      _check_differentiable(args[i], allow_int)
+      cast[i] = as_max_grad(args[i])
+    # JAX counts extended dtypes as integers here; _check_differentiable kept real integers out.
+    run = jax.value_and_grad(fun, argnums, has_aux, holomorphic, allow_int=True)
+    with _explain_arithmetic_on_state():
+      value, grads = run(*cast, **kwargs)
+    old = args[argnums] if isinstance(argnums, int) else tuple(args[i] for i in positions)
+    return value, jax.tree_util.tree_map_with_path(_collect, grads, old)
+
+  return wrapped
+
+
+def grad(
+  fun: Callable[..., Any],
+  argnums: int | Sequence[int] = 0,
+  has_aux: bool = False,
+  holomorphic: bool = False,
+  allow_int: bool = False,
+) -> Callable[..., Any]:
+  """Like ``jax.grad``, but state met on several paths comes back as the maximum.
+
+  ``value_and_grad(fun)(...)[1]``, with the auxiliary output if ``has_aux``.
+
+  Args:
+    fun: as for ``value_and_grad``.
+    argnums: as for ``value_and_grad``.
+    has_aux: as for ``value_and_grad``.
+    holomorphic: as for ``value_and_grad``.
+    allow_int: as for ``value_and_grad``.
+
+  Returns:
+    A function that returns the gradients, or ``(gradients, aux)`` if ``has_aux``.
+
+  Raises:
+    TypeError: as ``value_and_grad``.
+
+  Numerics:
+    As ``value_and_grad``.
+
+  Example:
+    >>> import flax_fp8 as fp8
+    >>> float(fp8.grad(lambda x: x * x)(3.0))
+    6.0
+
+  References:
+    jax.grad.
+  """
+  run = value_and_grad(fun, argnums, has_aux, holomorphic, allow_int)
+
+  @functools.wraps(fun)
+  def wrapped(*args: Any, **kwargs: Any) -> Any:
+    value, grads = run(*args, **kwargs)
+    return (grads, value[1]) if has_aux else grads
+
+  return wrapped
+
+
+def _check_differentiable(argument: Any, allow_int: bool) -> None:
+  for path, leaf in jax.tree_util.tree_leaves_with_path(argument):
+    if (
+      not allow_int
+      and not is_max_grad(leaf)
+      and not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    ):
+      raise TypeError(
+        "value_and_grad: arguments to differentiate must be real or complex; got "
+        f"{jax.tree_util.keystr(path) or 'an argument'} of dtype {jnp.result_type(leaf)}. Pass it "
+        "as another argument, or set allow_int=True."
+      )
+
+
+def _collect(path: Any, grad: Any, old: Any) -> Any:
+  """Turns a leaf of a gradient into what the training loop takes: new state, or a gradient."""
+  if not _is_state(path):
+    return grad
+  new = overwrite_leaf(old, grad)
+  # Inside an unchecked shard_map all devices but the first emitted zero (flax_fp8.amax.emit_once).
+  axes = _compat.unchecked_manual_axes()
+  return lax.pmax(new, axes) if axes else new
+
+
+@contextlib.contextmanager
+def _explain_arithmetic_on_state() -> Generator[None]:
+  """Says what to do where something, JAX's shard_map as a rule, calculates with fp32_max_grad."""
+  try:
+    yield
+  except TypeError as error:
+    if f"does not accept dtype {fp32_max_grad}" not in str(error):
+      raise
+    raise TypeError(
+      "value_and_grad: FP8 state is fp32_max_grad in here and takes no arithmetic; got: "
+      f"{error} shard_map(check_vma=False) does this at its boundary, where it sums cotangents: "
+      "call it with check_vma=True, or call flax_fp8.value_and_grad inside the mapped function, "
+      "or cast inside it, with as_max_grad(variables), and differentiate with jax.value_and_grad. "
+      "In a loss of your own, leave the state out, with partition_for_grad_overwrite(variables)."
+    ) from error

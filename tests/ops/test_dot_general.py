@@ -1,0 +1,210 @@
+"""The contraction against float64 truth, in every compute dtype, and its refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flax_fp8 as fp8
+from flax_fp8 import meta_dtype, ops
+from tests import oracle
+
+DIMS = (((1,), (0,)), ((), ()))
+BATCHED = (((2,), (1,)), ((0,), (0,)))
+NAMES = {"input": "float8_e4m3fn", "kernel": "float8_e4m3fn", "output_grad": "float8_e5m2"}
+RECIPE = fp8.DelayedScaling(amax_history_len=3)
+
+
+def operands(shape, other, out, dtype="float32", seed=0):
+  random = np.random.default_rng(seed)
+  return [jnp.asarray(random.normal(size=s), dtype) for s in (shape, other, out)]
+
+
+def warm_state(recipe=RECIPE, **amaxes):
+  """State whose history holds the given amaxes."""
+  state = ops.init_state(recipe)
+  for role, amax in amaxes.items():
+    state[role]["amax_history"] = state[role]["amax_history"].at[-1].set(amax)
+  return state
+
+
+def forward_backward(x, w, g, dims=DIMS, state=None, recipe=RECIPE, **options):
+  """Output, both gradients and the new state."""
+  state = warm_state(recipe) if state is None else state
+  f = lambda x, w, s: ops.dot_general(x, w, dims, recipe=recipe, state=s, **options)
+  out, vjp = jax.vjp(f, x, w, state)
+  return (out, *vjp(g))
+
+
+def truth(x, w, g, scales):
+  """The three GEMMs of the plain case in float64, each operand rounded by the oracle."""
+  tensors = zip((x, w, g), NAMES.items(), strict=True)
+  qx, qw, qg = (oracle.qdq(np.float32(t), np.float32(scales[r]), n) for t, (r, n) in tensors)
+  return qx @ qw, qg @ qw.T, qx.T @ qg
+
+
+SCALES = {role: np.float32(2.0) / np.float32(oracle.magnitudes(n)[-1]) for role, n in NAMES.items()}
+
+
+@pytest.mark.parametrize(
+  ("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2**-8), ("float16", 2**-11)]
+)
+def test_three_gemms_equal_the_oracle(dtype, tolerance):
+  """Beside FP8's own rounding, which the oracle has too, there is one rounding to the dtype."""
+  x, w, g = operands((8, 16), (16, 4), (8, 4), dtype)
+  state = warm_state(input=2.0, kernel=2.0, output_grad=2.0)
+  out, dx, dw, _ = jax.jit(forward_backward)(x, w, g, state=state)
+  for got, want in zip((out, dx, dw), truth(x, w, g, SCALES), strict=True):
+    assert got.dtype == jnp.dtype(dtype)
+    np.testing.assert_allclose(np.float64(got), want, rtol=tolerance, atol=1e-6)
+
+
+def test_batched_equals_one_by_one():
+  x, w, g = operands((3, 8, 16), (3, 16, 4), (3, 8, 4))
+  state = warm_state(input=4.0, kernel=4.0, output_grad=4.0)
+  out, dx, dw, _ = forward_backward(x, w, g, BATCHED, state)
+  for i in range(3):
+    one = forward_backward(x[i], w[i], g[i], DIMS, state)
+    for got, want in zip((out, dx, dw), one[:3], strict=True):
+      np.testing.assert_allclose(got[i], want, rtol=1e-6)
+
+
+def test_new_state():
+  x, w, g = operands((8, 16), (16, 4), (8, 4))
+  state = warm_state(input=3.0)
+  new = forward_backward(x, w, g, state=state)[3]
+  for role, tensor in zip(NAMES, (x, w, g), strict=True):
+    history = np.asarray(state[role]["amax_history"])
+    want = oracle.roll(history, oracle.amax(tensor))
+    np.testing.assert_array_equal(new[role]["amax_history"], want.astype(np.float32))
+    scale = oracle.scale(history, 1.0, NAMES[role])
+    assert float(new[role]["scale"][0]) == pytest.approx(scale, rel=3e-7)
+
+
+@pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_max_grad_state_stays_max_grad(run):
+  x, w, g = operands((8, 16), (16, 4), (8, 4))
+  plain = forward_backward(x, w, g)[3]
+  cast = jax.tree.map(meta_dtype.to_max_grad, warm_state())
+  new = run(lambda s: forward_backward(x, w, g, state=s)[3])(cast)
+  assert all(meta_dtype.is_max_grad(leaf) for leaf in jax.tree.leaves(new))
+  jax.tree.map(np.testing.assert_array_equal, jax.tree.map(meta_dtype.to_float32, new), plain)
+
+
+def test_residuals_are_fp8():
+  """Between forward and backward nothing of an operand's size is kept but its FP8 copy."""
+  x, w, _ = operands((64, 128), (128, 32), (64, 32), "bfloat16")
+  f = lambda x, w: ops.dot_general(x, w, DIMS, recipe=RECIPE, state=warm_state())
+  _, vjp = jax.vjp(f, x, w)
+  kept = [leaf for leaf in jax.tree.leaves(vjp) if getattr(leaf, "size", 0) > 1024]
+  assert sorted(leaf.dtype.name for leaf in kept) == ["float8_e4m3fn"] * 2
+
+
+def test_gemms_of_the_lowered_program():
+  """Operand formats, accumulation and output dtype of the three GEMMs."""
+  x, w, g = operands((16, 32), (32, 48), (16, 48), "bfloat16")
+  jaxpr = jax.make_jaxpr(forward_backward)(x, w, g)
+  gemms = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "dot_general"]
+  inner = [
+    sub for e in jaxpr.jaxpr.eqns for sub in jax.tree.leaves(e.params) if hasattr(sub, "eqns")
+  ]
+  gemms += [e for sub in inner for e in sub.eqns if e.primitive.name == "dot_general"]
+  formats = [tuple(v.aval.dtype.name for v in e.invars) for e in gemms]
+  e4m3, e5m2 = "float8_e4m3fn", "float8_e5m2"
+  assert formats == [(e4m3, e4m3), (e5m2, e4m3), (e5m2, e4m3)]
+  precisions = [str(e.params["precision"][0]) for e in gemms]
+  assert precisions == ["DEFAULT", "HIGHEST", "HIGHEST"]
+  assert {e.outvars[0].aval.dtype.name for e in gemms} == {"float32"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_nothing_in_nothing_out(dtype):
+  for m, k, n in ((0, 4, 2), (3, 0, 2), (3, 4, 0)):
+    x, w, g = operands((m, k), (k, n), (m, n), dtype)
+    out, dx, dw, new = forward_backward(x, w, g)
+    assert (out.shape, dx.shape, dw.shape) == ((m, n), (m, k), (k, n))
+    assert not np.any(out)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(new))
+
+
+def test_mixed_dtypes_promote_and_gradients_keep_theirs():
+  x, w, g = operands((8, 16), (16, 4), (8, 4))
+  out, dx, dw, _ = forward_backward(x.astype(jnp.bfloat16), w, g)
+  assert (out.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+
+
+def test_preferred_element_type():
+  x, w, g = operands((8, 16), (16, 4), (8, 4), "bfloat16")
+  out = forward_backward(x, w, g.astype(jnp.float32), preferred_element_type=jnp.float32)[0]
+  assert out.dtype == jnp.float32
+
+
+BAD_OPERANDS = {
+  "int32": jnp.zeros((2, 3), jnp.int32),
+  "complex64": jnp.zeros((2, 3), jnp.complex64),
+  "bool": jnp.zeros((2, 3), bool),
+  "float8_e4m3fn": jnp.zeros((2, 3), jnp.float8_e4m3fn),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_OPERANDS.values(), ids=BAD_OPERANDS)
+@pytest.mark.parametrize("side", ["lhs", "rhs"])
+def test_dtypes_refused(bad, side):
+  good = jnp.zeros((3, 3))
+  pair = (bad, good) if side == "lhs" else (good, bad.T)
+  with pytest.raises(TypeError, match=f"dot_general: operands .* got {side} of dtype {bad.dtype}"):
+    ops.dot_general(*pair, DIMS, recipe=RECIPE, state=warm_state())
+
+
+BAD_DIMS = {
+  "sizes differ": (((0,), (0,)), ((), ())),
+  "out of range": (((5,), (0,)), ((), ())),
+  "unpaired": (((0, 1), (0,)), ((), ())),
+  "not nested": ((1,), (0,)),
+  "None": None,
+}
+
+
+@pytest.mark.parametrize("dims", BAD_DIMS.values(), ids=BAD_DIMS)
+def test_dimension_numbers_refused(dims):
+  with pytest.raises(ValueError, match=r"dot_general: dimension_numbers must .*shape \(2, 3\)"):
+    ops.dot_general(jnp.zeros((2, 3)), jnp.zeros((3, 4)), dims, recipe=RECIPE, state=warm_state())
+
+
+class TestStateRefused:
+  def call(self, state, recipe=RECIPE):
+    return ops.dot_general(jnp.zeros((2, 3)), jnp.zeros((3, 4)), DIMS, recipe=recipe, state=state)
+
+  def test_recipe_class(self):
+    with pytest.raises(TypeError, match=r"recipe must be a recipe.*Pass an instance"):
+      self.call(warm_state(), recipe=fp8.DelayedScaling)
+
+  def test_missing_role(self):
+    state = {key: value for key, value in warm_state().items() if key != "kernel"}
+    with pytest.raises(ValueError, match=r"state of kernel must hold \['amax_history', 'scale'\]"):
+      self.call(state)
+
+  def test_length(self):
+    other = fp8.DelayedScaling(amax_history_len=9)
+    with pytest.raises(
+      ValueError, match=r"input_amax_history must have shape \(9,\).*got shape \(3,\)"
+    ):
+      self.call(warm_state(), recipe=other)
+
+  def test_dtype(self):
+    state = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), warm_state())
+    with pytest.raises(
+      TypeError, match=r"input_.* must be float32 or fp32_max_grad; got dtype bfloat16"
+    ):
+      self.call(state)
+
+  def test_preferred_element_type(self):
+    with pytest.raises(TypeError, match=r"preferred_element_type must be one of .*int32"):
+      ops.dot_general(
+        jnp.zeros((2, 3)),
+        jnp.zeros((3, 4)),
+        DIMS,
+        recipe=RECIPE,
+        state=warm_state(),
+        preferred_element_type=jnp.int32,
+      )

@@ -1,0 +1,57 @@
+"""Einsum in FP8: exact where FP8 is, for every form of equation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flax_fp8 as fp8
+from flax_fp8 import ops
+from tests.test_contraction import EQUATIONS, integers
+
+RECIPE = fp8.DelayedScaling(amax_history_len=2)
+
+
+@pytest.mark.parametrize(("equation", "shapes"), EQUATIONS.items(), ids=EQUATIONS)
+def test_small_integers_are_exact(equation, shapes):
+  """E4M3 and E5M2 hold them exactly, so values and gradients must be those of ``jnp.einsum``."""
+  lhs, rhs = integers(shapes[0]), integers(shapes[1], 1)
+  state = ops.init_state(RECIPE)
+  ours = lambda x, y: ops.einsum(equation, x, y, recipe=RECIPE, state=state)
+  theirs = lambda x, y: jnp.einsum(equation, x, y)
+  out, vjp = jax.vjp(theirs, lhs, rhs)
+  g = integers(out.shape, 2)
+  got, got_vjp = jax.vjp(ours, lhs, rhs)
+  np.testing.assert_array_equal(got, out)
+  for mine, want in zip(got_vjp(g), vjp(g), strict=True):
+    np.testing.assert_array_equal(mine, want)
+
+
+def test_left_is_always_the_input():
+  """Whatever order suits the output: Flax's ops mix the two up for transposed outputs."""
+  lhs, rhs = jnp.full((2, 3), 5.0), jnp.full((3, 4), 7.0)
+  for equation in ("mk,kn->mn", "mk,kn->nm"):
+    loss = lambda s, e=equation: jnp.sum(ops.einsum(e, lhs, rhs, recipe=RECIPE, state=s))
+    new = jax.grad(loss)(ops.init_state(RECIPE))
+    assert float(new["input"]["amax_history"][0]) == 5.0
+    assert float(new["kernel"]["amax_history"][0]) == 7.0
+
+
+def test_dtype_of_the_result():
+  x = jnp.ones((2, 2), jnp.bfloat16)
+  call = lambda **options: ops.einsum(
+    "ij,jk", x, x, recipe=RECIPE, state=ops.init_state(RECIPE), **options
+  )
+  assert call().dtype == jnp.bfloat16
+  assert call(preferred_element_type=jnp.float32).dtype == jnp.float32
+
+
+def test_bad_calls():
+  x = jnp.ones((2, 2))
+  state = ops.init_state(RECIPE)
+  with pytest.raises(TypeError, match=r"einsum: the equation must be a string; got 3"):
+    ops.einsum(3, x, x, recipe=RECIPE, state=state)
+  with pytest.raises(
+    TypeError, match=r"einsum: operands must be of dtype .* got rhs of dtype int32"
+  ):
+    ops.einsum("ij,jk", x, x.astype(int), recipe=RECIPE, state=state)

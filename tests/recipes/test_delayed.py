@@ -1,0 +1,107 @@
+"""Delayed scaling against the float64 oracle, step by step."""
+
+import copy
+import dataclasses
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flax_fp8 as fp8
+from flax_fp8 import formats
+from flax_fp8.recipes import Role
+from flax_fp8.recipes.delayed import next_scale, roll_history
+from tests import oracle
+
+AMAXES = [3.0, 0.5, np.nan, 7.0, 0.0, 2.0, np.inf, 1e-3, 9.0, 0.25, 0.25, 0.25]
+
+
+def run(recipe, role=Role.INPUT, amaxes=AMAXES):
+  """Scales and histories that a tensor with these amaxes goes through."""
+  state = jax.tree.map(jnp.asarray, recipe.init_state(role))
+  seen = []
+  for amax in amaxes:
+    x = jnp.array([0.1, -1.0]) * amax
+    (q, _), observation = recipe.quantize(x, state, role, ((0,), (0,)))
+    state = recipe.update(state, observation, role)
+    assert float(q.scale) == float(state["scale"][0])
+    seen.append((float(q.scale), np.asarray(state["amax_history"])))
+  return seen
+
+
+@pytest.mark.parametrize("role", Role, ids=lambda r: r.value)
+@pytest.mark.parametrize("fp8_format", [fp8.Format.HYBRID, fp8.Format.E4M3, fp8.Format.HYBRID_FNUZ])
+@pytest.mark.parametrize("length", [1, 2, 5, 1024])
+def test_follows_the_oracle(length, fp8_format, role):
+  recipe = fp8.DelayedScaling(amax_history_len=length, fp8_format=fp8_format)
+  float8 = fp8_format.backward if role is Role.OUTPUT_GRAD else fp8_format.forward
+  scale, history = 1.0, np.zeros(length)
+  for amax, (got_scale, got_history) in zip(AMAXES, run(recipe, role), strict=True):
+    scale = oracle.scale(history, scale, float8.name)
+    history = oracle.roll(history, np.float32(amax))
+    assert got_scale == pytest.approx(scale, rel=3e-7)
+    np.testing.assert_array_equal(got_history, history.astype(np.float32))
+
+
+def test_most_recent_forgets_at_once():
+  recipe = fp8.DelayedScaling(amax_history_len=4, amax_compute_algo="most_recent")
+  scales = [scale for scale, _ in run(recipe, amaxes=[448.0, 4.48, 44.8, 1.0])]
+  assert scales == pytest.approx([1.0, 1.0, 0.01, 0.1], rel=1e-6)
+
+
+@pytest.mark.parametrize("margin", [0, 1, 2.5, -1])
+def test_margin_leaves_headroom(margin):
+  recipe = fp8.DelayedScaling(amax_history_len=2, margin=margin)
+  assert run(recipe, amaxes=[448.0, 1.0])[-1][0] == pytest.approx(2.0**margin, rel=1e-6)
+
+
+def test_power_of_two():
+  recipe = fp8.DelayedScaling(amax_history_len=2, power_of_two=True)
+  assert run(recipe, amaxes=[500.0, 1.0])[-1][0] == 2.0
+
+
+def test_slots():
+  history = jnp.array([4.0, 1.0, 2.0, 3.0])  # newest 4, then 3, 2, 1 is the oldest
+  np.testing.assert_array_equal(roll_history(history, jnp.float32(5)), [5.0, 2.0, 3.0, 4.0])
+
+
+def test_non_finite_history_keeps_the_scale():
+  history = jnp.array([1.0, np.inf])
+  assert float(next_scale(jnp.ones(1) * 3, history, formats.E4M3)[0][0]) == 3.0
+
+
+class TestConfig:
+  def test_is_a_value(self):
+    recipe = fp8.DelayedScaling(amax_history_len=16, margin=1)
+    same = fp8.DelayedScaling(amax_history_len=16, margin=1)
+    assert recipe == same
+    assert hash(recipe) == hash(same)
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
+    assert copy.deepcopy(recipe) == recipe
+    assert dataclasses.replace(recipe, margin=2) != recipe
+
+  def test_binds_one_class_object_for_equal_recipes(self):
+    """Else equal models would be unequal, and compile again."""
+    one, two = (fp8.DelayedScaling(amax_history_len=7) for _ in range(2))
+    assert one.dot_general_cls is two.dot_general_cls
+    assert one.einsum_cls is two.einsum_cls
+    assert one.dot_general_cls().recipe == one
+    assert isinstance(one.dot_general_cls(), fp8.Fp8DotGeneral)
+    assert isinstance(one.einsum_cls(), fp8.Fp8Einsum)
+
+  @pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+      ({"amax_history_len": 0}, ValueError, "amax_history_len must be an integer of at least 1"),
+      ({"amax_history_len": 2.0}, ValueError, "amax_history_len=2.0"),
+      ({"amax_compute_algo": "mean"}, ValueError, "amax_compute_algo must be one of .*'mean'"),
+      ({"margin": 100}, ValueError, "margin is a number of powers of two.*margin=100"),
+      ({"fp8_format": "HYBRID"}, TypeError, "fp8_format must be a Format; got .*'HYBRID'"),
+    ],
+    ids=lambda value: str(value)[:30],
+  )
+  def test_bad_fields(self, fields, error, message):
+    with pytest.raises(error, match=f"DelayedScaling: .*{message}"):
+      fp8.DelayedScaling(**fields)

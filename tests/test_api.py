@@ -1,0 +1,77 @@
+"""The public surface: what it is, and that every name of it is documented."""
+
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+
+import jax
+import pytest
+
+import flax_fp8 as fp8
+from flax_fp8 import fp8_ops
+
+ROOT = Path(__file__).parents[1]
+NAMES = {
+  "DelayedScaling", "Format", "Fp8DotGeneral", "Fp8Einsum", "OVERWRITE_WITH_GRADIENT", "Recipe",
+  "TrainState", "apply_updates", "as_max_grad", "capability", "fp32_max_grad", "fp8_ops", "grad",
+  "ops", "partition_for_grad_overwrite", "upgrade_variables", "value_and_grad",
+}  # fmt: skip
+MODULES = sorted(m.name for m in pkgutil.walk_packages(fp8.__path__, "flax_fp8."))
+RULES = ("_fwd", "_bwd", "_jvp")  # differentiation rules, which Flax's namespace exports
+
+
+def documented(module):
+  """Functions and classes of a namespace that are ours, by name."""
+  values = {name: getattr(module, name) for name in module.__all__}
+  return {
+    name: value
+    for name, value in values.items()
+    if (inspect.isclass(value) or callable(value)) and not name.endswith(RULES)
+    and getattr(value, "__module__", "").startswith("flax_fp8")
+  }  # fmt: skip
+
+
+EXPORTED = {**documented(fp8), **{f"fp8_ops.{k}": v for k, v in documented(fp8_ops).items()}}
+ALIASES = {"fp8_ops.fp8_meta_dtype", "fp8_ops.fp8_meta_dtype_wrapper", "fp8_ops.Fp8MetaTyRules"}
+
+
+def test_names_are_pinned():
+  assert set(fp8.__all__) == NAMES
+  assert fp8.OVERWRITE_WITH_GRADIENT == "_overwrite_with_gradient"
+
+
+@pytest.mark.parametrize("name", sorted(EXPORTED.keys() - ALIASES - {"Recipe"}))
+def test_docstrings_have_the_sections(name):
+  value = EXPORTED[name]
+  doc = inspect.getdoc(value)
+  assert doc, f"{name} has no docstring"
+  sections = ["Example:", "References:"]
+  if not inspect.isclass(value) and not isinstance(value, jax.custom_vjp):
+    sections += ["Args:", "Returns:"]
+  missing = [section for section in sections if section not in doc]
+  assert not missing, f"{name} lacks {missing}"
+  summary = doc.splitlines()[0]
+  assert summary.endswith((".", ":"))
+
+
+@pytest.mark.parametrize("name", ["flax_fp8", *MODULES])
+def test_modules_open_with_their_idea(name):
+  doc = importlib.import_module(name).__doc__
+  assert doc
+  assert len(doc.strip().splitlines()) <= 8
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_files_stay_small(name):
+  source = Path(importlib.import_module(name).__file__ or "").read_text()
+  assert len(source.splitlines()) <= 400
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_readme_names_every_symbol(name):
+  assert name in (ROOT / "README.md").read_text()
+
+
+def test_version_is_in_the_changelog():
+  assert f"## [{fp8.__version__}]" in (ROOT / "CHANGELOG.md").read_text()

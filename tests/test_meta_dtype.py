@@ -1,0 +1,216 @@
+"""The dtype ``fp32_max_grad`` in every place where JAX may meet it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flax_fp8 import fp32_max_grad, meta_dtype
+from tests.transformations import mesh
+
+X = jnp.array([1.0, -2.0, 3.0, 0.5])
+RUNS = pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["eager", "jit"])
+
+
+@jax.custom_vjp
+def emit(state, new):
+  """A use of the state whose cotangent is ``new``."""
+  return jnp.float32(0)
+
+
+emit.defvjp(
+  lambda state, new: (jnp.float32(0), new),
+  lambda new, g: (meta_dtype.to_max_grad(new), jnp.zeros_like(new)),
+)
+
+
+def new_state(program, state=X):
+  """Gradient of a program of the cast state, with respect to the state before the cast."""
+  return jax.grad(lambda s: program(meta_dtype.to_max_grad(s)))(state)
+
+
+class TestConversion:
+  @RUNS
+  def test_there_and_back(self, run):
+    cast = run(meta_dtype.to_max_grad)(X)
+    assert cast.dtype == fp32_max_grad
+    assert cast.shape == X.shape
+    assert jnp.issubdtype(cast.dtype, meta_dtype.max_grad)
+    np.testing.assert_array_equal(run(meta_dtype.to_float32)(cast), X)
+
+  @RUNS
+  def test_astype(self, run):
+    assert run(lambda x: x.astype(fp32_max_grad))(X).dtype == fp32_max_grad
+
+  def test_is_idempotent(self):
+    cast = meta_dtype.to_max_grad(X)
+    assert meta_dtype.to_max_grad(cast) is cast
+    assert meta_dtype.to_float32(X) is X
+
+  @pytest.mark.parametrize("dtype", ["bfloat16", "int32", "float16"])
+  def test_only_float32_converts(self, dtype):
+    with pytest.raises(ValueError, match=r"fp32_max_grad"):
+      lax.convert_element_type(X.astype(dtype), fp32_max_grad)
+    with pytest.raises(ValueError, match=r"fp32_max_grad"):
+      lax.convert_element_type(meta_dtype.to_max_grad(X), dtype)
+
+  def test_other_dtypes_in_memory_are_refused(self):
+    with pytest.raises(ValueError, match=r"MaxGradDType: .*must be float32; got .*bfloat16"):
+      meta_dtype.MaxGradDType(jnp.bfloat16)
+
+  def test_is_one_dtype(self):
+    assert meta_dtype.MaxGradDType(jnp.float32) == fp32_max_grad
+    assert hash(meta_dtype.MaxGradDType(jnp.float32)) == hash(fp32_max_grad)
+    assert (repr(fp32_max_grad), fp32_max_grad.itemsize) == ("fp32_max_grad", 4)
+
+
+class TestRules:
+  @RUNS
+  def test_full(self, run):
+    got = run(lambda: lax.full((2, 3), np.float32(7), fp32_max_grad))()
+    np.testing.assert_array_equal(meta_dtype.to_float32(got), np.full((2, 3), 7.0))
+
+  @RUNS
+  def test_full_of_its_own_kind(self, run):
+    got = run(lambda x: lax.full((2,), meta_dtype.to_max_grad(x), fp32_max_grad))(jnp.float32(4))
+    np.testing.assert_array_equal(meta_dtype.to_float32(got), [4.0, 4.0])
+
+  def test_zero_is_neutral(self):
+    zero = meta_dtype.to_float32(meta_dtype.MaxGradRules.zero(fp32_max_grad))
+    assert zero == -np.inf
+
+  @RUNS
+  def test_add_is_max(self, run):
+    both = lambda s: emit(s, X) + emit(s, -X)
+    np.testing.assert_array_equal(run(lambda x: new_state(both, x))(X), jnp.abs(X))
+
+  @RUNS
+  def test_arithmetic_is_refused(self, run):
+    with pytest.raises(TypeError, match=r"fp32_max_grad"):
+      run(lambda x: lax.mul(x, x))(meta_dtype.to_max_grad(X))
+
+
+NEW = jnp.stack([X, -X, X * 2, X / 4])  # what four paths report
+MAX = NEW.max(0)
+
+
+def _scan(s):
+  return lax.scan(lambda total, new: (total + emit(s, new), None), jnp.float32(0), NEW)[0]
+
+
+def _scan_carry(s):
+  step = lambda carry, new: ((carry[0] + emit(carry[1], new), carry[1]), None)
+  return lax.scan(step, (jnp.float32(0), s), NEW)[0][0]
+
+
+def _fori(s):
+  return lax.fori_loop(0, 4, lambda i, total: total + emit(s, NEW[i]), jnp.float32(0))
+
+
+def _cond(s):
+  return emit(s, NEW[0]) + lax.cond(X[0] > 0, lambda t: emit(t, MAX), lambda t: jnp.float32(0), s)
+
+
+def _switch(s):
+  branches = [lambda t, i=i: emit(t, NEW[i]) for i in range(4)]
+  return sum(lax.switch(jnp.int32(i), branches, s) for i in range(4))
+
+
+def _remat(s):
+  return sum(jax.checkpoint(emit)(s, new) for new in NEW)
+
+
+def _jit(s):
+  return sum(jax.jit(emit)(s, new) for new in NEW)
+
+
+def _custom_vmap_free(s):
+  return sum(jax.vmap(emit, in_axes=(None, None), axis_size=3)(s, new)[0] for new in NEW)
+
+
+LOOPS = {
+  "scan": _scan,
+  "scan, state carried": _scan_carry,
+  "fori_loop": _fori,
+  "cond": _cond,
+  "switch": _switch,
+  "remat": _remat,
+  "jit": _jit,
+  "vmap": _custom_vmap_free,
+}
+
+
+@RUNS
+@pytest.mark.parametrize("program", LOOPS.values(), ids=LOOPS)
+def test_cotangents_meet_at_the_max(program, run):
+  np.testing.assert_array_equal(run(lambda x: new_state(program, x))(X), MAX)
+
+
+@RUNS
+def test_scanned_over_state(run):
+  def program(states):
+    step = lambda total, s_new: (total + emit(*s_new) + emit(s_new[0], -s_new[1]), None)
+    return lax.scan(step, jnp.float32(0), (states, NEW))[0]
+
+  np.testing.assert_array_equal(run(lambda x: new_state(program, x))(NEW), jnp.abs(NEW))
+
+
+@RUNS
+def test_mapped_state(run):
+  program = lambda s: jnp.sum(jax.vmap(emit)(s, NEW) + jax.vmap(emit)(s, -NEW))
+  np.testing.assert_array_equal(run(lambda x: new_state(program, x))(NEW), jnp.abs(NEW))
+
+
+@RUNS
+def test_carried_forward_through_a_while_loop(run):
+  def program(s):
+    body = lambda i_s: (i_s[0] + 1, i_s[1])
+    return lax.while_loop(lambda i_s: i_s[0] < 3, body, (0, meta_dtype.to_max_grad(s)))[1]
+
+  np.testing.assert_array_equal(meta_dtype.to_float32(run(program)(X)), X)
+
+
+def test_a_path_not_taken_is_minus_infinity():
+  program = lambda s: lax.cond(X[0] > 9, lambda t: emit(t, X), lambda t: jnp.float32(0), s)
+  np.testing.assert_array_equal(jax.jit(lambda x: new_state(program, x))(X), np.full(4, -np.inf))
+
+
+class TestSharding:
+  def test_compiled_results_keep_their_sharding(self):
+    sharding = NamedSharding(mesh(), P("data"))
+    x = jax.device_put(X, sharding)
+    cast = jax.jit(meta_dtype.to_max_grad)(x)
+    assert cast.sharding.is_equivalent_to(sharding, 1)
+    np.testing.assert_array_equal(jax.jit(meta_dtype.to_float32)(cast), X)
+
+  def test_out_shardings(self):
+    sharding = NamedSharding(mesh(), P("data"))
+    cast = jax.jit(meta_dtype.to_max_grad, out_shardings=sharding)(X)
+    assert cast.sharding.is_equivalent_to(sharding, 1)
+
+  def test_constraint_inside_jit(self):
+    sharding = NamedSharding(mesh(), P("data"))
+    f = lambda x: meta_dtype.to_float32(
+      lax.with_sharding_constraint(meta_dtype.to_max_grad(x), sharding)
+    )
+    np.testing.assert_array_equal(jax.jit(f)(X), X)
+
+  @RUNS
+  def test_shard_map_sharded_state(self, run):
+    def local(s, new):
+      return lax.psum(emit(s, new) + emit(s, -new), "data")
+
+    program = jax.shard_map(local, mesh=mesh(), in_specs=(P("data"), P("data")), out_specs=P())
+    got = run(lambda x: new_state(lambda s: program(s, X), x))(X)
+    np.testing.assert_array_equal(got, jnp.abs(X))
+
+
+def test_eager_results_print_and_unflatten():
+  cast = meta_dtype.to_max_grad(X)
+  assert "1." in repr(cast)
+  leaves, structure = jax.tree.flatten({"s": cast})
+  assert jax.tree.unflatten(structure, leaves)["s"].dtype == fp32_max_grad
+  assert jax.eval_shape(meta_dtype.to_max_grad, X).dtype == fp32_max_grad
