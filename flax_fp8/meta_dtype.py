@@ -7,7 +7,10 @@ same scale from the same old history and differs only in the amax that it saw.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -130,3 +133,27 @@ def to_float32(x: Any) -> jax.Array:
 def like(x: Any, old: Any) -> jax.Array:
   """Casts new float32 state to the dtype, float32 or fp32_max_grad, that the old state has."""
   return to_max_grad(x) if is_max_grad(old) else x
+
+
+_cast_under: contextvars.ContextVar[frozenset[str] | None]
+_cast_under = contextvars.ContextVar("cast_under", default=None)
+
+
+@contextlib.contextmanager
+def cast_here() -> Generator[None]:
+  """Notes inside which unchecked shard_maps state is cast, for ``entered_since_cast``."""
+  token = _cast_under.set(frozenset(_compat.unchecked_manual_axes()))
+  try:
+    yield
+  finally:
+    _cast_under.reset(token)
+
+
+def entered_since_cast() -> frozenset[str]:
+  """Returns the axes of unchecked shard_maps between the cast to fp32_max_grad and here.
+
+  At their boundary JAX sums cotangents, which it can't do in this dtype, and says so only when it
+  compiles, in words that don't help.
+  """
+  under = _cast_under.get()
+  return frozenset() if under is None else frozenset(_compat.unchecked_manual_axes()) - under

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_fp8.contraction import DimensionNumbers
-from flax_fp8.meta_dtype import is_max_grad
+from flax_fp8.meta_dtype import entered_since_cast, is_max_grad
 from flax_fp8.recipes.base import Recipe, Role
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
@@ -90,6 +90,13 @@ def _leaf(name: str, leaf: Any, shape: tuple[int, ...], recipe: Recipe) -> None:
     raise TypeError(
       f"{name} must be float32 or fp32_max_grad; got dtype {leaf.dtype}. Keep FP8 state out of "
       "casts of parameters."
+    )
+  if is_max_grad(leaf) and (axes := entered_since_cast()):
+    raise TypeError(
+      f"{name} must not pass into shard_map(check_vma=False) as fp32_max_grad, because JAX sums "
+      f"cotangents at its boundary; got mesh axes {sorted(axes)}. Call shard_map with "
+      "check_vma=True; or call flax_fp8.value_and_grad inside the mapped function; or cast inside "
+      "it, with as_max_grad(variables), and differentiate with jax.value_and_grad."
     )
   if leaf.shape != shape and (leaf.shape, shape) != ((), (1,)):
     raise ValueError(

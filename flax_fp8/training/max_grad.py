@@ -13,7 +13,7 @@ from jax import lax
 
 from flax_fp8 import _compat
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
-from flax_fp8.meta_dtype import fp32_max_grad, is_max_grad, to_max_grad
+from flax_fp8.meta_dtype import cast_here, fp32_max_grad, is_max_grad, to_max_grad
 from flax_fp8.training.state import overwrite_leaf
 
 
@@ -119,7 +119,7 @@ def value_and_grad(
       cast[i] = as_max_grad(args[i])
     # JAX counts extended dtypes as integers here; _check_differentiable kept real integers out.
     run = jax.value_and_grad(fun, argnums, has_aux, holomorphic, allow_int=True)
-    with _explain_arithmetic_on_state():
+    with cast_here(), _explain_arithmetic_on_state():
       value, grads = run(*cast, **kwargs)
     old = args[argnums] if isinstance(argnums, int) else tuple(args[i] for i in positions)
     return value, jax.tree_util.tree_map_with_path(_collect, grads, old)
@@ -198,16 +198,13 @@ def _collect(path: Any, grad: Any, old: Any) -> Any:
 
 @contextlib.contextmanager
 def _explain_arithmetic_on_state() -> Generator[None]:
-  """Says what to do where something, JAX's shard_map as a rule, calculates with fp32_max_grad."""
+  """Says what to do where a loss calculates with state, for a penalty on all variables, say."""
   try:
     yield
   except TypeError as error:
     if f"does not accept dtype {fp32_max_grad}" not in str(error):
       raise
     raise TypeError(
-      "value_and_grad: FP8 state is fp32_max_grad in here and takes no arithmetic; got: "
-      f"{error} shard_map(check_vma=False) does this at its boundary, where it sums cotangents: "
-      "call it with check_vma=True, or call flax_fp8.value_and_grad inside the mapped function, "
-      "or cast inside it, with as_max_grad(variables), and differentiate with jax.value_and_grad. "
-      "In a loss of your own, leave the state out, with partition_for_grad_overwrite(variables)."
+      f"value_and_grad: FP8 state is fp32_max_grad here and takes no arithmetic; got: {error} "
+      "Leave the state out of the loss, with partition_for_grad_overwrite(variables)."
     ) from error

@@ -11,6 +11,7 @@ import jax
 from flax.training import train_state
 
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
+from flax_fp8.meta_dtype import cast_here
 from flax_fp8.training.max_grad import as_max_grad
 from flax_fp8.training.state import apply_updates
 
@@ -101,7 +102,8 @@ class _MaxGradApply:
   apply_fn: Callable[..., Any]
 
   def __call__(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-    return self.apply_fn(as_max_grad(variables), *args, **kwargs)
+    with cast_here():
+      return self.apply_fn(as_max_grad(variables), *args, **kwargs)
 
 
 def _is_variables(params: Any) -> bool:

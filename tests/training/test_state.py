@@ -39,7 +39,9 @@ def equal(a, b):
 
 class TestAsMaxGrad:
   @pytest.mark.parametrize(
-    "wrap", [dict, flax.core.freeze, lambda t: {"model": t}, lambda t: (t, 1)]
+    "wrap",
+    [dict, flax.core.freeze, lambda t: {"model": t}, lambda t: (t, 1)],
+    ids=["dict", "FrozenDict", "nested", "tuple"],
   )
   def test_casts_state_wherever_it_lies(self, wrap):
     cast = fp8.as_max_grad(wrap(TREE))
@@ -131,6 +133,16 @@ class TestValueAndGrad:
     for shard in state["input_amax_history"].addressable_shards:
       assert float(shard.data[0]) == np.abs(BATCHES).max()
     assert float(state["input_scale"][0]) == 1.0
+
+  def test_around_an_unchecked_shard_map_says_what_to_do(self):
+    case = next(c for c in transformations.CASES if c.name == "shard_map, check_vma=False")
+    variables = transformations.make_variables(case)
+    program = case.program(case.model.apply)
+    for differentiate in (fp8.grad(program), jax.jit(fp8.grad(program))):
+      with pytest.raises(
+        TypeError, match=r"input_.* shard_map\(check_vma=False\).*Call shard_map with"
+      ):
+        differentiate(variables)
 
   def test_casting_inside_an_unchecked_shard_map(self):
     """The cure that the error message names."""
