@@ -1,0 +1,35 @@
+"""README: its programs run, its table is the tests'."""
+
+import re
+from pathlib import Path
+
+from tests import test_defects
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_the_first_model_trains(capsys):
+  """As pasted into an empty file."""
+  program = next(b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "import" in b)
+  exec(compile(program, "first_model.py", "exec"), {"__name__": "__main__"})
+  out = capsys.readouterr().out
+  assert float(re.search(r"loss (\S+)", out)[1]) < 0.1
+  assert "output_grad_amax_history" in out
+
+
+def test_the_table_of_defects_is_that_of_the_checks():
+  rows = re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)
+  assert rows == [check.__name__ for check in test_defects.CHECKS]
+
+
+def test_links_lead_somewhere():
+  root = Path(__file__).parents[1]
+  links = re.findall(r"\]\(([^)#]+)\)", README)
+  assert links
+  missing = [link for link in links if not (root / link).exists()]
+  assert not missing
+
+
+def test_commands_stand_below_their_markers():
+  for name in ("train", "test"):
+    assert re.search(rf"<!-- command: {name} -->\n```bash\n[^\n]+\n```\n", README)
