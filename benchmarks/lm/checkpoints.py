@@ -1,0 +1,100 @@
+"""A run that was killed goes on as if it had not been: orbax checkpoints of state and curve.
+
+A checkpoint holds the training state, the losses so far and the configuration. The data order
+needs nothing more: batch t is a function of (seed, t). Orbax renames a finished checkpoint into
+place, so a kill in the middle of a save leaves the one before.
+"""
+
+import dataclasses
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from lm.curve import Curve
+from lm.errors import UsageError
+
+
+class Checkpoints:
+  """The checkpoints of one run, in one folder; a context manager."""
+
+  def __init__(self, folder: Path, *, identity: dict[str, Any]) -> None:
+    """Opens ``folder``.
+
+    Args:
+        folder: made when missing.
+        identity: everything that decides the curve, in JSON's types.
+    """
+    self.folder, self.identity = folder, identity
+    # Saves are synchronous: the next step donates, and so overwrites, the buffers being saved.
+    # The last checkpoint is deleted only once its successor stands, so one is enough to keep.
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    self.manager = ocp.CheckpointManager(
+      folder.absolute(), options=options, item_names=("state", "progress")
+    )
+
+  def __enter__(self) -> "Checkpoints":
+    """Gives itself."""
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+  ) -> None:
+    """Closes the manager."""
+    self.manager.close()
+
+  def save(self, state: Any, curve: Curve) -> None:
+    """Writes a checkpoint of the step that ``curve`` has reached."""
+    progress = {"identity": self.identity, "curve": dataclasses.asdict(curve)}
+    items = ocp.args.Composite(
+      state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
+    )
+    self.manager.save(curve.step, args=items)
+
+  def start(self, state: Any, *, resume: bool) -> tuple[Any, Curve]:
+    """Gives what the run begins with.
+
+    Args:
+        state: the fresh training state.
+        resume: go on from the newest checkpoint, if there is one.
+
+    Returns:
+        The state and the curve, from the checkpoint or fresh.
+
+    Raises:
+        UsageError: there are checkpoints and ``resume`` is off, or they are of another run.
+    """
+    step = self.manager.latest_step()
+    if step is None:
+      return state, Curve()
+    if not resume:
+      raise UsageError(
+        f"--out: a new run needs a folder without checkpoints; got {self.folder} with "
+        f"step {step}. Add --resume to go on, or name another --out."
+      )
+    saved = self.manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))[
+      "progress"
+    ]
+    self.check_identity(saved["identity"])
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+    restored = self.manager.restore(step, args=items)["state"]
+    return restored, Curve.from_dict(saved["curve"])
+
+  def check_identity(self, saved: dict[str, Any]) -> None:
+    """Raises when the checkpoint is of a run with another curve, naming what differs."""
+    differing = [
+      f"{name}={self.identity.get(name)} (checkpoint: {saved.get(name)})"
+      for name in sorted(self.identity.keys() | saved.keys())
+      if self.identity.get(name) != saved.get(name)
+    ]
+    if differing:
+      raise UsageError(
+        "--resume: the configuration must be the checkpoint's; got "
+        f"{', '.join(differing)}. Use the checkpoint's, or name another --out."
+      )

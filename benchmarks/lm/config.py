@@ -1,0 +1,71 @@
+"""What is trained: everything that decides the curve, and the three sizes on offer."""
+
+import dataclasses
+from typing import Any, Literal
+
+from lm.model import ModelShape
+
+Precision = Literal["bf16", "fp8"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+  """All that decides a curve besides the text and the precision.
+
+  Attributes:
+      shape: the model.
+      steps: optimiser steps; the learning rate's cosine ends there.
+      batch_size: windows a step.
+      seq_len: bytes the model reads in a window.
+      learning_rate: the peak, reached after a tenth of the steps.
+      weight_decay: on kernels only.
+      clip_norm: bound on the gradient's global norm.
+      seed: decides the parameters and the batches.
+      validate_every: steps between two validations.
+      validation_batches: batches a validation reads at most.
+  """
+
+  shape: ModelShape
+  steps: int
+  batch_size: int
+  seq_len: int
+  learning_rate: float
+  weight_decay: float = 0.1
+  clip_norm: float = 1.0
+  seed: int = 0
+  validate_every: int
+  validation_batches: int = 50
+
+  def as_dict(self) -> dict[str, Any]:
+    """Every setting by its name, the model's among them, as JSON would give them back."""
+    settings = dataclasses.asdict(self)
+    return settings.pop("shape") | settings
+
+
+PRESETS = {
+  "tiny": TrainConfig(
+    shape=ModelShape(d_model=128, d_ff=384, layers=3, heads=4, kv_heads=2),
+    steps=300,
+    batch_size=16,
+    seq_len=128,
+    learning_rate=4e-3,
+    validate_every=50,
+  ),
+  "small": TrainConfig(
+    shape=ModelShape(d_model=256, d_ff=768, layers=6, heads=8, kv_heads=4),
+    steps=2000,
+    batch_size=16,
+    seq_len=256,
+    learning_rate=2e-3,
+    validate_every=200,
+  ),
+  # 0.97 billion parameters; M = batch_size * seq_len = 16384 rows in every projection.
+  "h200": TrainConfig(
+    shape=ModelShape(d_model=2048, d_ff=8192, layers=16, heads=16, kv_heads=4, attention="cudnn"),
+    steps=500,
+    batch_size=8,
+    seq_len=2048,
+    learning_rate=3e-4,
+    validate_every=100,
+  ),
+}

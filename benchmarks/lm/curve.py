@@ -1,0 +1,84 @@
+"""What one training run leaves behind: its losses, step by step, and how it ran."""
+
+import dataclasses
+import statistics
+from typing import Any
+
+from lm.config import Precision
+from lm.gemm_sites import Sites, fp8_sites
+
+
+@dataclasses.dataclass(kw_only=True)
+class Curve:
+  """The losses so far, in nats a byte.
+
+  Attributes:
+      train: the loss of every step.
+      validation: ``(steps taken, loss)`` of every validation.
+      rates: steps/s of every timed stretch; the only part that differs from run to run.
+  """
+
+  train: list[float] = dataclasses.field(default_factory=list)
+  validation: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+  rates: list[float] = dataclasses.field(default_factory=list)
+
+  @property
+  def step(self) -> int:
+    """Steps taken so far."""
+    return len(self.train)
+
+  @classmethod
+  def from_dict(cls, saved: dict[str, Any]) -> "Curve":
+    """Rebuilds a curve from ``dataclasses.asdict`` of one that went through JSON."""
+    points = [(step, loss) for step, loss in saved["validation"]]
+    return cls(train=saved["train"], validation=points, rates=saved["rates"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+  """A finished run.
+
+  Attributes:
+      precision: of the projections' GEMMs.
+      curve: the losses.
+      parameters: number of trained values.
+      state_bytes: parameters, optimiser state and FP8 state.
+      fp8_state_bytes: the FP8 scales and histories among them.
+      temp_bytes: what the compiled step needs besides its arguments and results.
+      compile_seconds: tracing and compiling the step.
+      sites: the GEMMs of one step by operand dtypes.
+  """
+
+  precision: Precision
+  curve: Curve
+  parameters: int
+  state_bytes: int
+  fp8_state_bytes: int
+  temp_bytes: int
+  compile_seconds: float
+  sites: Sites
+
+  @property
+  def loss(self) -> float:
+    """The last validation loss."""
+    return self.curve.validation[-1][1]
+
+  @property
+  def steps_per_second(self) -> float:
+    """Median over the stretches: compilation, validation and checkpoints are not in it."""
+    return statistics.median(self.curve.rates)
+
+  @property
+  def fp8_gemms(self) -> int:
+    """GEMMs of one step with both operands in FP8."""
+    return fp8_sites(self.sites)
+
+  @property
+  def gemms(self) -> int:
+    """All GEMMs of one step."""
+    return self.sites.total()
+
+
+def gap_percent(bf16: Result, fp8: Result) -> float:
+  """``100 * (loss FP8 / loss BF16 - 1)``: positive where FP8 is worse."""
+  return 100.0 * (fp8.loss / bf16.loss - 1.0)

@@ -1,0 +1,169 @@
+"""A Llama-like decoder in Flax Linen whose GEMMs are BF16 or FP8 by one argument.
+
+    Transformer(shape)                                      # BF16
+    Transformer(shape, dot_general_cls=fp8.Fp8DotGeneral)   # FP8
+
+``nn.Dense`` takes that argument as it is. In FP8 run the projections of each layer (q, k, v, o;
+gate, up, down), forward and backward; the embedding, the norms, the attention scores and the output
+head stay BF16. Parameters are float32.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import flax_fp8 as fp8
+from lm.errors import UsageError
+
+PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelShape:
+  """The sizes of a decoder.
+
+  Attributes:
+      vocabulary: distinct tokens.
+      d_model: width of the residual stream.
+      d_ff: width inside SwiGLU.
+      layers: number of blocks.
+      heads: query heads; ``d_model // heads`` is the head's width.
+      kv_heads: key and value heads, each shared by ``heads // kv_heads`` query heads.
+      remat: recompute each block in the backward pass instead of keeping its activations.
+      attention: which attention ``jax.nn.dot_product_attention`` runs.
+  """
+
+  vocabulary: int = 256
+  d_model: int
+  d_ff: int
+  layers: int
+  heads: int
+  kv_heads: int
+  remat: bool = False
+  attention: Literal["xla", "cudnn"] = "xla"
+
+  def __post_init__(self) -> None:
+    """Checks that the heads divide the widths."""
+    if self.d_model % (2 * self.heads) or self.heads % self.kv_heads:
+      raise UsageError(
+        "ModelShape: d_model must be an even multiple of heads, and heads a multiple of "
+        f"kv_heads; got d_model={self.d_model}, heads={self.heads}, "
+        f"kv_heads={self.kv_heads}. Change one of them."
+      )
+
+  @property
+  def head_dim(self) -> int:
+    """Width of one head."""
+    return self.d_model // self.heads
+
+
+def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:
+  """Turns each pair ``(x[i], x[i + D/2])`` at position t by the angle ``t * base**(-2i/D)``.
+
+  Args:
+      x: ``[B, T, H, D]`` with even D.
+      base: the slowest pair turns once in about ``2 pi base`` positions.
+
+  Returns:
+      The same shape and dtype; angles and products are float32.
+  """
+  length, half = x.shape[1], x.shape[-1] // 2
+  speed = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = jnp.outer(jnp.arange(length, dtype=jnp.float32), speed)[None, :, None, :]
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turned = (
+    first * jnp.cos(angle) - second * jnp.sin(angle),
+    second * jnp.cos(angle) + first * jnp.sin(angle),
+  )
+  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def norm(name: str) -> nn.RMSNorm:
+  """RMSNorm: statistics in float32, result in BF16."""
+  return nn.RMSNorm(dtype=jnp.bfloat16, name=name)
+
+
+class Block(nn.Module):
+  """``x + attention(norm(x))``, then ``x + swiglu(norm(x))``.
+
+  Attributes:
+      shape: the sizes.
+      dot_general_cls: None for BF16, or what makes the projections' GEMMs.
+  """
+
+  shape: ModelShape
+  dot_general_cls: Any = None
+
+  def project(self, x: jax.Array, features: int, name: str) -> jax.Array:
+    """Multiplies by a ``[D, features]`` kernel: the only place where FP8 enters."""
+    return nn.Dense(
+      features,
+      use_bias=False,
+      dtype=jnp.bfloat16,
+      dot_general_cls=self.dot_general_cls,
+      name=name,
+    )(x)
+
+  def attend(self, x: jax.Array) -> jax.Array:
+    """Causal grouped-query attention over ``[B, T, D]``."""
+    heads = {"query": self.shape.heads, "key": self.shape.kv_heads, "value": self.shape.kv_heads}
+    query, key, value = (
+      self.project(x, count * self.shape.head_dim, name).reshape(*x.shape[:2], count, -1)
+      for name, count in heads.items()
+    )
+    mixed = jax.nn.dot_product_attention(
+      rotate(query),
+      rotate(key),
+      value,
+      is_causal=True,
+      implementation=self.shape.attention,
+    )
+    return self.project(mixed.reshape(*x.shape), self.shape.d_model, "out")
+
+  def swiglu(self, x: jax.Array) -> jax.Array:
+    """``(silu(x @ gate) * (x @ up)) @ down`` over ``[B, T, D]``."""
+    gate = self.project(x, self.shape.d_ff, "gate")
+    up = self.project(x, self.shape.d_ff, "up")
+    return self.project(nn.silu(gate) * up, self.shape.d_model, "down")
+
+  @nn.compact
+  def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+    """Takes and gives the residual stream, in the form that ``nn.scan`` carries."""
+    x = x + self.attend(norm("attention_norm")(x))
+    x = x + self.swiglu(norm("swiglu_norm")(x))
+    return x, None
+
+
+class Transformer(nn.Module):
+  """Tokens ``[B, T]`` to logits ``[B, T, vocabulary]``.
+
+  Attributes:
+      shape: the sizes.
+      dot_general_cls: None for BF16; ``fp8.Fp8DotGeneral`` puts every projection in FP8.
+  """
+
+  shape: ModelShape
+  dot_general_cls: Any = None
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """Runs the decoder; the logits are float32."""
+    vocabulary, d_model = self.shape.vocabulary, self.shape.d_model
+    x = nn.Embed(vocabulary, d_model, dtype=jnp.bfloat16, name="embedding")(tokens)
+    x, _ = self.layers()(x, None)
+    x = norm("final_norm")(x)
+    head = nn.Dense(vocabulary, use_bias=False, dtype=jnp.bfloat16, name="head")
+    return head(x).astype(jnp.float32)
+
+  def layers(self) -> nn.Module:
+    """Stacks the blocks on a leading axis; each layer has its own FP8 state, as its kernels."""
+    block = nn.remat(Block, prevent_cse=False) if self.shape.remat else Block
+    return nn.scan(
+      block,
+      variable_axes={"params": 0, fp8.OVERWRITE_WITH_GRADIENT: 0},
+      split_rngs={"params": True},
+      length=self.shape.layers,
+    )(self.shape, dot_general_cls=self.dot_general_cls, name="layers")

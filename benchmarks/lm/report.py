@@ -1,0 +1,114 @@
+"""What a comparison ends with: a table for the reader, and ``results.json`` for everything else."""
+
+import datetime
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+from rich.console import Console
+from rich.table import Table
+
+import flax_fp8 as fp8
+from lm.config import TrainConfig
+from lm.curve import Result, gap_percent
+from lm.text import Corpus
+
+EMULATED = (
+  "FP8 is emulated on this CPU: the losses are what FP8 gives, but steps/s is no claim about speed."
+)
+
+
+def emulated() -> bool:
+  """Whether FP8 GEMMs run on a device that computes them in a wider type."""
+  return jax.default_backend() == "cpu"
+
+
+def find_gap(results: list[Result]) -> float | None:
+  """The gap in percent when both precisions ran."""
+  by_precision = {result.precision: result for result in results}
+  if by_precision.keys() != {"bf16", "fp8"}:
+    return None
+  return gap_percent(by_precision["bf16"], by_precision["fp8"])
+
+
+def mebibytes(count: int) -> str:
+  """Bytes as MiB."""
+  return f"{count / 2**20:.2f} MiB"
+
+
+def table(results: list[Result], config: TrainConfig) -> Table:
+  """One row a precision."""
+  grid = Table(title=f"{results[0].parameters:,} parameters, {config.steps} steps")
+  for heading in ("", "validation loss", "gap", "steps/s", "FP8 GEMM sites", "state", "FP8 state"):
+    grid.add_column(heading, justify="right" if heading else "left")
+  gap = find_gap(results)
+  for result in results:
+    grid.add_row(
+      result.precision.upper(),
+      f"{result.loss:.4f}",
+      f"{gap:+.2f} %" if gap is not None and result.precision == "fp8" else "",
+      f"{result.steps_per_second:.2f}",
+      f"{result.fp8_gemms}/{result.gemms}",
+      mebibytes(result.state_bytes),
+      mebibytes(result.fp8_state_bytes),
+    )
+  return grid
+
+
+def show(results: list[Result], config: TrainConfig, console: Console) -> None:
+  """Prints the table, and on a CPU the line that keeps its steps/s honest."""
+  console.print(table(results, config))
+  if emulated():
+    console.print(EMULATED, highlight=False, soft_wrap=True)
+
+
+def describe_result(result: Result) -> dict[str, Any]:
+  """All numbers of one run."""
+  return {
+    "validation_loss": result.loss,
+    "steps_per_second": result.steps_per_second,
+    "fp8_gemm_sites": result.fp8_gemms,
+    "gemm_sites": result.gemms,
+    "gemm_operands": dict(sorted(result.sites.items())),
+    "parameters": result.parameters,
+    "state_bytes": result.state_bytes,
+    "fp8_state_bytes": result.fp8_state_bytes,
+    "temp_bytes": result.temp_bytes,
+    "compile_seconds": result.compile_seconds,
+    "train_curve": result.curve.train,
+    "validation_curve": result.curve.validation,
+    "stretch_rates": result.curve.rates,
+  }
+
+
+def environment() -> dict[str, Any]:
+  """Where and when the numbers were made."""
+  return {
+    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "device": jax.devices()[0].device_kind,
+    "backend": jax.default_backend(),
+    "fp8_emulated": emulated(),
+    "python": platform.python_version(),
+    "jax": jax.__version__,
+    "flax": flax.__version__,
+    "optax": metadata.version("optax"),
+    "orbax-checkpoint": metadata.version("orbax-checkpoint"),
+    "flax_fp8": fp8.__version__,
+  }
+
+
+def write_json(results: list[Result], config: TrainConfig, corpus: Corpus, path: Path) -> None:
+  """Writes every number; the losses are exact, so two runs can be compared bit by bit."""
+  text = {"name": corpus.name, "sha256_16": corpus.digest, "train_bytes": len(corpus.train)}
+  document = {
+    "environment": environment(),
+    "config": config.as_dict(),
+    "text": text,
+    "gap_percent": find_gap(results),
+    "runs": {result.precision: describe_result(result) for result in results},
+  }
+  path.write_text(json.dumps(document, indent=1) + "\n")

@@ -1,0 +1,92 @@
+"""One optimiser step: the same loss, optimiser and update for both precisions."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import flax_fp8 as fp8
+from lm.config import Precision, TrainConfig
+from lm.gemm_sites import Sites, fp8_sites, gemm_sites
+from lm.model import PROJECTIONS, Transformer
+
+
+def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+  """AdamW under a warm-up and a cosine, on gradients clipped by their global norm."""
+  schedule = optax.warmup_cosine_decay_schedule(
+    init_value=0.0,
+    peak_value=config.learning_rate,
+    warmup_steps=config.steps // 10,
+    decay_steps=config.steps,
+    end_value=config.learning_rate / 10,
+  )
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip_norm),
+    optax.adamw(schedule, b2=0.95, weight_decay=config.weight_decay, mask=is_kernel),
+  )
+
+
+def is_kernel(tree: Any) -> Any:
+  """Marks the leaves named ``kernel``: what weight decay is for."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: getattr(path[-1], "key", None) == "kernel", tree
+  )
+
+
+def create_state(config: TrainConfig, precision: Precision) -> fp8.TrainState:
+  """Builds model and optimiser; ``dot_general_cls`` is all that the precision changes."""
+  dot_general_cls = fp8.Fp8DotGeneral if precision == "fp8" else None
+  model = Transformer(config.shape, dot_general_cls=dot_general_cls)
+  tx = optimizer(config)
+
+  @jax.jit
+  def create(key: jax.Array) -> fp8.TrainState:
+    variables = model.init(key, jnp.zeros((1, config.seq_len), jnp.int32))
+    state = fp8.TrainState.create(apply_fn=model.apply, params=variables, tx=tx)
+    return state.replace(step=jnp.zeros((), jnp.int32))
+
+  return create(jax.random.key(config.seed))
+
+
+def mean_loss(apply_fn: Callable[..., jax.Array], variables: Any, windows: jax.Array) -> jax.Array:
+  """Mean cross entropy, nats a byte, of ``[B, T + 1]`` windows."""
+  windows = windows.astype(jnp.int32)
+  logits = apply_fn(variables, windows[:, :-1])
+  return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
+
+
+def train_step(state: fp8.TrainState, windows: jax.Array) -> tuple[fp8.TrainState, jax.Array]:
+  """Takes one step; the FP8 state's "gradient" is its next value, written over the old one."""
+  loss, grads = fp8.value_and_grad(lambda v: mean_loss(state.apply_fn, v, windows))(state.params)
+  return state.apply_gradients(grads=grads), loss
+
+
+def compile_step(state: fp8.TrainState, windows: np.ndarray) -> tuple[Any, Sites, float]:
+  """Compiles ``train_step`` ahead of time, so that no step pays for it.
+
+  Args:
+      state: the training state; each call of the compiled step donates the one it is given.
+      windows: a batch, for its shape.
+
+  Returns:
+      The compiled step, the GEMMs it asks for, and the seconds that tracing and compiling took.
+  """
+  begun = time.perf_counter()
+  traced = jax.jit(train_step, donate_argnums=0).trace(state, windows)
+  compiled = traced.lower().compile()
+  return compiled, gemm_sites(traced.jaxpr), time.perf_counter() - begun
+
+
+def require_fp8_gemms(config: TrainConfig, precision: Precision, sites: Sites) -> None:
+  """Raises unless FP8 has all three GEMMs of every projection in FP8, and BF16 has none."""
+  wanted = 3 * len(PROJECTIONS) * config.shape.layers if precision == "fp8" else 0
+  found = fp8_sites(sites)
+  if found < wanted or (precision == "bf16" and found):
+    raise RuntimeError(
+      f"train_step: precision {precision} must ask for {wanted} FP8 GEMMs; got {found} in "
+      f"{dict(sites)}. Look for a projection that fell back, or a baseline that is none."
+    )

@@ -1,0 +1,146 @@
+"""The training loop: the same seed and batches for both precisions, validated and checkpointed.
+
+Between two events (a validation, a checkpoint, ten steps) the loop only feeds batches and waits
+once at the end: the device does not wait for Python, and the time between is that of the steps.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import flax_fp8 as fp8
+from lm.checkpoints import Checkpoints
+from lm.config import Precision, TrainConfig
+from lm.curve import Curve, Result
+from lm.gemm_sites import Sites
+from lm.progress import Display, Silent
+from lm.step import compile_step, create_state, mean_loss, require_fp8_gemms
+from lm.text import Corpus, training_batch, validation_batches
+
+STRETCH = 10
+
+
+def next_stop(step: int, last: int, *intervals: int) -> int:
+  """The first step after ``step`` that is ``last`` or a multiple of an interval; 0 is none."""
+  return min(last, *((step // every + 1) * every for every in intervals if every))
+
+
+def due(step: int, last: int, every: int) -> bool:
+  """Whether what comes every so many steps, and at the end, comes after ``step``; 0 is never."""
+  return every > 0 and (step == last or step % every == 0)
+
+
+def run_stretch(
+  step_fn: Callable[..., tuple[fp8.TrainState, jax.Array]],
+  state: fp8.TrainState,
+  curve: Curve,
+  draw: Callable[..., np.ndarray],
+  stop: int,
+) -> fp8.TrainState:
+  """Trains until ``stop``, and adds the losses and the rate to ``curve``.
+
+  Args:
+      step_fn: the compiled step.
+      state: the training state after ``curve.step`` steps; donated.
+      curve: the losses so far; added to in place.
+      draw: gives the batch of a step, asked as ``draw(step=...)``.
+      stop: the steps taken when this returns.
+
+  Returns:
+      The new training state.
+  """
+  begun, start, losses = time.perf_counter(), curve.step, []
+  for step in range(start, stop):
+    state, loss = step_fn(state, draw(step=step))
+    losses.append(loss)
+  jax.block_until_ready((state, losses))
+  curve.rates.append((stop - start) / (time.perf_counter() - begun))
+  curve.train.extend(float(loss) for loss in losses)
+  return state
+
+
+def validate(
+  loss_of: Callable[[Any, np.ndarray], jax.Array], variables: Any, batches: list[np.ndarray]
+) -> float:
+  """Mean loss over the validation batches."""
+  return float(np.mean([float(loss_of(variables, batch)) for batch in batches]))
+
+
+def tree_bytes(tree: Any) -> int:
+  """Bytes of all arrays in a tree."""
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def summarize(
+  precision: Precision,
+  state: fp8.TrainState,
+  curve: Curve,
+  compiled: tuple[Any, Sites, float],
+) -> Result:
+  """Gathers what a finished run is reported by; ``compiled`` is what ``compile_step`` gave."""
+  step_fn, sites, compile_seconds = compiled
+  params = state.params["params"]
+  return Result(
+    precision=precision,
+    curve=curve,
+    parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+    state_bytes=tree_bytes(state),
+    fp8_state_bytes=tree_bytes(state.params.get(fp8.OVERWRITE_WITH_GRADIENT, {})),
+    temp_bytes=step_fn.memory_analysis().temp_size_in_bytes,
+    compile_seconds=compile_seconds,
+    sites=sites,
+  )
+
+
+def train(
+  config: TrainConfig,
+  precision: Precision,
+  corpus: Corpus,
+  *,
+  folder: Path,
+  resume: bool = False,
+  checkpoint_every: int = 0,
+  display: Display | None = None,
+) -> Result:
+  """Trains one model.
+
+  Args:
+      config: what to train.
+      precision: of the projections' GEMMs.
+      corpus: the text.
+      folder: where this run's checkpoints are.
+      resume: go on from the newest checkpoint there, if there is one.
+      checkpoint_every: steps between checkpoints; 0 writes none.
+      display: is told what happens; None shows nothing.
+
+  Returns:
+      The whole curve, also the part before a resumption, and how the run went.
+  """
+  display = display or Silent()
+  sizes = {"batch_size": config.batch_size, "seq_len": config.seq_len}
+  draw = functools.partial(training_batch, corpus, seed=config.seed, **sizes)
+  batches = validation_batches(corpus, limit=config.validation_batches, **sizes)
+  state = create_state(config, precision)
+  loss_of = jax.jit(functools.partial(mean_loss, state.apply_fn))
+  identity = {"precision": precision, "text": corpus.digest, **config.as_dict()}
+  with Checkpoints(folder, identity=identity) as checkpoints:
+    state, curve = checkpoints.start(state, resume=resume)
+    if resume:
+      display.note(f"goes on after step {curve.step}")
+    compiled = compile_step(state, draw(step=0))
+    require_fp8_gemms(config, precision, compiled[1])
+    display.note(f"compiled in {compiled[2]:.1f} s")
+    while curve.step < config.steps:
+      stop = next_stop(curve.step, config.steps, STRETCH, config.validate_every, checkpoint_every)
+      state = run_stretch(compiled[0], state, curve, draw, stop)
+      if validated := due(stop, config.steps, config.validate_every):
+        curve.validation.append((stop, validate(loss_of, state.params, batches)))
+      if due(stop, config.steps, checkpoint_every):
+        checkpoints.save(state, curve)
+      display.update(curve, validated=validated)
+  return summarize(precision, state, curve, compiled)

@@ -1,0 +1,137 @@
+"""Does FP8 train a language model to the loss that BF16 reaches?
+
+    python benchmarks/train_lm.py                      # both, on two CPU cores, in a few minutes
+    python benchmarks/train_lm.py --preset h200 --text corpus.txt
+
+A Llama-like decoder learns Python's language reference byte by byte, twice: from the same seed, on
+the same batches, with the same optimiser. The models differ in one argument, ``dot_general_cls``.
+The answer is ``gap = 100 * (loss FP8 / loss BF16 - 1)`` on held-out text; table, ``curves.png`` and
+``results.json`` go to ``--out``. A killed run goes on with ``--resume``, bit for bit.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+import flax_fp8 as fp8
+from lm.config import PRESETS, Precision, TrainConfig
+from lm.curve import Result
+from lm.errors import UsageError
+from lm.plot import write_png
+from lm.progress import ConsoleDisplay
+from lm.report import show, write_json
+from lm.text import Corpus, read_corpus
+from lm.train import train
+
+PRECISIONS: dict[str, tuple[Precision, ...]] = {
+  "bf16": ("bf16",),
+  "fp8": ("fp8",),
+  "both": ("bf16", "fp8"),
+}
+
+
+def positive(text: str) -> int:
+  """Reads an integer above zero."""
+  if (number := int(text)) < 1:
+    raise argparse.ArgumentTypeError(f"must be at least 1; got {text}")
+  return number
+
+
+def not_negative(text: str) -> int:
+  """Reads an integer that is zero or more."""
+  if (number := int(text)) < 0:
+    raise argparse.ArgumentTypeError(f"must be at least 0; got {text}")
+  return number
+
+
+def make_parser() -> argparse.ArgumentParser:
+  """The command line; what is left out comes from the preset."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add = parser.add_argument
+  add("--precision", choices=PRECISIONS, default="both")
+  add("--preset", choices=PRESETS, default="tiny", help="size of model and run")
+  add("--text", type=Path, help="file to learn; default: Python's language reference")
+  add("--steps", type=positive, help="optimiser steps")
+  add("--batch-size", type=positive, help="windows a step")
+  add("--seed", type=not_negative, help="of parameters and batches")
+  add("--remat", action="store_true", default=None, help="recompute blocks in backward")
+  add("--attention", choices=("xla", "cudnn"), help="attention kernel; cudnn needs a GPU")
+  add("--out", type=Path, default=Path("runs/train_lm"), help="folder of all results")
+  add("--resume", action="store_true", help="go on from the checkpoints in --out")
+  add("--checkpoint-every", type=not_negative, default=100, help="steps; 0 writes none")
+  return parser
+
+
+def configure(arguments: argparse.Namespace) -> TrainConfig:
+  """Takes the preset, and changes what the command line names."""
+
+  def named(*names: str) -> dict[str, object]:
+    given = {name: getattr(arguments, name) for name in names}
+    return {name: value for name, value in given.items() if value is not None}
+
+  preset = PRESETS[arguments.preset]
+  shape = dataclasses.replace(preset.shape, **named("remat", "attention"))
+  return dataclasses.replace(preset, shape=shape, **named("steps", "batch_size", "seed"))
+
+
+def require_fp8_hardware(precisions: tuple[Precision, ...]) -> None:
+  """Raises where FP8 would be a slow surprise."""
+  supported, reason = fp8.capability()
+  if "fp8" in precisions and not supported:
+    raise UsageError(
+      f"--precision: FP8 needs a device with FP8 tensor cores, or a CPU; got {reason}. "
+      "Use --precision bf16, another GPU, or JAX_PLATFORMS=cpu."
+    )
+
+
+def run(
+  arguments: argparse.Namespace, config: TrainConfig, corpus: Corpus, console: Console
+) -> list[Result]:
+  """Trains each precision asked for, one after the other."""
+  results = []
+  for precision in PRECISIONS[arguments.precision]:
+    with ConsoleDisplay(console, precision.upper(), config.steps) as display:
+      result = train(
+        config,
+        precision,
+        corpus,
+        folder=arguments.out / "checkpoints" / precision,
+        resume=arguments.resume,
+        checkpoint_every=arguments.checkpoint_every,
+        display=display,
+      )
+    results.append(result)
+  return results
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs the benchmark.
+
+  Args:
+      argv: the command line without the program's name; None reads the process's own.
+
+  Returns:
+      0, or 2 where the command line asked for what cannot be.
+  """
+  arguments, console = make_parser().parse_args(argv), Console()
+  try:
+    require_fp8_hardware(PRECISIONS[arguments.precision])
+    config, corpus = configure(arguments), read_corpus(arguments.text)
+    results = run(arguments, config, corpus, console)
+  except UsageError as error:
+    print(f"train_lm: {error}", file=sys.stderr)
+    return 2
+  show(results, config, console)
+  write_png(results, arguments.out / "curves.png")
+  write_json(results, config, corpus, arguments.out / "results.json")
+  console.print(f"Wrote curves.png and results.json to {arguments.out}", highlight=False)
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,101 @@
+"""Executes the tutorials: ``<name>.md``, the source, becomes ``<name>.ipynb``, with its outputs.
+
+Run ``python notebooks/build.py``. The same sources and the same packages give the same files: cells
+are named after their text, and neither times nor versions of the interpreter are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import jupytext
+import nbformat
+from ipykernel.kernelspec import get_kernel_dict
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from matplotlib import font_manager
+from nbclient import NotebookClient
+
+HERE = Path(__file__).resolve().parent
+SOURCES = sorted(path for path in HERE.glob("*.md") if path.name != "README.md")
+
+
+class ThisInterpreter(AsyncKernelManager):
+  """Starts the kernel in the running interpreter, whatever kernels are registered."""
+
+  @property
+  def kernel_spec(self) -> KernelSpec:
+    return KernelSpec(**get_kernel_dict())
+
+
+def execute(source: Path) -> nbformat.NotebookNode:
+  """Runs a source from top to bottom in the checkout that holds it.
+
+  Args:
+    source: a notebook as MyST Markdown.
+
+  Returns:
+    The notebook with outputs.
+
+  Raises:
+    nbclient.exceptions.CellExecutionError: a cell failed.
+    RuntimeError: a cell wrote to stderr, a warning for example.
+  """
+  font_manager.findfont("sans")  # a first import builds a font cache, and says so on stderr
+  notebook = read(source)
+  client = NotebookClient(
+    notebook,
+    kernel_manager_class=ThisInterpreter,
+    startup_timeout=300,
+    record_timing=False,
+    coalesce_streams=True,
+    extra_arguments=["--log-level=ERROR"],
+    resources={"metadata": {"path": str(source.parent)}},
+  )
+  client.execute(env=kernel_environment())
+  for cell in notebook.cells:
+    for output in cell.get("outputs", []):
+      if output.get("name") == "stderr":
+        raise RuntimeError(f"{source.name}: a cell wrote to stderr:\n{cell.source}\n{output.text}")
+  return notebook
+
+
+def read(source: Path) -> nbformat.NotebookNode:
+  """Reads a source, without outputs, its ids and metadata stable."""
+  notebook = jupytext.read(source)
+  for cell in notebook.cells:
+    cell.id = hashlib.sha256(cell.source.encode()).hexdigest()[:8]
+  notebook.metadata.jupytext = {"formats": notebook.metadata.jupytext.formats}
+  return notebook
+
+
+def kernel_environment() -> dict[str, str]:
+  """Environment in which the kernel imports the checkout's package, and JAX starts in silence."""
+  search = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+  return os.environ | {
+    "PYTHONPATH": os.pathsep.join(search),
+    # A CUDA plugin without the CUDA libraries is enough to compile for a described GPU, but would
+    # otherwise print a traceback when JAX starts.
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+  }
+
+
+def write(notebook: nbformat.NotebookNode, path: Path) -> None:
+  """Writes a notebook; the interpreter's version stays out of it."""
+  notebook.metadata.language_info = {"name": "python"}
+  nbformat.validate(notebook)
+  path.write_text(nbformat.writes(notebook), encoding="utf-8")
+
+
+def main() -> None:
+  """Builds every tutorial."""
+  for source in SOURCES:
+    target = source.with_suffix(".ipynb")
+    write(execute(source), target)
+    print(target.relative_to(HERE.parent))
+
+
+if __name__ == "__main__":
+  main()
