@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,9 @@ def _back_to(batch: Axes, kept: Axes, contract: Axes, other_contract: Axes) -> A
   return tuple(int(a) for a in np.argsort(batch + kept + contract_in_result))
 
 
-def dot_per_tensor(lhs: QTensor, rhs: QTensor, gemm: Gemm, *, fast_accumulation: bool) -> jax.Array:
+def dot_per_tensor(
+  lhs: QTensor, rhs: QTensor, gemm: Gemm, dtype: Any, *, fast_accumulation: bool
+) -> jax.Array:
   """Multiplies two tensors that have one scale each.
 
   ``transpose(dot_general(lhs.data, rhs.data)) * (lhs.scale * rhs.scale)``, in this order, so that
@@ -98,11 +100,12 @@ def dot_per_tensor(lhs: QTensor, rhs: QTensor, gemm: Gemm, *, fast_accumulation:
     lhs: left operand, scale of shape ``()``.
     rhs: right operand, scale of shape ``()``.
     gemm: dimension numbers, and the transposition of the result.
+    dtype: of the result; the product is scaled in float32 before it is cast.
     fast_accumulation: lets the tensor core keep partial sums in less than float32 (Hopper keeps
       about 14 bits), which is faster. On other hardware it changes nothing.
 
   Returns:
-    The product in float32.
+    The product in ``dtype``.
   """
   precision = lax.Precision.DEFAULT if fast_accumulation else lax.Precision.HIGHEST
   out = lax.dot_general(
@@ -113,7 +116,7 @@ def dot_per_tensor(lhs: QTensor, rhs: QTensor, gemm: Gemm, *, fast_accumulation:
     preferred_element_type=jnp.float32,
   )
   out = lax.transpose(out, gemm.permutation)
-  return dequantize(out, product(lhs.scale, rhs.scale), jnp.float32)
+  return dequantize(out, product(lhs.scale, rhs.scale), dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -136,9 +136,9 @@ def _forward(call: _Call, lhs: jax.Array, rhs: jax.Array, state: State) -> tuple
   (q_lhs, kept_lhs), lhs_seen = _quantize(call, lhs, state, call.roles[0], lhs_axes)
   (q_rhs, kept_rhs), rhs_seen = _quantize(call, rhs, state, call.roles[1], rhs_axes)
   gemm = contraction.plain_gemm(call.dimension_numbers, lhs.ndim, rhs.ndim)
-  out = call.recipe.contract(q_lhs, q_rhs, gemm, GemmKind.FPROP)
+  out = call.recipe.contract(q_lhs, q_rhs, gemm, GemmKind.FPROP, call.dtype)
   operands = (_Operand.of(lhs), _Operand.of(rhs))
-  return out.astype(call.dtype), (kept_lhs, kept_rhs, (lhs_seen, rhs_seen), state, operands)
+  return out, (kept_lhs, kept_rhs, (lhs_seen, rhs_seen), state, operands)
 
 
 def _backward(call: _Call, residuals: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, State]:
@@ -150,10 +150,11 @@ def _backward(call: _Call, residuals: Any, grad: jax.Array) -> tuple[jax.Array, 
   axes = (to_lhs.dimension_numbers[0][0], to_rhs.dimension_numbers[0][0])
   (grad_to_lhs, grad_to_rhs), grad_seen = _quantize(call, grad, state, Role.OUTPUT_GRAD, axes)
   lhs_kind, rhs_kind = (_GRADIENT_OF[role] for role in call.roles)
-  grad_lhs = lhs.reduce(call.recipe.contract(grad_to_lhs, q_rhs, to_lhs, lhs_kind))
-  grad_rhs = rhs.reduce(call.recipe.contract(grad_to_rhs, q_lhs, to_rhs, rhs_kind))
+  grad_lhs = call.recipe.contract(grad_to_lhs, q_rhs, to_lhs, lhs_kind, lhs.dtype)
+  grad_rhs = call.recipe.contract(grad_to_rhs, q_lhs, to_rhs, rhs_kind, rhs.dtype)
   observed = dict(zip((*call.roles, Role.OUTPUT_GRAD), (*seen, grad_seen), strict=True))
-  return grad_lhs, grad_rhs, _new_state(call.recipe, state, observed)
+  new_state = _new_state(call.recipe, state, observed)
+  return lhs.reduce(grad_lhs), rhs.reduce(grad_rhs), new_state
 
 
 def _quantize(
@@ -189,8 +190,7 @@ class _Operand:
     return cls(operand.dtype, _compat.varying_axes(operand))
 
   def reduce(self, grad: jax.Array) -> jax.Array:
-    """Casts a gradient to its operand's dtype and sums it over axes where the operand is one."""
-    grad = grad.astype(self.dtype)
+    """Sums a gradient over the mesh axes along which it varies and its operand does not."""
     axes = _compat.varying_axes(grad) - self.varying
     return lax.psum(grad, tuple(sorted(axes))) if axes else grad
 

@@ -77,8 +77,21 @@ class Recipe(abc.ABC):
     """Returns the state for the next step, float32, of the structure of ``state``."""
 
   @abc.abstractmethod
-  def contract(self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind) -> jax.Array:
-    """Multiplies two quantised tensors; returns the dequantised, transposed product in float32."""
+  def contract(
+    self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any
+  ) -> jax.Array:
+    """Multiplies two quantised tensors.
+
+    Args:
+      lhs: left operand, as ``quantize`` returned it for this GEMM.
+      rhs: right operand; the same.
+      gemm: dimension numbers, and the transposition of the result.
+      kind: which of the three GEMMs this is.
+      dtype: of the result.
+
+    Returns:
+      The product, scaled in float32, transposed, and cast to ``dtype``.
+    """
 
   @final
   @property

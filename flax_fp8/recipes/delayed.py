@@ -162,10 +162,12 @@ class DelayedScaling(Recipe):
       "amax_history": roll_history(state["amax_history"], observation),
     }
 
-  def contract(self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind) -> jax.Array:
+  def contract(
+    self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any
+  ) -> jax.Array:
     """One GEMM; fast accumulation going forward, full going backward."""
     fast = kind is GemmKind.FPROP
-    return dot_per_tensor(lhs, rhs, gemm, fast_accumulation=fast)
+    return dot_per_tensor(lhs, rhs, gemm, dtype, fast_accumulation=fast)
 
   def _float8(self, role: Role) -> Float8:
     backward = role is Role.OUTPUT_GRAD
