@@ -113,10 +113,10 @@ def main(argv: list[str] | None = None) -> int:
   """Runs the benchmark.
 
   Args:
-      argv: the command line without the program's name; None reads the process's own.
+    argv: the command line without the program's name; None reads the process's own.
 
   Returns:
-      0, or 2 where the command line asked for what cannot be.
+    0, or 2 where the command line asked for what cannot be.
   """
   arguments, console = make_parser().parse_args(argv), Console()
   try:

@@ -181,6 +181,11 @@ def vmapped(apply: Callable[..., Any]) -> Loss:
   return lambda v: jnp.sum(jax.vmap(apply, in_axes=(None, 0))(v, X) * C)
 
 
+def applied_again(apply: Callable[..., Any]) -> Loss:
+  """Several applies of one model in one loss, as in siamese networks."""
+  return lambda v: sum(_loss(apply, v, jnp.asarray(x), c) for x, c in zip(X, C, strict=True))
+
+
 def microbatches(apply: Callable[..., Any], x: Any = X, c: Any = C) -> Loss:
   """``lax.scan`` over microbatches, the variables shared."""
 
@@ -298,6 +303,7 @@ CASES = [
   Case("several calls, jit", ThreeCalls(), whole),
   Case("several calls, eager", ThreeCalls(), whole, jit=False),
   Case("jit inside grad", ThreeCalls(), jitted_inside, jit=False),
+  Case("several applies", program=applied_again, outside=True, expect=SUMS, **LAYER),
   Case("vmap, shared", program=vmapped, **LAYER),
   Case("vmap, shared, eager", program=vmapped, jit=False, **LAYER),
   Case("nn.vmap, shared", Mapped(None), whole),
@@ -398,8 +404,8 @@ def flaxs_outcome(case: Case) -> str:
 
 FOOT = """
 {total} cells of ours, {surprises} not as documented. Flax's ops: {flax} of {rows} rows right.
-sums: shared state entered a loop or a remat as float32. Differentiate with fp8.value_and_grad, or
-cast with fp8.as_max_grad outside of the loop.
+sums: shared state entered a loop, a remat or several applies as float32. Differentiate with
+fp8.value_and_grad, or cast with fp8.as_max_grad outside of them.
 clear error: JAX cannot take a maximum at that boundary; the message names the ways out."""
 
 

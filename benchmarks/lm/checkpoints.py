@@ -24,8 +24,8 @@ class Checkpoints:
     """Opens ``folder``.
 
     Args:
-        folder: made when missing.
-        identity: everything that decides the curve, in JSON's types.
+      folder: made when missing.
+      identity: everything that decides the curve, in JSON's types.
     """
     self.folder, self.identity = folder, identity
     # Saves are synchronous: the next step donates, and so overwrites, the buffers being saved.
@@ -60,14 +60,14 @@ class Checkpoints:
     """Gives what the run begins with.
 
     Args:
-        state: the fresh training state.
-        resume: go on from the newest checkpoint, if there is one.
+      state: the fresh training state.
+      resume: go on from the newest checkpoint, if there is one.
 
     Returns:
-        The state and the curve, from the checkpoint or fresh.
+      The state and the curve, from the checkpoint or fresh.
 
     Raises:
-        UsageError: there are checkpoints and ``resume`` is off, or they are of another run.
+      UsageError: there are checkpoints and ``resume`` is off, or they are of another run.
     """
     step = self.manager.latest_step()
     if step is None:

@@ -13,16 +13,16 @@ class TrainConfig:
   """All that decides a curve besides the text and the precision.
 
   Attributes:
-      shape: the model.
-      steps: optimiser steps; the learning rate's cosine ends there.
-      batch_size: windows a step.
-      seq_len: bytes the model reads in a window.
-      learning_rate: the peak, reached after a tenth of the steps.
-      weight_decay: on kernels only.
-      clip_norm: bound on the gradient's global norm.
-      seed: decides the parameters and the batches.
-      validate_every: steps between two validations.
-      validation_batches: batches a validation reads at most.
+    shape: the model.
+    steps: optimiser steps; the learning rate's cosine ends there.
+    batch_size: windows a step.
+    seq_len: bytes the model reads in a window.
+    learning_rate: the peak, reached after a tenth of the steps.
+    weight_decay: on kernels only.
+    clip_norm: bound on the gradient's global norm.
+    seed: decides the parameters and the batches.
+    validate_every: steps between two validations.
+    validation_batches: batches a validation reads at most.
   """
 
   shape: ModelShape

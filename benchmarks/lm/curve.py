@@ -13,9 +13,9 @@ class Curve:
   """The losses so far, in nats a byte.
 
   Attributes:
-      train: the loss of every step.
-      validation: ``(steps taken, loss)`` of every validation.
-      rates: steps/s of every timed stretch; the only part that differs from run to run.
+    train: the loss of every step.
+    validation: ``(steps taken, loss)`` of every validation.
+    rates: steps/s of every timed stretch; the only part that differs from run to run.
   """
 
   train: list[float] = dataclasses.field(default_factory=list)
@@ -39,14 +39,14 @@ class Result:
   """A finished run.
 
   Attributes:
-      precision: of the projections' GEMMs.
-      curve: the losses.
-      parameters: number of trained values.
-      state_bytes: parameters, optimiser state and FP8 state.
-      fp8_state_bytes: the FP8 scales and histories among them.
-      temp_bytes: what the compiled step needs besides its arguments and results.
-      compile_seconds: tracing and compiling the step.
-      sites: the GEMMs of one step by operand dtypes.
+    precision: of the projections' GEMMs.
+    curve: the losses.
+    parameters: number of trained values.
+    state_bytes: parameters, optimiser state and FP8 state.
+    fp8_state_bytes: the FP8 scales and histories among them.
+    temp_bytes: what the compiled step needs besides its arguments and results.
+    compile_seconds: tracing and compiling the step.
+    sites: the GEMMs of one step by operand dtypes.
   """
 
   precision: Precision

@@ -15,10 +15,10 @@ def gemm_sites(jaxpr: Any) -> Sites:
   """Counts the ``dot_general`` equations of a jaxpr and of all jaxprs inside it.
 
   Args:
-      jaxpr: a ``Jaxpr`` or ``ClosedJaxpr``.
+    jaxpr: a ``Jaxpr`` or ``ClosedJaxpr``.
 
   Returns:
-      Counts keyed by ``"lhs_dtype x rhs_dtype"``.
+    Counts keyed by ``"lhs_dtype x rhs_dtype"``.
   """
   sites: Sites = Counter()
   for equation in jaxpr.eqns:

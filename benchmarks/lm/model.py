@@ -26,14 +26,14 @@ class ModelShape:
   """The sizes of a decoder.
 
   Attributes:
-      vocabulary: distinct tokens.
-      d_model: width of the residual stream.
-      d_ff: width inside SwiGLU.
-      layers: number of blocks.
-      heads: query heads; ``d_model // heads`` is the head's width.
-      kv_heads: key and value heads, each shared by ``heads // kv_heads`` query heads.
-      remat: recompute each block in the backward pass instead of keeping its activations.
-      attention: which attention ``jax.nn.dot_product_attention`` runs.
+    vocabulary: distinct tokens.
+    d_model: width of the residual stream.
+    d_ff: width inside SwiGLU.
+    layers: number of blocks.
+    heads: query heads; ``d_model // heads`` is the head's width.
+    kv_heads: key and value heads, each shared by ``heads // kv_heads`` query heads.
+    remat: recompute each block in the backward pass instead of keeping its activations.
+    attention: which attention ``jax.nn.dot_product_attention`` runs.
   """
 
   vocabulary: int = 256
@@ -64,11 +64,11 @@ def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:
   """Turns each pair ``(x[i], x[i + D/2])`` at position t by the angle ``t * base**(-2i/D)``.
 
   Args:
-      x: ``[B, T, H, D]`` with even D.
-      base: the slowest pair turns once in about ``2 pi base`` positions.
+    x: ``[B, T, H, D]`` with even D.
+    base: the slowest pair turns once in about ``2 pi base`` positions.
 
   Returns:
-      The same shape and dtype; angles and products are float32.
+    The same shape and dtype; angles and products are float32.
   """
   length, half = x.shape[1], x.shape[-1] // 2
   speed = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -90,8 +90,8 @@ class Block(nn.Module):
   """``x + attention(norm(x))``, then ``x + swiglu(norm(x))``.
 
   Attributes:
-      shape: the sizes.
-      dot_general_cls: None for BF16, or what makes the projections' GEMMs.
+    shape: the sizes.
+    dot_general_cls: None for BF16, or what makes the projections' GEMMs.
   """
 
   shape: ModelShape
@@ -141,8 +141,8 @@ class Transformer(nn.Module):
   """Tokens ``[B, T]`` to logits ``[B, T, vocabulary]``.
 
   Attributes:
-      shape: the sizes.
-      dot_general_cls: None for BF16; ``fp8.Fp8DotGeneral`` puts every projection in FP8.
+    shape: the sizes.
+    dot_general_cls: None for BF16; ``fp8.Fp8DotGeneral`` puts every projection in FP8.
   """
 
   shape: ModelShape

@@ -18,11 +18,11 @@ def smooth(losses: list[float], width: int) -> tuple[np.ndarray, np.ndarray]:
   """Averages every ``width`` neighbouring losses.
 
   Args:
-      losses: one a step.
-      width: at least 1, at most the number of losses.
+    losses: one a step.
+    width: at least 1, at most the number of losses.
 
   Returns:
-      The step at each window's end, and the window's mean.
+    The step at each window's end, and the window's mean.
   """
   sums = np.cumsum(np.concatenate([[0.0], losses]))
   return np.arange(width, len(losses) + 1), (sums[width:] - sums[:-width]) / width

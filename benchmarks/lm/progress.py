@@ -44,9 +44,9 @@ class ConsoleDisplay:
     """Makes the bar.
 
     Args:
-        console: where to write.
-        name: what the bar is called.
-        steps: its full length.
+      console: where to write.
+      name: what the bar is called.
+      steps: its full length.
     """
     self.console, self.name, self.steps = console, name, steps
     self.bar = Progress(

@@ -22,7 +22,7 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     peak_value=config.learning_rate,
     warmup_steps=config.steps // 10,
     decay_steps=config.steps,
-    end_value=config.learning_rate / 10,
+    end_value=0.0,
   )
   return optax.chain(
     optax.clip_by_global_norm(config.clip_norm),
@@ -69,11 +69,11 @@ def compile_step(state: fp8.TrainState, windows: np.ndarray) -> tuple[Any, Sites
   """Compiles ``train_step`` ahead of time, so that no step pays for it.
 
   Args:
-      state: the training state; each call of the compiled step donates the one it is given.
-      windows: a batch, for its shape.
+    state: the training state; each call of the compiled step donates the one it is given.
+    windows: a batch, for its shape.
 
   Returns:
-      The compiled step, the GEMMs it asks for, and the seconds that tracing and compiling took.
+    The compiled step, the GEMMs it asks for, and the seconds that tracing and compiling took.
   """
   begun = time.perf_counter()
   traced = jax.jit(train_step, donate_argnums=0).trace(state, windows)

@@ -23,10 +23,10 @@ class Corpus:
   """A text cut into a training and a validation part.
 
   Attributes:
-      name: where the text came from.
-      digest: the first 16 hex digits of its SHA-256.
-      train: uint8 ``[N]``, the text's beginning.
-      validation: uint8 ``[M]``, its last 5 %.
+    name: where the text came from.
+    digest: the first 16 hex digits of its SHA-256.
+    train: uint8 ``[N]``, the text's beginning.
+    validation: uint8 ``[M]``, its last 5 %.
   """
 
   name: str
@@ -59,14 +59,14 @@ def training_batch(
   """Draws the windows of one step.
 
   Args:
-      corpus: the text.
-      batch_size: windows in the batch.
-      seq_len: bytes the model reads in each.
-      seed: with ``step``, all that decides the draw.
-      step: the number of steps taken before this one.
+    corpus: the text.
+    batch_size: windows in the batch.
+    seq_len: bytes the model reads in each.
+    seed: with ``step``, all that decides the draw.
+    step: the number of steps taken before this one.
 
   Returns:
-      uint8 ``[batch_size, seq_len + 1]``: the inputs, and the targets one place further.
+    uint8 ``[batch_size, seq_len + 1]``: the inputs, and the targets one place further.
   """
   last = len(corpus.train) - seq_len
   starts = np.random.default_rng((seed, step)).integers(last, size=batch_size)
@@ -79,13 +79,13 @@ def validation_batches(
   """Cuts the validation text into batches that never change.
 
   Args:
-      corpus: the text.
-      batch_size: windows in a batch.
-      seq_len: bytes the model reads in each.
-      limit: batches at most, so that a long text does not make validation the main work.
+    corpus: the text.
+    batch_size: windows in a batch.
+    seq_len: bytes the model reads in each.
+    limit: batches at most, so that a long text does not make validation the main work.
 
   Returns:
-      Full batches, uint8 ``[batch_size, seq_len + 1]`` each; a rest that fills none is left out.
+    Full batches, uint8 ``[batch_size, seq_len + 1]`` each; a rest that fills none is left out.
   """
   windows = (len(corpus.validation) - 1) // seq_len
   starts = np.arange(windows)[:, None] * seq_len

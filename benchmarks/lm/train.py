@@ -45,14 +45,14 @@ def run_stretch(
   """Trains until ``stop``, and adds the losses and the rate to ``curve``.
 
   Args:
-      step_fn: the compiled step.
-      state: the training state after ``curve.step`` steps; donated.
-      curve: the losses so far; added to in place.
-      draw: gives the batch of a step, asked as ``draw(step=...)``.
-      stop: the steps taken when this returns.
+    step_fn: the compiled step.
+    state: the training state after ``curve.step`` steps; donated.
+    curve: the losses so far; added to in place.
+    draw: gives the batch of a step, asked as ``draw(step=...)``.
+    stop: the steps taken when this returns.
 
   Returns:
-      The new training state.
+    The new training state.
   """
   begun, start, losses = time.perf_counter(), curve.step, []
   for step in range(start, stop):
@@ -110,16 +110,16 @@ def train(
   """Trains one model.
 
   Args:
-      config: what to train.
-      precision: of the projections' GEMMs.
-      corpus: the text.
-      folder: where this run's checkpoints are.
-      resume: go on from the newest checkpoint there, if there is one.
-      checkpoint_every: steps between checkpoints; 0 writes none.
-      display: is told what happens; None shows nothing.
+    config: what to train.
+    precision: of the projections' GEMMs.
+    corpus: the text.
+    folder: where this run's checkpoints are.
+    resume: go on from the newest checkpoint there, if there is one.
+    checkpoint_every: steps between checkpoints; 0 writes none.
+    display: is told what happens; None shows nothing.
 
   Returns:
-      The whole curve, also the part before a resumption, and how the run went.
+    The whole curve, also the part before a resumption, and how the run went.
   """
   display = display or Silent()
   sizes = {"batch_size": config.batch_size, "seq_len": config.seq_len}
@@ -131,7 +131,9 @@ def train(
   with Checkpoints(folder, identity=identity) as checkpoints:
     state, curve = checkpoints.start(state, resume=resume)
     if resume:
-      display.note(f"goes on after step {curve.step}")
+      display.note(
+        f"goes on after step {curve.step}" if curve.step else "no checkpoint: starts anew"
+      )
     compiled = compile_step(state, draw(step=0))
     require_fp8_gemms(config, precision, compiled[1])
     display.note(f"compiled in {compiled[2]:.1f} s")

@@ -34,9 +34,9 @@ class Fp8DotGeneral(nn.Module):
 
   Numerics:
     See ``flax_fp8.ops.dot_general``. A layer called several times in one apply has one state, and
-    its new amax is the largest of the calls. Where that state enters a loop, a pipeline or a remat
-    from outside, differentiate with ``flax_fp8.value_and_grad``, so that there it is the largest
-    too.
+    its new amax is the largest of the calls. Where that state enters a loop, a pipeline, a remat or
+    several applies from outside, differentiate with ``flax_fp8.value_and_grad``, so that there it
+    is the largest too.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp
