@@ -45,11 +45,11 @@ class TrainConfig:
 PRESETS = {
   "tiny": TrainConfig(
     shape=ModelShape(d_model=128, d_ff=384, layers=3, heads=4, kv_heads=2),
-    steps=300,
+    steps=600,
     batch_size=16,
     seq_len=128,
-    learning_rate=4e-3,
-    validate_every=50,
+    learning_rate=2e-3,
+    validate_every=100,
   ),
   "small": TrainConfig(
     shape=ModelShape(d_model=256, d_ff=768, layers=6, heads=8, kv_heads=4),
