@@ -1,47 +1,175 @@
-"""Whether a device multiplies FP8, and why not."""
+"""Whether a device multiplies FP8 as a recipe needs it, and why not: the rules, as data."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import re
+from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
-# Ada (8.9) brought FP8 tensor cores to NVIDIA's GPUs, CDNA3 (gfx94x, fnuz formats) to AMD's.
-_FIRST_CUDA = (8, 9)
-_ROCM = ("gfx94", "gfx95", "gfx12")
+from flax_fp8.formats import E4M3, E4M3_FNUZ, E5M2, E5M2_FNUZ, Float8, Format
 
 
-def capability(device: Any = None) -> tuple[bool, str]:
+@dataclasses.dataclass(frozen=True)
+class Needs:
+  """What a recipe asks of the matrix units of a device.
+
+  Attributes:
+    fp8_format: formats of values and of gradients.
+    block_scales: dtype of scales that the units themselves must apply to blocks of an operand, such
+      as ``jnp.float8_e8m0fnu``; None where products are scaled after them, in float32.
+
+  Example:
+    >>> import flax_fp8 as fp8
+    >>> fp8.DelayedScaling().needs.fp8_format == fp8.Format.HYBRID
+    True
+  """
+
+  fp8_format: Format
+  block_scales: Any = None
+
+
+class HasNeeds(Protocol):
+  """What ``capability`` reads of a recipe."""
+
+  @property
+  def needs(self) -> Needs:
+    """What the recipe asks of a device."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Units:
+  """What the matrix units of a generation of GPUs take."""
+
+  formats: tuple[Float8, ...]
+  block_scales: tuple[str, ...] = ()
+
+
+_OCP = _Units((E4M3, E5M2))
+_OCP_AND_MX = _Units((E4M3, E5M2), ("float8_e8m0fnu",))
+_FNUZ = _Units((E4M3_FNUZ, E5M2_FNUZ))
+
+_CUDA = {(10, 0): _OCP_AND_MX, (8, 9): _OCP}  # from this compute capability on; newest first
+_ROCM = {"gfx94": _FNUZ, "gfx95": _OCP_AND_MX, "gfx12": _OCP}  # by prefix
+
+# cuBLASLt does not multiply E5M2 by E5M2, and XLA makes no FP8 GEMM of it on any GPU.
+_ONE_OPERAND_IS = (E4M3, E4M3_FNUZ)
+
+
+def capability(
+  device: Any = None, *, fp8_format: Format | None = None, recipe: HasNeeds | None = None
+) -> tuple[bool, str]:
   """Tells whether FP8 contractions run on a device as asked for, and the reason.
 
+  By default any FP8 format will do: the question is whether the device multiplies FP8 at all.
+
   Args:
-    device: a JAX device; the default one if None.
+    device: a JAX device; if None, the one that JAX computes on by default: that of
+      ``jax.default_device``, else the first.
+    fp8_format: asks for these formats of values and of gradients.
+    recipe: asks for what a recipe needs, formats and scales.
 
   Returns:
     ``(supported, reason)``. A CPU is supported: it emulates FP8 exactly, and says so.
+
+  Raises:
+    TypeError: an argument is not of its type, or both ``fp8_format`` and ``recipe`` are given.
 
   Example:
     >>> import flax_fp8 as fp8
     >>> fp8.capability()[0]
     True
+    >>> fp8.capability(recipe=fp8.DelayedScaling(fp8_format=fp8.Format.E4M3))[0]
+    True
 
   References:
-    NVIDIA, CUDA C++ Programming Guide, compute capabilities.
+    NVIDIA, cuBLAS documentation, "Narrow Precision Data Types Usage"; AMD, ROCm documentation,
+    "Data types and precision support"; OCP Microscaling Formats (MX) Specification, version 1.0.
   """
-  device = device if device is not None else jax.devices()[0]
+  needs = _needs(fp8_format, recipe)
+  device = _default_device() if device is None else device
+  if not (hasattr(device, "platform") and hasattr(device, "device_kind")):
+    raise TypeError(
+      f"capability: device must be a JAX device; got {device=}. Pass one of jax.devices(), or "
+      "nothing for the default one."
+    )
   if device.platform == "cpu":
     return True, "CPU: FP8 is emulated; right to the bit, no faster than BF16"
   found = getattr(device, "compute_capability", None)
   if found is None:
-    return (
-      False,
-      f"{device.device_kind}: no FP8 matrix units known for platform {device.platform!r}",
+    platform = repr(device.platform)
+    return False, f"{device.device_kind}: no FP8 matrix units known for platform {platform}"
+  refusal = _refusal(_units(str(found)), needs)
+  reason = refusal or "FP8 matrix units present"
+  return not refusal, f"{device.device_kind} (compute capability {found}): {reason}"
+
+
+def _needs(fp8_format: Format | None, recipe: HasNeeds | None) -> Needs | None:
+  """Returns what the arguments ask for, None for any format."""
+  if fp8_format is not None and recipe is not None:
+    raise TypeError(
+      f"capability: formats are those of the recipe; got {fp8_format=} beside {recipe=}. Pass one "
+      "of the two."
     )
-  name = f"{device.device_kind} (compute capability {found})"
-  if str(found).startswith("gfx"):
-    supported = str(found).startswith(_ROCM)
-  else:
-    supported = tuple(int(part) for part in str(found).split(".")) >= _FIRST_CUDA
-  if supported:
-    return True, f"{name}: FP8 matrix units present"
-  return False, f"{name}: no FP8 matrix units; 8.9 (Ada), 9.0 (Hopper) or newer has them"
+  if fp8_format is not None:
+    if not isinstance(fp8_format, Format):
+      raise TypeError(
+        f"capability: fp8_format must be a Format; got {fp8_format=}. Pass Format.HYBRID, "
+        "Format.E4M3, or Format(forward, backward)."
+      )
+    return Needs(fp8_format)
+  needs = getattr(recipe, "needs", None)
+  if recipe is not None and not isinstance(needs, Needs):
+    raise TypeError(
+      f"capability: recipe must be a recipe, such as DelayedScaling(); got {recipe=}. Pass an "
+      "instance, not its class or name."
+    )
+  return needs
+
+
+def _default_device() -> Any:
+  """Returns the device that JAX computes on where nothing says otherwise, by JAX's own rule."""
+  config: Any = jax.config  # of which no type checker knows the settings
+  chosen = config.jax_default_device
+  if chosen is None or isinstance(chosen, str):  # a string names a platform
+    return jax.local_devices(backend=chosen)[0]
+  return chosen
+
+
+def _units(found: str) -> _Units | None:
+  """Looks up the matrix units of a compute capability: "9.0" is NVIDIA's, "gfx942" AMD's."""
+  if version := re.match(r"(\d+)\.(\d+)", found):
+    numbers = int(version[1]), int(version[2])
+    return next((units for first, units in _CUDA.items() if numbers >= first), None)
+  return next((units for prefix, units in _ROCM.items() if found.startswith(prefix)), None)
+
+
+def _refusal(units: _Units | None, needs: Needs | None) -> str:
+  """Says why the units do not do what is needed; empty where they do."""
+  if units is None:
+    return (
+      "no FP8 matrix units known; NVIDIA's have them from 8.9 (Ada) on, AMD's are gfx94x, gfx95x "
+      "and gfx12xx"
+    )
+  if needs is None:
+    return ""
+  forward, backward = needs.fp8_format.forward, needs.fp8_format.backward
+  names = " and ".join(f.name for f in units.formats)
+  if missing := [f.name for f in dict.fromkeys((forward, backward)) if f not in units.formats]:
+    return f"its FP8 matrix units multiply {names}, not {' or '.join(missing)}"
+  if forward not in _ONE_OPERAND_IS:
+    return (
+      f"fprop would multiply {forward.name} by {forward.name}, and one operand of each FP8 GEMM "
+      "must be E4M3"
+    )
+  if needs.block_scales is not None:
+    scales = jnp.dtype(needs.block_scales).name
+    if scales not in units.block_scales:
+      return (
+        f"its matrix units do not scale blocks by {scales}; NVIDIA's do from 10.0 (Blackwell) on, "
+        "AMD's gfx95x do"
+      )
+  return ""

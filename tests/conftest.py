@@ -1,12 +1,34 @@
 """Every test runs strictly: four CPU devices, no implicit broadcasting of ranks."""
 
+import functools
 import os
+from collections.abc import Callable
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# JAX's CUDA plugin describes GPUs, and compiles for them, without the CUDA libraries.
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 )
 
 import jax
+import pytest
+from jax.experimental import topologies
+
+from flax_fp8.explain.target import GpuTarget
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def described() -> Callable[[str], jax.Device]:
+  """JAX's devices of GPUs that are not there, by ``GpuTarget``'s names."""
+  pytest.importorskip("jax_plugins.xla_cuda13", reason="the CUDA plugin exists for Linux alone")
+
+  @functools.cache
+  def describe(name: str) -> jax.Device:
+    description = GpuTarget.named(name).description
+    topology = {"target_config": description, "topology": "1x1x1"}
+    return topologies.get_topology_desc("", "cuda", **topology).devices[0]
+
+  return describe

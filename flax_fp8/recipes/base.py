@@ -16,6 +16,7 @@ from typing import Any, TypeAlias, final
 import jax
 import numpy as np
 
+from flax_fp8.capability import Needs
 from flax_fp8.contraction import Axes, Gemm
 from flax_fp8.quantize import QTensor
 
@@ -92,6 +93,11 @@ class Recipe(abc.ABC):
     Returns:
       The product, scaled in float32, transposed, and cast to ``dtype``.
     """
+
+  @property
+  @abc.abstractmethod
+  def needs(self) -> Needs:
+    """Returns the formats, and the scales of blocks if any, that a device must multiply."""
 
   @final
   @property

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_fp8.amax import amax
+from flax_fp8.capability import Needs
 from flax_fp8.contraction import Axes, Gemm, dot_per_tensor
 from flax_fp8.formats import Float8, Format
 from flax_fp8.quantize import QTensor, quantize, scale_from_amax
@@ -168,6 +169,11 @@ class DelayedScaling(Recipe):
     """One GEMM; fast accumulation going forward, full going backward."""
     fast = kind is GemmKind.FPROP
     return dot_per_tensor(lhs, rhs, gemm, dtype, fast_accumulation=fast)
+
+  @property
+  def needs(self) -> Needs:
+    """The formats; products are scaled in float32."""
+    return Needs(self.fp8_format)
 
   def _float8(self, role: Role) -> Float8:
     backward = role is Role.OUTPUT_GRAD

@@ -16,7 +16,7 @@ from jax import lax
 import flax_fp8 as fp8
 from flax_fp8 import formats, ops
 from flax_fp8.quantize import QTensor
-from flax_fp8.recipes import Recipe, Role
+from flax_fp8.recipes import Needs, Recipe, Role
 
 DIMS = (((1,), (0,)), ((), ()))
 
@@ -24,6 +24,8 @@ DIMS = (((1,), (0,)), ((), ()))
 @dataclasses.dataclass(frozen=True)
 class PerRow(Recipe):
   """One scale for all that a GEMM contracts together; nothing remembered."""
+
+  needs = Needs(fp8.Format.HYBRID)
 
   def init_state(self, role):
     return {}
