@@ -2,6 +2,7 @@
 
 import inspect
 import types
+import warnings
 
 import flax.linen as nn
 import flax.linen.fp8_ops as reference
@@ -14,6 +15,7 @@ import flax_fp8 as fp8
 from flax_fp8 import fp8_ops
 
 OWG = fp8.OVERWRITE_WITH_GRADIENT
+KEY = jax.random.key(0)
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 16)), jnp.float32)
 BORROWED = {"Any", "DTypeLike", "custom_jvp", "custom_vjp", "partial"}
 
@@ -85,6 +87,57 @@ def test_a_precision_is_disregarded_with_a_warning():
     dense.init(jax.random.key(0), X)
   with pytest.warns(UserWarning, match=r"Fp8Einsum: .* is disregarded"):
     fp8_ops.Fp8Einsum().init(jax.random.key(0), "mk,kn->mn", X, X.T, precision="highest")
+
+
+WARNED = {
+  "Fp8DirectDotGeneralOp": "float8_e4m3fn",
+  "Fp8DotGeneralOp": "float8_e4m3fn",
+  "NANOOFp8DotGeneralOp": "float8_e4m3fnuz",
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+class TestDevices:
+  """What Flax's modules compute on any device, ours do too, with a warning."""
+
+  def shapes(self, *names):
+    model = nn.Sequential([nn.Dense(8, dot_general_cls=getattr(fp8_ops, name)) for name in names])
+    return jax.eval_shape(model.init, KEY, X)
+
+  @pytest.mark.parametrize("name", WARNED)
+  def test_without_fp8(self, described, name):
+    match = rf"^{name}: NVIDIA A100.*no FP8.*wider type: right, and slow"
+    with jax.default_device(described("a100")), pytest.warns(UserWarning, match=match):
+      self.shapes(name)
+
+  def test_einsum(self, described):
+    x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    init = lambda x: fp8_ops.Fp8Einsum().init(KEY, "mk,kn->mn", x, x)
+    match = r"^Fp8Einsum: NVIDIA A100.*no FP8"
+    with jax.default_device(described("a100")), pytest.warns(UserWarning, match=match):
+      jax.eval_shape(init, x)
+
+  @pytest.mark.parametrize(("name", "dtype"), WARNED.items())
+  def test_by_their_dtypes(self, described, name, dtype):
+    with jax.default_device(described("h100")), warnings.catch_warnings(record=True) as caught:
+      warnings.simplefilter("always", UserWarning)
+      self.shapes(name)
+    messages = [str(w.message) for w in caught if w.category is UserWarning]
+    assert len(messages) == (dtype == "float8_e4m3fnuz")
+    assert all(f"not {dtype}" in message for message in messages)
+
+  def test_a_model_warns_once(self, described):
+    """Under Python's own filters, which show a warning once for each place it comes from."""
+    with jax.default_device(described("a100")), warnings.catch_warnings(record=True) as caught:
+      warnings.simplefilter("default")
+      self.shapes(*["Fp8DotGeneral"] * 3)
+      self.shapes(*["Fp8DotGeneral"] * 2)
+    assert len(caught) == 1
+
+  def test_cpu_is_silent(self):
+    with warnings.catch_warnings():
+      warnings.simplefilter("error", UserWarning)
+      self.shapes(*WARNED)
 
 
 DEPRECATED = {

@@ -21,6 +21,8 @@ class Fp8DotGeneral(nn.Module):
 
   Attributes:
     recipe: how tensors are scaled.
+    emulate: lets a device without the recipe's FP8 multiply in a wider type: right, and slow. A CPU
+      does so unasked.
 
   Variables (collection ``_overwrite_with_gradient``, for the default recipe):
     input_scale, kernel_scale, output_grad_scale: float32 ``(1,)``, dequantisation multipliers.
@@ -29,8 +31,9 @@ class Fp8DotGeneral(nn.Module):
 
   Raises:
     TypeError: an operand is not float32, bfloat16 or float16.
-    ValueError: ``dimension_numbers`` do not fit, ``precision`` is given, or the variables lack the
-      collection.
+    ValueError: ``dimension_numbers`` do not fit, ``precision`` is given, the variables lack the
+      collection, or JAX's default device can't multiply what the recipe needs and ``emulate`` is
+      False; see ``flax_fp8.capability``.
 
   Numerics:
     See ``flax_fp8.ops.dot_general``. A layer called several times in one apply has one state, and
@@ -46,11 +49,18 @@ class Fp8DotGeneral(nn.Module):
     >>> sorted(variables)
     ['_overwrite_with_gradient', 'params']
 
+    On a GPU without FP8, to try a model out:
+
+    >>> import functools
+    >>> emulated = functools.partial(fp8.Fp8DotGeneral, emulate=True)
+    >>> layer = nn.Dense(4, dot_general_cls=emulated)
+
   References:
     flax.linen.fp8_ops.Fp8DotGeneral; Micikevicius et al., https://arxiv.org/abs/2209.05433.
   """
 
   recipe: Recipe = DelayedScaling()
+  emulate: bool = False
 
   @nn.compact
   def __call__(
@@ -63,6 +73,7 @@ class Fp8DotGeneral(nn.Module):
   ) -> jax.Array:
     """Contracts; arguments as ``lax.dot_general``, ``lhs`` the input and ``rhs`` the kernel."""
     check.precision(name := type(self).__name__, precision)
+    check.device(name, self.recipe, self.emulate)
     return ops.dot_general(
       lhs,
       rhs,
@@ -81,14 +92,17 @@ class Fp8Einsum(nn.Module):
 
   Attributes:
     recipe: how tensors are scaled.
+    emulate: lets a device without the recipe's FP8 multiply in a wider type: right, and slow. A CPU
+      does so unasked.
 
   Variables:
     As ``Fp8DotGeneral``. The left operand is always the input, the right one the kernel.
 
   Raises:
     TypeError: an operand is not float32, bfloat16 or float16.
-    ValueError: the equation is malformed or does not fit, ``precision`` is given, or the variables
-      lack the collection.
+    ValueError: the equation is malformed or does not fit, ``precision`` is given, the variables
+      lack the collection, or JAX's default device can't multiply what the recipe needs and
+      ``emulate`` is False.
 
   Numerics:
     As ``Fp8DotGeneral``. Experts on a batch label share one scale; for a scale an expert, map the
@@ -108,6 +122,7 @@ class Fp8Einsum(nn.Module):
   """
 
   recipe: Recipe = DelayedScaling()
+  emulate: bool = False
 
   @nn.compact
   def __call__(
@@ -120,6 +135,7 @@ class Fp8Einsum(nn.Module):
   ) -> jax.Array:
     """Contracts; arguments as ``jnp.einsum``, ``lhs`` the input and ``rhs`` the kernel."""
     check.precision(name := type(self).__name__, precision)
+    check.device(name, self.recipe, self.emulate)
     return ops.einsum(
       equation,
       lhs,

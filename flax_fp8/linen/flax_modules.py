@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax_fp8 import ops
 from flax_fp8.formats import Format, float8
 from flax_fp8.linen.state import read_state
+from flax_fp8.ops import check
 from flax_fp8.ops.flax_dots import dot_general_with_precision, warn_of_precision
 from flax_fp8.ops.in_out import in_qdq, out_qdq
 from flax_fp8.recipes.delayed import DelayedScaling
@@ -60,10 +61,12 @@ class Fp8DirectDotGeneralOp(Fp8DotGeneralBase):
 
   Raises:
     TypeError: as ``flax_fp8.Fp8DotGeneral``.
-    ValueError: as ``flax_fp8.Fp8DotGeneral``, but a precision is disregarded with a warning.
+    ValueError: as ``flax_fp8.Fp8DotGeneral``, but a precision is disregarded with a warning, and
+      no device is refused.
 
   Numerics:
-    As ``flax_fp8.Fp8DotGeneral``; the result has the dtype of ``rhs``.
+    As ``flax_fp8.Fp8DotGeneral``; the result has the dtype of ``rhs``. A device that can't multiply
+    the dtypes is warned of, and computes in a wider type.
 
   Example:
     >>> import flax.linen as nn
@@ -85,6 +88,7 @@ class Fp8DirectDotGeneralOp(Fp8DotGeneralBase):
   ) -> jax.Array:
     """Contracts; arguments as ``lax.dot_general``."""
     warn_of_precision(name := type(self).__name__, precision)
+    check.warn_of_device(name, self.recipe)
     return ops.dot_general(
       lhs,
       rhs,
@@ -109,10 +113,12 @@ class Fp8Einsum(Fp8DotGeneralBase):
 
   Raises:
     TypeError: as ``flax_fp8.Fp8Einsum``.
-    ValueError: as ``flax_fp8.Fp8Einsum``, but a precision is disregarded with a warning.
+    ValueError: as ``flax_fp8.Fp8Einsum``, but a precision is disregarded with a warning, and no
+      device is refused.
 
   Numerics:
-    As ``flax_fp8.Fp8Einsum``; the result has the dtype of ``rhs``.
+    As ``flax_fp8.Fp8Einsum``; the result has the dtype of ``rhs``. A device that can't multiply the
+    dtypes is warned of, and computes in a wider type.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -137,6 +143,7 @@ class Fp8Einsum(Fp8DotGeneralBase):
   ) -> jax.Array:
     """Contracts; arguments as ``jnp.einsum``."""
     warn_of_precision(name := type(self).__name__, precision)
+    check.warn_of_device(name, self.recipe)
     return ops.einsum(
       eqn,
       lhs,
@@ -160,7 +167,8 @@ class Fp8DotGeneralOp(Fp8DotGeneralBase):
     e5m2_dtype: FP8 dtype of output gradients.
 
   Numerics:
-    As ``in_qdq`` and ``out_qdq``; the GEMM is in the dtype of ``rhs``.
+    As ``in_qdq`` and ``out_qdq``; the GEMM is in the dtype of ``rhs``. A device that can't multiply
+    the dtypes is warned of.
 
   Example:
     >>> import warnings
@@ -192,7 +200,8 @@ class Fp8DotGeneralOp(Fp8DotGeneralBase):
     self, lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, precision: Any = None
   ) -> jax.Array:
     """Contracts; arguments as ``lax.dot_general``."""
-    warn_of_precision(type(self).__name__, precision)
+    warn_of_precision(name := type(self).__name__, precision)
+    check.warn_of_device(name, self.recipe)
     state = read_state(self, self.recipe)
     dtype = rhs.dtype
     q_lhs = in_qdq(dtype, self.e4m3_dtype, jnp.asarray(lhs, dtype), *_leaves(state["input"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flax_fp8.capability import capability
 from flax_fp8.contraction import DimensionNumbers
 from flax_fp8.meta_dtype import entered_since_cast, is_max_grad
 from flax_fp8.recipes.base import Recipe, Role
@@ -69,6 +71,31 @@ def recipe(name: str, value: Any) -> None:
       f"{name}: recipe must be a recipe, such as DelayedScaling(); got recipe={value!r}. Pass "
       "an instance, not its class or name."
     )
+
+
+def device(name: str, value: Any, emulate: bool) -> None:
+  """Raises ValueError where the default device can't multiply what the recipe needs."""
+  recipe(name, value)
+  if emulate:
+    return
+  supported, reason = capability(recipe=value)
+  if not supported:
+    raise ValueError(
+      f"{name}: the default device must multiply the formats of the recipe; got {reason}. "
+      "Run on a device that does, choose a recipe of other formats, or pass emulate=True, which "
+      "computes in a wider type: right, and slow."
+    )
+
+
+def warn_of_device(name: str, recipe: Recipe) -> None:
+  """Warns where ``device`` would raise, for modules that keep to Flax's behaviour.
+
+  The warning's place is in Flax, the same for all layers, so Python shows it once.
+  """
+  supported, reason = capability(recipe=recipe)
+  if not supported:
+    message = f"{name}: {reason}. Products are computed in a wider type: right, and slow."
+    warnings.warn(message, stacklevel=3)
 
 
 def state(name: str, recipe: Recipe, value: Mapping[str, Any]) -> None:

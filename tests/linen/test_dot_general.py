@@ -1,5 +1,6 @@
 """The modules inside Linen's layers and lifted transformations."""
 
+import functools
 import gc
 
 import flax.linen as nn
@@ -214,6 +215,70 @@ class TestRefusals:
   def test_dimension_numbers(self):
     with pytest.raises(ValueError, match=r"Fp8DotGeneral: dimension_numbers must be"):
       fp8.Fp8DotGeneral().init(KEY, X, X, (((2,), (0,)), ((), ())))
+
+
+E5M2 = fp8.Format(formats.E5M2, formats.E5M2)
+SHAPE = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+DOT_DIMS = (((1,), (0,)), ((), ()))
+MODULES = {
+  "Fp8DotGeneral": lambda **fields: (
+    lambda x, w: fp8.Fp8DotGeneral(**fields).init_with_output(KEY, x, w, DOT_DIMS)[0]
+  ),
+  "Fp8Einsum": lambda **fields: (
+    lambda x, w: fp8.Fp8Einsum(**fields).init_with_output(KEY, "mk,kn->mn", x, w)[0]
+  ),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+class TestDevices:
+  """The default device is asked, at trace time."""
+
+  @pytest.mark.parametrize("device", ["l40s", "h100", "h200", "b200"])
+  def test_with_fp8(self, described, name, device):
+    with jax.default_device(described(device)):
+      assert jax.eval_shape(MODULES[name](), SHAPE, SHAPE) == SHAPE
+
+  def test_without_fp8(self, described, name):
+    match = rf"{name}: .*NVIDIA A100.*\(compute capability 8.0\): no FP8.*pass emulate=True"
+    with jax.default_device(described("a100")), pytest.raises(ValueError, match=match):
+      jax.eval_shape(MODULES[name](), SHAPE, SHAPE)
+
+  def test_without_the_recipes_formats(self, described, name):
+    recipe = fp8.DelayedScaling(fp8_format=fp8.Format.HYBRID_FNUZ)
+    match = rf"{name}: .*NVIDIA H100.*not float8_e4m3fnuz.*choose a recipe of other formats"
+    with jax.default_device(described("h100")), pytest.raises(ValueError, match=match):
+      jax.eval_shape(MODULES[name](recipe=recipe), SHAPE, SHAPE)
+
+  def test_of_e5m2_by_e5m2(self, described, name):
+    recipe = fp8.DelayedScaling(fp8_format=E5M2)
+    match = rf"{name}: .*would multiply float8_e5m2 by float8_e5m2"
+    with jax.default_device(described("h100")), pytest.raises(ValueError, match=match):
+      jax.eval_shape(MODULES[name](recipe=recipe), SHAPE, SHAPE)
+
+  def test_emulation_changes_nothing_of_the_program(self, described, name):
+    with jax.default_device(described("a100")):
+      emulated = jax.make_jaxpr(MODULES[name](emulate=True))(SHAPE, SHAPE)
+    with jax.default_device(described("h100")):
+      assert str(jax.make_jaxpr(MODULES[name]())(SHAPE, SHAPE)) == str(emulated)
+
+  def test_cpu_needs_no_leave_to_emulate(self, name):
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 4)), jnp.float32)
+    with_leave = MODULES[name](emulate=True)(x, x)
+    np.testing.assert_array_equal(MODULES[name]()(x, x), with_leave)
+
+  def test_lowering_for_another_platform_asks_nothing_of_it(self, name):
+    traced = jax.jit(MODULES[name]()).trace(SHAPE, SHAPE)
+    assert "f8E4M3FN" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("cls", [fp8.Fp8DotGeneral, CLS], ids=["class", "recipe"])
+def test_emulation_in_a_layer(described, cls):
+  layer = nn.Dense(4, dot_general_cls=functools.partial(cls, emulate=True))
+  with jax.default_device(described("a100")):
+    shapes = jax.eval_shape(layer.init, KEY, X)
+    loss = lambda v: jnp.sum(layer.apply(v, X))
+    assert jax.tree.structure(jax.eval_shape(jax.grad(loss), shapes)) == jax.tree.structure(shapes)
 
 
 def test_nothing_outlives_an_apply():
