@@ -81,7 +81,7 @@ def configure(arguments: argparse.Namespace) -> TrainConfig:
 
 def require_fp8_hardware(precisions: tuple[Precision, ...]) -> None:
   """Raises where FP8 would be a slow surprise."""
-  supported, reason = fp8.capability()
+  supported, reason = fp8.capability(recipe=fp8.DelayedScaling())
   if "fp8" in precisions and not supported:
     raise UsageError(
       f"--precision: FP8 needs a device with FP8 tensor cores, or a CPU; got {reason}. "
