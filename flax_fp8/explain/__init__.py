@@ -1,1 +1,7 @@
 """What the GPU compiler really does with a program, without a GPU if need be."""
+
+from flax_fp8.explain.explain import assert_fp8, explain
+from flax_fp8.explain.report import Comparison, Report
+from flax_fp8.explain.target import GpuTarget
+
+__all__ = ["Comparison", "GpuTarget", "Report", "assert_fp8", "explain"]

@@ -1,0 +1,83 @@
+"""What travels between the GPUs of a program: which collective, in which dtype, how many bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+
+from flax_fp8.explain import names
+from flax_fp8.explain.hlo import Instruction, Module, arrays, product
+from flax_fp8.explain.schedule import Launch
+
+KINDS = frozenset(
+  "all-gather all-reduce reduce-scatter all-to-all collective-permute collective-broadcast "
+  "ragged-all-to-all send recv".split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """What one collective sends in one dtype; a combined one is several of these.
+
+  Attributes:
+    kind: ``all-gather``, ``all-reduce``, and so on.
+    dtype: of what is sent, in XLA's words.
+    bytes: of the whole tensor on one device: an all-gather's result, a reduction's operand.
+    group: devices that take part.
+    times: how often a step runs it.
+    path: the module it comes from; empty if the compiler lost it.
+  """
+
+  kind: str
+  dtype: str
+  bytes: int
+  group: int
+  times: int
+  path: str
+
+  @property
+  def sent(self) -> float:
+    """Bytes that each device sends in all its runs in a step, by ring algorithms.
+
+    ``(g - 1) / g`` of the tensor, an all-reduce twice that (a reduce-scatter, then an all-gather),
+    a permutation all of it.
+    """
+    if self.kind in ("collective-permute", "send", "recv", "collective-broadcast"):
+      return self.times * self.bytes
+    rounds = 2 if self.kind == "all-reduce" else 1
+    return self.times * rounds * self.bytes * (self.group - 1) / self.group
+
+
+def find(module: Module, launched: Sequence[Launch], devices: int) -> list[Collective]:
+  """Finds the collectives among what a program launches."""
+  return [each for launch in launched for each in _collectives(module, launch, devices)]
+
+
+def _collectives(module: Module, launch: Launch, devices: int) -> Iterator[Collective]:
+  instruction = launch.instruction
+  kind = instruction.opcode.removesuffix("-start")
+  if kind not in KINDS:
+    return
+  group = group_size(instruction, devices)
+  gathers = group if kind == "all-gather" else 1
+  sizes: dict[str, int] = {}
+  for operand in module.operands(instruction):
+    for array in arrays(operand.shape):
+      sizes[array.dtype] = sizes.get(array.dtype, 0) + gathers * array.bytes
+  path = names.model_path(instruction.op_name)
+  for dtype, size in sizes.items():
+    yield Collective(kind, dtype, size, group, launch.times, path)
+
+
+def group_size(instruction: Instruction, devices: int) -> int:
+  """Devices in one group of a collective; all of them where the text names no groups."""
+  text = instruction.attributes.get("replica_groups", "")
+  if listed := re.match(r"\{\{([\d,]*)\}", text):
+    return len(listed[1].split(","))
+  if iota := re.match(r"\[\d+,(\d+)\]<=", text):
+    return int(iota[1])
+  if named := re.match(r"mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+    sizes = dict(re.findall(r"'([^']*)'=(\d+)", named[1]))
+    return product(tuple(int(sizes[axis]) for axis in re.findall(r"'([^']*)'", named[2])))
+  return devices

@@ -1,0 +1,133 @@
+"""Where a value comes from: through tuples, fusions, calls and loops, back to what computed it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+from flax_fp8.explain.hlo import Instruction, Module
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+  """A result, or one part of a result that is a tuple.
+
+  Attributes:
+    instruction: whose result.
+    index: positions in nested tuples, outermost first; empty for the whole.
+  """
+
+  instruction: Instruction
+  index: tuple[int, ...] = ()
+
+
+# Of an instruction that computes, the values to go on from; empty stops there.
+Step: TypeAlias = Callable[[Value], list[Value]]
+
+
+def operands(module: Module, value: Value) -> list[Value]:
+  """The values that an instruction takes."""
+  return [Value(operand) for operand in module.operands(value.instruction)]
+
+
+def computed_by(module: Module, value: Value) -> list[Value]:
+  """Follows a value to the instructions that compute it.
+
+  More than one where a loop or a branch has a choice; parameters of the program, and whatever is no
+  mere passing on, are their own answer.
+  """
+  answers: dict[Value, None] = {}
+  for found in _search(value, lambda v: _passed_on(module, v)):
+    if not _passed_on(module, found):
+      answers[found] = None
+  return list(answers)
+
+
+def ancestors(
+  module: Module, value: Value, through: Step
+) -> Iterator[Value]:
+  """Everything that a value is made of, nearest first.
+
+  Args:
+    module: the program.
+    value: where to start.
+    through: where to go on from an instruction that computes.
+  """
+
+  def step(found: Value) -> list[Value]:
+    return _passed_on(module, found) or through(found)
+
+  return (found for found in _search(value, step) if not _passed_on(module, found))
+
+
+def _search(start: Value, step: Step) -> Iterator[Value]:
+  """Breadth first, each value once: loops make cycles."""
+  seen, queue = {start}, [start]
+  for value in queue:
+    yield value
+    for found in step(value):
+      if found not in seen:
+        seen.add(found)
+        queue.append(found)
+
+
+def _passed_on(module: Module, value: Value) -> list[Value]:
+  """The values that a value merely is, under another name; empty if something computes it."""
+  instruction, index = value.instruction, value.index
+  opcode = instruction.opcode
+  if opcode == "get-tuple-element":
+    return [Value(module.operands(instruction)[0], (instruction.number, *index))]
+  if opcode == "tuple":
+    return [Value(module.operands(instruction)[index[0]], index[1:])] if index else []
+  if opcode == "parameter":
+    return _arguments(module, value)
+  if opcode in ("fusion", "call", "conditional"):
+    return _results(module, instruction, index)
+  if opcode == "while":
+    start = Value(module.operands(instruction)[0], index)
+    return [start, *_results(module, instruction, index, "body")]
+  if opcode == "opt-barrier" or opcode.endswith("-done"):
+    return [Value(module.operands(instruction)[0], index)]
+  if opcode.endswith("-start") and "calls" in instruction.attributes:
+    return _results(module, instruction, index)
+  return []
+
+
+def _results(
+  module: Module,
+  instruction: Instruction,
+  index: tuple[int, ...],
+  *attributes: str,
+) -> list[Value]:
+  """The results of the computations that an instruction calls."""
+  names = attributes or (
+    "calls",
+    "to_apply",
+    "branch_computations",
+    "true_computation",
+    "false_computation",
+  )
+  called = [name for name in instruction.called(*names) if name in module.computations]
+  return [Value(module.computations[name].root, index) for name in called]
+
+
+def _arguments(module: Module, value: Value) -> list[Value]:
+  """What a parameter is given by the instructions that call its computation."""
+  if value.instruction.computation == module.entry:
+    return []
+  callers = module.callers[value.instruction.computation]
+  return [given for caller in callers for given in _given(module, caller, value)]
+
+
+def _given(module: Module, caller: Instruction, value: Value) -> list[Value]:
+  """What one caller gives for a parameter, or for a part of it."""
+  parameter, index, given = value.instruction, value.index, module.operands(caller)
+  if caller.opcode == "while":
+    return [Value(given[0], index), *_results(module, caller, index, "body")]
+  if caller.opcode == "conditional":
+    branches = caller.called("branch_computations", "true_computation", "false_computation")
+    return [Value(given[1 + branches.index(parameter.computation)], index)]
+  if caller.opcode in ("fusion", "call") or caller.opcode.endswith("-start"):
+    return [Value(given[parameter.number], index)]
+  return []  # a reduction's scalars: nobody hands those over

@@ -1,0 +1,109 @@
+"""Child process: compiles one exported program for a GPU that is described, not present.
+
+A program by itself, run by path: it imports JAX and nothing of flax_fp8. The request comes in on
+stdin (a line of JSON, then the serialized program), the reply goes out on stdout as JSON. It ends
+when its parent does, of whose life an open pipe tells.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+# The compiler has no GPU to try kernels on, so it takes those that need no trial: the same program
+# always gives the same kernels.
+OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+
+
+def end_with_parent(lifeline: int) -> None:
+  """Waits, in a thread, for the pipe's other end to close, and ends this process."""
+
+  def wait() -> None:
+    os.read(lifeline, 1)
+    os._exit(1)
+
+  threading.Thread(target=wait, daemon=True).start()
+
+
+def offer_to_the_oom_killer() -> None:
+  """Where memory runs out, this process is the one to end, not the user's."""
+  with contextlib.suppress(OSError):
+    Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def described_mesh(request: dict[str, Any]) -> Mesh:
+  """Makes the mesh of the request from described GPUs."""
+  axes: dict[str, int] = request["mesh"]
+  shape = tuple(axes.values())
+  topology = topologies.get_topology_desc(
+    "", "cuda", target_config=request["description"], topology=f"1x1x{int(np.prod(shape))}"
+  )
+  types = tuple(AxisType[name] for name in request["axis_types"])
+  return Mesh(np.array(topology.devices).reshape(shape), tuple(axes), axis_types=types)
+
+
+def lower(request: dict[str, Any], program: bytes) -> Any:
+  """Lowers the program onto the described GPUs, its shardings and donations as they were."""
+  exported = jax.export.deserialize(bytearray(program))
+  mesh = described_mesh(request)
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  arguments = [
+    jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding or everywhere)
+    for aval, sharding in zip(exported.in_avals, exported.in_shardings_jax(mesh), strict=True)
+  ]
+  call = jax.jit(exported.call, donate_argnums=tuple(request["donated"]))
+  return call.lower(*arguments)
+
+
+def compile_with_text(lowered: Any) -> tuple[Any, str]:
+  """Compiles, and returns the optimised HLO too, from a dump where JAX has no other way to it."""
+  compiled = lowered.compile(compiler_options=OPTIONS)
+  if text := compiled.as_text():
+    return compiled, text
+  with tempfile.TemporaryDirectory() as folder:
+    dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    compiled = lowered.compile(compiler_options=OPTIONS | dump)
+    (found,) = Path(folder).glob("*gpu_after_optimizations.txt")
+    return compiled, found.read_text()
+
+
+def answer(request: dict[str, Any], program: bytes) -> dict[str, Any]:
+  """Compiles, and describes what came out."""
+  lowered = lower(request, program)
+  compiled, text = compile_with_text(lowered)
+  memory = compiled.memory_analysis()
+  sizes = {
+    name: int(getattr(memory, f"{name}_size_in_bytes"))
+    for name in ("argument", "output", "alias", "temp")
+  }
+  return {"hlo": text, "asked": lowered.as_text(dialect="hlo", debug_info=True), "memory": sizes}
+
+
+def main() -> None:
+  """Answers one request."""
+  end_with_parent(int(sys.argv[1]))
+  offer_to_the_oom_killer()
+  request = json.loads(sys.stdin.buffer.readline())
+  try:
+    reply = answer(request, sys.stdin.buffer.read())
+  except Exception as error:  # whatever it is, the parent tells the user
+    reply = {"error": type(error).__name__, "message": str(error)}
+  sys.stdout.write(json.dumps(reply))
+  sys.stdout.flush()
+  os._exit(0)  # the CUDA plugin's teardown has nothing left to do, and no GPU to do it on
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,228 @@
+"""``explain`` and ``assert_fp8``: from a function to what the GPU compiler made of it."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from flax_fp8.explain import collectives, gemms, hlo, reasons, schedule, traffic
+from flax_fp8.explain.compile import AnyMesh, Program, compile_program
+from flax_fp8.explain.gemms import Gemm, GemmRole, Site
+from flax_fp8.explain.report import Report
+from flax_fp8.explain.schedule import Launch
+from flax_fp8.explain.target import GpuTarget
+from flax_fp8.explain.traffic import Kernel, KernelClass
+
+
+def explain(
+  fn: Callable[..., Any],
+  *args: Any,
+  target: str | GpuTarget | None = None,
+  mesh: AnyMesh | None = None,
+  name: str | None = None,
+  timeout: float = 600.0,
+) -> Report:
+  """Shows what the GPU compiler really does with a function: which GEMMs are FP8, and why not.
+
+  The function is compiled, never run. Without a GPU, name one: the function is exported, and a child
+  process compiles it for that GPU, as XLA would with autotuning and Triton GEMMs switched off. The
+  caller's process and its devices are left alone.
+
+  Args:
+    fn: what ``jax.jit`` takes, or a jitted function: a train step, a gradient. Donated and static
+      arguments of a jitted function stay what they are.
+    *args: its arguments: arrays or ``jax.ShapeDtypeStruct``; their shardings count, and tell the
+      number of devices.
+    target: the GPU: ``"h100"``, ``"h200"``, ``"b200"``, ``"a100"``, ``"l40s"``, a ``GpuTarget``, or
+      None for the one attached.
+    mesh: the mesh that the function is traced under, as by ``jax.set_mesh``. It may be larger than
+      the machine: ``jax.sharding.AbstractMesh((8,), ("data",))``.
+    name: of the program in the report; the function's own if None.
+    timeout: seconds after which the compiler is stopped.
+
+  Returns:
+    The report: GEMMs, kernels, bytes, collectives, memory, roofline.
+
+  Raises:
+    ValueError: no GPU is attached and ``target`` is None, or its name is unknown.
+    TypeError: an argument can't be exported, or ``mesh`` is no mesh.
+    ImportError: JAX's GPU compiler is missing or of another version; the message has the cure.
+    TimeoutError: the compiler took longer than ``timeout``.
+    MemoryError: it ran out of memory.
+    RuntimeError: it refused the program, or was killed.
+
+  Numerics:
+    Nothing is computed. Where XLA finds no FP8 kernel it multiplies in a wider type and drops the
+    rounding to FP8 too (its "excess precision"), so such a GEMM is no slow FP8, but none at all.
+
+  Example:
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> import flax_fp8 as fp8
+    >>> model = nn.Dense(256, dtype=jnp.bfloat16, dot_general_cls=fp8.Fp8DotGeneral)
+    >>> x = jnp.ones((512, 128), jnp.bfloat16)
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> def loss(variables, x):
+    ...   return jnp.mean(model.apply(variables, x).astype(jnp.float32) ** 2)
+    >>> report = fp8.explain(jax.grad(loss), variables, x, target="h100")
+    >>> report.fp8_gemms, report.total_gemms
+    (2, 2)
+
+  References:
+    XLA, "Deviceless compilation", https://openxla.org/xla/tools; jax.experimental.topologies.
+  """
+  program = compile_program(fn, args, target=target, mesh=mesh, timeout=timeout)
+  return read_program(program, name or getattr(fn, "__name__", type(fn).__name__))
+
+
+def read_program(program: Program, name: str) -> Report:
+  """Makes the report of a compiled program."""
+  module, asked = hlo.parse(program.hlo), hlo.parse(program.asked)
+  launched = schedule.launches(module)
+  sites = gemms.find(module, launched)
+  kernels = traffic.kernels(module, launched, sites)
+  return Report(
+    name=name,
+    device_kind=program.device_kind,
+    devices=program.devices,
+    described=program.described,
+    gemms=tuple(_gemms(module, asked, sites, kernels, program)),
+    kernels=tuple(kernels),
+    collectives=tuple(collectives.find(module, launched, program.devices)),
+    memory=program.memory,
+    target=program.target,
+    doubts=tuple(_doubts(module, asked, launched, kernels)),
+  )
+
+
+def _gemms(
+  module: hlo.Module,
+  asked: hlo.Module,
+  sites: Sequence[Site],
+  kernels: Sequence[Kernel],
+  program: Program,
+) -> Iterator[Gemm]:
+  products = reasons.asked_for(asked)
+  moved = {kernel.name: kernel.read + kernel.written for kernel in kernels}
+  fp8_units = program.target is None or "fp8" in program.target.peak_flops
+  for site, role in zip(sites, gemms.roles(module, sites), strict=True):
+    lhs, rhs = (operand.dtype for operand in gemms.operand_arrays(module, site))
+    gemm = Gemm(
+      path=site.path,
+      role=role,
+      extent=site.extent,
+      lhs=lhs,
+      rhs=rhs,
+      out=site.dot.array.dtype,
+      kernel=site.kernel,
+      times=site.launch.times,
+      bytes=moved[site.launch.instruction.name],
+      notes=gemms.padding(module, site),
+      op_name=site.op_name,
+      reason=""
+      if lhs.startswith("f8") and rhs.startswith("f8")
+      else reasons.reason(asked, products, site, (lhs, rhs), fp8_units),
+    )
+    yield gemm
+
+
+def _doubts(
+  module: hlo.Module,
+  asked: hlo.Module,
+  launched: Sequence[Launch],
+  kernels: Sequence[Kernel],
+) -> Iterator[str]:
+  """What could not be read, and what had to be assumed."""
+  for unread, which in ((module.unread, "optimised"), (asked.unread, "original")):
+    if unread:
+      yield f"{len(unread)} lines of the {which} program could not be read, the first: {unread[0]}"
+  for launch in launched:
+    if launch.doubt:
+      yield f"{launch.instruction.name}: {launch.doubt}"
+  unknown: dict[str, int] = {}
+  for kernel in kernels:
+    if kernel.kind in (KernelClass.UNKNOWN, KernelClass.LIBRARY):
+      unknown[kernel.what] = unknown.get(kernel.what, 0) + kernel.times
+  for what, times in unknown.items():
+    yield f"{what} runs {times} times; what it computes is not known here"
+
+
+def assert_fp8(
+  fn: Callable[..., Any],
+  *args: Any,
+  target: str | GpuTarget | None = None,
+  mesh: AnyMesh | None = None,
+  exclude: Sequence[str] = (),
+  timeout: float = 600.0,
+) -> Report:
+  """Fails unless every GEMM of a function is FP8 on a GPU, but for those excluded.
+
+  Args:
+    fn: as for ``explain``.
+    *args: as for ``explain``.
+    target: as for ``explain``.
+    mesh: as for ``explain``.
+    exclude: patterns of module paths, as in ``fnmatch``, that may be of any dtype:
+      ``["*/head", "*/attention"]``. A pattern that matches no GEMM is an error.
+    timeout: as for ``explain``.
+
+  Returns:
+    The report.
+
+  Raises:
+    AssertionError: a GEMM is not FP8, or there is none; the message has each with its reason.
+    ValueError: a pattern of ``exclude`` matches no GEMM; or as ``explain`` raises.
+
+  Example:
+    In a test suite, three lines, on any machine:
+
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> import flax_fp8 as fp8
+    >>> def test_dense_is_fp8():
+    ...   layer = nn.Dense(256, dtype=jnp.bfloat16, dot_general_cls=fp8.Fp8DotGeneral)
+    ...   variables = layer.init(jax.random.key(0), x := jnp.ones((32, 128), jnp.bfloat16))
+    ...   fp8.assert_fp8(layer.apply, variables, x, target="h100")
+    >>> test_dense_is_fp8()
+
+  References:
+    As ``explain``.
+  """
+  report = explain(fn, *args, target=target, mesh=mesh, timeout=timeout)
+  _require_matches(report, exclude)
+  wrong = [
+    gemm
+    for gemm in report.gemms
+    if not gemm.is_fp8 and not any(fnmatch.fnmatchcase(gemm.path, p) for p in exclude)
+  ]
+  if not report.gemms:
+    raise AssertionError(f"assert_fp8: {report.name} must have FP8 GEMMs; got no GEMM at all.")
+  if wrong:
+    lines = "\n".join(f"  {_line(gemm)}" for gemm in wrong)
+    raise AssertionError(
+      f"assert_fp8: every GEMM of {report.name} must be FP8 on {report.device_kind}; got "
+      f"{len(wrong)} that are not. Mend them, or name their modules in exclude=:\n{lines}"
+    )
+  return report
+
+
+def _require_matches(report: Report, patterns: Sequence[str]) -> None:
+  if isinstance(patterns, str):
+    raise TypeError(
+      f"assert_fp8: exclude must be a sequence of patterns; got {patterns!r}. Pass [{patterns!r}]."
+    )
+  paths = sorted({gemm.path for gemm in report.gemms})
+  for pattern in patterns:
+    if not fnmatch.filter(paths, pattern):
+      near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.3) or paths[:10]
+      raise ValueError(
+        f"assert_fp8: each pattern of exclude must match a module that has a GEMM; got "
+        f"{pattern!r}. The nearest are {near}."
+      )
+
+
+def _line(gemm: Gemm) -> str:
+  extent = gemm.extent
+  role = "" if gemm.role is GemmRole.BACKWARD else f" {gemm.role.value}"
+  size = f"{extent.m}x{extent.n}x{extent.k}"
+  return f"{gemm.path or '(module lost)'}{role}, {size} by {gemm.kernel}: {gemm.reason}"

@@ -1,0 +1,337 @@
+"""Optimised HLO as data: a reader of XLA's text, nothing more.
+
+The text is the same in every JAX since 0.8 up to details, which the reader takes as they come: with
+or without shapes before operands, percent signs, index comments, constants over several lines. A
+line that it cannot read is kept in ``Module.unread``, so that nothing is dropped in silence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
+
+_BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+  """Shape of one buffer.
+
+  Attributes:
+    dtype: as XLA prints it, ``bf16`` or ``f8e4m3fn``.
+    dims: its dimensions.
+    layout: minor to major, as printed; empty where the text has none.
+  """
+
+  dtype: str
+  dims: tuple[int, ...]
+  layout: tuple[int, ...] = ()
+
+  @property
+  def size(self) -> int:
+    """Number of elements."""
+    return product(self.dims)
+
+  @property
+  def bytes(self) -> int:
+    """Bytes in memory; elements below 8 bits are packed."""
+    return -(-self.size * bits(self.dtype) // 8)
+
+  @property
+  def is_fp8(self) -> bool:
+    """Whether the elements are 8-bit floating point."""
+    return self.dtype.startswith("f8")
+
+
+Shape: TypeAlias = "Array | tuple[Shape, ...]"
+
+
+def product(dims: tuple[int, ...]) -> int:
+  """Product of dimensions."""
+  total = 1
+  for dim in dims:
+    total *= dim
+  return total
+
+
+def bits(dtype: str) -> int:
+  """Bits of an element."""
+  if dtype in _BITS:
+    return _BITS[dtype]
+  found = re.match(r"[a-z]+(\d+)", dtype)
+  return int(found[1]) if found else 8
+
+
+def arrays(shape: Shape) -> Iterator[Array]:
+  """All buffers of a shape."""
+  if isinstance(shape, Array):
+    yield shape
+  else:
+    for part in shape:
+      yield from arrays(part)
+
+
+def shape_bytes(shape: Shape) -> int:
+  """Bytes of all buffers of a shape."""
+  return sum(array.bytes for array in arrays(shape))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Instruction:
+  """One instruction of a computation.
+
+  Attributes:
+    name: unique in its computation.
+    shape: of its result.
+    opcode: ``fusion``, ``custom-call``, and so on.
+    operands: names of instructions of the same computation.
+    literal: the text between the parentheses: a parameter's number, a constant's value.
+    attributes: what follows, by name, as printed.
+    computation: name of the computation it stands in.
+  """
+
+  name: str
+  shape: Shape
+  opcode: str
+  operands: tuple[str, ...]
+  literal: str
+  attributes: Mapping[str, str]
+  computation: str
+
+  @property
+  def array(self) -> Array:
+    """The first buffer of the result."""
+    return next(arrays(self.shape), Array("token", ()))
+
+  @property
+  def op_name(self) -> str:
+    """JAX's name stack of the operation; empty if the compiler lost it."""
+    found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes.get("metadata", ""))
+    return found[1].replace('\\"', '"') if found else ""
+
+  @property
+  def target(self) -> str:
+    """What a custom call calls."""
+    return self.attributes.get("custom_call_target", "").strip('"')
+
+  @property
+  def number(self) -> int:
+    """Position of a parameter; index of a get-tuple-element."""
+    if self.opcode == "parameter":
+      return int(self.literal)
+    return int(self.attributes["index"])
+
+  @functools.cached_property
+  def config(self) -> dict[str, Any]:
+    """The backend's configuration; empty where there is none, or where it is not JSON."""
+    text = self.attributes.get("backend_config", "")
+    try:
+      found = json.loads(text) if text.startswith("{") else {}
+    except json.JSONDecodeError:
+      return {}
+    return found if isinstance(found, dict) else {}
+
+  def called(self, *names: str) -> list[str]:
+    """Computations that the named attributes call."""
+    found = (self.attributes.get(name, "") for name in names)
+    return [word for text in found for word in re.findall(r"[\w.$\-]+", text)]
+
+
+@dataclasses.dataclass(eq=False)
+class Computation:
+  """A computation: its instructions in the order in which they run, by name."""
+
+  name: str
+  instructions: dict[str, Instruction] = dataclasses.field(default_factory=dict)
+  root_name: str = ""
+
+  @property
+  def root(self) -> Instruction:
+    """The instruction whose result is the computation's."""
+    return self.instructions[self.root_name]
+
+  @functools.cached_property
+  def parameters(self) -> dict[int, Instruction]:
+    """Its parameters by number."""
+    found = (i for i in self.instructions.values() if i.opcode == "parameter")
+    return {parameter.number: parameter for parameter in found}
+
+  @functools.cached_property
+  def users(self) -> dict[str, list[Instruction]]:
+    """Who reads each instruction."""
+    readers: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
+    for instruction in self.instructions.values():
+      for operand in instruction.operands:
+        readers.setdefault(operand, []).append(instruction)
+    return readers
+
+
+@dataclasses.dataclass(eq=False)
+class Module:
+  """A whole program.
+
+  Attributes:
+    computations: by name.
+    entry: name of the one that runs.
+    unread: lines that could not be read.
+  """
+
+  computations: dict[str, Computation] = dataclasses.field(default_factory=dict)
+  entry: str = ""
+  unread: list[str] = dataclasses.field(default_factory=list)
+
+  def operands(self, instruction: Instruction) -> list[Instruction]:
+    """The instructions whose results an instruction takes."""
+    found = self.computations[instruction.computation].instructions
+    return [found[name] for name in instruction.operands]
+
+  @functools.cached_property
+  def callers(self) -> dict[str, list[Instruction]]:
+    """The instructions that call each computation."""
+    found: dict[str, list[Instruction]] = {name: [] for name in self.computations}
+    for computation in self.computations.values():
+      for instruction in computation.instructions.values():
+        for name in instruction.called(*CALLS):
+          if name in found:
+            found[name].append(instruction)
+    return found
+
+
+CALLS = (
+  "calls",
+  "body",
+  "condition",
+  "to_apply",
+  "branch_computations",
+  "true_computation",
+  "false_computation",
+  "called_computations",
+)
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.$\-]+) .*\{$")
+_START = re.compile(r"^\s+(?:ROOT )?%?[\w.$\-]+ = ")
+_COMMENT = re.compile(r"/\*.*?\*/")
+_ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?")
+
+
+def parse(text: str) -> Module:
+  """Reads the text of an optimised module."""
+  module, current = Module(), None
+  for line in _logical_lines(text):
+    if header := _HEADER.match(line):
+      if line.startswith("HloModule"):
+        continue
+      current = Computation(header[2])
+      module.computations[current.name] = current
+      if header[1]:
+        module.entry = current.name
+    elif line.startswith("}"):
+      current = None
+    elif current is not None and not _read(line, current):
+      module.unread.append(line.strip())
+  return module
+
+
+def _logical_lines(text: str) -> Iterator[str]:
+  """Joins what was broken over several lines, such as constants, into one line each."""
+  pending = ""
+  for line in text.splitlines():
+    whole = pending + line if pending else line
+    if _START.match(whole) and whole.count("{") > whole.count("}") and '"' not in whole:
+      pending = whole + " "
+      continue
+    pending = ""
+    yield whole
+
+
+def _read(line: str, computation: Computation) -> bool:
+  """Adds the instruction of a line to its computation; False if the line has another form."""
+  if not line.strip():
+    return True
+  found = re.match(r"^\s+(ROOT )?%?([\w.$\-]+) = (.*)$", line)
+  if not found:
+    return False
+  rest = found[3]
+  try:
+    shape_text, rest = _cut_shape(rest)
+    opcode, rest = rest.split("(", 1)
+    inside, rest = _cut_balanced("(" + rest)
+    instruction = Instruction(
+      name=found[2],
+      shape=_shape(_COMMENT.sub("", shape_text)),
+      opcode=opcode.strip(),
+      operands=() if opcode.strip() in ("parameter", "constant") else _operands(inside[1:-1]),
+      literal=inside[1:-1],
+      attributes=_attributes(rest),
+      computation=computation.name,
+    )
+  except ValueError:
+    return False
+  computation.instructions[instruction.name] = instruction
+  if found[1] or not computation.root_name:
+    computation.root_name = instruction.name
+  return True
+
+
+def _cut_shape(text: str) -> tuple[str, str]:
+  if text.startswith("("):
+    return _cut_balanced(text)
+  shape, _, rest = text.partition(" ")
+  return shape, rest
+
+
+_OPEN, _CLOSE = "([{", ")]}"
+
+
+def _cut_balanced(text: str) -> tuple[str, str]:
+  """Cuts behind the parenthesis that closes the first one; quoted text does not count."""
+  depth = 0
+  for found in re.finditer(r'"(?:[^"\\]|\\.)*"|[()\[\]{}]', text):
+    mark = found[0]
+    if mark in _OPEN:
+      depth += 1
+    elif mark in _CLOSE:
+      depth -= 1
+      if depth == 0:
+        return text[: found.end()], text[found.end() :]
+  raise ValueError("the parentheses do not match")
+
+
+def _split(text: str) -> list[str]:
+  """Splits at the commas that stand in no parentheses and no quotes."""
+  parts, depth, start = [], 0, 0
+  for found in re.finditer(r'"(?:[^"\\]|\\.)*"|[()\[\]{},]', text):
+    mark = found[0]
+    if mark in _OPEN:
+      depth += 1
+    elif mark in _CLOSE:
+      depth -= 1
+    elif mark == "," and depth == 0:
+      parts.append(text[start : found.start()])
+      start = found.end()
+  return [part.strip() for part in [*parts, text[start:]] if part.strip()]
+
+
+def _operands(text: str) -> tuple[str, ...]:
+  """Names of the operands; each may have its shape before it."""
+  parts = _split(_COMMENT.sub("", text))
+  return tuple(part.split()[-1].lstrip("%") for part in parts)
+
+
+def _attributes(text: str) -> dict[str, str]:
+  pairs = (part.partition("=") for part in _split(text))
+  return {key: value for key, _, value in pairs}
+
+
+def _shape(text: str) -> Shape:
+  if text.startswith("("):
+    return tuple(_shape(part) for part in _split(text[1:-1]))
+  found = _ARRAY.match(text)
+  if not found:
+    raise ValueError(f"no shape: {text}")
+  dims = tuple(int(dim.strip("<=? ") or 0) for dim in found[2].split(",") if dim.strip())
+  layout = (found[3] or "").partition(":")[0]
+  return Array(found[1], dims, tuple(int(i) for i in layout.split(",") if i.strip().isdigit()))

@@ -1,0 +1,66 @@
+"""What JAX's name stacks tell of an operation: the module it comes from, and the pass it is in."""
+
+from __future__ import annotations
+
+import enum
+import re
+
+# Parts of a name stack that say how a program is run, not where in the model it is.
+_STEPS = frozenset(
+  "while body cond scan closed_call checkpoint remat rematted_computation call_exported pjit "
+  "custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr shard_map shmap_body core_call".split()
+)
+_BRANCH = re.compile(r"branch_\d+_fun$")
+_TRANSFORM = re.compile(r"^(jvp|transpose|vmap|remat|checkpoint)\((.*)\)$")
+
+
+class Phase(enum.Enum):
+  """When in a training step an operation runs."""
+
+  FORWARD = "forward"
+  RECOMPUTED = "recomputed"
+  BACKWARD = "backward"
+
+
+def split(op_name: str) -> list[str]:
+  """Splits a name stack at the slashes that stand in no parentheses."""
+  parts, depth, start = [], 0, 0
+  for index, mark in enumerate(op_name):
+    depth += (mark == "(") - (mark == ")")
+    if mark == "/" and depth == 0:
+      parts.append(op_name[start:index])
+      start = index + 1
+  return [*parts, op_name[start:]]
+
+
+def model_path(op_name: str) -> str:
+  """Names the module that an operation belongs to.
+
+  ``jit(step)/transpose(jvp(Net))/while/body/closed_call/layers/layers.mlp/up/dot_general`` is
+  ``Net/layers/up``: transformations, control flow, a module's methods and the operation are left
+  out.
+  """
+  path: list[str] = []
+  for part in split(op_name)[:-1]:
+    name = _bare(part)
+    if name and not (path and name.startswith(f"{path[-1]}.")):
+      path.append(name)
+  return "/".join(path)
+
+
+def _bare(part: str) -> str:
+  """A part of a name stack without the transformations around it; empty if nothing is left."""
+  while found := _TRANSFORM.match(part):
+    if found[1] == "vmap" and "->" in found[2]:
+      return ""  # an einsum's equation
+    part = found[2]
+  if part.startswith("jit(") or part in _STEPS or _BRANCH.match(part) or "->" in part:
+    return ""
+  return part
+
+
+def phase(op_name: str) -> Phase:
+  """Tells forward, recomputed and backward operations apart."""
+  if "rematted_computation" in op_name:
+    return Phase.RECOMPUTED
+  return Phase.BACKWARD if "transpose(" in op_name else Phase.FORWARD

@@ -1,0 +1,212 @@
+"""Why a GEMM is not FP8: read off the program as it was before the compiler changed it.
+
+The optimised program cannot tell. Where XLA finds no FP8 kernel it computes in a wider type, and
+removes the rounding to FP8 as well, so that no trace is left. The program before optimisation shows
+each product with its operands and what made them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+
+from flax_fp8.explain import dataflow, names
+from flax_fp8.explain.dataflow import Value
+from flax_fp8.explain.gemms import Extent, Site, extent_of
+from flax_fp8.explain.hlo import Instruction, Module
+from flax_fp8.explain.names import Phase
+
+# Operations behind which an FP8 value is still the same FP8 value, moved or scaled.
+_CARRIES = frozenset(
+  "convert bitcast bitcast-convert copy reshape transpose broadcast slice dynamic-slice pad select "
+  "concatenate dynamic-update-slice multiply divide all-gather all-to-all collective-permute "
+  "reduce-precision opt-barrier".split()
+)
+_ANNOTATIONS = re.compile(r"Sharding|sharding|SPMD|sdy|annotate|LayoutConstraint")
+# Operations on each element, behind which it is another value.
+_CHANGES = frozenset(
+  "add subtract negate abs sign exponential exponential-minus-one log log-plus-one logistic tanh "
+  "sqrt rsqrt cbrt power maximum minimum clamp floor ceil round-nearest-even round-nearest-afz "
+  "sine cosine tan erf remainder atan2 compare and or not xor is-finite reverse".split()
+)
+_NVIDIA = ("f8e4m3fn", "f8e5m2")
+_SIDES = ("left", "right")
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """A matrix product of the program before optimisation.
+
+  Attributes:
+    dot: the instruction.
+    extent: its sizes, on all devices together.
+    op_name: the whole name stack, through the functions that call it.
+  """
+
+  dot: Instruction
+  extent: Extent
+  op_name: str
+
+  @property
+  def place(self) -> tuple[str, Phase]:
+    """The module and the pass, by which it is found again after optimisation."""
+    return names.model_path(self.op_name), names.phase(self.op_name)
+
+
+def asked_for(module: Module) -> list[Asked]:
+  """Lists the products of a program before optimisation, once for each place that calls them."""
+  found = []
+  for computation in module.computations.values():
+    for dot in computation.instructions.values():
+      if dot.opcode == "dot" and (extent := extent_of(module, dot)):
+        prefixes = _prefixes(module, computation.name, frozenset())
+        found += [Asked(dot, extent, f"{prefix}{dot.op_name}") for prefix in sorted(prefixes)]
+  return found
+
+
+def _prefixes(module: Module, computation: str, above: frozenset[str]) -> set[str]:
+  """What stands before the names of a computation: those of the calls that lead to it."""
+  if computation == module.entry or computation in above or not module.callers[computation]:
+    return {""}
+  found = set()
+  for caller in module.callers[computation]:
+    own = f"{caller.op_name}/" if caller.opcode == "call" and caller.op_name else ""
+    outer = _prefixes(module, caller.computation, above | {computation})
+    found |= {f"{prefix}{own}" for prefix in outer}
+  return found
+
+
+def reason(
+  module: Module, asked: Sequence[Asked], site: Site, operands: tuple[str, str], fp8_cores: bool
+) -> str:
+  """Says why a GEMM is not FP8, in words to act on.
+
+  Args:
+    module: the program before optimisation.
+    asked: its products.
+    site: a GEMM of the program after optimisation.
+    operands: dtypes that its kernel multiplies.
+    fp8_cores: whether the GPU multiplies FP8 at all.
+  """
+  candidates = _candidates(asked, site)
+  if not candidates:
+    return f"multiplies {operands[0]} by {operands[1]}; its place in the model was lost"
+  reasons = {
+    _reason_of(module, candidate, site, fp8_cores): None for candidate in candidates
+  }
+  return " | or: ".join(reasons)
+
+
+def _candidates(asked: Sequence[Asked], site: Site) -> list[Asked]:
+  """The products that a GEMM may be: same place, and same size where one has it."""
+  here = [each for each in asked if each.place == (site.path, site.phase)]
+  same = [each for each in here if each.extent.unordered == site.extent.unordered]
+  return same or here
+
+
+def _reason_of(module: Module, asked: Asked, site: Site, fp8_cores: bool) -> str:
+  operands = module.operands(asked.dot)[:2]
+  origins = [_origin(module, operand) for operand in operands]
+  if not any(origin.dtype for origin in origins):
+    lhs, rhs = (operand.array.dtype for operand in operands)
+    return f"FP8 was not asked for: {lhs} by {rhs}"
+  found = _operand_reason(operands, origins) or _format_reason(origins, fp8_cores)
+  if found:
+    return found
+  if site.kernel.endswith("matrix-vector"):
+    return "a product with a vector needs no matrix units; leave it out of FP8"
+  return (
+    "both operands are FP8 and no rule known here forbids it; TF_CPP_VMODULE=gemm_rewriter=1 lets "
+    "XLA say why"
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Origin:
+  """How an operand came from FP8.
+
+  Attributes:
+    dtype: of the FP8 values; empty if it did not.
+    changed: operations that made other values of them.
+    scaled_by: sizes of factors that are no single number.
+  """
+
+  dtype: str = ""
+  changed: tuple[str, ...] = ()
+  scaled_by: tuple[str, ...] = ()
+
+
+def _origin(module: Module, operand: Instruction) -> _Origin:
+  for through in (_CARRIES, _CARRIES | _CHANGES):
+    changed: dict[str, None] = {}
+    scaled: dict[str, None] = {}
+    for value in dataflow.ancestors(module, Value(operand), _step(module, through)):
+      instruction = value.instruction
+      if instruction.array.is_fp8:
+        return _Origin(instruction.array.dtype, tuple(changed), tuple(scaled))
+      if instruction.opcode in _CHANGES:
+        changed[instruction.opcode] = None
+      scaled |= dict.fromkeys(_factors(module, instruction))
+  return _Origin()
+
+
+def _step(module: Module, opcodes: frozenset[str]) -> dataflow.Step:
+  def step(value: Value) -> list[Value]:
+    instruction = value.instruction
+    annotates = instruction.opcode == "custom-call" and _ANNOTATIONS.search(instruction.target)
+    if instruction.opcode not in opcodes and not annotates:
+      return []
+    return [Value(o) for o in module.operands(instruction) if _size(o) >= _size(instruction)]
+
+  return step
+
+
+def _size(instruction: Instruction) -> int:
+  return instruction.array.size
+
+
+def _factors(module: Module, instruction: Instruction) -> Iterator[str]:
+  """Sizes of the factors of a product that are spread from more than one number."""
+  if instruction.opcode not in ("multiply", "divide"):
+    return
+  for operand in module.operands(instruction):
+    for value in dataflow.computed_by(module, Value(operand)):
+      if value.instruction.opcode == "broadcast":
+        (source,) = module.operands(value.instruction)
+        if 1 < source.array.size < instruction.array.size:
+          yield "x".join(map(str, source.array.dims))
+
+
+def _operand_reason(operands: list[Instruction], origins: list[_Origin]) -> str:
+  """What is wrong with one operand by itself."""
+  for side, operand, origin in zip(_SIDES, operands, origins, strict=True):
+    if not origin.dtype:
+      made = names.split(operand.op_name)[-1] or operand.opcode
+      return (
+        f"the {side} operand is {operand.array.dtype}, made by {made}: FP8 needs both in FP8"
+      )
+  for side, operand, origin in zip(_SIDES, operands, origins, strict=True):
+    if origin.changed:
+      return (
+        f"the {side} operand was FP8, but {', '.join(origin.changed)} changed it in "
+        f"{operand.array.dtype}: quantize after that"
+      )
+    if origin.scaled_by:
+      return (
+        f"the {side} operand is scaled by {', '.join(origin.scaled_by)} numbers before the GEMM, "
+        "and XLA takes one: scale the result"
+      )
+  return ""
+
+
+def _format_reason(origins: list[_Origin], fp8_cores: bool) -> str:
+  """What is wrong with the two formats on this GPU."""
+  formats = [origin.dtype for origin in origins]
+  if not fp8_cores:
+    return "the GPU has no FP8 matrix units: Ada (8.9), Hopper or newer has them"
+  if foreign := [dtype for dtype in formats if dtype not in _NVIDIA]:
+    return f"{foreign[0]} is no format of NVIDIA's matrix units: use f8e4m3fn or f8e5m2"
+  if formats == ["f8e5m2", "f8e5m2"]:
+    return "both operands are f8e5m2: cuBLASLt wants at least one f8e4m3fn"
+  return ""

@@ -1,0 +1,38 @@
+"""How fast a program could be: the roofline of each kernel, added up.
+
+    seconds = sum over kernels of times * max(flops / peak_flops, bytes / memory_bandwidth)
+              + sum over collectives of bytes sent / link_bandwidth
+
+A lower bound by data-sheet rates, for comparing programs: no launch costs, no overlap, no caches.
+"""
+
+from __future__ import annotations
+
+from flax_fp8.explain.collectives import Collective
+from flax_fp8.explain.hlo import bits
+from flax_fp8.explain.target import GpuTarget
+from flax_fp8.explain.traffic import Kernel, KernelClass
+
+
+def peak_flops(target: GpuTarget, dtype: str) -> float:
+  """The rate of a GPU's matrix units for operands of a dtype, in XLA's words.
+
+  FP8 counts as BF16 on a GPU that has none; float32 is multiplied as TF32.
+  """
+  if bits(dtype) == 8:
+    return target.peak_flops.get("fp8", target.peak_flops["bf16"])
+  return target.peak_flops["bf16" if bits(dtype) <= 16 else "tf32"]
+
+
+def kernel_seconds(kernel: Kernel, target: GpuTarget) -> float:
+  """Seconds of all runs of a kernel in a step; a collective's are counted by what it sends."""
+  if kernel.kind is KernelClass.COLLECTIVE:
+    return 0.0
+  memory = (kernel.read + kernel.written) / target.memory_bandwidth
+  compute = kernel.flops / peak_flops(target, kernel.operand) if kernel.flops else 0.0
+  return kernel.times * max(memory, compute)
+
+
+def collective_seconds(collective: Collective, target: GpuTarget) -> float:
+  """Seconds of all runs of a collective in a step."""
+  return collective.sent / target.link_bandwidth

@@ -1,0 +1,78 @@
+"""What a program launches, and how often: loops unrolled in the count, calls followed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from flax_fp8.explain.hlo import Instruction, Module
+
+# Instructions that name, group or forward values and launch nothing.
+FREE = frozenset(
+  "parameter constant tuple get-tuple-element bitcast after-all add-dependency opt-barrier "
+  "partition-id replica-id domain get-dimension-size".split()
+)
+_ENDS = ("-done", "-update")
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+  """An instruction that occupies the GPU.
+
+  Attributes:
+    instruction: what runs.
+    times: how often a call of the program runs it.
+    doubt: why ``times`` may be wrong; empty where the text says it.
+  """
+
+  instruction: Instruction
+  times: int
+  doubt: str = ""
+
+
+def launches(module: Module) -> list[Launch]:
+  """Lists what one call of the program runs, in order.
+
+  A loop's body counts once for each of its iterations where the compiler knows how many there are,
+  else once, with a doubt. Of a conditional every branch counts, with a doubt.
+  """
+  return list(_walk(module, module.entry, 1, ""))
+
+
+def _walk(module: Module, name: str, times: int, doubt: str) -> Iterator[Launch]:
+  for instruction in module.computations[name].instructions.values():
+    opcode = instruction.opcode
+    if opcode in FREE or opcode.endswith(_ENDS):
+      continue
+    inner = _inner(instruction, times, doubt)
+    if inner is None:
+      yield Launch(instruction, times, doubt)
+      continue
+    for called, inner_times, inner_doubt in inner:
+      yield from _walk(module, called, inner_times, inner_doubt)
+
+
+def _inner(
+  instruction: Instruction, times: int, doubt: str
+) -> list[tuple[str, int, str]] | None:
+  """Computations that an instruction runs in its place; None if it is itself what runs."""
+  opcode = instruction.opcode
+  if opcode == "while":
+    trips = trip_count(instruction)
+    unknown = doubt or ("" if trips is not None else "loop of unknown length, counted once")
+    count = times * (1 if trips is None else trips)
+    return [(name, count, unknown) for name in instruction.called("body")]
+  if opcode == "conditional":
+    branches = instruction.called("branch_computations", "true_computation", "false_computation")
+    return [(name, times, doubt or "branch, counted as taken") for name in branches]
+  if opcode == "call":
+    return [(name, times, doubt) for name in instruction.called("to_apply", "calls")]
+  if opcode.endswith("-start") and "calls" in instruction.attributes:
+    return [(name, times, doubt) for name in instruction.called("calls")]
+  return None
+
+
+def trip_count(loop: Instruction) -> int | None:
+  """How often a while loop runs, where the compiler found out."""
+  known = loop.config.get("known_trip_count", {}).get("n")
+  return None if known is None else int(known)

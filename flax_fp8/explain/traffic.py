@@ -1,0 +1,227 @@
+"""Kernels, and the bytes that each reads and writes.
+
+A kernel reads each of its inputs once and writes each of its results once. Of an input that is only
+sliced, the slice counts; of a result that is an update in place, the update; of a library's call,
+not its workspace. Caches are not modelled: what two kernels read is read twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Iterator, Sequence
+
+from flax_fp8.explain import gemms
+from flax_fp8.explain.collectives import KINDS as COLLECTIVES
+from flax_fp8.explain.gemms import Site
+from flax_fp8.explain.hlo import Array, Computation, Instruction, Module, arrays, bits
+from flax_fp8.explain.schedule import FREE, Launch
+
+
+class KernelClass(enum.Enum):
+  """What a kernel is for."""
+
+  FP8_GEMM = "FP8 GEMM"
+  GEMM = "other GEMM"
+  QUANTIZE = "quantize"
+  TRANSPOSE = "transpose"
+  PAD = "pad"
+  COPY = "copy"
+  REDUCE = "reduce"
+  ELEMENTWISE = "elementwise"
+  COLLECTIVE = "collective"
+  LIBRARY = "library call"
+  UNKNOWN = "unknown"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """One kernel of a program.
+
+  Attributes:
+    name: in the compiler's text.
+    kind: what it is for.
+    times: how often a step runs it.
+    read: bytes that one run reads.
+    written: bytes that one run writes.
+    flops: that the matrix units compute in one run.
+    operand: dtype that they multiply; empty where they do not.
+    what: the library call's or unknown instruction's name; empty for the others.
+  """
+
+  name: str
+  kind: KernelClass
+  times: int
+  read: int
+  written: int
+  flops: int = 0
+  operand: str = ""
+  what: str = ""
+
+  @property
+  def bytes(self) -> int:
+    """Read and written by all its runs in a step."""
+    return self.times * (self.read + self.written)
+
+
+def kernels(module: Module, launched: Sequence[Launch], sites: Sequence[Site]) -> list[Kernel]:
+  """Classifies and weighs everything that a program launches."""
+  inside: dict[str, list[Site]] = {}
+  for site in sites:
+    inside.setdefault(site.launch.instruction.name, []).append(site)
+  return [
+    _kernel(module, launch, tuple(inside.get(launch.instruction.name, ()))) for launch in launched
+  ]
+
+
+def _kernel(module: Module, launch: Launch, sites: tuple[Site, ...]) -> Kernel:
+  instruction = launch.instruction
+  read, written = _traffic(module, instruction)
+  if not sites:
+    kind, what = _classify(module, instruction)
+    return Kernel(instruction.name, kind, launch.times, read, written, what=what)
+  operands = [operand for site in sites for operand in gemms.operand_arrays(module, site)]
+  return Kernel(
+    instruction.name,
+    KernelClass.FP8_GEMM if all(o.is_fp8 for o in operands) else KernelClass.GEMM,
+    launch.times,
+    read,
+    sum(array.bytes for array in _without_workspace(list(arrays(instruction.shape)))),
+    flops=sum(site.extent.flops for site in sites),
+    operand=max((o.dtype for o in operands), key=bits),
+  )
+
+
+def _without_workspace(parts: list[Array]) -> list[Array]:
+  """Results of a library's GEMM; its workspace is an array of s8 or u8 beside them."""
+  return [part for part in parts if len(parts) == 1 or part.dtype not in ("s8", "u8")]
+
+
+# What it is for.
+
+_MOVES = frozenset(
+  "transpose copy copy-start reshape slice dynamic-slice dynamic-update-slice concatenate gather "
+  "reverse pad convert".split()
+)
+_REDUCTIONS = frozenset("reduce reduce-window sort scatter select-and-scatter topk".split())
+_ELEMENTWISE = frozenset(
+  "abs acos acosh add and asin asinh atan2 atanh bitcast-convert broadcast cbrt ceil clamp compare "
+  "complex cosh cosine count-leading-zeros divide erf exponential exponential-minus-one floor imag "
+  "iota is-finite log log-plus-one logistic map maximum minimum multiply negate not or popcnt power "
+  "real reduce-precision remainder rng rng-bit-generator rng-get-and-update-state "
+  "round-nearest-afz round-nearest-even rsqrt select shift-left shift-right-arithmetic "
+  "shift-right-logical sign sine sinh sqrt stochastic-convert subtract tan tanh xor".split()
+)
+_KNOWN = _MOVES | _REDUCTIONS | _ELEMENTWISE | {"fusion", "dot"}
+_FILLS = frozenset({"broadcast", "iota"})
+
+
+def _classify(module: Module, instruction: Instruction) -> tuple[KernelClass, str]:
+  if instruction.opcode.removesuffix("-start") in COLLECTIVES:
+    return KernelClass.COLLECTIVE, ""
+  if instruction.opcode == "custom-call":
+    return KernelClass.LIBRARY, instruction.target
+  if instruction.opcode not in _KNOWN:
+    return KernelClass.UNKNOWN, instruction.opcode
+  return _by_content(instruction, _content(module, instruction)), ""
+
+
+def _content(module: Module, instruction: Instruction) -> set[str]:
+  """What a kernel does to arrays; arithmetic on single numbers, such as indices, does not count."""
+  if instruction.opcode != "fusion":
+    return {_copy_or_transpose(module, instruction)} - _FILLS
+  body = _body(module, instruction)
+  works = [i for i in body.instructions.values() if i.array.size > 1 or i is body.root]
+  return {i.opcode for i in works} - FREE - _FILLS
+
+
+def _copy_or_transpose(module: Module, instruction: Instruction) -> str:
+  """The opcode; a copy into another layout is a transposition."""
+  if instruction.opcode == "copy":
+    (operand,) = module.operands(instruction)
+    if operand.array.layout != instruction.array.layout:
+      return "transpose"
+  return instruction.opcode
+
+
+def _by_content(instruction: Instruction, content: set[str]) -> KernelClass:
+  computes = content - _MOVES
+  if any(array.is_fp8 for array in arrays(instruction.shape)) and (
+    computes or "convert" in content
+  ):
+    return KernelClass.QUANTIZE
+  if content & _REDUCTIONS:
+    return KernelClass.REDUCE
+  if computes:
+    return KernelClass.ELEMENTWISE
+  if "pad" in content:
+    return KernelClass.PAD
+  if "transpose" in content:
+    return KernelClass.TRANSPOSE
+  return KernelClass.ELEMENTWISE if "convert" in content else KernelClass.COPY
+
+
+def _body(module: Module, fusion: Instruction) -> Computation:
+  return module.computations[fusion.called("calls")[0]]
+
+
+# What it moves.
+
+_SLICES = ("dynamic-slice", "slice", "gather")
+_UPDATES = {"dynamic-update-slice": 1, "scatter": -1}  # position of the update among the operands
+
+
+def _traffic(module: Module, instruction: Instruction) -> tuple[int, int]:
+  """Bytes read and written by one run."""
+  operands = module.operands(instruction)
+  if instruction.opcode == "fusion":
+    body = _body(module, instruction)
+    read = sum(_read_of(body, number, operand) for number, operand in enumerate(operands))
+    return read, sum(_written(body, result) for result in _roots(body))
+  if instruction.opcode in _SLICES:
+    return instruction.array.bytes, instruction.array.bytes
+  if instruction.opcode in _UPDATES:
+    update = operands[_UPDATES[instruction.opcode]].array.bytes
+    return update, update
+  inputs = [array for operand in operands for array in arrays(operand.shape)]
+  results = list(arrays(instruction.shape))
+  if instruction.opcode.endswith("-start"):  # repeats its operands before its results
+    results = results[len(inputs) :] or results
+  return sum(array.bytes for array in inputs), sum(array.bytes for array in results)
+
+
+def _read_of(body: Computation, number: int, operand: Instruction) -> int:
+  """Bytes that a fusion reads of an operand: all of it, or the slices that it takes."""
+  whole, taken = operand.array.bytes, 0
+  for user, name in _uses(body, body.parameters[number]):
+    is_first = user.operands[0] == name and name not in user.operands[1:]
+    if user.opcode in _SLICES and is_first:
+      taken += user.array.bytes
+    elif not (user.opcode in _UPDATES and is_first):  # which is written to, not read
+      return whole
+  return min(whole, taken)
+
+
+def _uses(body: Computation, value: Instruction) -> Iterator[tuple[Instruction, str]]:
+  """The instructions that read a value, and the name by which they do."""
+  for user in body.users[value.name]:
+    if user.opcode == "bitcast":
+      yield from _uses(body, user)
+    elif user.opcode != "tuple":
+      yield user, value.name
+
+
+def _roots(body: Computation) -> list[Instruction]:
+  """What a fusion computes, one instruction a result."""
+  root = body.root
+  return [body.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
+
+
+def _written(body: Computation, result: Instruction) -> int:
+  """Bytes that a fusion writes of a result: all of it, or its update in place."""
+  source = result
+  while source.opcode == "bitcast":
+    source = body.instructions[source.operands[0]]
+  if source.opcode in _UPDATES:
+    return body.instructions[source.operands[_UPDATES[source.opcode]]].array.bytes
+  return result.array.bytes
