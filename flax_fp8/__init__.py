@@ -2,6 +2,7 @@
 
 from flax_fp8 import fp8_ops, ops
 from flax_fp8.capability import capability
+from flax_fp8.explain import GpuTarget, Report, assert_fp8, explain
 from flax_fp8.formats import Format
 from flax_fp8.linen import Fp8DotGeneral, Fp8Einsum
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
@@ -38,8 +39,12 @@ __all__ = [
   "apply_updates",
   "partition_for_grad_overwrite",
   "upgrade_variables",
-  # Hardware
+  # Proof
+  "GpuTarget",
+  "Report",
+  "assert_fp8",
   "capability",
+  "explain",
   # Namespaces
   "fp8_ops",
   "ops",

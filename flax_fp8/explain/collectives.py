@@ -7,12 +7,12 @@ import re
 from collections.abc import Iterator, Sequence
 
 from flax_fp8.explain import names
-from flax_fp8.explain.hlo import Instruction, Module, arrays, product
+from flax_fp8.explain.hlo import Instruction, Module, arrays, opcodes, product
 from flax_fp8.explain.schedule import Launch
 
-KINDS = frozenset(
+KINDS = opcodes(
   "all-gather all-reduce reduce-scatter all-to-all collective-permute collective-broadcast "
-  "ragged-all-to-all send recv".split()
+  "ragged-all-to-all send recv"
 )
 
 

@@ -1,33 +1,26 @@
 """From a function to the GPU compiler's optimised program, on the attached GPU or on none.
 
 Without a GPU the function is exported, and a child process compiles it for a described one: the
-caller's process keeps its devices and flags, and nothing is written to disk.
+caller's process keeps its devices and flags.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import os
+import math
 import re
-import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from importlib import metadata
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.export
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
+from flax_fp8.explain.child import run_child
+from flax_fp8.explain.plugin import require_compiler
 from flax_fp8.explain.target import NAMES, GpuTarget
 
-_CHILD = Path(__file__).with_name("deviceless.py")
-_PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 AnyMesh = Mesh | AbstractMesh
 
 
@@ -93,14 +86,14 @@ def compile_program(
     require_compiler()
     request, program = _export(jitted, args, mesh)
   request["description"] = gpu.description
-  reply = _run_child(request, program, timeout)
+  reply = run_child(request, program, timeout)
   return Program(
     hlo=reply["hlo"],
     asked=reply["asked"],
     memory=Memory(**reply["memory"]),
     target=gpu,
     device_kind=gpu.name.upper(),
-    devices=_size(request["mesh"]),
+    devices=math.prod(request["mesh"].values()),
     described=True,
   )
 
@@ -140,7 +133,9 @@ def _mesh_context(mesh: AnyMesh | None) -> contextlib.AbstractContextManager[Any
   )
 
 
-def _export(jitted: Any, args: tuple[Any, ...], mesh: AnyMesh | None) -> tuple[dict[str, Any], bytes]:
+def _export(
+  jitted: Any, args: tuple[Any, ...], mesh: AnyMesh | None
+) -> tuple[dict[str, Any], bytes]:
   """Makes the child's request and program; in both, arguments and results are flat lists."""
   traced = jitted.trace(*args)
   exported = _export_any(jitted, traced, args)
@@ -188,154 +183,3 @@ def _mesh_axes(
   if found:
     return dict(found[0].shape), [kind.name for kind in found[0].axis_types]
   return {"devices": devices}, [AxisType.Auto.name]
-
-
-def _size(axes: Mapping[str, int]) -> int:
-  total = 1
-  for length in axes.values():
-    total *= length
-  return total
-
-
-def find_compiler() -> tuple[str, str] | None:
-  """Finds the installed GPU compiler plugin; its name and version, or None."""
-  for name in _PLUGINS:
-    with contextlib.suppress(metadata.PackageNotFoundError):
-      return name, metadata.version(name)
-  return None
-
-
-def install_line() -> str:
-  """The command that installs the GPU compiler of this JAX, without CUDA's libraries."""
-  return f"pip install 'jax[cuda13-local]=={_base_version(jax.__version__)}' flatbuffers"
-
-
-def _base_version(version: str) -> str:
-  return version.split("+")[0].split(".dev")[0]
-
-
-def require_compiler() -> None:
-  """Raises an ImportError that names the cure unless the GPU compiler of this JAX is installed."""
-  found = find_compiler()
-  if found is None:
-    raise ImportError(
-      "explain: compiling for a GPU that is not attached needs the compiler of JAX's CUDA plugin; "
-      f"got none installed. Run: {install_line()}"
-    )
-  name, version = found
-  if _release(version) != _release(metadata.version("jaxlib")):
-    raise ImportError(
-      f"explain: JAX's CUDA plugin must be of jaxlib's version; got {name} {version} with jaxlib "
-      f"{metadata.version('jaxlib')}. Run: {install_line()}"
-    )
-  try:
-    metadata.version("flatbuffers")
-  except metadata.PackageNotFoundError as error:
-    raise ImportError(
-      "explain: handing a program to another process needs flatbuffers (jax.export); got none "
-      "installed. Run: pip install flatbuffers"
-    ) from error
-
-
-def _release(version: str) -> str:
-  return ".".join(_base_version(version).split(".")[:3])
-
-
-def _run_child(request: dict[str, Any], program: bytes, timeout: float) -> dict[str, Any]:
-  """Runs the child on files without names: whatever happens to it, none is left behind."""
-  with (
-    tempfile.TemporaryFile() as inbox,
-    tempfile.TemporaryFile() as outbox,
-    tempfile.TemporaryFile() as log,
-    tempfile.TemporaryDirectory(prefix="flax_fp8_") as folder,
-  ):
-    inbox.write(json.dumps(request).encode() + b"\n" + program)
-    inbox.seek(0)
-    code = _wait(_environment(folder), timeout, stdin=inbox, stdout=outbox, stderr=log)
-    reply = _read(outbox)
-    if code != 0 or not reply:
-      raise _death(code, _read(log))
-  return _checked(json.loads(reply))
-
-
-def _wait(environment: dict[str, str], timeout: float, **files: IO[bytes]) -> int:
-  """Runs the child to its end; it ends with this process, and where that is interrupted."""
-  with _lifeline() as lifeline:
-    process = subprocess.Popen(
-      [sys.executable, "-P", str(_CHILD), str(lifeline)],
-      env=environment,
-      pass_fds=(lifeline,),
-      **files,
-    )
-    try:
-      return process.wait(timeout)
-    except subprocess.TimeoutExpired as error:
-      raise TimeoutError(
-        f"explain: compiling must end within timeout={timeout:g} seconds; it did not, and was "
-        "stopped. Pass a larger timeout=, or a smaller program (a scan over layers compiles one)."
-      ) from error
-    finally:
-      process.kill()
-      process.wait()
-
-
-@contextlib.contextmanager
-def _lifeline() -> Iterator[int]:
-  """A pipe whose reading end the child gets, and whose writing end closes with this process."""
-  reading, writing = os.pipe()
-  try:
-    yield reading
-  finally:
-    os.close(reading)
-    os.close(writing)
-
-
-def _environment(folder: str) -> dict[str, str]:
-  """The child's: no device but the CPU, and temporary files where the parent removes them."""
-  return os.environ | {
-    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-    "JAX_PLATFORMS": "cpu",
-    "CUDA_VISIBLE_DEVICES": "",
-    "JAX_ENABLE_COMPILATION_CACHE": "false",
-    "JAX_ENABLE_X64": str(jax.config.jax_enable_x64),
-    "TMPDIR": folder,
-  }
-
-
-def _read(file: IO[bytes]) -> str:
-  file.seek(0)
-  return file.read().decode(errors="replace")
-
-
-_OUT_OF_MEMORY = ("std::bad_alloc", "MemoryError", "Cannot allocate memory", "out of memory")
-
-
-def _death(code: int, log: str) -> Exception:
-  """The error for a child that ended without an answer."""
-  last = "\n".join(log.strip().splitlines()[-8:]) or "(it wrote nothing)"
-  if any(sign in log for sign in _OUT_OF_MEMORY):
-    return MemoryError(
-      "explain: the compiler's process ran out of memory. Free some, or explain a smaller program "
-      f"(a scan over layers compiles one layer). Its last words:\n{last}"
-    )
-  how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-  hint = " (the system's out-of-memory killer sends this)" if code == -signal.SIGKILL else ""
-  return RuntimeError(
-    f"explain: the compiler's process must answer; it {how}{hint}. Run it again, or report the "
-    f"program that does this. Its last words:\n{last}"
-  )
-
-
-def _checked(reply: dict[str, Any]) -> dict[str, Any]:
-  if "error" not in reply:
-    return reply
-  message = f"{reply['error']}: {reply['message']}"
-  if any(sign in message for sign in _OUT_OF_MEMORY):
-    raise MemoryError(
-      "explain: the compiler's process ran out of memory. Free some, or explain a smaller program "
-      f"(a scan over layers compiles one layer). It said: {message}"
-    )
-  raise RuntimeError(
-    f"explain: the GPU compiler refused the program: {message}. If it names the target's "
-    "description, mend GpuTarget(description=...)."
-  )

@@ -44,9 +44,7 @@ def computed_by(module: Module, value: Value) -> list[Value]:
   return list(answers)
 
 
-def ancestors(
-  module: Module, value: Value, through: Step
-) -> Iterator[Value]:
+def ancestors(module: Module, value: Value, through: Step) -> Iterator[Value]:
   """Everything that a value is made of, nearest first.
 
   Args:

@@ -26,9 +26,9 @@ def explain(
 ) -> Report:
   """Shows what the GPU compiler really does with a function: which GEMMs are FP8, and why not.
 
-  The function is compiled, never run. Without a GPU, name one: the function is exported, and a child
-  process compiles it for that GPU, as XLA would with autotuning and Triton GEMMs switched off. The
-  caller's process and its devices are left alone.
+  The function is compiled, never run. Without a GPU, name one: the function is exported, and a
+  child process compiles it for that GPU, with autotuning and Triton GEMMs switched off, since both
+  need the GPU to choose. The caller's process and its devices are left alone.
 
   Args:
     fn: what ``jax.jit`` takes, or a jitted function: a train step, a gradient. Donated and static

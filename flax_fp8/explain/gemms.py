@@ -231,7 +231,9 @@ def padding(module: Module, site: Site) -> tuple[str, ...]:
     for found in dataflow.ancestors(module, Value(operand), _through_layout(module)):
       if found.instruction.opcode == "pad":
         source = module.operands(found.instruction)[0].array.dims
-        notes.append(f"{side} padded from {_times(source)} to {_times(found.instruction.array.dims)}")
+        notes.append(
+          f"{side} padded from {_times(source)} to {_times(found.instruction.array.dims)}"
+        )
         break
   return tuple(notes)
 
@@ -251,7 +253,7 @@ def _times(dims: tuple[int, ...]) -> str:
 
 
 def roles(module: Module, sites: Sequence[Site]) -> list[GemmRole]:
-  """Tells what each GEMM is, by its pass, its sizes, and where these leave two answers, its operands.
+  """Tells what each GEMM is: by its pass, its sizes, and, where these leave two answers, operands.
 
   With ``[M, K] @ [K, N]`` going forward, dgrad contracts N and wgrad contracts M.
   """

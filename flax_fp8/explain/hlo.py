@@ -50,6 +50,11 @@ class Array:
 Shape: TypeAlias = "Array | tuple[Shape, ...]"
 
 
+def opcodes(words: str) -> frozenset[str]:
+  """A set of opcodes, written as words."""
+  return frozenset(words.split())
+
+
 def product(dims: tuple[int, ...]) -> int:
   """Product of dimensions."""
   total = 1

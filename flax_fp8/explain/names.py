@@ -7,8 +7,24 @@ import re
 
 # Parts of a name stack that say how a program is run, not where in the model it is.
 _STEPS = frozenset(
-  "while body cond scan closed_call checkpoint remat rematted_computation call_exported pjit "
-  "custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr shard_map shmap_body core_call".split()
+  {
+    "while",
+    "body",
+    "cond",
+    "scan",
+    "closed_call",
+    "checkpoint",
+    "remat",
+    "rematted_computation",
+    "call_exported",
+    "pjit",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "custom_vjp_call_jaxpr",
+    "shard_map",
+    "shmap_body",
+    "core_call",
+  }
 )
 _BRANCH = re.compile(r"branch_\d+_fun$")
 _TRANSFORM = re.compile(r"^(jvp|transpose|vmap|remat|checkpoint)\((.*)\)$")

@@ -4,63 +4,57 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
+from flax_fp8.explain.roofline import ClassTotal
 from flax_fp8.explain.traffic import KernelClass
 
-if TYPE_CHECKING:
-  from flax_fp8.explain.report import Report
+Bars: TypeAlias = Sequence[tuple[str, Sequence[ClassTotal]]]
 
 
-def _matplotlib() -> Any:
-  """Imports matplotlib, which only pictures need."""
+def draw(bars: Bars, device_kind: str) -> Any:
+  """Draws a bar a program, stacked by class of kernels; bytes left, roofline right.
+
+  Args:
+    bars: name and totals of each program.
+    device_kind: the GPU, for the title.
+
+  Returns:
+    A matplotlib figure: ``figure.savefig("report.png")``.
+
+  Raises:
+    ImportError: matplotlib, which only pictures need, is not installed.
+  """
+  figure = _figure_module().Figure(figsize=(9, 1.8 + 0.6 * len(bars)), layout="constrained")
+  rated = all(total.seconds is not None for _, totals in bars for total in totals)
+  left, *right = figure.subplots(1, 2 if rated else 1, squeeze=False)[0]
+  _stack(left, bars, lambda total: total.bytes / 2**20, "MiB moved")
+  for axes in right:
+    _stack(axes, bars, lambda total: 1e3 * (total.seconds or 0.0), "roofline, ms")
+    axes.set_yticklabels([])
+  handles, labels = left.get_legend_handles_labels()
+  figure.legend(handles, labels, loc="outside lower center", ncols=4)
+  figure.suptitle(f"One step, as compiled for {device_kind}")
+  return figure
+
+
+def _figure_module() -> Any:
   try:
     return importlib.import_module("matplotlib.figure")
   except ImportError as error:
     raise ImportError(
-      "Report.plot: drawing needs matplotlib; got none installed. Run: pip install matplotlib"
+      "plot: drawing needs matplotlib; got none installed. Run: pip install matplotlib"
     ) from error
 
 
-def draw(reports: Sequence[Report]) -> Any:
-  """Draws a bar a program, stacked by class of kernels; bytes left, roofline right.
-
-  Args:
-    reports: the programs.
-
-  Returns:
-    A matplotlib figure: ``figure.savefig("report.png")``.
-  """
-  figure = _matplotlib().Figure(figsize=(9, 1.6 + 0.6 * len(reports)), layout="constrained")
-  rated = all(report.seconds is not None for report in reports)
-  left, *right = figure.subplots(1, 2 if rated else 1, squeeze=False)[0]
-  colours = {kind: f"C{index % 10}" for index, kind in enumerate(KernelClass)}
-  _bars(left, reports, colours, "bytes", 1 / 2**20, "MiB moved")
-  for axes in right:
-    _bars(axes, reports, colours, "seconds", 1e3, "roofline, ms")
-    axes.set_yticklabels([])
-  handles = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
-  figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
-  device = reports[0].device_kind
-  figure.suptitle(f"One step on {device}" + (", as compiled" if reports[0].described else ""))
-  return figure
-
-
-def _bars(
-  axes: Any,
-  reports: Sequence[Report],
-  colours: dict[KernelClass, str],
-  quantity: str,
-  unit: float,
-  label: str,
-) -> None:
-  names = [report.name for report in reports]
-  starts = [0.0] * len(reports)
-  for kind, colour in colours.items():
-    widths = [unit * (getattr(report.total(kind), quantity) or 0) for report in reports]
-    if any(widths):
-      axes.barh(range(len(names)), widths, left=starts, color=colour, label=kind.value)
+def _stack(axes: Any, bars: Bars, measure: Any, label: str) -> None:
+  starts = [0.0] * len(bars)
+  for index, kind in enumerate(KernelClass):
+    widths = [sum(measure(t) for t in totals if t.kind is kind) for _, totals in bars]
+    if any(any(t.kind is kind for t in totals) for _, totals in bars):
+      colour = f"C{index % 10}"
+      axes.barh(range(len(bars)), widths, left=starts, color=colour, label=kind.value)
       starts = [start + width for start, width in zip(starts, widths, strict=True)]
-  axes.set_yticks(range(len(names)), names)
+  axes.set_yticks(range(len(bars)), [name for name, _ in bars])
   axes.invert_yaxis()
   axes.set_xlabel(label)

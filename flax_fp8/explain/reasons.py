@@ -14,21 +14,21 @@ from collections.abc import Iterator, Sequence
 from flax_fp8.explain import dataflow, names
 from flax_fp8.explain.dataflow import Value
 from flax_fp8.explain.gemms import Extent, Site, extent_of
-from flax_fp8.explain.hlo import Instruction, Module
+from flax_fp8.explain.hlo import Instruction, Module, opcodes
 from flax_fp8.explain.names import Phase
 
 # Operations behind which an FP8 value is still the same FP8 value, moved or scaled.
-_CARRIES = frozenset(
+_CARRIES = opcodes(
   "convert bitcast bitcast-convert copy reshape transpose broadcast slice dynamic-slice pad select "
   "concatenate dynamic-update-slice multiply divide all-gather all-to-all collective-permute "
-  "reduce-precision opt-barrier".split()
+  "reduce-precision opt-barrier"
 )
 _ANNOTATIONS = re.compile(r"Sharding|sharding|SPMD|sdy|annotate|LayoutConstraint")
 # Operations on each element, behind which it is another value.
-_CHANGES = frozenset(
+_CHANGES = opcodes(
   "add subtract negate abs sign exponential exponential-minus-one log log-plus-one logistic tanh "
   "sqrt rsqrt cbrt power maximum minimum clamp floor ceil round-nearest-even round-nearest-afz "
-  "sine cosine tan erf remainder atan2 compare and or not xor is-finite reverse".split()
+  "sine cosine tan erf remainder atan2 compare and or not xor is-finite reverse"
 )
 _NVIDIA = ("f8e4m3fn", "f8e5m2")
 _SIDES = ("left", "right")
@@ -92,9 +92,7 @@ def reason(
   candidates = _candidates(asked, site)
   if not candidates:
     return f"multiplies {operands[0]} by {operands[1]}; its place in the model was lost"
-  reasons = {
-    _reason_of(module, candidate, site, fp8_cores): None for candidate in candidates
-  }
+  reasons = {_reason_of(module, candidate, site, fp8_cores): None for candidate in candidates}
   return " | or: ".join(reasons)
 
 
@@ -109,9 +107,8 @@ def _reason_of(module: Module, asked: Asked, site: Site, fp8_cores: bool) -> str
   operands = module.operands(asked.dot)[:2]
   origins = [_origin(module, operand) for operand in operands]
   if not any(origin.dtype for origin in origins):
-    lhs, rhs = (operand.array.dtype for operand in operands)
-    return f"FP8 was not asked for: {lhs} by {rhs}"
-  found = _operand_reason(operands, origins) or _format_reason(origins, fp8_cores)
+    return "FP8 was not asked for"
+  found = _operand_reason(module, operands, origins) or _format_reason(origins, fp8_cores)
   if found:
     return found
   if site.kernel.endswith("matrix-vector"):
@@ -178,13 +175,13 @@ def _factors(module: Module, instruction: Instruction) -> Iterator[str]:
           yield "x".join(map(str, source.array.dims))
 
 
-def _operand_reason(operands: list[Instruction], origins: list[_Origin]) -> str:
+def _operand_reason(module: Module, operands: list[Instruction], origins: list[_Origin]) -> str:
   """What is wrong with one operand by itself."""
   for side, operand, origin in zip(_SIDES, operands, origins, strict=True):
     if not origin.dtype:
-      made = names.split(operand.op_name)[-1] or operand.opcode
       return (
-        f"the {side} operand is {operand.array.dtype}, made by {made}: FP8 needs both in FP8"
+        f"the {side} operand is {operand.array.dtype}, made by {_maker(module, operand)}: both "
+        "must be FP8"
       )
   for side, operand, origin in zip(_SIDES, operands, origins, strict=True):
     if origin.changed:
@@ -198,6 +195,17 @@ def _operand_reason(operands: list[Instruction], origins: list[_Origin]) -> str:
         "and XLA takes one: scale the result"
       )
   return ""
+
+
+def _maker(module: Module, operand: Instruction) -> str:
+  """The operation, or the argument, that first held an operand's values."""
+  for value in dataflow.ancestors(module, Value(operand), _step(module, _CARRIES)):
+    found = value.instruction
+    if found.opcode == "parameter":
+      return f"nothing: it is the argument {found.op_name or found.name}"
+    if found.opcode not in _CARRIES:
+      return names.split(found.op_name)[-1] or found.opcode
+  return operand.opcode
 
 
 def _format_reason(origins: list[_Origin], fp8_cores: bool) -> str:

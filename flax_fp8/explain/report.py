@@ -8,31 +8,16 @@ from typing import Any
 
 from flax_fp8.explain import plot, roofline, tables
 from flax_fp8.explain.collectives import Collective
+from flax_fp8.explain.compare import Comparison
 from flax_fp8.explain.compile import Memory
 from flax_fp8.explain.gemms import Gemm
+from flax_fp8.explain.roofline import ClassTotal
 from flax_fp8.explain.tables import Table
 from flax_fp8.explain.target import GpuTarget
 from flax_fp8.explain.traffic import Kernel, KernelClass
 
 _GEMMS = (KernelClass.FP8_GEMM, KernelClass.GEMM)
 _MIB = 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class ClassTotal:
-  """All kernels of one class.
-
-  Attributes:
-    kind: the class.
-    kernels: launches in a step.
-    bytes: that they read and write.
-    seconds: their roofline; None where the GPU's rates are not known.
-  """
-
-  kind: KernelClass
-  kernels: int
-  bytes: int
-  seconds: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,33 +102,14 @@ class Report:
   @property
   def seconds(self) -> float | None:
     """Roofline of a step; None if the GPU's rates are not known."""
-    if (target := self.target) is None:
+    if self.target is None:
       return None
-    kernels = sum(roofline.kernel_seconds(kernel, target) for kernel in self.kernels)
-    return kernels + sum(roofline.collective_seconds(each, target) for each in self.collectives)
+    return sum(total.seconds or 0.0 for total in self.classes)
 
   @property
   def classes(self) -> tuple[ClassTotal, ...]:
     """Totals of each class of kernels that occurs."""
-    totals = (self.total(kind) for kind in KernelClass)
-    return tuple(total for total in totals if total.kernels)
-
-  def total(self, kind: KernelClass) -> ClassTotal:
-    """Totals of one class of kernels."""
-    found = [kernel for kernel in self.kernels if kernel.kind is kind]
-    return ClassTotal(
-      kind,
-      sum(kernel.times for kernel in found),
-      sum(kernel.bytes for kernel in found),
-      self._class_seconds(kind, found),
-    )
-
-  def _class_seconds(self, kind: KernelClass, found: list[Kernel]) -> float | None:
-    if (target := self.target) is None:
-      return None
-    if kind is KernelClass.COLLECTIVE:
-      return sum(roofline.collective_seconds(each, target) for each in self.collectives)
-    return sum(roofline.kernel_seconds(kernel, target) for kernel in found)
+    return roofline.class_totals(self.kernels, self.collectives, self.target)
 
   @property
   def refusals(self) -> dict[str, list[Gemm]]:
@@ -173,7 +139,28 @@ class Report:
     Returns:
       The two, and the ratio of this to the other, line by line.
     """
-    return Comparison(self, other)
+    return Comparison(
+      names=(self.name, other.name),
+      figures=(self.figures(), other.figures()),
+      totals=(self.classes, other.classes),
+      device_kind=self.device_kind,
+    )
+
+  def figures(self) -> dict[str, float]:
+    """The numbers that programs are compared by: label with unit, and value."""
+    found = {
+      "FP8 GEMMs": self.fp8_gemms,
+      "GEMMs": self.total_gemms,
+      "kernels": self.launches,
+      "MiB outside GEMMs": self.bytes_outside_gemms / _MIB,
+      **{f"MiB in {total.kind.value}": total.bytes / _MIB for total in self.classes},
+      "MiB sent": self.bytes_sent / _MIB,
+      "MiB of arguments": self.memory.argument / _MIB,
+      "MiB of temporaries": self.memory.temp / _MIB,
+    }
+    if self.seconds is not None:
+      found["roofline ms"] = 1e3 * self.seconds
+    return found
 
   def to_dict(self) -> dict[str, Any]:
     """Everything but the kernels' list, in types that JSON knows."""
@@ -215,84 +202,18 @@ class Report:
 
   def plot(self) -> Any:
     """Draws where the bytes and the time of a step go, stacked by class; a matplotlib figure."""
-    return plot.draw([self])
+    return plot.draw([(self.name, self.classes)], self.device_kind)
 
   def _parts(self) -> list[Table | str]:
-    parts: list[Table | str] = [self.title, _gemm_table(self.gemms)]
+    parts: list[Table | str] = [self.title, _gemm_table(self)]
     if self.refusals:
-      parts.append("Not FP8:\n" + "\n".join(_refusal_lines(self.refusals)))
+      parts.append("\n".join(_refusal_lines(self.refusals)))
     parts.append(_class_table(self))
     if self.collectives:
       parts.append(_collective_table(self.collectives))
     parts.append(_memory_line(self))
     parts += [f"Doubt: {doubt}" for doubt in self.doubts]
     return parts
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-  """Two programs side by side; ``print`` it.
-
-  Attributes:
-    one: the first program.
-    other: what it is measured against.
-  """
-
-  one: Report
-  other: Report
-
-  def rows(self) -> list[tuple[str, float, float]]:
-    """What is compared: label with unit, the first program's number, the other's."""
-    pair = (self.one, self.other)
-    found = [
-      ("FP8 GEMMs", *(float(r.fp8_gemms) for r in pair)),
-      ("GEMMs", *(float(r.total_gemms) for r in pair)),
-      ("kernels", *(float(r.launches) for r in pair)),
-      ("MiB outside GEMMs", *(r.bytes_outside_gemms / _MIB for r in pair)),
-      *(
-        (f"MiB in {kind.value}", *(r.total(kind).bytes / _MIB for r in pair))
-        for kind in KernelClass
-        if any(r.total(kind).kernels for r in pair)
-      ),
-      ("MiB sent", *(r.bytes_sent / _MIB for r in pair)),
-      ("MiB of arguments", *(r.memory.argument / _MIB for r in pair)),
-      ("MiB of temporaries", *(r.memory.temp / _MIB for r in pair)),
-    ]
-    if self.one.seconds is not None and self.other.seconds is not None:
-      found.append(("roofline ms", 1e3 * self.one.seconds, 1e3 * self.other.seconds))
-    return [(label, one, other) for label, one, other in found]
-
-  def to_dict(self) -> dict[str, Any]:
-    """Both numbers of each line, and their ratio (None by zero), in types that JSON knows."""
-    return {
-      label: {self.one.name: one, self.other.name: other, "ratio": one / other if other else None}
-      for label, one, other in self.rows()
-    }
-
-  def to_markdown(self) -> str:
-    """The comparison as Markdown."""
-    return tables.markdown([self._table()])
-
-  def __str__(self) -> str:
-    """The comparison as text, as wide as the terminal."""
-    return tables.terminal([self._table()])
-
-  def plot(self) -> Any:
-    """Draws both programs' bytes and times, stacked by class; a matplotlib figure."""
-    return plot.draw([self.one, self.other])
-
-  def _table(self) -> Table:
-    rows = (
-      (label, _number(one), _number(other), f"{one / other:.2f}" if other else "")
-      for label, one, other in self.rows()
-    )
-    return Table(("<", self.one.name, self.other.name, "ratio"), tuple(rows))
-
-
-def _number(value: float) -> str:
-  if value == int(value):
-    return f"{int(value):,}"
-  return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
 def short_dtype(dtype: str) -> str:
@@ -302,39 +223,44 @@ def short_dtype(dtype: str) -> str:
 
 def _size(gemm: Gemm) -> str:
   extent = gemm.extent
-  batch = f"{extent.batch} of " if extent.batch > 1 else ""
-  return f"{batch}{extent.m}x{extent.n}x{extent.k}"
+  batch = f"{extent.batch} * " if extent.batch > 1 else ""
+  return f"{batch}{extent.m} x {extent.n} x {extent.k}"
 
 
-def _gemm_table(gemms: Iterable[Gemm]) -> Table:
-  """One row for each kind of GEMM; what is alike in all columns is counted together."""
-  counts: dict[tuple[str, ...], int] = {}
-  for gemm in gemms:
-    types = f"{short_dtype(gemm.lhs)} x {short_dtype(gemm.rhs)} > {short_dtype(gemm.out)}"
-    notes = "; ".join(gemm.notes)
-    kernel = f"{gemm.kernel} ({notes})" if notes else gemm.kernel
-    fp8 = "yes" if gemm.is_fp8 else "NO"
-    row = (gemm.path or "(lost)", gemm.role.value, _size(gemm), types, fp8, kernel)
-    counts[row] = counts.get(row, 0) + gemm.times
-  columns = ("<module", "<role", "<MxNxK", "<types", "<FP8", "<kernel", "times")
-  return Table(columns, tuple((*row, str(times)) for row, times in counts.items()))
+def _gemm_table(report: Report) -> Table:
+  """A row for each kind of GEMM, by module; what is alike in all columns is counted together."""
+  letters = {reason: f"no [{index}]" for index, reason in enumerate(report.refusals, 1)}
+  counts: dict[str, dict[tuple[str, ...], int]] = {}
+  for gemm in report.gemms:
+    types = " ".join(short_dtype(dtype) for dtype in (gemm.lhs, gemm.rhs, gemm.out))
+    kernel = " ".join([gemm.kernel, *(f"({note})" for note in gemm.notes)])
+    fp8 = letters.get(gemm.reason, "yes")
+    row = (gemm.role.value, _size(gemm), types, fp8, kernel)
+    rows = counts.setdefault(gemm.path or "(module lost)", {})
+    rows[row] = rows.get(row, 0) + gemm.times
+  rows = (
+    (path, *row, str(times)) for path, found in counts.items() for row, times in found.items()
+  )
+  columns = ("<module", "<role", "<M x N x K", "<lhs rhs out", "<FP8", "<kernel", "times")
+  return Table(columns, tuple(rows), grouped=True)
 
 
 def _refusal_lines(refusals: dict[str, list[Gemm]]) -> Iterable[str]:
-  for reason, gemms in refusals.items():
-    where: dict[str, list[str]] = {}
-    for gemm in gemms:
-      role = gemm.role.value
-      if role not in where.setdefault(gemm.path or "(lost)", []):
-        where[gemm.path or "(lost)"].append(role)
-    places = "; ".join(f"{path} ({', '.join(roles)})" for path, roles in where.items())
-    yield f"- {reason}. In {places}"
+  for index, (reason, gemms) in enumerate(refusals.items(), 1):
+    times = sum(gemm.times for gemm in gemms)
+    flops = sum(gemm.flops for gemm in gemms)
+    yield f"[{index}] {reason} ({times} GEMMs, {flops / 1e9:,.3g} GFLOP)"
 
 
 def _class_table(report: Report) -> Table:
   totals = report.classes
   rows = [
-    (total.kind.value, str(total.kernels), f"{total.bytes / _MIB:,.1f}", _milliseconds(total.seconds))
+    (
+      total.kind.value,
+      str(total.kernels),
+      f"{total.bytes / _MIB:,.1f}",
+      _milliseconds(total.seconds),
+    )
     for total in totals
   ]
   everything = sum(total.bytes for total in totals) / _MIB
@@ -348,7 +274,14 @@ def _milliseconds(seconds: float | None) -> str:
 
 def _collective_table(collectives: Iterable[Collective]) -> Table:
   rows = tuple(
-    (each.kind, each.dtype, f"{each.bytes / _MIB:,.2f}", str(each.group), str(each.times), each.path)
+    (
+      each.kind,
+      each.dtype,
+      f"{each.bytes / _MIB:,.2f}",
+      str(each.group),
+      str(each.times),
+      each.path,
+    )
     for each in collectives
   )
   return Table(("<collective", "<dtype", "MiB", "devices", "times", "<module"), rows)
@@ -357,8 +290,8 @@ def _collective_table(collectives: Iterable[Collective]) -> Table:
 def _memory_line(report: Report) -> str:
   memory = report.memory
   line = (
-    f"Memory: {memory.argument / _MIB:,.1f} MiB of arguments, {memory.output / _MIB:,.1f} of results "
-    f"({memory.alias / _MIB:,.1f} of them written over arguments), {memory.temp / _MIB:,.1f} of "
+    f"Memory: {memory.argument / _MIB:,.1f} MiB of arguments, {memory.output / _MIB:,.1f} of "
+    f"results ({memory.alias / _MIB:,.1f} of them written over arguments), {memory.temp / _MIB:,.1f} of "
     f"temporaries; {memory.total / _MIB:,.1f} in all"
   )
   if report.target is None:

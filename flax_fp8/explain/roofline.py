@@ -8,6 +8,9 @@ A lower bound by data-sheet rates, for comparing programs: no launch costs, no o
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 from flax_fp8.explain.collectives import Collective
 from flax_fp8.explain.hlo import bits
 from flax_fp8.explain.target import GpuTarget
@@ -36,3 +39,39 @@ def kernel_seconds(kernel: Kernel, target: GpuTarget) -> float:
 def collective_seconds(collective: Collective, target: GpuTarget) -> float:
   """Seconds of all runs of a collective in a step."""
   return collective.sent / target.link_bandwidth
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassTotal:
+  """All kernels of one class.
+
+  Attributes:
+    kind: the class.
+    kernels: launches in a step.
+    bytes: that they read and write.
+    seconds: their roofline; None where the GPU's rates are not known.
+  """
+
+  kind: KernelClass
+  kernels: int
+  bytes: int
+  seconds: float | None
+
+
+def class_totals(
+  kernels: Sequence[Kernel], collectives: Sequence[Collective], target: GpuTarget | None
+) -> tuple[ClassTotal, ...]:
+  """Adds up each class of kernels that occurs."""
+  totals = []
+  for kind in KernelClass:
+    found = [kernel for kernel in kernels if kernel.kind is kind]
+    if not found:
+      continue
+    seconds = None
+    if target is not None:
+      seconds = sum(kernel_seconds(kernel, target) for kernel in found)
+      if kind is KernelClass.COLLECTIVE:
+        seconds = sum(collective_seconds(each, target) for each in collectives)
+    launches, moved = sum(k.times for k in found), sum(k.bytes for k in found)
+    totals.append(ClassTotal(kind, launches, moved, seconds))
+  return tuple(totals)

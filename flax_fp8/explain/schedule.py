@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from flax_fp8.explain.hlo import Instruction, Module
+from flax_fp8.explain.hlo import Instruction, Module, opcodes
 
 # Instructions that name, group or forward values and launch nothing.
-FREE = frozenset(
+FREE = opcodes(
   "parameter constant tuple get-tuple-element bitcast after-all add-dependency opt-barrier "
-  "partition-id replica-id domain get-dimension-size".split()
+  "partition-id replica-id domain get-dimension-size"
 )
 _ENDS = ("-done", "-update")
 
@@ -52,9 +52,7 @@ def _walk(module: Module, name: str, times: int, doubt: str) -> Iterator[Launch]
       yield from _walk(module, called, inner_times, inner_doubt)
 
 
-def _inner(
-  instruction: Instruction, times: int, doubt: str
-) -> list[tuple[str, int, str]] | None:
+def _inner(instruction: Instruction, times: int, doubt: str) -> list[tuple[str, int, str]] | None:
   """Computations that an instruction runs in its place; None if it is itself what runs."""
   opcode = instruction.opcode
   if opcode == "while":

@@ -14,7 +14,15 @@ from collections.abc import Iterator, Sequence
 from flax_fp8.explain import gemms
 from flax_fp8.explain.collectives import KINDS as COLLECTIVES
 from flax_fp8.explain.gemms import Site
-from flax_fp8.explain.hlo import Array, Computation, Instruction, Module, arrays, bits
+from flax_fp8.explain.hlo import (
+  Array,
+  Computation,
+  Instruction,
+  Module,
+  arrays,
+  bits,
+  opcodes,
+)
 from flax_fp8.explain.schedule import FREE, Launch
 
 
@@ -99,18 +107,19 @@ def _without_workspace(parts: list[Array]) -> list[Array]:
 
 # What it is for.
 
-_MOVES = frozenset(
+_MOVES = opcodes(
   "transpose copy copy-start reshape slice dynamic-slice dynamic-update-slice concatenate gather "
-  "reverse pad convert".split()
+  "reverse pad convert"
 )
-_REDUCTIONS = frozenset("reduce reduce-window sort scatter select-and-scatter topk".split())
-_ELEMENTWISE = frozenset(
-  "abs acos acosh add and asin asinh atan2 atanh bitcast-convert broadcast cbrt ceil clamp compare "
-  "complex cosh cosine count-leading-zeros divide erf exponential exponential-minus-one floor imag "
-  "iota is-finite log log-plus-one logistic map maximum minimum multiply negate not or popcnt power "
-  "real reduce-precision remainder rng rng-bit-generator rng-get-and-update-state "
-  "round-nearest-afz round-nearest-even rsqrt select shift-left shift-right-arithmetic "
-  "shift-right-logical sign sine sinh sqrt stochastic-convert subtract tan tanh xor".split()
+_REDUCTIONS = opcodes("reduce reduce-window sort scatter select-and-scatter topk")
+_ELEMENTWISE = opcodes(
+  "abs acos acosh add and asin asinh atan2 atanh bitcast-convert broadcast cbrt ceil clamp "
+  "compare complex cosh cosine count-leading-zeros divide erf exponential exponential-minus-one "
+  "floor imag iota is-finite log log-plus-one logistic map maximum minimum multiply negate not "
+  "or popcnt power real reduce-precision remainder rng rng-bit-generator "
+  "rng-get-and-update-state round-nearest-afz round-nearest-even rsqrt select shift-left "
+  "shift-right-arithmetic shift-right-logical sign sine sinh sqrt stochastic-convert subtract "
+  "tan tanh xor"
 )
 _KNOWN = _MOVES | _REDUCTIONS | _ELEMENTWISE | {"fusion", "dot"}
 _FILLS = frozenset({"broadcast", "iota"})

@@ -1,0 +1,6 @@
+"""The command ``flax-fp8``."""
+
+
+def main() -> int:
+  """Runs the command."""
+  return 0

@@ -1,0 +1,141 @@
+"""The child process that compiles without a GPU: how it is run, and every way in which it can end.
+
+Request and reply are files without names, and the compiler's own temporary files lie in a folder
+that goes with the request: whatever happens to the child, nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Generator
+from pathlib import Path
+from typing import IO, Any
+
+import jax
+
+_CHILD = Path(__file__).with_name("deviceless.py")
+
+
+def run_child(request: dict[str, Any], program: bytes, timeout: float) -> dict[str, Any]:
+  """Compiles in a child process.
+
+  Args:
+    request: what ``deviceless.py`` reads besides the program.
+    program: serialized.
+    timeout: seconds until it is stopped.
+
+  Returns:
+    The child's reply.
+
+  Raises:
+    TimeoutError: it took longer.
+    MemoryError: it ran out of memory.
+    RuntimeError: the compiler refused the program, or the child was killed.
+  """
+  with (
+    tempfile.TemporaryFile() as inbox,
+    tempfile.TemporaryFile() as outbox,
+    tempfile.TemporaryFile() as log,
+    tempfile.TemporaryDirectory(prefix="flax_fp8_") as folder,
+  ):
+    inbox.write(json.dumps(request).encode() + b"\n" + program)
+    inbox.seek(0)
+    code = _wait(_environment(folder), timeout, (inbox, outbox, log))
+    reply = _read(outbox)
+    if code != 0 or not reply:
+      raise _death(code, _read(log))
+  return _checked(json.loads(reply))
+
+
+def _wait(
+  environment: dict[str, str], timeout: float, files: tuple[IO[bytes], IO[bytes], IO[bytes]]
+) -> int:
+  """Runs the child to its end; it ends with this process, and where that is interrupted."""
+  with _lifeline() as lifeline:
+    process = subprocess.Popen(
+      [sys.executable, "-P", str(_CHILD), str(lifeline)],
+      env=environment,
+      pass_fds=(lifeline,),
+      stdin=files[0],
+      stdout=files[1],
+      stderr=files[2],
+    )
+    try:
+      return process.wait(timeout)
+    except subprocess.TimeoutExpired as error:
+      raise TimeoutError(
+        f"explain: compiling must end within timeout={timeout:g} seconds; it did not, and was "
+        "stopped. Pass a larger timeout=, or a smaller program (a scan over layers compiles one)."
+      ) from error
+    finally:
+      process.kill()
+      process.wait()
+
+
+@contextlib.contextmanager
+def _lifeline() -> Generator[int]:
+  """A pipe whose reading end the child gets, and whose writing end closes with this process."""
+  reading, writing = os.pipe()
+  try:
+    yield reading
+  finally:
+    os.close(reading)
+    os.close(writing)
+
+
+def _environment(folder: str) -> dict[str, str]:
+  """The child's: no device but the CPU, and temporary files where the parent removes them."""
+  config: Any = jax.config  # of which no type checker knows the settings
+  return os.environ | {
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "JAX_PLATFORMS": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+    "JAX_ENABLE_X64": str(config.jax_enable_x64),
+    "TMPDIR": folder,
+  }
+
+
+def _read(file: IO[bytes]) -> str:
+  file.seek(0)
+  return file.read().decode(errors="replace")
+
+
+_OUT_OF_MEMORY = ("std::bad_alloc", "MemoryError", "Cannot allocate memory", "out of memory")
+
+
+def _death(code: int, log: str) -> Exception:
+  """The error for a child that ended without an answer."""
+  last = "\n".join(log.strip().splitlines()[-8:]) or "(it wrote nothing)"
+  if any(sign in log for sign in _OUT_OF_MEMORY):
+    return MemoryError(
+      "explain: the compiler's process ran out of memory. Free some, or explain a smaller program "
+      f"(a scan over layers compiles one layer). Its last words:\n{last}"
+    )
+  how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+  hint = " (the system's out-of-memory killer sends this)" if code == -signal.SIGKILL else ""
+  return RuntimeError(
+    f"explain: the compiler's process must answer; it {how}{hint}. Run it again, or report the "
+    f"program that does this. Its last words:\n{last}"
+  )
+
+
+def _checked(reply: dict[str, Any]) -> dict[str, Any]:
+  if "error" not in reply:
+    return reply
+  message = f"{reply['error']}: {reply['message']}"
+  if any(sign in message for sign in _OUT_OF_MEMORY):
+    raise MemoryError(
+      "explain: the compiler's process ran out of memory. Free some, or explain a smaller program "
+      f"(a scan over layers compiles one layer). It said: {message}"
+    )
+  raise RuntimeError(
+    f"explain: the GPU compiler refused the program: {message}. If it names the target's "
+    "description, mend GpuTarget(description=...)."
+  )

@@ -1,0 +1,54 @@
+"""JAX's GPU compiler, which needs no GPU: whether it is installed, and what to install."""
+
+from __future__ import annotations
+
+import contextlib
+from importlib import metadata
+
+import jax
+
+_PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
+
+
+def find_compiler() -> tuple[str, str] | None:
+  """Finds the installed GPU compiler plugin; its name and version, or None."""
+  for name in _PLUGINS:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+      return name, metadata.version(name)
+  return None
+
+
+def install_line() -> str:
+  """The command that installs the GPU compiler of this JAX, without CUDA's libraries."""
+  return f"pip install 'jax[cuda13-local]=={_base_version(jax.__version__)}' flatbuffers"
+
+
+def _base_version(version: str) -> str:
+  return version.split("+")[0].split(".dev")[0]
+
+
+def require_compiler() -> None:
+  """Raises an ImportError that names the cure unless the GPU compiler of this JAX is installed."""
+  found = find_compiler()
+  if found is None:
+    raise ImportError(
+      "explain: compiling for a GPU that is not attached needs the compiler of JAX's CUDA plugin; "
+      f"got none installed. Run: {install_line()}"
+    )
+  name, version = found
+  if _release(version) != _release(metadata.version("jaxlib")):
+    raise ImportError(
+      f"explain: JAX's CUDA plugin must be of jaxlib's version; got {name} {version} with jaxlib "
+      f"{metadata.version('jaxlib')}. Run: {install_line()}"
+    )
+  try:
+    metadata.version("flatbuffers")
+  except metadata.PackageNotFoundError as error:
+    raise ImportError(
+      "explain: handing a program to another process needs flatbuffers (jax.export); got none "
+      "installed. Run: pip install flatbuffers"
+    ) from error
+
+
+def _release(version: str) -> str:
+  return ".".join(_base_version(version).split(".")[:3])
