@@ -7,7 +7,8 @@ import fnmatch
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from flax_fp8.explain import collectives, gemms, hlo, reasons, schedule, traffic
+from flax_fp8.explain import asked as asking
+from flax_fp8.explain import collectives, gemms, hlo, reasons, roles, schedule, traffic
 from flax_fp8.explain.compile import AnyMesh, Program, compile_program
 from flax_fp8.explain.gemms import Gemm, GemmRole, Site
 from flax_fp8.explain.report import Report
@@ -103,10 +104,10 @@ def _gemms(
   kernels: Sequence[Kernel],
   program: Program,
 ) -> Iterator[Gemm]:
-  products = reasons.asked_for(asked)
+  products = asking.asked_for(asked)
   moved = {kernel.name: kernel.read + kernel.written for kernel in kernels}
   fp8_units = program.target is None or "fp8" in program.target.peak_flops
-  for site, role in zip(sites, gemms.roles(module, sites), strict=True):
+  for site, role in zip(sites, roles.roles(module, sites, products), strict=True):
     lhs, rhs = (operand.dtype for operand in gemms.operand_arrays(module, site))
     gemm = Gemm(
       path=site.path,
@@ -145,7 +146,7 @@ def _doubts(
     if kernel.kind in (KernelClass.UNKNOWN, KernelClass.LIBRARY):
       unknown[kernel.what] = unknown.get(kernel.what, 0) + kernel.times
   for what, times in unknown.items():
-    yield f"{what} runs {times} times; what it computes is not known here"
+    yield f"{what}, times {times}: what it computes is not known here"
 
 
 def assert_fp8(

@@ -49,9 +49,9 @@ class Extent:
     return 2 * self.batch * self.m * self.n * self.k
 
   @property
-  def unordered(self) -> tuple[int, frozenset[int], int]:
-    """The sizes, whichever operand comes first."""
-    return self.batch, frozenset((self.m, self.n)), self.k
+  def product(self) -> tuple[frozenset[int], int]:
+    """What stays of the sizes where a kernel swaps the operands or splits K into batches."""
+    return frozenset((self.m, self.n)), self.batch * self.k
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _dots(module: Module, instruction: Instruction) -> Iterator[tuple[Instructio
       for inner in module.computations[name].instructions.values():
         for dot, kernel in _dots(module, inner):
           yield dot, _fusion_maker(instruction) if kernel == "XLA" else kernel
-        if _is_product_by_hand(inner):
+        if _is_product_by_hand(module, inner):
           yield inner, "XLA, matrix-vector"
 
 
@@ -157,9 +157,14 @@ def is_gemm_call(instruction: Instruction) -> bool:
   return instruction.target in _LIBRARY_CALLS or "gemm_backend_config" in instruction.config
 
 
-def _is_product_by_hand(instruction: Instruction) -> bool:
-  """Whether XLA made a reduction out of a product with a vector."""
-  return instruction.opcode == "reduce" and instruction.op_name.endswith("/dot_general")
+def _is_product_by_hand(module: Module, instruction: Instruction) -> bool:
+  """Whether XLA made a product with a vector into multiplications and a reduction."""
+  if instruction.opcode != "reduce" or not instruction.op_name.endswith("/dot_general"):
+    return False
+  summand = module.operands(instruction)[0]
+  while summand.opcode in ("convert", "bitcast"):
+    (summand,) = module.operands(summand)
+  return summand.opcode == "multiply"
 
 
 def _fusion_maker(fusion: Instruction) -> str:
@@ -250,60 +255,3 @@ def _through_layout(module: Module) -> dataflow.Step:
 
 def _times(dims: tuple[int, ...]) -> str:
   return "x".join(map(str, dims))
-
-
-def roles(module: Module, sites: Sequence[Site]) -> list[GemmRole]:
-  """Tells what each GEMM is: by its pass, its sizes, and, where these leave two answers, operands.
-
-  With ``[M, K] @ [K, N]`` going forward, dgrad contracts N and wgrad contracts M.
-  """
-  forward: dict[str, list[Site]] = {}
-  for site in sites:
-    if site.phase is not Phase.BACKWARD:
-      forward.setdefault(site.path, []).append(site)
-  return [_role(module, site, forward.get(site.path, [])) for site in sites]
-
-
-def _role(module: Module, site: Site, forward: list[Site]) -> GemmRole:
-  if site.phase is Phase.RECOMPUTED:
-    return GemmRole.REMAT
-  if site.phase is Phase.FORWARD:
-    return GemmRole.FPROP
-  answers = {role for other in forward for role in _by_size(site.extent, other.extent)}
-  if len(answers) > 1:
-    answers = {role for other in forward for role in _by_operands(module, site, other)}
-  return answers.pop() if len(answers) == 1 else GemmRole.BACKWARD
-
-
-def _by_size(backward: Extent, forward: Extent) -> Iterator[GemmRole]:
-  m, n, k, batch = forward.m, forward.n, forward.k, forward.batch
-  if backward.unordered == (batch, frozenset((m, k)), n):
-    yield GemmRole.DGRAD
-  if backward.unordered == (batch, frozenset((k, n)), m):
-    yield GemmRole.WGRAD
-
-
-def _by_operands(module: Module, site: Site, forward: Site) -> Iterator[GemmRole]:
-  """The gradient's other operand is the kernel (dgrad) or the input (wgrad) of the forward GEMM."""
-  mine = [sources(module, operand) for operand in module.operands(site.dot)[:2]]
-  lhs, rhs = (sources(module, operand) for operand in module.operands(forward.dot)[:2])
-  if rhs in mine and lhs not in mine:
-    yield GemmRole.DGRAD
-  if lhs in mine and rhs not in mine:
-    yield GemmRole.WGRAD
-
-
-def sources(module: Module, operand: Instruction) -> frozenset[Value]:
-  """The program's parameters and the GEMMs that an operand is made from."""
-
-  def step(value: Value) -> list[Value]:
-    return [] if _is_source(value.instruction) else dataflow.operands(module, value)
-
-  found = dataflow.ancestors(module, Value(operand), step)
-  return frozenset(value for value in found if _is_source(value.instruction))
-
-
-def _is_source(instruction: Instruction) -> bool:
-  if instruction.opcode == "custom-call":
-    return is_gemm_call(instruction)
-  return instruction.opcode in ("parameter", "dot")

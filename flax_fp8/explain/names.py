@@ -24,6 +24,7 @@ _STEPS = frozenset(
     "shard_map",
     "shmap_body",
     "core_call",
+    "eval_jaxpr",
   }
 )
 _BRANCH = re.compile(r"branch_\d+_fun$")

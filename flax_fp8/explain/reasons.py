@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterator, Sequence
 
 from flax_fp8.explain import dataflow, names
+from flax_fp8.explain.asked import Asked, candidates
 from flax_fp8.explain.dataflow import Value
-from flax_fp8.explain.gemms import Extent, Site, extent_of
+from flax_fp8.explain.gemms import Site
 from flax_fp8.explain.hlo import Instruction, Module, opcodes
-from flax_fp8.explain.names import Phase
 
 # Operations behind which an FP8 value is still the same FP8 value, moved or scaled.
 _CARRIES = opcodes(
@@ -34,49 +34,6 @@ _NVIDIA = ("f8e4m3fn", "f8e5m2")
 _SIDES = ("left", "right")
 
 
-@dataclasses.dataclass(frozen=True)
-class Asked:
-  """A matrix product of the program before optimisation.
-
-  Attributes:
-    dot: the instruction.
-    extent: its sizes, on all devices together.
-    op_name: the whole name stack, through the functions that call it.
-  """
-
-  dot: Instruction
-  extent: Extent
-  op_name: str
-
-  @property
-  def place(self) -> tuple[str, Phase]:
-    """The module and the pass, by which it is found again after optimisation."""
-    return names.model_path(self.op_name), names.phase(self.op_name)
-
-
-def asked_for(module: Module) -> list[Asked]:
-  """Lists the products of a program before optimisation, once for each place that calls them."""
-  found = []
-  for computation in module.computations.values():
-    for dot in computation.instructions.values():
-      if dot.opcode == "dot" and (extent := extent_of(module, dot)):
-        prefixes = _prefixes(module, computation.name, frozenset())
-        found += [Asked(dot, extent, f"{prefix}{dot.op_name}") for prefix in sorted(prefixes)]
-  return found
-
-
-def _prefixes(module: Module, computation: str, above: frozenset[str]) -> set[str]:
-  """What stands before the names of a computation: those of the calls that lead to it."""
-  if computation == module.entry or computation in above or not module.callers[computation]:
-    return {""}
-  found = set()
-  for caller in module.callers[computation]:
-    own = f"{caller.op_name}/" if caller.opcode == "call" and caller.op_name else ""
-    outer = _prefixes(module, caller.computation, above | {computation})
-    found |= {f"{prefix}{own}" for prefix in outer}
-  return found
-
-
 def reason(
   module: Module, asked: Sequence[Asked], site: Site, operands: tuple[str, str], fp8_cores: bool
 ) -> str:
@@ -89,18 +46,11 @@ def reason(
     operands: dtypes that its kernel multiplies.
     fp8_cores: whether the GPU multiplies FP8 at all.
   """
-  candidates = _candidates(asked, site)
-  if not candidates:
-    return f"multiplies {operands[0]} by {operands[1]}; its place in the model was lost"
-  reasons = {_reason_of(module, candidate, site, fp8_cores): None for candidate in candidates}
+  found = candidates(asked, site)
+  if not found:
+    return f"multiplies {operands[0]} by {operands[1]}; before optimisation it was no dot_general"
+  reasons = {_reason_of(module, candidate, site, fp8_cores): None for candidate in found}
   return " | or: ".join(reasons)
-
-
-def _candidates(asked: Sequence[Asked], site: Site) -> list[Asked]:
-  """The products that a GEMM may be: same place, and same size where one has it."""
-  here = [each for each in asked if each.place == (site.path, site.phase)]
-  same = [each for each in here if each.extent.unordered == site.extent.unordered]
-  return same or here
 
 
 def _reason_of(module: Module, asked: Asked, site: Site, fp8_cores: bool) -> str:
@@ -180,8 +130,7 @@ def _operand_reason(module: Module, operands: list[Instruction], origins: list[_
   for side, operand, origin in zip(_SIDES, operands, origins, strict=True):
     if not origin.dtype:
       return (
-        f"the {side} operand is {operand.array.dtype}, made by {_maker(module, operand)}: both "
-        "must be FP8"
+        f"the {side} operand is {operand.array.dtype}, {_maker(module, operand)}: both must be FP8"
       )
   for side, operand, origin in zip(_SIDES, operands, origins, strict=True):
     if origin.changed:
@@ -198,14 +147,23 @@ def _operand_reason(module: Module, operands: list[Instruction], origins: list[_
 
 
 def _maker(module: Module, operand: Instruction) -> str:
-  """The operation, or the argument, that first held an operand's values."""
+  """The operation that made an operand's values, or the argument that they are."""
   for value in dataflow.ancestors(module, Value(operand), _step(module, _CARRIES)):
     found = value.instruction
     if found.opcode == "parameter":
-      return f"nothing: it is the argument {found.op_name or found.name}"
+      return f"the argument {_argument(module, found)}"
     if found.opcode not in _CARRIES:
-      return names.split(found.op_name)[-1] or found.opcode
-  return operand.opcode
+      return f"made by {names.split(found.op_name)[-1] or found.opcode}"
+  return f"made by {operand.opcode}"
+
+
+def _argument(module: Module, parameter: Instruction) -> str:
+  """The user's name of an argument; an exported function knows it, its caller has a number."""
+  for user in module.computations[parameter.computation].users[parameter.name]:
+    if user.opcode == "call":
+      callee = module.computations[user.called("to_apply")[0]]
+      return callee.parameters[user.operands.index(parameter.name)].op_name or parameter.name
+  return parameter.op_name or parameter.name
 
 
 def _format_reason(origins: list[_Origin], fp8_cores: bool) -> str:

@@ -289,10 +289,12 @@ def _collective_table(collectives: Iterable[Collective]) -> Table:
 
 def _memory_line(report: Report) -> str:
   memory = report.memory
+  argument, output, alias, temp, total = (
+    f"{size / _MIB:,.1f}" for size in (*dataclasses.astuple(memory), memory.total)
+  )
   line = (
-    f"Memory: {memory.argument / _MIB:,.1f} MiB of arguments, {memory.output / _MIB:,.1f} of "
-    f"results ({memory.alias / _MIB:,.1f} of them written over arguments), {memory.temp / _MIB:,.1f} of "
-    f"temporaries; {memory.total / _MIB:,.1f} in all"
+    f"Memory: {argument} MiB of arguments, {output} of results ({alias} of them written over "
+    f"arguments), {temp} of temporaries; {total} in all"
   )
   if report.target is None:
     return line

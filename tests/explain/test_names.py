@@ -1,0 +1,32 @@
+"""Model paths and passes out of JAX's name stacks."""
+
+import pytest
+
+from flax_fp8.explain import names
+from flax_fp8.explain.names import Phase
+
+NAMES = {
+  "jit(call)/call_exported/jit(loss)/jvp(MLP)/up/dot_general": ("MLP/up", Phase.FORWARD),
+  "jit(loss)/transpose(jvp(MLP))/down/Dot_0/transpose": ("MLP/down/Dot_0", Phase.BACKWARD),
+  "jit(f)/jvp(Net)/while/body/closed_call/layers/layers.attend/key/dot_general": (
+    "Net/layers/key",
+    Phase.FORWARD,
+  ),
+  "jit(f)/transpose(jvp(Net))/while/body/closed_call/checkpoint/rematted_computation/up/dot": (
+    "Net/up",
+    Phase.RECOMPUTED,
+  ),
+  "jit(f)/Net/vmap(layer)/vmap(ab,bc->ac)/dot_general": ("Net/layer", Phase.FORWARD),
+  "jit(f)/cond/branch_1_fun/Net/dot_general": ("Net", Phase.FORWARD),
+  "jit(f)/jvp()/dot_general": ("", Phase.FORWARD),
+  "": ("", Phase.FORWARD),
+}
+
+
+@pytest.mark.parametrize(("op_name", "expected"), NAMES.items(), ids=range(len(NAMES)))
+def test_path_and_phase(op_name, expected):
+  assert (names.model_path(op_name), names.phase(op_name)) == expected
+
+
+def test_slashes_in_parentheses_do_not_split():
+  assert names.split("jit(a/b)/c") == ["jit(a/b)", "c"]

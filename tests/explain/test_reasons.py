@@ -1,0 +1,162 @@
+"""A GEMM made to fall back in each way gives that way as its reason."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import flax_fp8 as fp8
+from tests.explain.programs import BF16, spec
+
+E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
+MATRIX = spec(256, 256)
+BOTH = "bf16 bf16"
+
+
+def quantize(x, dtype=E4M3):
+  return jnp.clip(x.astype(jnp.float32) / 2, -448, 448).astype(dtype)
+
+
+def product(lhs, rhs):
+  return lax.dot_general(lhs, rhs, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def values(x):
+  """FP8 values in BF16, as before a GEMM that XLA is to make FP8."""
+  return quantize(x).astype(BF16)
+
+
+FALLBACKS = {
+  "not_asked": (product, (MATRIX, MATRIX), "FP8 was not asked for"),
+  "left_high": (
+    lambda a, b: product(jnp.tanh(a), values(b)),
+    (MATRIX, MATRIX),
+    "the left operand is bf16, made by tanh: both must be FP8",
+  ),
+  "right_high": (
+    lambda a, kernel: product(values(a), kernel),
+    (MATRIX, MATRIX),
+    "the right operand is bf16, the argument kernel: both must be FP8",
+  ),
+  "both_e5m2": (
+    lambda a, b: product(quantize(a, E5M2), quantize(b, E5M2)),
+    (MATRIX, MATRIX),
+    "both operands are f8e5m2: cuBLASLt wants at least one f8e4m3fn",
+  ),
+  "fnuz": (
+    lambda a, b: product(quantize(a, jnp.float8_e4m3fnuz), quantize(b, jnp.float8_e4m3fnuz)),
+    (MATRIX, MATRIX),
+    "f8e4m3fnuz is no format of NVIDIA's matrix units: use f8e4m3fn or f8e5m2",
+  ),
+  "ieee_e4m3": (
+    lambda a, b: product(quantize(a, jnp.float8_e4m3), quantize(b, jnp.float8_e4m3)),
+    (MATRIX, MATRIX),
+    "f8e4m3 is no format of NVIDIA's matrix units",
+  ),
+  "row_scales": (
+    lambda a, b, scale: product(values(a) * scale, values(b)),
+    (MATRIX, MATRIX, spec(256, 1)),
+    "the left operand is scaled by 256 numbers before the GEMM, and XLA takes one: scale the",
+  ),
+  "changed": (
+    lambda a, b: product(values(a), jnp.tanh(values(b))),
+    (MATRIX, MATRIX),
+    "the right operand was FP8, but tanh changed it in bf16: quantize after that",
+  ),
+  "vector": (
+    lambda a, b: product(quantize(a), quantize(b)[:, None]),
+    (MATRIX, spec(256)),
+    "a product with a vector needs no matrix units; leave it out of FP8",
+  ),
+  "ragged": (
+    lax.ragged_dot,
+    (MATRIX, spec(2, 256, 128), spec(2, dtype=jnp.int32)),
+    "multiplies bf16 by bf16; before optimisation it was no dot_general",
+  ),
+}
+
+
+@pytest.mark.parametrize(("fn", "args", "expected"), FALLBACKS.values(), ids=FALLBACKS)
+def test_fall_back(fn, args, expected):
+  report = fp8.explain(fn, *args, target="h100")
+  (gemm,) = report.gemms
+  assert not gemm.is_fp8
+  assert expected in gemm.reason
+  assert report.fp8_gemms == 0
+  assert expected in re.sub(r"\s+", " ", str(report))
+
+
+def test_a_gpu_without_fp8_units():
+  report = fp8.explain(
+    lambda a, b: product(quantize(a), quantize(b)), MATRIX, MATRIX, target="a100"
+  )
+  assert "the GPU has no FP8 matrix units" in report.gemms[0].reason
+
+
+def test_a_description_that_hides_fp8_is_no_rule_known_here():
+  """Without the toolkit's version XLA takes cuBLASLt for one without FP8."""
+  h100 = fp8.GpuTarget.named("h100")
+  description = h100.description.replace("runtime_version { major: 13 }", "")
+  target = fp8.GpuTarget(
+    name="old",
+    description=description,
+    peak_flops=h100.peak_flops,
+    memory_bandwidth=1e12,
+    link_bandwidth=1e11,
+    memory_bytes=1,
+  )
+  report = fp8.explain(
+    lambda a, b: product(quantize(a), quantize(b)), MATRIX, MATRIX, target=target
+  )
+  assert "no rule known here forbids it" in report.gemms[0].reason
+
+
+TAKEN = {
+  "plain": (lambda a, b: product(quantize(a), quantize(b)), (MATRIX, MATRIX)),
+  "scalar_scales": (
+    lambda a, b, s: product(values(a) * s, values(b)),
+    (MATRIX, MATRIX, spec()),
+  ),
+  "two_contracting": (
+    lambda a, b: lax.dot_general(
+      quantize(a), quantize(b), (((1, 2), (0, 1)), ((), ())), preferred_element_type=jnp.float32
+    ),
+    (spec(256, 16, 32), spec(16, 32, 128)),
+  ),
+  "two_batches": (
+    lambda a, b: lax.dot_general(
+      quantize(a), quantize(b), (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=BF16
+    ),
+    (spec(4, 2, 64, 32), spec(4, 2, 32, 64)),
+  ),
+}
+
+
+@pytest.mark.parametrize(("fn", "args"), TAKEN.values(), ids=TAKEN)
+@pytest.mark.parametrize("target", ["h100", "b200"])
+def test_what_people_fear_but_xla_takes(fn, args, target):
+  report = fp8.explain(fn, *args, target=target)
+  assert [gemm.is_fp8 for gemm in report.gemms] == [True]
+  assert report.gemms[0].reason == ""
+
+
+def test_sizes_that_are_no_multiples_of_16_are_padded():
+  fn = lambda a, b: product(quantize(a), quantize(b))
+  (gemm,) = fp8.explain(fn, spec(100, 250), spec(250, 130), target="h100").gemms
+  assert gemm.is_fp8
+  assert (gemm.extent.m, gemm.extent.n, gemm.extent.k) == (112, 144, 256)
+  assert gemm.notes == (
+    "lhs padded from 100x250 to 112x256",
+    "rhs padded from 130x250 to 144x256",
+  )
+
+
+def test_raw_autodiff_of_an_fp8_dot_leaves_backward_out():
+  """Autodiff multiplies the float32 gradient with the FP8 operand: no FP8 product."""
+  loss = lambda a, b: jnp.mean(product(quantize(a), quantize(b)) ** 2)
+  report = fp8.explain(jax.value_and_grad(loss, argnums=(0, 1)), MATRIX, MATRIX, target="h100")
+  reasons = [gemm.reason for gemm in report.gemms]
+  assert reasons[0] == ""
+  assert all(re.search("operand is f32, made by .*: both must be FP8", r) for r in reasons[1:])
