@@ -50,7 +50,8 @@ def run_child(request: dict[str, Any], program: bytes, timeout: float) -> dict[s
     reply = _read(outbox)
     if code != 0 or not reply:
       raise _death(code, _read(log))
-  return _checked(json.loads(reply))
+    words = _read(log)
+  return _checked(json.loads(reply), words)
 
 
 def _wait(
@@ -107,33 +108,52 @@ def _read(file: IO[bytes]) -> str:
   return file.read().decode(errors="replace")
 
 
-_OUT_OF_MEMORY = ("std::bad_alloc", "MemoryError", "Cannot allocate memory", "out of memory")
+_OUT_OF_MEMORY = (
+  "std::bad_alloc",
+  "memoryerror",
+  "out of memory",
+  "cannot allocate memory",
+  "failed to map segment",
+  "pthread_create",
+)
+
+
+def _out_of_memory(words: str) -> MemoryError | None:
+  if not any(sign in words.lower() for sign in _OUT_OF_MEMORY):
+    return None
+  return MemoryError(
+    "explain: the compiler's process ran out of memory, or of threads. Free some, or explain a "
+    f"smaller program (a scan over layers compiles one). Its last words:\n{_last(words)}"
+  )
+
+
+def _last(words: str) -> str:
+  return "\n".join(words.strip().splitlines()[-8:]) or "(it wrote nothing)"
 
 
 def _death(code: int, log: str) -> Exception:
   """The error for a child that ended without an answer."""
-  last = "\n".join(log.strip().splitlines()[-8:]) or "(it wrote nothing)"
-  if any(sign in log for sign in _OUT_OF_MEMORY):
-    return MemoryError(
-      "explain: the compiler's process ran out of memory. Free some, or explain a smaller program "
-      f"(a scan over layers compiles one layer). Its last words:\n{last}"
-    )
+  if error := _out_of_memory(log):
+    return error
   how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
   hint = " (the system's out-of-memory killer sends this)" if code == -signal.SIGKILL else ""
   return RuntimeError(
     f"explain: the compiler's process must answer; it {how}{hint}. Run it again, or report the "
-    f"program that does this. Its last words:\n{last}"
+    f"program that does this. Its last words:\n{_last(log)}"
   )
 
 
-def _checked(reply: dict[str, Any]) -> dict[str, Any]:
+def _checked(reply: dict[str, Any], log: str) -> dict[str, Any]:
+  """The reply, unless it tells of an error."""
   if "error" not in reply:
     return reply
   message = f"{reply['error']}: {reply['message']}"
-  if any(sign in message for sign in _OUT_OF_MEMORY):
-    raise MemoryError(
-      "explain: the compiler's process ran out of memory. Free some, or explain a smaller program "
-      f"(a scan over layers compiles one layer). It said: {message}"
+  if error := _out_of_memory(f"{log}\n{message}"):
+    raise error
+  if "topology not implemented" in message:
+    raise RuntimeError(
+      "explain: JAX's CUDA plugin must load; it is installed, but did not. Run "
+      f"flax-fp8 doctor. Its last words:\n{_last(log)}"
     )
   raise RuntimeError(
     f"explain: the GPU compiler refused the program: {message}. If it names the target's "

@@ -81,8 +81,8 @@ def compile_program(
   jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
   with _mesh_context(mesh):
     if target is None:
-      return _compile_attached(jitted, args)
-    gpu = GpuTarget.named(target) if isinstance(target, str) else target
+      return compile_for(_attached_gpu(), jitted, args)
+    gpu = _target(target)
     require_compiler()
     request, program = _export(jitted, args, mesh)
   request["description"] = gpu.description
@@ -98,24 +98,41 @@ def compile_program(
   )
 
 
-def _compile_attached(jitted: Any, args: tuple[Any, ...]) -> Program:
+def _target(target: str | GpuTarget) -> GpuTarget:
+  if isinstance(target, str):
+    return GpuTarget.named(target)
+  if not isinstance(target, GpuTarget):
+    raise TypeError(
+      f"explain: target must be a name, a GpuTarget or None; got {target!r}. Pass one of "
+      f"{list(NAMES)}."
+    )
+  return target
+
+
+def _attached_gpu() -> Any:
   device = jax.devices()[0]
   if device.platform != "gpu":
     raise ValueError(
       f"explain: target=None takes the attached GPU; got none, the default device is "
       f"{device.device_kind!r}. Name a GPU to compile for: target= one of {list(NAMES)}."
     )
+  return device
+
+
+def compile_for(device: Any, jitted: Any, args: tuple[Any, ...]) -> Program:
+  """Compiles as a call would, for the default device and those of the arguments."""
   lowered = jitted.lower(*args)
   compiled = lowered.compile()
   sizes = compiled.memory_analysis()
   names = (field.name for field in dataclasses.fields(Memory))
+  shardings = jax.tree.leaves(compiled.input_shardings)
   return Program(
     hlo=compiled.as_text(),
     asked=lowered.as_text(dialect="hlo", debug_info=True),
     memory=Memory(**{name: getattr(sizes, f"{name}_size_in_bytes") for name in names}),
     target=GpuTarget.of_kind(device.device_kind),
     device_kind=device.device_kind,
-    devices=len(jax.tree.leaves(compiled.input_shardings)[0].device_set) if args else 1,
+    devices=len(shardings[0].device_set) if shardings else 1,
     described=False,
   )
 
@@ -139,6 +156,7 @@ def _export(
   """Makes the child's request and program; in both, arguments and results are flat lists."""
   traced = jitted.trace(*args)
   exported = _export_any(jitted, traced, args)
+  _require_serializable([*exported.in_avals, *exported.out_avals])
   flat = dataclasses.replace(
     exported,
     in_tree=jax.tree.structure((tuple(range(len(exported.in_avals))), {})),
@@ -156,6 +174,16 @@ def _export(
 
 def _is_info(node: Any) -> bool:
   return hasattr(node, "donated")
+
+
+def _require_serializable(avals: list[Any]) -> None:
+  for aval in avals:
+    extended = jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended)
+    if extended and not jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+      raise TypeError(
+        f"explain: arguments and results must be arrays that jax.export takes; got one of dtype "
+        f"{aval.dtype}. Cast to it, and back, inside the function."
+      )
 
 
 def _export_any(jitted: Any, traced: Any, args: tuple[Any, ...]) -> Any:

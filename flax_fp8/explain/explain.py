@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from flax_fp8.explain import asked as asking
 from flax_fp8.explain import collectives, gemms, hlo, reasons, roles, schedule, traffic
 from flax_fp8.explain.compile import AnyMesh, Program, compile_program
-from flax_fp8.explain.gemms import Gemm, GemmRole, Site
+from flax_fp8.explain.gemms import Gemm, Site
 from flax_fp8.explain.report import Report
 from flax_fp8.explain.schedule import Launch
 from flax_fp8.explain.target import GpuTarget
@@ -155,6 +153,7 @@ def assert_fp8(
   target: str | GpuTarget | None = None,
   mesh: AnyMesh | None = None,
   exclude: Sequence[str] = (),
+  name: str | None = None,
   timeout: float = 600.0,
 ) -> Report:
   """Fails unless every GEMM of a function is FP8 on a GPU, but for those excluded.
@@ -166,6 +165,7 @@ def assert_fp8(
     mesh: as for ``explain``.
     exclude: patterns of module paths, as in ``fnmatch``, that may be of any dtype:
       ``["*/head", "*/attention"]``. A pattern that matches no GEMM is an error.
+    name: as for ``explain``.
     timeout: as for ``explain``.
 
   Returns:
@@ -189,41 +189,6 @@ def assert_fp8(
   References:
     As ``explain``.
   """
-  report = explain(fn, *args, target=target, mesh=mesh, timeout=timeout)
-  _require_matches(report, exclude)
-  wrong = [
-    gemm
-    for gemm in report.gemms
-    if not gemm.is_fp8 and not any(fnmatch.fnmatchcase(gemm.path, p) for p in exclude)
-  ]
-  if not report.gemms:
-    raise AssertionError(f"assert_fp8: {report.name} must have FP8 GEMMs; got no GEMM at all.")
-  if wrong:
-    lines = "\n".join(f"  {_line(gemm)}" for gemm in wrong)
-    raise AssertionError(
-      f"assert_fp8: every GEMM of {report.name} must be FP8 on {report.device_kind}; got "
-      f"{len(wrong)} that are not. Mend them, or name their modules in exclude=:\n{lines}"
-    )
+  report = explain(fn, *args, target=target, mesh=mesh, name=name, timeout=timeout)
+  report.assert_fp8(exclude)
   return report
-
-
-def _require_matches(report: Report, patterns: Sequence[str]) -> None:
-  if isinstance(patterns, str):
-    raise TypeError(
-      f"assert_fp8: exclude must be a sequence of patterns; got {patterns!r}. Pass [{patterns!r}]."
-    )
-  paths = sorted({gemm.path for gemm in report.gemms})
-  for pattern in patterns:
-    if not fnmatch.filter(paths, pattern):
-      near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.3) or paths[:10]
-      raise ValueError(
-        f"assert_fp8: each pattern of exclude must match a module that has a GEMM; got "
-        f"{pattern!r}. The nearest are {near}."
-      )
-
-
-def _line(gemm: Gemm) -> str:
-  extent = gemm.extent
-  role = "" if gemm.role is GemmRole.BACKWARD else f" {gemm.role.value}"
-  size = f"{extent.m}x{extent.n}x{extent.k}"
-  return f"{gemm.path or '(module lost)'}{role}, {size} by {gemm.kernel}: {gemm.reason}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import difflib
+import fnmatch
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from flax_fp8.explain import plot, roofline, tables
@@ -130,6 +132,43 @@ class Report:
       f"{self.total_gemms} GEMMs are FP8, {100 * self.fp8_flops_share:.0f} % of their FLOPs"
     )
 
+  def assert_fp8(self, exclude: Sequence[str] = ()) -> None:
+    """Raises AssertionError unless every GEMM is FP8, but for those of the excluded modules.
+
+    Args:
+      exclude: patterns of module paths, as in ``fnmatch``.
+
+    Raises:
+      AssertionError: a GEMM is not FP8, or there is none; the message has each with its reason.
+      ValueError: a pattern matches no module that has a GEMM.
+      TypeError: ``exclude`` is a single string.
+    """
+    self._require_matches(exclude)
+    if not self.gemms:
+      raise AssertionError(f"assert_fp8: {self.name} must have FP8 GEMMs; got no GEMM at all.")
+    matches = lambda gemm: any(fnmatch.fnmatchcase(gemm.path, pattern) for pattern in exclude)
+    if wrong := [gemm for gemm in self.gemms if not gemm.is_fp8 and not matches(gemm)]:
+      lines = "\n".join(f"  {_line(gemm)}" for gemm in wrong)
+      raise AssertionError(
+        f"assert_fp8: every GEMM of {self.name} must be FP8 on {self.device_kind}; got "
+        f"{len(wrong)} that are not. Mend them, or name their modules in exclude=:\n{lines}"
+      )
+
+  def _require_matches(self, patterns: Sequence[str]) -> None:
+    if isinstance(patterns, str):
+      raise TypeError(
+        f"assert_fp8: exclude must be a sequence of patterns; got {patterns!r}. Pass "
+        f"[{patterns!r}]."
+      )
+    paths = sorted({gemm.path for gemm in self.gemms})
+    for pattern in patterns:
+      if not fnmatch.filter(paths, pattern):
+        near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.3) or paths[:10]
+        raise ValueError(
+          f"assert_fp8: each pattern of exclude must match a module that has a GEMM; got "
+          f"{pattern!r}. The nearest are {near}."
+        )
+
   def compare(self, other: Report) -> Comparison:
     """Puts this program beside another one.
 
@@ -227,6 +266,12 @@ def _size(gemm: Gemm) -> str:
   return f"{batch}{extent.m} x {extent.n} x {extent.k}"
 
 
+def _line(gemm: Gemm) -> str:
+  extent = gemm.extent
+  size = f"{extent.m}x{extent.n}x{extent.k}"
+  return f"{gemm.path or '(no module)'} {gemm.role.value}, {size} by {gemm.kernel}: {gemm.reason}"
+
+
 def _gemm_table(report: Report) -> Table:
   """A row for each kind of GEMM, by module; what is alike in all columns is counted together."""
   letters = {reason: f"no [{index}]" for index, reason in enumerate(report.refusals, 1)}
@@ -236,7 +281,7 @@ def _gemm_table(report: Report) -> Table:
     kernel = " ".join([gemm.kernel, *(f"({note})" for note in gemm.notes)])
     fp8 = letters.get(gemm.reason, "yes")
     row = (gemm.role.value, _size(gemm), types, fp8, kernel)
-    rows = counts.setdefault(gemm.path or "(module lost)", {})
+    rows = counts.setdefault(gemm.path or "(no module)", {})
     rows[row] = rows.get(row, 0) + gemm.times
   rows = (
     (path, *row, str(times)) for path, found in counts.items() for row, times in found.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -107,8 +108,13 @@ class GpuTarget:
 
   @classmethod
   def of_kind(cls, kind: str) -> GpuTarget | None:
-    """Finds a GPU by what its driver calls it, ``device.device_kind``; None if it is not known."""
-    words = kind.lower().split()
+    """Finds a GPU by what its driver calls it, ``device.device_kind``; None if it is not known.
+
+    Boards of the same chip with other rates, ``"NVIDIA H100 PCIe"`` for one, are not.
+    """
+    words = set(re.split(r"[\s-]+", kind.lower()))
+    if words & {"pcie", "nvl", "40gb"}:
+      return None
     return next((target for name, target in _TARGETS.items() if name in words), None)
 
 

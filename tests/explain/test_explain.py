@@ -1,0 +1,217 @@
+"""Reports of real programs against counts by hand, and what ``assert_fp8`` makes of them."""
+
+import json
+import re
+from collections import Counter
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import flax_fp8 as fp8
+from tests.explain import programs
+from tests.explain.programs import BF16, CASES, spec
+
+OURS, FLAX, PLAIN = fp8.Fp8DotGeneral, nn.Fp8DirectDotGeneralOp, None
+LIBRARIES = {"ours": OURS, "flax": FLAX, "bf16": PLAIN}
+SMALL = sorted(CASES.keys() - {"transformer"})
+
+
+def counted(report):
+  rows = Counter()
+  for gemm in report.gemms:
+    extent = gemm.extent
+    sizes = sorted((extent.m, extent.n))
+    rows[gemm.path, gemm.role.value, extent.batch, *sizes, extent.k] += gemm.times
+  return rows
+
+
+def explained(case, **options):
+  return fp8.explain(case.fn, *case.args, **{"target": "h100", **options})
+
+
+@pytest.mark.parametrize("target", ["h100", "b200"])
+@pytest.mark.parametrize("name", SMALL)
+def test_gemms_are_those_counted_by_hand(name, target):
+  case = CASES[name](OURS)
+  report = explained(case, target=target)
+  assert counted(report) == case.rows
+  assert report.fp8_gemms == report.total_gemms == sum(case.rows.values())
+  flops = sum(2 * batch * m * n * k * times for (*_, batch, m, n, k), times in case.rows.items())
+  assert sum(gemm.flops for gemm in report.gemms) == flops
+  types = {gemm.role.value: {gemm.lhs, gemm.rhs} for gemm in report.gemms}
+  gradient = {"f8e5m2", "f8e4m3fn"}
+  forward = {"f8e4m3fn"}
+  expected = {"fprop": forward, "fprop again": forward, "dgrad": gradient, "wgrad": gradient}
+  assert types == {role: expected[role] for role in types}
+  assert report.doubts == ()
+
+
+@pytest.mark.parametrize("library", ["flax", "bf16"])
+@pytest.mark.parametrize("name", SMALL)
+def test_nothing_is_known_of_our_own_ops(name, library):
+  case = CASES[name](LIBRARIES[library])
+  report = explained(case)
+  assert counted(report) == case.rows
+  assert report.fp8_gemms == (0 if library == "bf16" else report.total_gemms)
+  assert set(report.refusals) == ({"FP8 was not asked for"} if library == "bf16" else set())
+  assert report.doubts == ()
+
+
+@pytest.mark.parametrize("remat", [False, True], ids=["plain", "remat"])
+def test_the_train_step_of_the_benchmark(remat):
+  case = programs.transformer(OURS, remat=remat)
+  report = explained(case, target="h200")
+  assert counted(report) == case.rows
+  high = {gemm.path for gemm in report.gemms if not gemm.is_fp8}
+  assert high == {"Transformer/layers", "Transformer/head"}  # attention's products, and the head
+  assert report.memory.alias > 0.9 * report.memory.output  # the state is donated
+  assert report.doubts == ()
+
+
+def test_fsdp_gathers_the_weights_in_fp8():
+  report = explained(CASES["fsdp"](OURS))
+  gathered = {each.dtype: each.bytes for each in report.collectives if each.kind == "all-gather"}
+  assert gathered == {"f8e4m3fn": 128 * 512 + 512 * 256}  # both kernels, a byte an element
+  assert {each.group for each in report.collectives} == {8}
+  assert report.devices == 8
+  plain = explained(CASES["fsdp"](PLAIN))
+  gathered = {each.dtype: each.bytes for each in plain.collectives if each.kind == "all-gather"}
+  assert gathered == {"bf16": 2 * (128 * 512 + 512 * 256)}
+
+
+def test_a_mesh_that_is_larger_than_the_machine():
+  mesh = AbstractMesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+  def fn(x, w):
+    return jax.lax.with_sharding_constraint(x @ w, P("data", "model"))
+
+  x = spec(256, 128, sharding=NamedSharding(mesh, P("data")))
+  w = spec(128, 512, sharding=NamedSharding(mesh, P(None, "model")))
+  report = fp8.explain(fn, x, w, target="h200", mesh=mesh)
+  (gemm,) = report.gemms
+  assert report.devices == 8
+  assert (gemm.extent.m, gemm.extent.n, gemm.extent.k) == (128, 128, 128)
+
+
+def test_arrays_on_devices_tell_the_mesh():
+  mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+  x = jax.device_put(jnp.ones((256, 128), BF16), NamedSharding(mesh, P("data")))
+  w = jax.device_put(jnp.ones((128, 128), BF16), NamedSharding(mesh, P()))
+  report = fp8.explain(jnp.matmul, x, w, target="h100")
+  assert report.devices == 4
+  assert report.gemms[0].extent.m == 64
+
+
+def test_what_a_jitted_function_was_told_stays():
+  @jax.jit
+  def step(key, x):
+    return x + jax.random.normal(key, x.shape, x.dtype)
+
+  report = fp8.explain(step, jax.random.key(0), jnp.ones((64, 64), BF16), target="h100")
+  assert report.name == "step"
+  power = jax.jit(lambda x, n: x**n, static_argnums=1, donate_argnums=0)
+  report = fp8.explain(power, spec(64, 64), 3, target="h100", name="cube")
+  assert report.name == "cube"
+  assert report.memory.alias == 2 * 64 * 64
+
+
+def test_the_caller_is_left_alone():
+  before = jax.devices()
+  fp8.explain(lambda x: x + 1, spec(64), target="h100")
+  assert jax.devices() == before
+  assert jax.default_backend() == "cpu"
+
+
+ERRORS = {
+  "no_gpu": ({"target": None}, ValueError, "target=None takes the attached GPU; got none"),
+  "unknown": ({"target": "h999"}, ValueError, "the name must be one of .*'h200'.*; got 'h999'"),
+  "mesh": ({"mesh": 8}, TypeError, "mesh must be a jax.sharding.Mesh or AbstractMesh; got 8"),
+  "target": ({"target": 7}, TypeError, "target must be a name, a GpuTarget or None; got 7"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "match"), ERRORS.values(), ids=ERRORS)
+def test_errors(options, error, match):
+  with pytest.raises(error, match=match):
+    fp8.explain(lambda x: x, spec(4), **{"target": "h100", **options})
+
+
+def test_a_state_cast_to_max_grad_cannot_be_handed_over():
+  with pytest.raises(TypeError, match=r"results must be arrays that jax\.export takes; .*fp32_max"):
+    fp8.explain(lambda x: x, jnp.ones(4).astype(fp8.fp32_max_grad), target="h100")
+
+
+def test_the_users_own_error_comes_through():
+  def broken(x):
+    raise KeyError("mine")
+
+  with pytest.raises(KeyError, match="mine"):
+    fp8.explain(broken, spec(4), target="h100")
+
+
+def test_assert_fp8_passes_and_returns_the_report():
+  case = CASES["mlp"](OURS)
+  assert fp8.assert_fp8(case.fn, *case.args, target="h100").fp8_gemms == 5
+
+
+def test_assert_fp8_fails_on_a_bf16_model():
+  case = CASES["mlp"](PLAIN)
+  with pytest.raises(AssertionError, match="got 5 that are not") as caught:
+    fp8.assert_fp8(case.fn, *case.args, target="h100")
+  assert re.search(r"MLP/down dgrad, 1024x512x256 by .*: FP8 was not asked for", str(caught.value))
+
+
+class Headed(nn.Module):
+  """An FP8 layer and a head in BF16."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(256, dtype=BF16, dot_general_cls=OURS, name="body")(x)
+    return nn.Dense(128, dtype=BF16, name="head")(x)
+
+
+def test_assert_fp8_excludes_by_pattern():
+  model, x = Headed(), spec(512, 128)
+  args = (programs.shapes(model, x), x)
+  loss = jax.grad(programs.mean_square(model))
+  assert fp8.assert_fp8(loss, *args, target="h100", exclude=["*/head"]).fp8_gemms == 2
+  with pytest.raises(AssertionError, match=r"got 3 that are not(.|\n)*Headed/head wgrad"):
+    fp8.assert_fp8(loss, *args, target="h100")
+
+
+def test_assert_fp8_refuses_what_matches_nothing():
+  case = CASES["mlp"](PLAIN)
+  with pytest.raises(ValueError, match=r"got 'MLP/dwon'. The nearest are \['MLP/down', 'MLP/up'\]"):
+    fp8.assert_fp8(case.fn, *case.args, target="h100", exclude=["MLP/dwon"])
+  with pytest.raises(TypeError, match="exclude must be a sequence of patterns; got 'MLP/up'"):
+    fp8.assert_fp8(case.fn, *case.args, target="h100", exclude="MLP/up")
+  with pytest.raises(AssertionError, match="must have FP8 GEMMs; got no GEMM at all"):
+    fp8.assert_fp8(lambda x: x + 1, spec(4), target="h100")
+
+
+def test_report_in_every_form():
+  case = CASES["mlp"](OURS)
+  ours, plain = explained(case, name="ours"), explained(CASES["mlp"](PLAIN), name="bf16")
+  text = str(ours)
+  assert all(len(line) <= 100 for line in text.splitlines())
+  assert "ours on H100 (described, not attached; 1 device): 5 of 5 GEMMs are FP8" in text
+  assert "MLP/down/Fp8DotGeneral_0" in text
+  found = json.loads(json.dumps(ours.to_dict()))
+  assert (found["fp8_gemms"], found["gemms"], len(found["gemm_rows"])) == (5, 5, 5)
+  assert found["memory"]["total"] == ours.memory.total
+  assert sum(each["bytes"] for each in found["classes"].values()) == sum(
+    kernel.bytes for kernel in ours.kernels
+  )
+  assert "| MLP/down/Fp8DotGeneral_0 | dgrad | 1024 x 512 x 256 | e5m2 e4m3" in ours.to_markdown()
+  against = ours.compare(plain)
+  rows = {label: (one, other) for label, one, other in against.rows()}
+  assert rows["FP8 GEMMs"] == (5, 0)
+  assert rows["GEMMs"] == (5, 5)
+  assert rows["kernels"][0] > rows["kernels"][1]
+  assert "MiB in quantize" in str(against)
+  assert "| FP8 GEMMs | 5 | 0 |  |" in against.to_markdown()
+  assert json.loads(json.dumps(against.to_dict()))["GEMMs"]["ratio"] == 1
