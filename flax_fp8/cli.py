@@ -115,7 +115,7 @@ def run_explain(arguments: argparse.Namespace) -> int:
     )
     for judge, spec, program in zip((first, explain), specs, programs, strict=False)
   ]
-  print(render(reports, arguments.format))
+  _print(render(reports, arguments.format))
   if arguments.plot is not None:
     _shown(reports).plot().savefig(arguments.plot)
   return 0
@@ -139,7 +139,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
   del arguments
   doctor.allow_missing_cuda()
   lines = doctor.examine()
-  print(doctor.render(lines))
+  _print(doctor.render(lines))
   return int(any(line.broken for line in lines))
 
 
@@ -238,6 +238,14 @@ def render(reports: Sequence[Report], form: str) -> str:
   titles = [report.title for report in reports] if len(reports) == 2 else []
   body = _shown(reports).to_markdown() if form == "markdown" else str(_shown(reports))
   return "\n\n".join([*titles, body.rstrip("\n")])
+
+
+def _print(text: str) -> None:
+  """Prints; that a reader has read enough, as ``head`` has, is no error."""
+  try:
+    print(text, flush=True)
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
 
 
 def _shown(reports: Sequence[Report]) -> Report | Comparison:

@@ -40,14 +40,15 @@ def machine(monkeypatch, tmp_path):
   return describe
 
 
-def run_doctor(path=(), **environment):
+def run_doctor(path=(), stdout=subprocess.PIPE, **environment):
   """The command in a process of its own, without the tests' settings of JAX."""
   inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "CUDA_"))}
   environment |= {"PYTHONPATH": os.pathsep.join(map(str, [*path, ROOT]))}
   return subprocess.run(
     [sys.executable, "-m", "flax_fp8.cli", "doctor"],
     env=inherited | environment,
-    capture_output=True,
+    stdout=stdout,
+    stderr=subprocess.PIPE,
     text=True,
     check=False,
     timeout=300,
@@ -81,6 +82,13 @@ class TestTheCommand:
     )
     assert f"-> {plugin.install_line()}\n" in found.stdout
     assert found.stdout.endswith("\n\nBroken: GPU compiler.\n")
+
+  def test_a_reader_that_has_read_enough(self):
+    reading, writing = os.pipe()
+    os.close(reading)
+    found = run_doctor(stdout=writing, JAX_PLATFORMS="cpu")
+    os.close(writing)
+    assert (found.returncode, found.stderr) == (0, "")
 
   @pytest.mark.skipif(doctor.driver_version() is not None, reason="here there may be a GPU")
   def test_a_platform_that_is_not_there(self):
