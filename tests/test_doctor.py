@@ -1,0 +1,279 @@
+"""What ``flax-fp8 doctor`` finds on machines good and bad, and what it says to install."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import pytest
+
+from flax_fp8 import doctor
+from flax_fp8.doctor import Line
+from flax_fp8.explain import plugin
+
+ROOT = Path(__file__).parents[1]
+OPEN_MODULE = (
+  "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (builder)\n"
+  "GCC version:  gcc version 13.3.0 (Ubuntu 13.3.0-6ubuntu2~24.04)\n"
+)
+CLOSED_MODULE = (
+  "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22 01:44:30 UTC 2024\n"
+)
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+  """Sets what NVIDIA's driver says of itself, and JAX's settings."""
+  monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+  def describe(driver=None, platforms="", visible=None):
+    monkeypatch.setattr(doctor, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(doctor, "_platforms", lambda: platforms)
+    if driver is not None:
+      (tmp_path / "version").write_text(driver)
+    if visible is not None:
+      monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+  return describe
+
+
+def run_doctor(path=(), stdout=subprocess.PIPE, **environment):
+  """The command in a process of its own, without the tests' settings of JAX."""
+  inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "CUDA_"))}
+  environment |= {"PYTHONPATH": os.pathsep.join(map(str, [*path, ROOT]))}
+  return subprocess.run(
+    [sys.executable, "-m", "flax_fp8.cli", "doctor"],
+    env=inherited | environment,
+    stdout=stdout,
+    stderr=subprocess.PIPE,
+    text=True,
+    check=False,
+    timeout=300,
+  )
+
+
+class TestTheCommand:
+  def test_this_machine(self):
+    found = run_doctor(JAX_PLATFORMS="cpu")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert re.search(rf"^jax +{re.escape(jax.__version__)}$", found.stdout, re.MULTILINE)
+    assert re.search(r"^device +1 x cpu$", found.stdout, re.MULTILINE)
+    assert re.search(r"^  HYBRID_FNUZ +yes; CPU: FP8 is emulated", found.stdout, re.MULTILINE)
+    assert found.stdout.endswith("\n\nNothing is broken.\n")
+
+  @pytest.mark.skipif(doctor.driver_version() is not None, reason="here JAX may look for CUDA")
+  def test_jax_does_not_miss_cuda_where_there_is_no_driver(self):
+    found = run_doctor()
+    assert (found.returncode, found.stderr) == (0, "")
+
+  def test_a_plugin_of_another_version(self, tmp_path):
+    folder = tmp_path / "jax_cuda13_plugin-0.0.1.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(
+      "Metadata-Version: 2.1\nName: jax-cuda13-plugin\nVersion: 0.0.1\n"
+    )
+    found = run_doctor([tmp_path], JAX_PLATFORMS="cpu")
+    assert found.returncode == 1
+    assert "BROKEN: JAX's CUDA plugin must be of jaxlib's version; got jax-cuda13-plugin 0.0.1" in (
+      found.stdout
+    )
+    assert f"-> {plugin.install_line()}\n" in found.stdout
+    assert found.stdout.endswith("\n\nBroken: GPU compiler.\n")
+
+  def test_a_reader_that_has_read_enough(self):
+    reading, writing = os.pipe()
+    os.close(reading)
+    found = run_doctor(stdout=writing, JAX_PLATFORMS="cpu")
+    os.close(writing)
+    assert (found.returncode, found.stderr) == (0, "")
+
+  @pytest.mark.skipif(doctor.driver_version() is not None, reason="here there may be a GPU")
+  def test_a_platform_that_is_not_there(self):
+    found = run_doctor(JAX_PLATFORMS="cuda")
+    assert found.returncode == 1
+    assert "BROKEN: JAX finds none with JAX_PLATFORMS=cuda: " in found.stdout
+    assert "-> unset JAX_PLATFORMS\n" in found.stdout
+
+
+class TestTrial:
+  def test_compiles_fp8(self):
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="the CUDA plugin exists for Linux alone")
+    line = doctor.trial()
+    assert re.fullmatch(
+      r"a 256 x 256 product of E4M3, compiled for an H100 in [\d.]+ s, is FP8", line.text
+    )
+    assert not line.broken
+
+  def test_an_error_is_the_finding(self, monkeypatch):
+    def explain(*args, **options):
+      raise RuntimeError("explain: the compiler's process must answer")
+
+    monkeypatch.setattr(doctor, "explain", explain)
+    line = doctor.trial()
+    assert line == Line(
+      "trial", "RuntimeError: explain: the compiler's process must answer", broken=True
+    )
+
+  def test_a_product_that_is_not_fp8_is_broken(self, monkeypatch):
+    class Report:
+      fp8_gemms, total_gemms = 0, 1
+
+    monkeypatch.setattr(doctor, "explain", lambda *args, **options: Report)
+    assert doctor.trial().broken
+    assert doctor.trial().text.endswith("s, is not FP8")
+
+
+class TestCompiler:
+  def test_installed(self):
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="the CUDA plugin exists for Linux alone")
+    found = metadata.version("jax-cuda13-plugin")
+    assert doctor.plugin() == Line("GPU compiler", f"jax-cuda13-plugin {found}")
+
+  def test_missing_is_advice(self, monkeypatch):
+    monkeypatch.setattr(plugin, "_PLUGINS", ("jax-cuda-plugin-that-nobody-has",))
+    line = doctor.plugin()
+    assert not line.broken
+    assert line.text.startswith("compiling for a GPU that is not attached needs the compiler of")
+    assert line.cure == plugin.install_line()
+
+  def test_missing_flatbuffers_are_advice(self, monkeypatch):
+    versions = {"jax-cuda13-plugin": "1.2.3", "jaxlib": "1.2.3"}
+
+    def version(name):
+      if name not in versions:
+        raise metadata.PackageNotFoundError(name)
+      return versions[name]
+
+    monkeypatch.setattr(plugin.metadata, "version", version)
+    line = doctor.plugin()
+    assert not line.broken
+    assert line.cure == "pip install flatbuffers"
+
+  def test_cannot_be_had_everywhere(self, monkeypatch):
+    monkeypatch.setattr(doctor.platform, "system", lambda: "Darwin")
+    assert doctor.plugin() == Line("GPU compiler", "none; JAX's CUDA plugin exists for Linux alone")
+
+  def test_is_not_tried_where_it_is_missing(self, monkeypatch):
+    monkeypatch.setattr(plugin, "_PLUGINS", ())
+    lines = doctor.examine()
+    assert lines[-1].label == "GPU compiler"
+    assert not any(line.broken for line in lines)
+
+
+class TestDriver:
+  def test_none(self, machine):
+    machine()
+    assert doctor.driver(sees_gpu=False) == Line("NVIDIA driver", "none")
+
+  @pytest.mark.parametrize("driver", [OPEN_MODULE, CLOSED_MODULE], ids=["open", "closed"])
+  def test_jax_sees_the_gpu(self, machine, driver):
+    machine(driver)
+    version = doctor.driver_version()
+    assert version in ("580.95.05", "550.54.14")
+    assert doctor.driver(sees_gpu=True) == Line("NVIDIA driver", f"{version}; JAX sees the GPU")
+
+  @pytest.mark.parametrize(
+    ("driver", "name", "extra"),
+    [
+      (OPEN_MODULE, "580.95.05", "cuda13"),
+      (CLOSED_MODULE, "550.54.14", "cuda12"),
+      ("?", "of unknown version", "cuda13"),
+    ],
+    ids=["new", "old", "unknown"],
+  )
+  def test_jax_sees_no_gpu(self, machine, driver, name, extra):
+    machine(driver)
+    assert doctor.driver(sees_gpu=False) == Line(
+      "NVIDIA driver",
+      f"{name}, but JAX sees no GPU",
+      f"pip install 'jax[{extra}]'",
+      broken=True,
+    )
+
+  @pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+      ({"platforms": "cpu"}, "JAX_PLATFORMS=cpu"),
+      ({"visible": ""}, "CUDA_VISIBLE_DEVICES="),
+      ({"visible": "-1"}, "CUDA_VISIBLE_DEVICES=-1"),
+    ],
+    ids=["platform", "none visible", "negative"],
+  )
+  def test_hidden_on_purpose(self, machine, settings, reason):
+    machine(OPEN_MODULE, **settings)
+    assert doctor.driver(sees_gpu=False) == Line(
+      "NVIDIA driver", f"580.95.05; {reason} keeps JAX off the GPU"
+    )
+
+  @pytest.mark.parametrize("settings", [{"platforms": "cuda,cpu"}, {"visible": "0"}], ids=str)
+  def test_asked_for_is_not_hidden(self, machine, settings):
+    machine(OPEN_MODULE, **settings)
+    assert doctor.driver(sees_gpu=False).broken
+
+
+class TestAllowMissingCuda:
+  @pytest.mark.parametrize(
+    ("driver", "before", "after"),
+    [(None, None, "1"), (None, "0", "0"), (OPEN_MODULE, None, None)],
+    ids=["no driver", "set by the user", "driver"],
+  )
+  def test_only_without_a_driver(self, machine, monkeypatch, driver, before, after):
+    machine(driver)
+    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", before or "")
+    if before is None:
+      monkeypatch.delenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK")
+    doctor.allow_missing_cuda()
+    assert os.environ.get("JAX_SKIP_CUDA_CONSTRAINTS_CHECK") == after
+
+
+class TestDevices:
+  def test_each_kind_once(self, described):
+    found = [described("h100"), described("h100"), described("a100")]
+    lines = list(doctor.devices(found, ""))
+    assert [line.text for line in lines if line.label == "device"] == [
+      f"2 x {described('h100').device_kind}",
+      f"1 x {described('a100').device_kind}",
+    ]
+    assert not any(line.broken for line in lines)
+
+  def test_fp8_by_format_and_recipe(self, described):
+    answers = {line.label.strip(): line.text for line in doctor.devices([described("h100")], "")}
+    assert {label: text.partition(";")[0] for label, text in answers.items()} == {
+      "device": f"1 x {described('h100').device_kind}",
+      "HYBRID": "yes",
+      "E4M3": "yes",
+      "HYBRID_FNUZ": "no",
+      "DelayedScaling()": "yes",
+    }
+    assert "not float8_e4m3fnuz" in answers["HYBRID_FNUZ"]
+
+  def test_none(self, machine):
+    machine()
+    assert list(doctor.devices([], "RuntimeError no")) == [
+      Line("device", "JAX finds none: RuntimeError no", broken=True)
+    ]
+
+
+class TestVersions:
+  def test_of_what_matters(self):
+    found = {line.label: line.text for line in doctor.versions()}
+    assert found["jaxlib"] == metadata.version("jaxlib")
+    assert list(found) == ["Python", *doctor.PACKAGES, "matplotlib"]
+
+  def test_without_matplotlib(self, monkeypatch):
+    monkeypatch.setattr(doctor, "version", lambda package: "not installed")
+    assert doctor.matplotlib() == Line("matplotlib", "not installed", "pip install matplotlib")
+
+  def test_not_installed(self):
+    assert doctor.version("a-package-that-nobody-has") == "not installed"
+
+
+def test_render():
+  lines = [Line("one", "fine"), Line("three", "bad", "pip install good", broken=True)]
+  assert doctor.render(lines) == (
+    "one    fine\nthree  BROKEN: bad\n       -> pip install good\n\nBroken: three."
+  )
+  assert doctor.render(lines[:1]).endswith("\n\nNothing is broken.")
