@@ -8,7 +8,6 @@ traceback.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import inspect
 import json
@@ -17,14 +16,13 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from flax_fp8 import doctor
 from flax_fp8.explain.compare import Comparison
-from flax_fp8.explain.explain import assert_fp8, explain
+from flax_fp8.explain.explain import explain
 from flax_fp8.explain.report import Report
 from flax_fp8.explain.target import NAMES
 
@@ -103,21 +101,20 @@ def _seconds(text: str) -> float:
 
 
 def run_explain(arguments: argparse.Namespace) -> int:
-  """Explains a program, or two; ``--assert-fp8`` judges the first."""
+  """Explains a program, or two; ``--assert-fp8`` then judges the first."""
   _require_consistent(arguments)
   doctor.allow_missing_cuda()
   specs = [arguments.program, *filter(None, [arguments.against])]
   programs = [load(spec) for spec in specs]  # whose mistakes show before anything is compiled
-  first = partial(assert_fp8, exclude=arguments.exclude) if arguments.assert_fp8 else explain
+  options = {"target": arguments.target, "timeout": arguments.timeout}
   reports = [
-    dataclasses.replace(
-      judge(*program, target=arguments.target, timeout=arguments.timeout), name=spec
-    )
-    for judge, spec, program in zip((first, explain), specs, programs, strict=False)
+    explain(*program, name=spec, **options) for spec, program in zip(specs, programs, strict=True)
   ]
   _print(render(reports, arguments.format))
   if arguments.plot is not None:
     _shown(reports).plot().savefig(arguments.plot)
+  if arguments.assert_fp8:
+    reports[0].assert_fp8(arguments.exclude)
   return 0
 
 

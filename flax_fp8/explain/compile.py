@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.export
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from flax_fp8.explain.child import run_child
@@ -178,8 +179,8 @@ def _is_info(node: Any) -> bool:
 
 def _require_serializable(avals: list[Any]) -> None:
   for aval in avals:
-    extended = jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended)
-    if extended and not jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+    extended = jnp.issubdtype(aval.dtype, jax.dtypes.extended)
+    if extended and not jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
       raise TypeError(
         f"explain: arguments and results must be arrays that jax.export takes; got one of dtype "
         f"{aval.dtype}. Cast to it, and back, inside the function."
