@@ -2,29 +2,37 @@
 
     python benchmarks/train_lm.py                      # both, on two CPU cores, in a few minutes
     python benchmarks/train_lm.py --preset h200 --text corpus.txt
+    python benchmarks/train_lm.py --explain h200       # and shows the step as compiled for that GPU
 
 A Llama-like decoder learns Python's language reference byte by byte, twice: from the same seed, on
 the same batches, with the same optimiser. The models differ in one argument, ``dot_general_cls``.
 The answer is ``gap = 100 * (loss FP8 / loss BF16 - 1)`` on held-out text; table, ``curves.png`` and
 ``results.json`` go to ``--out``. A killed run goes on with ``--resume``, bit for bit.
+
+Before it trains, each step is compiled for a GPU: the one attached, else a described H200. The FP8
+GEMMs are counted in that program; a projection's GEMM that FP8 has not in FP8 stops the benchmark.
 """
 
 import argparse
 import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
 import flax_fp8 as fp8
+from flax_fp8.explain.target import NAMES
 from lm.config import PRESETS, Precision, TrainConfig
 from lm.curve import Result
 from lm.errors import UsageError
+from lm.explain import Reports, explain_steps, write_reports
 from lm.plot import write_png
 from lm.progress import ConsoleDisplay
 from lm.report import show, write_json
 from lm.text import Corpus, read_corpus
-from lm.train import train
+from lm.train import require_startable, train
 
 PRECISIONS: dict[str, tuple[Precision, ...]] = {
   "bf16": ("bf16",),
@@ -61,6 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
   add("--seed", type=not_negative, help="of parameters and batches")
   add("--remat", action="store_true", default=None, help="recompute blocks in backward")
   add("--attention", choices=("xla", "cudnn"), help="attention kernel; cudnn needs a GPU")
+  add("--explain", choices=NAMES, help="report on the step as compiled for this GPU, then train")
   add("--out", type=Path, default=Path("runs/train_lm"), help="folder of all results")
   add("--resume", action="store_true", help="go on from the checkpoints in --out")
   add("--checkpoint-every", type=not_negative, default=100, help="steps; 0 writes none")
@@ -89,18 +98,46 @@ def require_fp8_hardware(precisions: tuple[Precision, ...]) -> None:
     )
 
 
+def require_attention(config: TrainConfig) -> None:
+  """Raises where the attention kernel can't be trained with."""
+  if config.shape.attention == "cudnn" and (backend := jax.default_backend()) != "gpu":
+    raise UsageError(
+      f"--attention: cudnn trains on a GPU only; got {backend}. Use --attention xla."
+    )
+
+
+def folders(arguments: argparse.Namespace) -> Iterator[tuple[Precision, Path]]:
+  """The precisions asked for, each with the folder of its checkpoints."""
+  for precision in PRECISIONS[arguments.precision]:
+    yield precision, arguments.out / "checkpoints" / precision
+
+
+def prove(
+  arguments: argparse.Namespace, config: TrainConfig, corpus: Corpus, console: Console
+) -> Reports:
+  """Reports on each precision's step, before any array of the model's size is made."""
+  for precision, folder in folders(arguments):
+    require_startable(config, precision, corpus, folder=folder, resume=arguments.resume)
+  precisions = PRECISIONS[arguments.precision]
+  reports = explain_steps(config, precisions, arguments.explain, console)
+  if arguments.explain:
+    write_reports(reports, arguments.out)
+    console.print(f"Wrote explain_*.md and explain.png to {arguments.out}", highlight=False)
+  return reports
+
+
 def run(
   arguments: argparse.Namespace, config: TrainConfig, corpus: Corpus, console: Console
 ) -> list[Result]:
   """Trains each precision asked for, one after the other."""
   results = []
-  for precision in PRECISIONS[arguments.precision]:
+  for precision, folder in folders(arguments):
     with ConsoleDisplay(console, precision.upper(), config.steps) as display:
       result = train(
         config,
         precision,
         corpus,
-        folder=arguments.out / "checkpoints" / precision,
+        folder=folder,
         resume=arguments.resume,
         checkpoint_every=arguments.checkpoint_every,
         display=display,
@@ -122,13 +159,16 @@ def main(argv: list[str] | None = None) -> int:
   try:
     require_fp8_hardware(PRECISIONS[arguments.precision])
     config, corpus = configure(arguments), read_corpus(arguments.text)
+    reports = prove(arguments, config, corpus, console)
+    require_attention(config)
     results = run(arguments, config, corpus, console)
   except UsageError as error:
     print(f"train_lm: {error}", file=sys.stderr)
     return 2
-  show(results, config, console)
+  show(results, reports, config, console)
   write_png(results, arguments.out / "curves.png")
-  write_json(results, config, corpus, arguments.out / "results.json")
+  path = arguments.out / "results.json"
+  write_json(results, reports, config, corpus, path, explained=arguments.explain is not None)
   console.print(f"Wrote curves.png and results.json to {arguments.out}", highlight=False)
   return 0
 

@@ -1,21 +1,46 @@
-"""The main job, as a user runs it: results, refusals, and a kill that changes nothing."""
+"""The main job, as a user runs it: results, refusals, proof, and a kill that changes nothing."""
 
+import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import pytest
+
+import flax_fp8 as fp8
+import lm.explain
+import train_lm
+from flax_fp8.explain.compile import Memory
+from flax_fp8.explain.gemms import Extent, Gemm, GemmRole
+from lm.config import PRESETS
+from lm.errors import UsageError
+from lm.model import PROJECTIONS
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
+MISSING = lm.explain.missing_compiler()
+# Runs a script as if the GPU compiler were not installed: no step is explained, which takes time.
+WITHOUT_COMPILER = """
+import pathlib, runpy, sys
+from flax_fp8.explain import plugin
+
+plugin.find_compiler = lambda: None
+sys.argv = sys.argv[1:]
+sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-def command(out, *options):
-  script = [sys.executable, str(ROOT / "benchmarks" / "train_lm.py"), "--out", str(out)]
+def command(out, *options, compiler=False):
+  without = [] if compiler else ["-c", WITHOUT_COMPILER]
+  script = [sys.executable, *without, str(ROOT / "benchmarks" / "train_lm.py"), "--out", str(out)]
   return [*script, "--steps", str(STEPS), "--batch-size", "2", "--checkpoint-every", "4", *options]
 
 
@@ -25,9 +50,13 @@ def environment():
   return kept | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 
-def run(out, *options):
+def run(out, *options, compiler=False):
   return subprocess.run(
-    command(out, *options), env=environment(), capture_output=True, text=True, check=False
+    command(out, *options, compiler=compiler),
+    env=environment(),
+    capture_output=True,
+    text=True,
+    check=False,
   )
 
 
@@ -59,9 +88,9 @@ def kill_after_a_checkpoint(out):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-  """An unbroken run of both precisions."""
+  """An unbroken run of both precisions, explained where that can be."""
   out = tmp_path_factory.mktemp("whole")
-  return out, run(out)
+  return out, run(out, *([] if MISSING else ["--explain", "h200"]), compiler=True)
 
 
 def test_both_precisions_and_what_they_leave(whole):
@@ -73,12 +102,27 @@ def test_both_precisions_and_what_they_leave(whole):
   found = results(out)
   assert set(found["runs"]) == {"bf16", "fp8"}
   fp8, bf16 = found["runs"]["fp8"], found["runs"]["bf16"]
-  layers = found["config"]["layers"]
-  assert fp8["fp8_gemm_sites"] == layers * 7 * 3  # seven projections, three GEMMs each
-  assert bf16["fp8_gemm_sites"] == 0
-  assert bf16["gemm_sites"] == fp8["gemm_sites"]
   assert fp8["fp8_state_bytes"] > bf16["fp8_state_bytes"] == 0
   assert fp8["train_curve"][-1] < fp8["train_curve"][0]
+
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_the_steps_are_explained(whole):
+  out, finished = whole
+  runs, reports = results(out)["runs"], results(out)["explain"]
+  # Two layers of seven projections, three GEMMs each; in BF16, XLA merges some that share an input.
+  counts = {"fp8": (42, 57), "bf16": (0, 45)}
+  for precision, (fp8_gemms, gemms) in counts.items():
+    run, report = runs[precision], reports[precision]
+    assert (run["fp8_gemms"], run["gemms"], run["gemms_target"]) == (fp8_gemms, gemms, "H200")
+    assert (report["fp8_gemms"], report["gemms"], report["device"]) == (fp8_gemms, gemms, "H200")
+    assert f" {fp8_gemms}/{gemms} " in finished.stdout
+    title = f"{precision.upper()} step on H200 (described, not attached; 1 device): "
+    assert title in finished.stdout
+    assert title in (out / f"explain_{precision}.md").read_text()
+  assert finished.stdout.index("roofline ms") < finished.stdout.index("compiled in")
+  assert "ratio" in finished.stdout
+  assert (out / "explain.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_killed_and_resumed_is_bit_identical(whole, tmp_path):
@@ -87,9 +131,19 @@ def test_killed_and_resumed_is_bit_identical(whole, tmp_path):
   assert resumed.returncode == 0, resumed.stderr
   assert "goes on after step" in resumed.stdout
   assert curves(tmp_path) == curves(whole[0])
+  check_not_counted(tmp_path, resumed.stdout)
 
 
-def test_refusals(whole):
+def check_not_counted(out, stdout):
+  """What a run without the GPU compiler says of its GEMMs."""
+  assert re.search(r"│\s+-\s+│", stdout)
+  note = next(line for line in stdout.splitlines() if "FP8 GEMMs are not counted" in line)
+  assert "pip install 'jax[cuda13-local]==" in note
+  assert results(out)["runs"]["fp8"]["fp8_gemms"] is None
+  assert "explain" not in results(out)
+
+
+def test_refusals(whole, tmp_path):
   out, _ = whole
   again = run(out, "--precision", "fp8")
   assert again.returncode == 2
@@ -97,3 +151,115 @@ def test_refusals(whole):
   other = run(out, "--precision", "fp8", "--resume", "--seed", "7")
   assert other.returncode == 2
   assert "--resume: the configuration must be the checkpoint's; got seed=7" in other.stderr
+  unexplained = run(tmp_path, "--explain", "h200")
+  assert unexplained.returncode == 2
+  assert "--explain: explain: compiling for a GPU that is not attached" in unexplained.stderr
+
+
+def test_cudnn_attention_is_explained_with_xla_and_refused_for_training(monkeypatch):
+  """On a CPU; and a preset that fills a GPU is described without making its arrays."""
+  asked = {}
+  monkeypatch.setattr(fp8, "explain", lambda fn, *args, **named: asked.update(named, args=args))
+  lm.explain.explain_step(PRESETS["h200"], "fp8", "h200")
+  assert asked["name"] == "FP8 step (XLA attention)"
+  assert asked["target"] == "h200"
+  state, windows = asked["args"]
+  assert {type(leaf) for leaf in jax.tree.leaves(asked["args"])} == {jax.ShapeDtypeStruct}
+  assert sum(leaf.size for leaf in jax.tree.leaves(state.params["params"])) > 9e8
+  assert windows.shape == (8, 2049)
+  with pytest.raises(UsageError, match="--attention: cudnn trains on a GPU only; got cpu"):
+    train_lm.require_attention(PRESETS["h200"])
+
+
+@pytest.mark.parametrize(
+  ("attached", "asked", "target"),
+  [
+    ("cpu", None, "h200"),
+    ("cpu", "b200", "b200"),
+    ("NVIDIA H200", None, None),
+    ("NVIDIA H200", "h200", None),
+    ("NVIDIA H200", "b200", "b200"),
+    ("NVIDIA GeForce RTX 4090", None, None),
+  ],
+)
+def test_the_attached_gpu_is_explained_first(monkeypatch, attached, asked, target):
+  platform = "cpu" if attached == "cpu" else "gpu"
+  device = SimpleNamespace(platform=platform, device_kind=attached)
+  monkeypatch.setattr(jax, "devices", lambda: [device])
+  assert lm.explain.choose_target(asked) == target
+
+
+def gemm(module, role, dtype="f8e4m3fn", times=2):
+  reason = "" if dtype.startswith("f8") else "the reason"
+  sizes = {"extent": Extent(1, 16, 16, 16), "times": times, "bytes": 0}
+  types = {"lhs": dtype, "rhs": dtype, "out": "bf16", "kernel": "cuBLASLt", "reason": reason}
+  return Gemm(path=f"Transformer/{module}", role=role, **sizes, **types)
+
+
+def report(*gemms, target="h200"):
+  return fp8.Report(
+    name="step",
+    device_kind=target.upper(),
+    devices=1,
+    described=True,
+    gemms=gemms,
+    kernels=(),
+    collectives=(),
+    memory=Memory(0, 0, 0, 0),
+    target=fp8.GpuTarget.named(target),
+  )
+
+
+THREE = (GemmRole.FPROP, GemmRole.DGRAD, GemmRole.WGRAD)
+HEAD = gemm("head", GemmRole.FPROP, "bf16", times=1)
+PROJECTED = [gemm(f"layers/{name}/Fp8DotGeneral_0", role) for name in PROJECTIONS for role in THREE]
+AGAIN = gemm("layers/up/Fp8DotGeneral_0", GemmRole.REMAT)
+
+
+def as_bf16(gemm):
+  return dataclasses.replace(gemm, lhs="bf16", rhs="bf16", reason="the reason")
+
+
+@pytest.mark.parametrize(
+  ("precision", "right"),
+  [
+    ("fp8", report(*PROJECTED, HEAD)),
+    ("fp8", report(*PROJECTED, AGAIN, HEAD)),
+    ("fp8", report(*map(as_bf16, PROJECTED), target="a100")),
+    ("bf16", report(*map(as_bf16, PROJECTED), HEAD)),
+  ],
+  ids=["fp8", "remat", "gpu-without-fp8", "bf16"],
+)
+def test_gemms_as_the_precision_promises(precision, right):
+  lm.explain.require_fp8_gemms(PRESETS["tiny"], precision, right)
+
+
+@pytest.mark.parametrize(
+  ("precision", "wrong", "rows"),
+  [
+    (
+      "fp8",
+      report(*PROJECTED, gemm("layers/out", GemmRole.DGRAD, "bf16"), HEAD),
+      ["Transformer/layers/out dgrad (2 a step), bf16 x bf16 by cuBLASLt: the reason"],
+    ),
+    (
+      "fp8",
+      report(*PROJECTED, as_bf16(AGAIN)),
+      ["Transformer/layers/up/Fp8DotGeneral_0 fprop again (2 a step), bf16 x bf16 by cuBLASLt: "],
+    ),
+    (
+      "fp8",
+      report(*PROJECTED[1:], dataclasses.replace(as_bf16(PROJECTED[0]), path=""), HEAD),
+      ["(module lost) fprop (2 a step)", "Transformer/head fprop (1 a step)"],
+    ),
+    ("bf16", report(PROJECTED[0], HEAD), ["f8e4m3fn x f8e4m3fn by cuBLASLt: is FP8"]),
+  ],
+  ids=["left-out", "remat", "module-lost", "bf16"],
+)
+def test_gemms_that_are_not_name_their_rows(precision, wrong, rows):
+  with pytest.raises(RuntimeError, match=f"train_step: precision {precision} must have") as error:
+    lm.explain.require_fp8_gemms(PRESETS["tiny"], precision, wrong)
+  _, *found = str(error.value).splitlines()
+  assert len(found) == len(rows)
+  for row, expected in zip(found, rows, strict=True):
+    assert expected in row

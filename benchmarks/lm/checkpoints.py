@@ -56,6 +56,32 @@ class Checkpoints:
     )
     self.manager.save(curve.step, args=items)
 
+  def find(self, *, resume: bool) -> Curve | None:
+    """Finds the curve to go on from.
+
+    Args:
+      resume: go on from the newest checkpoint, if there is one.
+
+    Returns:
+      The newest checkpoint's curve; None where there is no checkpoint.
+
+    Raises:
+      UsageError: there are checkpoints and ``resume`` is off, or they are of another run.
+    """
+    step = self.manager.latest_step()
+    if step is None:
+      return None
+    if not resume:
+      raise UsageError(
+        f"--out: a new run needs a folder without checkpoints; got {self.folder} with "
+        f"step {step}. Add --resume to go on, or name another --out."
+      )
+    saved = self.manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))[
+      "progress"
+    ]
+    self.check_identity(saved["identity"])
+    return Curve.from_dict(saved["curve"])
+
   def start(self, state: Any, *, resume: bool) -> tuple[Any, Curve]:
     """Gives what the run begins with.
 
@@ -67,24 +93,13 @@ class Checkpoints:
       The state and the curve, from the checkpoint or fresh.
 
     Raises:
-      UsageError: there are checkpoints and ``resume`` is off, or they are of another run.
+      UsageError: as ``find``.
     """
-    step = self.manager.latest_step()
-    if step is None:
+    if (curve := self.find(resume=resume)) is None:
       return state, Curve()
-    if not resume:
-      raise UsageError(
-        f"--out: a new run needs a folder without checkpoints; got {self.folder} with "
-        f"step {step}. Add --resume to go on, or name another --out."
-      )
-    saved = self.manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))[
-      "progress"
-    ]
-    self.check_identity(saved["identity"])
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-    restored = self.manager.restore(step, args=items)["state"]
-    return restored, Curve.from_dict(saved["curve"])
+    return self.manager.restore(curve.step, args=items)["state"], curve
 
   def check_identity(self, saved: dict[str, Any]) -> None:
     """Raises when the checkpoint is of a run with another curve, naming what differs."""

@@ -5,7 +5,6 @@ import statistics
 from typing import Any
 
 from lm.config import Precision
-from lm.gemm_sites import Sites, fp8_sites
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -46,7 +45,6 @@ class Result:
     fp8_state_bytes: the FP8 scales and histories among them.
     temp_bytes: what the compiled step needs besides its arguments and results.
     compile_seconds: tracing and compiling the step.
-    sites: the GEMMs of one step by operand dtypes.
   """
 
   precision: Precision
@@ -56,7 +54,6 @@ class Result:
   fp8_state_bytes: int
   temp_bytes: int
   compile_seconds: float
-  sites: Sites
 
   @property
   def loss(self) -> float:
@@ -67,16 +64,6 @@ class Result:
   def steps_per_second(self) -> float:
     """Median over the stretches: compilation, validation and checkpoints are not in it."""
     return statistics.median(self.curve.rates)
-
-  @property
-  def fp8_gemms(self) -> int:
-    """GEMMs of one step with both operands in FP8."""
-    return fp8_sites(self.sites)
-
-  @property
-  def gemms(self) -> int:
-    """All GEMMs of one step."""
-    return self.sites.total()
 
 
 def gap_percent(bf16: Result, fp8: Result) -> float:

@@ -15,6 +15,7 @@ from rich.table import Table
 import flax_fp8 as fp8
 from lm.config import TrainConfig
 from lm.curve import Result, gap_percent
+from lm.explain import Reports, missing_compiler
 from lm.text import Corpus
 
 EMULATED = (
@@ -40,40 +41,51 @@ def mebibytes(count: int) -> str:
   return f"{count / 2**20:.2f} MiB"
 
 
-def table(results: list[Result], config: TrainConfig) -> Table:
+def gemm_heading(reports: Reports) -> str:
+  """The heading of the GEMMs' column, with the GPU that they were compiled for."""
+  kinds = {report.device_kind for report in reports.values()}
+  return f"FP8 GEMMs ({', '.join(kinds)})" if kinds else "FP8 GEMMs"
+
+
+def table(results: list[Result], reports: Reports, config: TrainConfig) -> Table:
   """One row a precision."""
   grid = Table(title=f"{results[0].parameters:,} parameters, {config.steps} steps")
-  for heading in ("", "validation loss", "gap", "steps/s", "FP8 GEMM sites", "state", "FP8 state"):
+  gemms = gemm_heading(reports)
+  for heading in ("", "validation loss", "gap", "steps/s", gemms, "state", "FP8 state"):
     grid.add_column(heading, justify="right" if heading else "left")
   gap = find_gap(results)
   for result in results:
+    report = reports.get(result.precision)
     grid.add_row(
       result.precision.upper(),
       f"{result.loss:.4f}",
       f"{gap:+.2f} %" if gap is not None and result.precision == "fp8" else "",
       f"{result.steps_per_second:.2f}",
-      f"{result.fp8_gemms}/{result.gemms}",
+      f"{report.fp8_gemms}/{report.total_gemms}" if report else "-",
       mebibytes(result.state_bytes),
       mebibytes(result.fp8_state_bytes),
     )
   return grid
 
 
-def show(results: list[Result], config: TrainConfig, console: Console) -> None:
-  """Prints the table, and on a CPU the line that keeps its steps/s honest."""
-  console.print(table(results, config))
+def show(results: list[Result], reports: Reports, config: TrainConfig, console: Console) -> None:
+  """Prints the table, why it lacks a count, and on a CPU the line that keeps its steps/s honest."""
+  console.print(table(results, reports, config))
+  if not reports:
+    note = f"FP8 GEMMs are not counted: {missing_compiler()}"
+    console.print(note, markup=False, highlight=False, soft_wrap=True)
   if emulated():
     console.print(EMULATED, highlight=False, soft_wrap=True)
 
 
-def describe_result(result: Result) -> dict[str, Any]:
-  """All numbers of one run."""
+def describe_result(result: Result, report: fp8.Report | None) -> dict[str, Any]:
+  """All numbers of one run; those of its GEMMs are null where nothing could count them."""
   return {
     "validation_loss": result.loss,
     "steps_per_second": result.steps_per_second,
-    "fp8_gemm_sites": result.fp8_gemms,
-    "gemm_sites": result.gemms,
-    "gemm_operands": dict(sorted(result.sites.items())),
+    "fp8_gemms": report and report.fp8_gemms,
+    "gemms": report and report.total_gemms,
+    "gemms_target": report and report.device_kind,
     "parameters": result.parameters,
     "state_bytes": result.state_bytes,
     "fp8_state_bytes": result.fp8_state_bytes,
@@ -101,14 +113,35 @@ def environment() -> dict[str, Any]:
   }
 
 
-def write_json(results: list[Result], config: TrainConfig, corpus: Corpus, path: Path) -> None:
-  """Writes every number; the losses are exact, so two runs can be compared bit by bit."""
+def write_json(
+  results: list[Result],
+  reports: Reports,
+  config: TrainConfig,
+  corpus: Corpus,
+  path: Path,
+  *,
+  explained: bool,
+) -> None:
+  """Writes every number; the losses are exact, so two runs can be compared bit by bit.
+
+  Args:
+    results: the runs.
+    reports: of their steps, by precision.
+    config: what was trained.
+    corpus: on what.
+    path: the file.
+    explained: write the whole reports too.
+  """
   text = {"name": corpus.name, "sha256_16": corpus.digest, "train_bytes": len(corpus.train)}
   document = {
     "environment": environment(),
     "config": config.as_dict(),
     "text": text,
     "gap_percent": find_gap(results),
-    "runs": {result.precision: describe_result(result) for result in results},
+    "runs": {
+      result.precision: describe_result(result, reports.get(result.precision)) for result in results
+    },
   }
+  if explained:
+    document["explain"] = {name: report.to_dict() for name, report in reports.items()}
   path.write_text(json.dumps(document, indent=1) + "\n")

@@ -11,8 +11,7 @@ import optax
 
 import flax_fp8 as fp8
 from lm.config import Precision, TrainConfig
-from lm.gemm_sites import Sites, fp8_sites, gemm_sites
-from lm.model import PROJECTIONS, Transformer
+from lm.model import Transformer
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -37,8 +36,12 @@ def is_kernel(tree: Any) -> Any:
   )
 
 
-def create_state(config: TrainConfig, precision: Precision) -> fp8.TrainState:
-  """Builds model and optimiser; ``dot_general_cls`` is all that the precision changes."""
+def initializer(config: TrainConfig, precision: Precision) -> Callable[[jax.Array], fp8.TrainState]:
+  """Builds model and optimiser; ``dot_general_cls`` is all that the precision changes.
+
+  Returns:
+    What makes the training state from a random key.
+  """
   dot_general_cls = fp8.Fp8DotGeneral if precision == "fp8" else None
   model = Transformer(config.shape, dot_general_cls=dot_general_cls)
   tx = optimizer(config)
@@ -49,7 +52,20 @@ def create_state(config: TrainConfig, precision: Precision) -> fp8.TrainState:
     state = fp8.TrainState.create(apply_fn=model.apply, params=variables, tx=tx)
     return state.replace(step=jnp.zeros((), jnp.int32))
 
-  return create(jax.random.key(config.seed))
+  return create
+
+
+def create_state(config: TrainConfig, precision: Precision) -> fp8.TrainState:
+  """Makes the training state of the configured seed."""
+  return initializer(config, precision)(jax.random.key(config.seed))
+
+
+def step_shapes(
+  config: TrainConfig, precision: Precision
+) -> tuple[fp8.TrainState, jax.ShapeDtypeStruct]:
+  """The arguments of ``train_step`` without their numbers: no array of the model's size is made."""
+  state = jax.eval_shape(initializer(config, precision), jax.random.key(config.seed))
+  return state, jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.uint8)
 
 
 def mean_loss(apply_fn: Callable[..., jax.Array], variables: Any, windows: jax.Array) -> jax.Array:
@@ -65,7 +81,11 @@ def train_step(state: fp8.TrainState, windows: jax.Array) -> tuple[fp8.TrainStat
   return state.apply_gradients(grads=grads), loss
 
 
-def compile_step(state: fp8.TrainState, windows: np.ndarray) -> tuple[Any, Sites, float]:
+# Each call overwrites the state that it is given.
+jitted_step = jax.jit(train_step, donate_argnums=0)
+
+
+def compile_step(state: fp8.TrainState, windows: np.ndarray) -> tuple[Any, float]:
   """Compiles ``train_step`` ahead of time, so that no step pays for it.
 
   Args:
@@ -73,20 +93,8 @@ def compile_step(state: fp8.TrainState, windows: np.ndarray) -> tuple[Any, Sites
     windows: a batch, for its shape.
 
   Returns:
-    The compiled step, the GEMMs it asks for, and the seconds that tracing and compiling took.
+    The compiled step, and the seconds that tracing and compiling took.
   """
   begun = time.perf_counter()
-  traced = jax.jit(train_step, donate_argnums=0).trace(state, windows)
-  compiled = traced.lower().compile()
-  return compiled, gemm_sites(traced.jaxpr), time.perf_counter() - begun
-
-
-def require_fp8_gemms(config: TrainConfig, precision: Precision, sites: Sites) -> None:
-  """Raises unless FP8 has all three GEMMs of every projection in FP8, and BF16 has none."""
-  wanted = 3 * len(PROJECTIONS) * config.shape.layers if precision == "fp8" else 0
-  found = fp8_sites(sites)
-  if found < wanted or (precision == "bf16" and found):
-    raise RuntimeError(
-      f"train_step: precision {precision} must ask for {wanted} FP8 GEMMs; got {found} in "
-      f"{dict(sites)}. Look for a projection that fell back, or a baseline that is none."
-    )
+  compiled = jitted_step.lower(state, windows).compile()
+  return compiled, time.perf_counter() - begun

@@ -17,9 +17,8 @@ import flax_fp8 as fp8
 from lm.checkpoints import Checkpoints
 from lm.config import Precision, TrainConfig
 from lm.curve import Curve, Result
-from lm.gemm_sites import Sites
 from lm.progress import Display, Silent
-from lm.step import compile_step, create_state, mean_loss, require_fp8_gemms
+from lm.step import compile_step, create_state, mean_loss
 from lm.text import Corpus, training_batch, validation_batches
 
 STRETCH = 10
@@ -80,10 +79,10 @@ def summarize(
   precision: Precision,
   state: fp8.TrainState,
   curve: Curve,
-  compiled: tuple[Any, Sites, float],
+  compiled: tuple[Any, float],
 ) -> Result:
   """Gathers what a finished run is reported by; ``compiled`` is what ``compile_step`` gave."""
-  step_fn, sites, compile_seconds = compiled
+  step_fn, compile_seconds = compiled
   params = state.params["params"]
   return Result(
     precision=precision,
@@ -93,8 +92,23 @@ def summarize(
     fp8_state_bytes=tree_bytes(state.params.get(fp8.OVERWRITE_WITH_GRADIENT, {})),
     temp_bytes=step_fn.memory_analysis().temp_size_in_bytes,
     compile_seconds=compile_seconds,
-    sites=sites,
   )
+
+
+def open_checkpoints(
+  config: TrainConfig, precision: Precision, corpus: Corpus, folder: Path
+) -> Checkpoints:
+  """Opens the checkpoints of a run in ``folder``."""
+  identity = {"precision": precision, "text": corpus.digest, **config.as_dict()}
+  return Checkpoints(folder, identity=identity)
+
+
+def require_startable(
+  config: TrainConfig, precision: Precision, corpus: Corpus, *, folder: Path, resume: bool
+) -> None:
+  """Raises, before anything is compiled, where ``folder`` is none that ``train`` can begin with."""
+  with open_checkpoints(config, precision, corpus, folder) as checkpoints:
+    checkpoints.find(resume=resume)
 
 
 def train(
@@ -127,16 +141,14 @@ def train(
   batches = validation_batches(corpus, limit=config.validation_batches, **sizes)
   state = create_state(config, precision)
   loss_of = jax.jit(functools.partial(mean_loss, state.apply_fn))
-  identity = {"precision": precision, "text": corpus.digest, **config.as_dict()}
-  with Checkpoints(folder, identity=identity) as checkpoints:
+  with open_checkpoints(config, precision, corpus, folder) as checkpoints:
     state, curve = checkpoints.start(state, resume=resume)
     if resume:
       display.note(
         f"goes on after step {curve.step}" if curve.step else "no checkpoint: starts anew"
       )
     compiled = compile_step(state, draw(step=0))
-    require_fp8_gemms(config, precision, compiled[1])
-    display.note(f"compiled in {compiled[2]:.1f} s")
+    display.note(f"compiled in {compiled[1]:.1f} s")
     while curve.step < config.steps:
       stop = next_stop(curve.step, config.steps, STRETCH, config.validate_every, checkpoint_every)
       state = run_stretch(compiled[0], state, curve, draw, stop)
