@@ -17,6 +17,22 @@ def test_the_first_model_trains(capsys):
   assert "output_grad_amax_history" in out
 
 
+def test_the_report_is_that_of_the_first_model(capsys, monkeypatch):
+  monkeypatch.setenv("COLUMNS", "100")
+  fences = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+  programs = [body for language, body in fences if language == "python"]
+  first = next(program for program in programs if "import" in program)
+  proof = next(program for program in programs if "fp8.explain(" in program)
+  namespace = {"__name__": "__main__"}
+  exec(compile(first.replace("range(200)", "range(1)"), "first_model.py", "exec"), namespace)
+  capsys.readouterr()
+  exec(compile(proof, "proof.py", "exec"), namespace)
+  out = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+  shown = next(body for language, body in fences if not language and "GEMMs are FP8" in body)
+  gemms = shown[: shown.index("\n\n kernels")].splitlines()
+  assert out[: len(gemms)] == gemms
+
+
 def test_the_table_of_defects_is_that_of_the_checks():
   rows = re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)
   assert rows == [check.__name__ for check in test_defects.CHECKS]

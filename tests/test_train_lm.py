@@ -250,11 +250,11 @@ def test_gemms_as_the_precision_promises(precision, right):
     (
       "fp8",
       report(*PROJECTED[1:], dataclasses.replace(as_bf16(PROJECTED[0]), path=""), HEAD),
-      ["(module lost) fprop (2 a step)", "Transformer/head fprop (1 a step)"],
+      ["(no module) fprop (2 a step)", "Transformer/head fprop (1 a step)"],
     ),
     ("bf16", report(PROJECTED[0], HEAD), ["f8e4m3fn x f8e4m3fn by cuBLASLt: is FP8"]),
   ],
-  ids=["left-out", "remat", "module-lost", "bf16"],
+  ids=["left-out", "remat", "no-module", "bf16"],
 )
 def test_gemms_that_are_not_name_their_rows(precision, wrong, rows):
   with pytest.raises(RuntimeError, match=f"train_step: precision {precision} must have") as error:
