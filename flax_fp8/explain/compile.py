@@ -80,12 +80,13 @@ def compile_program(
 ) -> Program:
   """Compiles for the attached GPU where ``target`` is None, for the described one otherwise."""
   jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
-  with _mesh_context(mesh):
-    if target is None:
+  if target is None:
+    with _mesh_context(mesh):
       return compile_for(_attached_gpu(), jitted, args)
-    gpu = _target(target)
-    require_compiler()
-    request, program = _export(jitted, args, mesh)
+  gpu = _target(target)
+  require_compiler()
+  with _mesh_context(mesh), _device_context(gpu):
+    request, program = _export(jitted, args)
   request["description"] = gpu.description
   reply = run_child(request, program, timeout)
   return Program(
@@ -151,9 +152,22 @@ def _mesh_context(mesh: AnyMesh | None) -> contextlib.AbstractContextManager[Any
   )
 
 
-def _export(
-  jitted: Any, args: tuple[Any, ...], mesh: AnyMesh | None
-) -> tuple[dict[str, Any], bytes]:
+def _device_context(gpu: GpuTarget) -> contextlib.AbstractContextManager[Any]:
+  """Tells what is traced, Pallas kernels for one, which GPU it is for; older JAX does not ask.
+
+  A mesh that is in force already stays as it is.
+  """
+  described: Any = getattr(jax.sharding, "AbstractDevice", None)
+  if described is None or not jax.sharding.get_abstract_mesh().empty:
+    return contextlib.nullcontext()
+  known = {"device_kind": gpu.device_kind, "num_cores": None, "platform": "gpu"}
+  names = [field.name for field in dataclasses.fields(described)]  # of which releases have two
+  device = described(**{name: known.get(name) for name in names})
+  mesh: Any = AbstractMesh
+  return jax.sharding.use_abstract_mesh(mesh((), (), abstract_device=device))
+
+
+def _export(jitted: Any, args: tuple[Any, ...]) -> tuple[dict[str, Any], bytes]:
   """Makes the child's request and program; in both, arguments and results are flat lists."""
   traced = jitted.trace(*args)
   exported = _export_any(jitted, traced, args)
@@ -164,7 +178,7 @@ def _export(
     out_tree=jax.tree.structure(tuple(range(len(exported.out_avals)))),
   )
   donated = [info.donated for info in jax.tree.leaves(traced.args_info, is_leaf=_is_info)]
-  axes, types = _mesh_axes(exported.nr_devices, mesh, args)
+  axes, types = _mesh_axes(exported, args)
   request = {
     "mesh": axes,
     "axis_types": types,
@@ -200,15 +214,26 @@ def _export_any(jitted: Any, traced: Any, args: tuple[Any, ...]) -> Any:
   return jax.export.export(jitted, platforms=["cuda"], disabled_checks=checks)(*args)
 
 
-def _mesh_axes(
-  devices: int, mesh: AnyMesh | None, args: tuple[Any, ...]
-) -> tuple[dict[str, int], list[str]]:
-  """Finds the mesh that the program was traced for: the caller's, or that of an argument."""
-  leaves = jax.tree.leaves(args)
-  shardings = [getattr(leaf, "sharding", None) for leaf in leaves]
-  found = [s.mesh for s in shardings if isinstance(s, NamedSharding) and s.mesh.size == devices]
-  if mesh is not None and mesh.size == devices:
-    found.insert(0, mesh)
-  if found:
-    return dict(found[0].shape), [kind.name for kind in found[0].axis_types]
-  return {"devices": devices}, [AxisType.Auto.name]
+def _mesh_axes(exported: Any, args: tuple[Any, ...]) -> tuple[dict[str, int], list[str]]:
+  """Finds the mesh that a program was traced for, and the types of its axes.
+
+  It is the one in force, or that of an argument; where both are silent, the program names it.
+  """
+  shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(args))
+  meshes = [jax.sharding.get_abstract_mesh()]
+  meshes += [sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)]
+  for mesh in meshes:
+    if mesh.axis_names and mesh.size == exported.nr_devices:
+      return dict(mesh.shape), [kind.name for kind in mesh.axis_types]
+  axes = _named_axes(exported) if exported.nr_devices > 1 else {}
+  if math.prod(axes.values()) != exported.nr_devices:
+    axes = {"devices": exported.nr_devices}
+  axes = axes or {"devices": 1}
+  return axes, [AxisType.Auto.name] * len(axes)
+
+
+def _named_axes(exported: Any) -> dict[str, int]:
+  """The axes of the first mesh that a program's text names."""
+  found = re.search(r"sdy\.mesh @\S+ = <\[([^\]]*)\]", exported.mlir_module())
+  axes = re.findall(r'"([^"]+)"=(\d+)', found[1]) if found else []
+  return {name: int(size) for name, size in axes}

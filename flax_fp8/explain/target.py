@@ -86,6 +86,12 @@ class GpuTarget:
         "GPU's data sheet."
       )
 
+  @property
+  def device_kind(self) -> str:
+    """What its driver calls it; the name where the description does not say."""
+    found = re.search(r'device_description_str: *"([^"]*)"', self.description)
+    return found[1] if found else self.name
+
   @classmethod
   def named(cls, name: str) -> GpuTarget:
     """Looks up a GPU by name.

@@ -1,5 +1,6 @@
 """Reports of real programs against counts by hand, and what ``assert_fp8`` makes of them."""
 
+import contextlib
 import json
 import re
 from collections import Counter
@@ -8,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -104,6 +107,46 @@ def test_arrays_on_devices_tell_the_mesh():
   report = fp8.explain(jnp.matmul, x, w, target="h100")
   assert report.devices == 4
   assert report.gemms[0].extent.m == 64
+
+
+def over_a_mesh(way):
+  """Explains ``x @ w`` over two by two devices, of which the function learns in one way."""
+  mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+  x, w = jnp.ones((128, 64), BF16), jnp.ones((64, 256), BF16)
+  specs, out = (P("data"), P(None, "model")), P("data", "model")
+  fn, options = lambda x, w: jax.lax.with_sharding_constraint(x @ w, out), {}
+  if way == "shard_map":
+    fn = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=specs, out_specs=out)
+  elif way == "in_shardings":
+    fn = jax.jit(jnp.matmul, in_shardings=[NamedSharding(mesh, each) for each in specs])
+  elif way == "given":
+    options = {"mesh": mesh}
+  with jax.set_mesh(mesh) if way == "in_force" else contextlib.nullcontext():
+    return fp8.explain(fn, x, w, target="h100", **options)
+
+
+@pytest.mark.parametrize("way", ["in_force", "given", "shard_map", "in_shardings"])
+def test_every_way_to_name_a_mesh(way):
+  report = over_a_mesh(way)
+  (gemm,) = report.gemms
+  assert (report.devices, gemm.extent.m, gemm.extent.n, gemm.extent.k) == (4, 64, 128, 64)
+
+
+@pytest.mark.filterwarnings("ignore:.*Pallas Triton:DeprecationWarning")
+def test_a_kernel_of_pallas_is_a_kernel_that_nothing_is_known_of():
+  def double(x, out):
+    out[...] = x[...] * 2
+
+  def fn(x):
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    params = triton.CompilerParams(num_warps=4)
+    return pl.pallas_call(double, out_shape=shape, compiler_params=params)(x)
+
+  report = fp8.explain(fn, spec(128), target="h100")
+  (kernel,) = report.kernels
+  assert (kernel.read, kernel.written) == (256, 256)
+  (doubt,) = report.doubts
+  assert re.search("triton, times 1: what it computes is not known here", doubt)
 
 
 def test_what_a_jitted_function_was_told_stays():
