@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 from flax_fp8.explain import names
@@ -25,7 +26,7 @@ class Asked:
   extent: Extent
   op_name: str
 
-  @property
+  @functools.cached_property
   def place(self) -> tuple[str, Phase]:
     """The module and the pass, by which it is found again after optimisation."""
     return names.model_path(self.op_name), names.phase(self.op_name)

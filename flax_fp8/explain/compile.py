@@ -18,6 +18,7 @@ import jax.export
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
+from flax_fp8.capability import capability
 from flax_fp8.explain.child import run_child
 from flax_fp8.explain.plugin import require_compiler
 from flax_fp8.explain.target import NAMES, GpuTarget
@@ -59,6 +60,7 @@ class Program:
     device_kind: what the GPU is called.
     devices: how many it runs on.
     described: whether it was compiled for a description, without a GPU.
+    fp8_units: whether the GPU has matrix units for FP8.
   """
 
   hlo: str
@@ -68,6 +70,7 @@ class Program:
   device_kind: str
   devices: int
   described: bool
+  fp8_units: bool
 
 
 def compile_program(
@@ -97,6 +100,7 @@ def compile_program(
     device_kind=gpu.name.upper(),
     devices=math.prod(request["mesh"].values()),
     described=True,
+    fp8_units="fp8" in gpu.peak_flops,
   )
 
 
@@ -136,6 +140,7 @@ def compile_for(device: Any, jitted: Any, args: tuple[Any, ...]) -> Program:
     device_kind=device.device_kind,
     devices=len(shardings[0].device_set) if shardings else 1,
     described=False,
+    fp8_units=capability(device)[0],
   )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from flax_fp8.explain import asked as asking
 from flax_fp8.explain import collectives, gemms, hlo, reasons, roles, schedule, traffic
+from flax_fp8.explain.asked import asked_for
 from flax_fp8.explain.compile import AnyMesh, Program, compile_program
 from flax_fp8.explain.gemms import Gemm, Site
 from flax_fp8.explain.report import Report
@@ -102,12 +102,14 @@ def _gemms(
   kernels: Sequence[Kernel],
   program: Program,
 ) -> Iterator[Gemm]:
-  products = asking.asked_for(asked)
+  products = asked_for(asked)
   moved = {kernel.name: kernel.read + kernel.written for kernel in kernels}
-  fp8_units = program.target is None or "fp8" in program.target.peak_flops
   for site, role in zip(sites, roles.roles(module, sites, products), strict=True):
     lhs, rhs = (operand.dtype for operand in gemms.operand_arrays(module, site))
-    gemm = Gemm(
+    why_not = ""
+    if not gemms.is_fp8(module, site):
+      why_not = reasons.reason(asked, products, site, (lhs, rhs), program.fp8_units)
+    yield Gemm(
       path=site.path,
       role=role,
       extent=site.extent,
@@ -119,11 +121,8 @@ def _gemms(
       bytes=moved[site.launch.instruction.name],
       notes=gemms.padding(module, site),
       op_name=site.op_name,
-      reason=""
-      if lhs.startswith("f8") and rhs.startswith("f8")
-      else reasons.reason(asked, products, site, (lhs, rhs), fp8_units),
+      reason=why_not,
     )
-    yield gemm
 
 
 def _doubts(

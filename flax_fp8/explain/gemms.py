@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import re
 from collections.abc import Iterator, Sequence
 
@@ -88,8 +89,8 @@ class Gemm:
 
   @property
   def is_fp8(self) -> bool:
-    """Whether the kernel multiplies two FP8 operands."""
-    return self.lhs.startswith("f8") and self.rhs.startswith("f8")
+    """Whether matrix units multiply two FP8 operands."""
+    return not self.reason
 
   @property
   def flops(self) -> int:
@@ -115,12 +116,12 @@ class Site:
   extent: Extent
   op_name: str
 
-  @property
+  @functools.cached_property
   def path(self) -> str:
     """The module that it comes from."""
     return names.model_path(self.op_name)
 
-  @property
+  @functools.cached_property
   def phase(self) -> Phase:
     """The pass that it is in."""
     return names.phase(self.op_name)
@@ -227,6 +228,12 @@ def operand_arrays(module: Module, site: Site) -> tuple[Array, Array]:
   if site.dot.opcode == "reduce":
     return operands[0].array, operands[0].array
   return operands[0].array, operands[1].array
+
+
+def is_fp8(module: Module, site: Site) -> bool:
+  """Whether matrix units multiply two FP8 operands; XLA's own loops have none."""
+  lhs, rhs = operand_arrays(module, site)
+  return lhs.is_fp8 and rhs.is_fp8 and not site.kernel.startswith("XLA")
 
 
 def padding(module: Module, site: Site) -> tuple[str, ...]:

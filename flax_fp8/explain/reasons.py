@@ -35,7 +35,7 @@ _SIDES = ("left", "right")
 
 
 def reason(
-  module: Module, asked: Sequence[Asked], site: Site, operands: tuple[str, str], fp8_cores: bool
+  module: Module, asked: Sequence[Asked], site: Site, operands: tuple[str, str], fp8_units: bool
 ) -> str:
   """Says why a GEMM is not FP8, in words to act on.
 
@@ -44,25 +44,27 @@ def reason(
     asked: its products.
     site: a GEMM of the program after optimisation.
     operands: dtypes that its kernel multiplies.
-    fp8_cores: whether the GPU multiplies FP8 at all.
+    fp8_units: whether the GPU multiplies FP8 at all.
   """
   found = candidates(asked, site)
   if not found:
     return f"multiplies {operands[0]} by {operands[1]}; before optimisation it was no dot_general"
-  reasons = {_reason_of(module, candidate, site, fp8_cores): None for candidate in found}
+  reasons = {_reason_of(module, candidate, site, fp8_units): None for candidate in found}
   return " | or: ".join(reasons)
 
 
-def _reason_of(module: Module, asked: Asked, site: Site, fp8_cores: bool) -> str:
+def _reason_of(module: Module, asked: Asked, site: Site, fp8_units: bool) -> str:
   operands = module.operands(asked.dot)[:2]
   origins = [_origin(module, operand) for operand in operands]
   if not any(origin.dtype for origin in origins):
     return "FP8 was not asked for"
-  found = _operand_reason(module, operands, origins) or _format_reason(origins, fp8_cores)
+  found = _operand_reason(module, operands, origins) or _format_reason(origins, fp8_units)
   if found:
     return found
   if site.kernel.endswith("matrix-vector"):
     return "a product with a vector needs no matrix units; leave it out of FP8"
+  if site.kernel.startswith("XLA"):
+    return "XLA multiplies it in a loop of its own, without matrix units; leave it out of FP8"
   return (
     "both operands are FP8 and no rule known here forbids it; TF_CPP_VMODULE=gemm_rewriter=1 lets "
     "XLA say why"
@@ -166,10 +168,10 @@ def _argument(module: Module, parameter: Instruction) -> str:
   return parameter.op_name or parameter.name
 
 
-def _format_reason(origins: list[_Origin], fp8_cores: bool) -> str:
+def _format_reason(origins: list[_Origin], fp8_units: bool) -> str:
   """What is wrong with the two formats on this GPU."""
   formats = [origin.dtype for origin in origins]
-  if not fp8_cores:
+  if not fp8_units:
     return "the GPU has no FP8 matrix units: Ada (8.9), Hopper or newer has them"
   if foreign := [dtype for dtype in formats if dtype not in _NVIDIA]:
     return f"{foreign[0]} is no format of NVIDIA's matrix units: use f8e4m3fn or f8e5m2"

@@ -89,9 +89,10 @@ def _kernel(module: Module, launch: Launch, sites: tuple[Site, ...]) -> Kernel:
     kind, what = _classify(module, instruction)
     return Kernel(instruction.name, kind, launch.times, read, written, what=what)
   operands = [operand for site in sites for operand in gemms.operand_arrays(module, site)]
+  fp8 = all(gemms.is_fp8(module, site) for site in sites)
   return Kernel(
     instruction.name,
-    KernelClass.FP8_GEMM if all(o.is_fp8 for o in operands) else KernelClass.GEMM,
+    KernelClass.FP8_GEMM if fp8 else KernelClass.GEMM,
     launch.times,
     read,
     sum(array.bytes for array in _without_workspace(list(arrays(instruction.shape)))),

@@ -70,6 +70,15 @@ def test_kernels(kernel, maker):
   assert site.path == "Net/up"
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_fp8_needs_matrix_units(name):
+  text = TEMPLATE.format(kernel=KERNELS[name][0]).replace("bf16[64,32]", "f8e4m3fn[64,32]")
+  module, (site,) = sites(text.replace("bf16[32,16]", "f8e5m2[32,16]"))
+  assert gemms.is_fp8(module, site) == (name != "loop")
+  module, (site,) = sites(text)  # one operand alone
+  assert not gemms.is_fp8(module, site)
+
+
 def test_a_call_that_is_no_product_is_none():
   kernel = 'bf16[64,16]{1,0} custom-call(%x, %w), custom_call_target="__cudnn$convForward"'
   assert sites(TEMPLATE.format(kernel=kernel))[1] == []
