@@ -135,9 +135,12 @@ def _doubts(
   for unread, which in ((module.unread, "optimised"), (asked.unread, "original")):
     if unread:
       yield f"{len(unread)} lines of the {which} program could not be read, the first: {unread[0]}"
+  doubted: dict[str, list[str]] = {}
   for launch in launched:
     if launch.doubt:
-      yield f"{launch.instruction.name}: {launch.doubt}"
+      doubted.setdefault(launch.doubt, []).append(launch.instruction.name)
+  for doubt, names in doubted.items():
+    yield f"{doubt}: {len(names)} kernels, the first {names[0]}"
   unknown: dict[str, int] = {}
   for kernel in kernels:
     if kernel.kind in (KernelClass.UNKNOWN, KernelClass.LIBRARY):

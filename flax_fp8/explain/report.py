@@ -294,7 +294,8 @@ def _refusal_lines(refusals: dict[str, list[Gemm]]) -> Iterable[str]:
   for index, (reason, gemms) in enumerate(refusals.items(), 1):
     times = sum(gemm.times for gemm in gemms)
     flops = sum(gemm.flops for gemm in gemms)
-    yield f"[{index}] {reason} ({times} GEMMs, {flops / 1e9:,.3g} GFLOP)"
+    count = "1 GEMM" if times == 1 else f"{times} GEMMs"
+    yield f"[{index}] {reason} ({count}, {flops / 1e9:,.3g} GFLOP)"
 
 
 def _class_table(report: Report) -> Table:

@@ -46,7 +46,9 @@ def _markdown(table: Table) -> str:
 def terminal(parts: Sequence[Table | str]) -> str:
   """Renders tables and lines of text at the width of the terminal, without colours."""
   width = max(60, shutil.get_terminal_size(fallback=(100, 24)).columns)
-  console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
+  console = Console(
+    file=io.StringIO(), width=width, color_system=None, highlight=False, force_jupyter=False
+  )
   with console.capture() as captured:
     for part in parts:
       for piece in _pieces(part):

@@ -149,6 +149,17 @@ def test_a_kernel_of_pallas_is_a_kernel_that_nothing_is_known_of():
   assert re.search("triton, times 1: what it computes is not known here", doubt)
 
 
+def test_a_loop_of_unknown_length_is_a_doubt():
+  def fn(x, n):
+    return jax.lax.while_loop(lambda c: c[1] < n, lambda c: (c[0] @ c[0], c[1] + 1), (x, 0))[0]
+
+  report = fp8.explain(fn, spec(64, 64), spec(dtype=jnp.int32), target="h100")
+  assert [gemm.times for gemm in report.gemms] == [1]
+  (doubt,) = report.doubts
+  assert re.fullmatch(r"loop of unknown length, counted once: \d kernels, the first \S+", doubt)
+  assert doubt in " ".join(str(report).split())
+
+
 def test_what_a_jitted_function_was_told_stays():
   @jax.jit
   def step(key, x):
