@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 import flax_fp8 as fp8
+from flax_fp8.doctor import allow_missing_cuda
 from lm.config import PRESETS
 from lm.model import Block, ModelShape, Transformer, norm
 from lm.report import environment
@@ -143,6 +144,7 @@ def main() -> None:
   parser.add_argument("--out", type=Path, default=RESULTS, help="folder of JSON and picture")
   parser.add_argument("--case", nargs="+", help=argparse.SUPPRESS)
   arguments = parser.parse_args()
+  allow_missing_cuda()
   if arguments.case:
     count, *how = arguments.case
     print(json.dumps(measure(int(count), unrolled=bool(how))))

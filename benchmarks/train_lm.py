@@ -23,6 +23,7 @@ import jax
 from rich.console import Console
 
 import flax_fp8 as fp8
+from flax_fp8.doctor import allow_missing_cuda
 from flax_fp8.explain.target import NAMES
 from lm.config import PRESETS, Precision, TrainConfig
 from lm.curve import Result
@@ -156,6 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     0, or 2 where the command line asked for what cannot be.
   """
   arguments, console = make_parser().parse_args(argv), Console()
+  allow_missing_cuda()  # of the GPU compiler, JAX wants to know where its CUDA is
   try:
     require_fp8_hardware(PRECISIONS[arguments.precision])
     config, corpus = configure(arguments), read_corpus(arguments.text)
