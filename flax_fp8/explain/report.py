@@ -46,13 +46,14 @@ class Report:
     programs; it predicts no time.
 
   Example:
+    >>> import jax, jax.numpy as jnp
     >>> import flax_fp8 as fp8
-    >>> def step(x, w):
-    ...   return x @ w
-    >>> x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)  # doctest: +SKIP
-    >>> report = fp8.explain(step, x, x, target="h100")  # doctest: +SKIP
-    >>> report.fp8_gemms, report.total_gemms  # doctest: +SKIP
+    >>> x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)
+    >>> report = fp8.explain(jnp.matmul, x, x, target="h100")
+    >>> report.fp8_gemms, report.total_gemms
     (0, 1)
+    >>> report.gemms[0].reason
+    'FP8 was not asked for'
 
   References:
     XLA, "HLO dumps", https://openxla.org/xla/hlo_dumps; Williams, Waterman and Patterson, Roofline,
