@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
-from flax_fp8.explain.hlo import Instruction, Module
+from flax_fp8.explain.hlo import BRANCHES, Instruction, Module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +37,7 @@ def computed_by(module: Module, value: Value) -> list[Value]:
   More than one where a loop or a branch has a choice; parameters of the program, and whatever is no
   mere passing on, are their own answer.
   """
-  answers: dict[Value, None] = {}
-  for found in _search(value, lambda v: _passed_on(module, v)):
-    if not _passed_on(module, found):
-      answers[found] = None
-  return list(answers)
+  return list(ancestors(module, value, lambda _: []))
 
 
 def ancestors(module: Module, value: Value, through: Step) -> Iterator[Value]:
@@ -99,13 +95,7 @@ def _results(
   *attributes: str,
 ) -> list[Value]:
   """The results of the computations that an instruction calls."""
-  names = attributes or (
-    "calls",
-    "to_apply",
-    "branch_computations",
-    "true_computation",
-    "false_computation",
-  )
+  names = attributes or ("calls", "to_apply", *BRANCHES)
   called = [name for name in instruction.called(*names) if name in module.computations]
   return [Value(module.computations[name].root, index) for name in called]
 
@@ -124,7 +114,7 @@ def _given(module: Module, caller: Instruction, value: Value) -> list[Value]:
   if caller.opcode == "while":
     return [Value(given[0], index), *_results(module, caller, index, "body")]
   if caller.opcode == "conditional":
-    branches = caller.called("branch_computations", "true_computation", "false_computation")
+    branches = caller.called(*BRANCHES)
     return [Value(given[1 + branches.index(parameter.computation)], index)]
   if caller.opcode in ("fusion", "call") or caller.opcode.endswith("-start"):
     return [Value(given[parameter.number], index)]

@@ -190,9 +190,10 @@ class Module:
   unread: list[str] = dataclasses.field(default_factory=list)
 
   def operands(self, instruction: Instruction) -> list[Instruction]:
-    """The instructions whose results an instruction takes."""
-    found = self.computations[instruction.computation].instructions
-    return [found[name] for name in instruction.operands]
+    """The instructions whose results an instruction takes; stand-ins for those not read."""
+    where = instruction.computation
+    found = self.computations[where].instructions
+    return [found.get(name) or stand_in(name, where) for name in instruction.operands]
 
   @functools.cached_property
   def callers(self) -> dict[str, list[Instruction]]:
@@ -206,18 +207,16 @@ class Module:
     return found
 
 
-CALLS = (
-  "calls",
-  "body",
-  "condition",
-  "to_apply",
-  "branch_computations",
-  "true_computation",
-  "false_computation",
-  "called_computations",
-)
+def stand_in(name: str, computation: str) -> Instruction:
+  """Stands for an instruction that could not be read: no buffers, no operands."""
+  return Instruction(name, Array("token", ()), "unread", (), "", {}, computation)
+
+
+# Attributes that name the computations of a conditional, and of whatever calls.
+BRANCHES = ("branch_computations", "true_computation", "false_computation")
+CALLS = ("calls", "body", "condition", "to_apply", "called_computations", *BRANCHES)
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.$\-]+) .*\{$")
-_START = re.compile(r"^\s+(?:ROOT )?%?[\w.$\-]+ = ")
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.$\-]+) = (.*)$")
 _COMMENT = re.compile(r"/\*.*?\*/")
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?")
 
@@ -237,6 +236,8 @@ def parse(text: str) -> Module:
       current = None
     elif current is not None and not _read(line, current):
       module.unread.append(line.strip())
+      if named := _LINE.match(line):
+        _add(stand_in(named[2], current.name), current, is_root=bool(named[1]))
   return module
 
 
@@ -244,41 +245,52 @@ def _logical_lines(text: str) -> Iterator[str]:
   """Joins what was broken over several lines, such as constants, into one line each."""
   pending = ""
   for line in text.splitlines():
-    whole = pending + line if pending else line
-    if _START.match(whole) and whole.count("{") > whole.count("}") and '"' not in whole:
+    if pending and _LINE.match(line):  # what was begun never ends
+      yield pending
+      pending = ""
+    whole = pending + line
+    if _LINE.match(whole) and whole.count("{") > whole.count("}") and '"' not in whole:
       pending = whole + " "
       continue
     pending = ""
     yield whole
+  if pending:
+    yield pending
 
 
 def _read(line: str, computation: Computation) -> bool:
   """Adds the instruction of a line to its computation; False if the line has another form."""
   if not line.strip():
     return True
-  found = re.match(r"^\s+(ROOT )?%?([\w.$\-]+) = (.*)$", line)
+  found = _LINE.match(line)
   if not found:
     return False
   rest = found[3]
   try:
     shape_text, rest = _cut_shape(rest)
-    opcode, rest = rest.split("(", 1)
+    opcode, rest = rest.lstrip().split("(", 1)
+    if not re.fullmatch(r"[a-z][\w\-]*", opcode):
+      return False
     inside, rest = _cut_balanced("(" + rest)
     instruction = Instruction(
       name=found[2],
       shape=_shape(_COMMENT.sub("", shape_text)),
-      opcode=opcode.strip(),
-      operands=() if opcode.strip() in ("parameter", "constant") else _operands(inside[1:-1]),
+      opcode=opcode,
+      operands=() if opcode in ("parameter", "constant") else _operands(inside[1:-1]),
       literal=inside[1:-1],
       attributes=_attributes(rest),
       computation=computation.name,
     )
   except ValueError:
     return False
-  computation.instructions[instruction.name] = instruction
-  if found[1] or not computation.root_name:
-    computation.root_name = instruction.name
+  _add(instruction, computation, is_root=bool(found[1]))
   return True
+
+
+def _add(instruction: Instruction, computation: Computation, *, is_root: bool) -> None:
+  computation.instructions[instruction.name] = instruction
+  if is_root or not computation.root_name:
+    computation.root_name = instruction.name
 
 
 def _cut_shape(text: str) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from flax_fp8.explain.hlo import Instruction, Module, opcodes
+from flax_fp8.explain.hlo import BRANCHES, Instruction, Module, opcodes
 
 # Instructions that name, group or forward values and launch nothing.
 FREE = opcodes(
@@ -61,7 +61,7 @@ def _inner(instruction: Instruction, times: int, doubt: str) -> list[tuple[str, 
     count = times * (1 if trips is None else trips)
     return [(name, count, unknown) for name in instruction.called("body")]
   if opcode == "conditional":
-    branches = instruction.called("branch_computations", "true_computation", "false_computation")
+    branches = instruction.called(*BRANCHES)
     return [(name, times, doubt or "branch, counted as taken") for name in branches]
   if opcode == "call":
     return [(name, times, doubt) for name in instruction.called("to_apply", "calls")]

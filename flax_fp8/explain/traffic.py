@@ -74,17 +74,15 @@ class Kernel:
 
 def kernels(module: Module, launched: Sequence[Launch], sites: Sequence[Site]) -> list[Kernel]:
   """Classifies and weighs everything that a program launches."""
-  inside: dict[str, list[Site]] = {}
+  inside: dict[int, list[Site]] = {}
   for site in sites:
-    inside.setdefault(site.launch.instruction.name, []).append(site)
-  return [
-    _kernel(module, launch, tuple(inside.get(launch.instruction.name, ()))) for launch in launched
-  ]
+    inside.setdefault(id(site.launch), []).append(site)
+  return [_kernel(module, launch, inside.get(id(launch), [])) for launch in launched]
 
 
-def _kernel(module: Module, launch: Launch, sites: tuple[Site, ...]) -> Kernel:
+def _kernel(module: Module, launch: Launch, sites: list[Site]) -> Kernel:
   instruction = launch.instruction
-  read, written = _traffic(module, instruction)
+  read, written = _traffic(module, instruction, is_gemm=bool(sites))
   if not sites:
     kind, what = _classify(module, instruction)
     return Kernel(instruction.name, kind, launch.times, read, written, what=what)
@@ -95,15 +93,10 @@ def _kernel(module: Module, launch: Launch, sites: tuple[Site, ...]) -> Kernel:
     KernelClass.FP8_GEMM if fp8 else KernelClass.GEMM,
     launch.times,
     read,
-    sum(array.bytes for array in _without_workspace(list(arrays(instruction.shape)))),
+    written,
     flops=sum(site.extent.flops for site in sites),
     operand=max((o.dtype for o in operands), key=bits),
   )
-
-
-def _without_workspace(parts: list[Array]) -> list[Array]:
-  """Results of a library's GEMM; its workspace is an array of s8 or u8 beside them."""
-  return [part for part in parts if len(parts) == 1 or part.dtype not in ("s8", "u8")]
 
 
 # What it is for.
@@ -181,13 +174,15 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 _UPDATES = {"dynamic-update-slice": 1, "scatter": -1}  # position of the update among the operands
 
 
-def _traffic(module: Module, instruction: Instruction) -> tuple[int, int]:
+def _traffic(module: Module, instruction: Instruction, *, is_gemm: bool) -> tuple[int, int]:
   """Bytes read and written by one run."""
   operands = module.operands(instruction)
   if instruction.opcode == "fusion":
     body = _body(module, instruction)
     read = sum(_read_of(body, number, operand) for number, operand in enumerate(operands))
-    return read, sum(_written(body, result) for result in _roots(body))
+    roots = _roots(body)
+    kept = [r for r in roots if not (is_gemm and _is_workspace(r.array, roots))]
+    return read, sum(_written(body, result) for result in kept)
   if instruction.opcode in _SLICES:
     return instruction.array.bytes, instruction.array.bytes
   if instruction.opcode in _UPDATES:
@@ -197,7 +192,14 @@ def _traffic(module: Module, instruction: Instruction) -> tuple[int, int]:
   results = list(arrays(instruction.shape))
   if instruction.opcode.endswith("-start"):  # repeats its operands before its results
     results = results[len(inputs) :] or results
+  if is_gemm:
+    results = [array for array in results if not _is_workspace(array, results)]
   return sum(array.bytes for array in inputs), sum(array.bytes for array in results)
+
+
+def _is_workspace(array: Array, results: Sequence[object]) -> bool:
+  """Whether a result of a library's GEMM is its workspace: bytes beside what it computes."""
+  return len(results) > 1 and array.dtype in ("s8", "u8")
 
 
 def _read_of(body: Computation, number: int, operand: Instruction) -> int:

@@ -1,6 +1,7 @@
 """Reports of real programs against counts by hand, and what ``assert_fp8`` makes of them."""
 
 import contextlib
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -15,6 +16,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flax_fp8 as fp8
+from flax_fp8.explain.compile import compile_program
+from flax_fp8.explain.explain import read_program
 from tests.explain import programs
 from tests.explain.programs import BF16, CASES, spec
 
@@ -147,6 +150,21 @@ def test_a_kernel_of_pallas_is_a_kernel_that_nothing_is_known_of():
   assert (kernel.read, kernel.written) == (256, 256)
   (doubt,) = report.doubts
   assert re.search("triton, times 1: what it computes is not known here", doubt)
+
+
+def test_what_cannot_be_read_is_reported_and_the_rest_counted():
+  case = CASES["mlp"](OURS)
+  program = compile_program(case.fn, case.args, target="h100", mesh=None, timeout=600)
+  whole = read_program(program, "whole")
+  lines = program.hlo.splitlines()
+  first = next(i for i, line in enumerate(lines) if "__cublas$lt$matmul$f8" in line)
+  lines[first] = lines[first].replace(" custom-call(", " custom-call of a new kind ")
+  text = "\n".join(lines)
+  report = read_program(dataclasses.replace(program, hlo=text), "damaged")
+  assert (whole.total_gemms, report.total_gemms) == (5, 4)
+  assert any("1 lines of the optimised program could not be read" in d for d in report.doubts)
+  assert any(d.startswith("unread, times 1") for d in report.doubts)
+  assert report.launches == whole.launches
 
 
 def test_a_loop_of_unknown_length_is_a_doubt():

@@ -114,6 +114,23 @@ def test_what_cannot_be_read_is_kept(line):
   assert "out" in entry(module)
 
 
+def test_what_never_ends_takes_nothing_with_it():
+  begun = "  %zero = f32[] constant({"
+  module = hlo.parse(TEXT.replace("  %zero = f32[] constant(0)", begun))
+  assert module.unread == [begun.strip()]
+  assert {"table", "part", "call", "out"} <= entry(module).keys()
+  module = hlo.parse("ENTRY %main {\n  ROOT %a = f32[2] constant({\n")
+  assert module.unread == ["ROOT %a = f32[2] constant({"]
+
+
+def test_operands_that_could_not_be_read_have_stand_ins():
+  module = hlo.parse(TEXT.replace("%zero = f32[] constant(0)", "%zero = mystery"))
+  x, zero = module.operands(entry(module)["out"])
+  assert (x.name, zero.name, zero.opcode, zero.array.bytes) == ("x", "zero", "unread", 0)
+  module = hlo.parse(TEXT.replace("  %zero = f32[] constant(0)", "  a line of some new kind"))
+  assert module.operands(entry(module)["out"])[1].opcode == "unread"
+
+
 def test_text_without_percent_signs_and_signatures():
   module = hlo.parse("HloModule f\n\nENTRY main.1 {\n  ROOT a.1 = f32[] parameter(0)\n}\n")
   assert module.computations["main.1"].root.number == 0

@@ -77,6 +77,16 @@ def test_a_fusion_reads_only_its_slice():
   assert (kernel.read, kernel.written) == (2 * 2048 + 4, 2 * 2048)
 
 
+def test_a_product_written_into_a_stack_writes_its_slice():
+  """Newer XLA lets cuBLAS write where the result is stacked; older XLA copies it there."""
+  fn = lambda x, w: lax.scan(lambda x, w: (x, x @ w), x, w)[1]
+  report = fp8.explain(fn, spec(512, 256), spec(5, 256, 256), target="h100")
+  written = {k.name: k.written for k in report.kernels if k.kind is KernelClass.GEMM}
+  (gemm,) = report.gemms
+  # one launch for all, where XLA makes a batch of the loop, or one an iteration
+  assert gemm.times * sum(written.values()) == 5 * 2 * MATRIX
+
+
 def test_an_update_in_place_writes_only_the_update():
   fn = jax.jit(lambda x, u: lax.dynamic_update_slice(x, u, (2, 0)), donate_argnums=0)
   report = fp8.explain(fn, spec(8, 2048), spec(1, 2048), target="h100")
