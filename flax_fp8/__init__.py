@@ -7,7 +7,16 @@ from flax_fp8.formats import Format
 from flax_fp8.linen import Fp8DotGeneral, Fp8Einsum
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.meta_dtype import fp32_max_grad
-from flax_fp8.recipes import DelayedScaling, Recipe
+from flax_fp8.recipes import (
+  RECIPES,
+  DelayedScaling,
+  Float8BlockScaling,
+  Float8CurrentScaling,
+  Float8RowwiseScaling,
+  MXFP8BlockScaling,
+  Recipe,
+  get_recipe,
+)
 from flax_fp8.training import (
   TrainState,
   apply_updates,
@@ -26,8 +35,14 @@ __all__ = [
   "Fp8Einsum",
   # Recipes
   "DelayedScaling",
+  "Float8CurrentScaling",
+  "Float8RowwiseScaling",
+  "Float8BlockScaling",
+  "MXFP8BlockScaling",
   "Format",
+  "RECIPES",
   "Recipe",
+  "get_recipe",
   # State
   "OVERWRITE_WITH_GRADIENT",
   "as_max_grad",

@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_fp8.quantize import QTensor, dequantize, product
-
 Axes: TypeAlias = tuple[int, ...]
 DimensionNumbers: TypeAlias = tuple[tuple[Axes, Axes], tuple[Axes, Axes]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class View:
+  """A tensor as one GEMM sees it: a stack of matrices, ``[batch, kept, contracted]``.
+
+  Attributes:
+    batch: axes that both operands and the result share.
+    kept: axes that only this operand and the result have.
+    contracting: axes that are summed over.
+  """
+
+  batch: Axes
+  kept: Axes
+  contracting: Axes
+
+  def matrices(self, x: jax.Array) -> jax.Array:
+    """Returns a tensor as ``[batch, kept, contracted]``, each group of axes made one."""
+    groups = (self.batch, self.kept, self.contracting)
+    sizes = [math.prod(x.shape[axis] for axis in axes) for axes in groups]
+    return lax.transpose(x, self.batch + self.kept + self.contracting).reshape(sizes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,27 +44,63 @@ class Gemm:
 
   Attributes:
     dimension_numbers: of ``lax.dot_general``.
+    lhs: how it sees its left operand.
+    rhs: how it sees its right operand; contracted axes are in one order in both views.
+    shape: of its result, ``[*batch, *lhs kept, *rhs kept]``.
     permutation: axes for ``lax.transpose`` of its result.
   """
 
   dimension_numbers: DimensionNumbers
+  lhs: View
+  rhs: View
+  shape: Axes
   permutation: Axes
 
 
-def plain_gemm(dimension_numbers: DimensionNumbers, lhs_ndim: int, rhs_ndim: int) -> Gemm:
-  """Returns the GEMM of a ``lax.dot_general`` whose result stays as it is."""
-  (contract, _), (batch, _) = dimension_numbers
-  ndim = lhs_ndim + rhs_ndim - 2 * len(contract) - len(batch)
-  return Gemm(dimension_numbers=dimension_numbers, permutation=tuple(range(ndim)))
+def forward_gemm(
+  dimension_numbers: DimensionNumbers,
+  lhs_shape: Sequence[int],
+  rhs_shape: Sequence[int],
+  *,
+  kernel: int = 1,
+) -> Gemm:
+  """Returns the GEMM of a ``lax.dot_general`` whose result stays as it is.
+
+  Args:
+    dimension_numbers: of ``lax.dot_general``.
+    lhs_shape: of the left operand.
+    rhs_shape: of the right operand.
+    kernel: the operand, 0 or 1, whose own order the contracted axes have in the views, so that all
+      GEMMs see one matrix of it, or its transpose.
+
+  Returns:
+    fprop, to be called with (lhs, rhs).
+  """
+  contracting, (lhs_batch, rhs_batch) = dimension_numbers
+  order = np.argsort(contracting[kernel])
+  lhs_contract, rhs_contract = (tuple(axes[i] for i in order) for axes in contracting)
+  lhs = _view(len(lhs_shape), lhs_contract, lhs_batch)
+  rhs = _view(len(rhs_shape), rhs_contract, rhs_batch)
+  shape = (
+    *(lhs_shape[axis] for axis in lhs.batch + lhs.kept),
+    *(rhs_shape[axis] for axis in rhs.kept),
+  )
+  return Gemm(
+    dimension_numbers=dimension_numbers,
+    lhs=lhs,
+    rhs=rhs,
+    shape=shape,
+    permutation=tuple(range(len(shape))),
+  )
 
 
-def kept_axes(ndim: int, contracting: Axes, batch: Axes) -> Axes:
-  """Returns the axes of an operand that are neither contracted nor batch."""
-  return tuple(a for a in range(ndim) if a not in contracting and a not in batch)
+def _view(ndim: int, contracting: Axes, batch: Axes) -> View:
+  kept = tuple(a for a in range(ndim) if a not in contracting and a not in batch)
+  return View(batch=batch, kept=kept, contracting=contracting)
 
 
 def backward_gemms(
-  dimension_numbers: DimensionNumbers, lhs_ndim: int, rhs_ndim: int
+  dimension_numbers: DimensionNumbers, lhs_shape: Sequence[int], rhs_shape: Sequence[int]
 ) -> tuple[Gemm, Gemm]:
   """Derives the GEMMs that give the gradients of both operands.
 
@@ -55,68 +111,46 @@ def backward_gemms(
 
   Args:
     dimension_numbers: of the forward GEMM.
-    lhs_ndim: rank of the left operand.
-    rhs_ndim: rank of the right operand.
+    lhs_shape: of the left operand.
+    rhs_shape: of the right operand.
 
   Returns:
     dgrad, to be called with (output gradient, rhs); and wgrad, with (output gradient, lhs).
   """
-  (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
-  lhs_kept = kept_axes(lhs_ndim, lhs_contract, lhs_batch)
-  rhs_kept = kept_axes(rhs_ndim, rhs_contract, rhs_batch)
-  n_batch, n_lhs = len(lhs_batch), len(lhs_kept)
-  grad_batch = tuple(range(n_batch))
-  grad_lhs = tuple(range(n_batch, n_batch + n_lhs))
-  grad_rhs = tuple(range(n_batch + n_lhs, n_batch + n_lhs + len(rhs_kept)))
-  dgrad = Gemm(
-    dimension_numbers=((grad_rhs, rhs_kept), (grad_batch, rhs_batch)),
-    permutation=_back_to(lhs_batch, lhs_kept, lhs_contract, rhs_contract),
+  forward = forward_gemm(dimension_numbers, lhs_shape, rhs_shape)
+  lhs, rhs, shape = forward.lhs, forward.rhs, forward.shape
+  n_batch, n_lhs = len(lhs.batch), len(lhs.kept)
+  batch = tuple(range(n_batch))
+  of_lhs = tuple(range(n_batch, n_batch + n_lhs))
+  of_rhs = tuple(range(n_batch + n_lhs, len(shape)))
+  dgrad = forward_gemm(((of_rhs, rhs.kept), (batch, rhs.batch)), shape, rhs_shape)
+  wgrad = forward_gemm(((of_lhs, lhs.kept), (batch, lhs.batch)), shape, lhs_shape)
+  return (
+    dataclasses.replace(dgrad, permutation=_back_to(lhs, rhs.contracting)),
+    dataclasses.replace(wgrad, permutation=_back_to(rhs, lhs.contracting)),
   )
-  wgrad = Gemm(
-    dimension_numbers=((grad_lhs, lhs_kept), (grad_batch, lhs_batch)),
-    permutation=_back_to(rhs_batch, rhs_kept, rhs_contract, lhs_contract),
-  )
-  return dgrad, wgrad
 
 
-def _back_to(batch: Axes, kept: Axes, contract: Axes, other_contract: Axes) -> Axes:
+def _back_to(operand: View, other_contracting: Axes) -> Axes:
   """Returns the transposition that puts a gradient's axes in its operand's order.
 
   The gradient comes as batch, kept, then the contracted axes in the other operand's order.
   """
-  contract_in_result = tuple(contract[i] for i in np.argsort(other_contract))
-  return tuple(int(a) for a in np.argsort(batch + kept + contract_in_result))
+  contracted = tuple(operand.contracting[i] for i in np.argsort(other_contracting))
+  return tuple(int(a) for a in np.argsort(operand.batch + operand.kept + contracted))
 
 
-def dot_per_tensor(
-  lhs: QTensor, rhs: QTensor, gemm: Gemm, dtype: Any, *, fast_accumulation: bool
-) -> jax.Array:
-  """Multiplies two tensors that have one scale each.
-
-  ``transpose(dot_general(lhs.data, rhs.data)) * (lhs.scale * rhs.scale)``, in this order, so that
-  the compiler sees the transposition beside the GEMM and can make the GEMM write it.
+def pad_to_multiple(x: jax.Array, blocks: Sequence[int]) -> jax.Array:
+  """Appends zeros until each dimension is a multiple of its block.
 
   Args:
-    lhs: left operand, scale of shape ``()``.
-    rhs: right operand, scale of shape ``()``.
-    gemm: dimension numbers, and the transposition of the result.
-    dtype: of the result; the product is scaled in float32 before it is cast.
-    fast_accumulation: lets the tensor core keep partial sums in less than float32 (Hopper keeps
-      about 14 bits), which is faster. On other hardware it changes nothing.
+    x: any array.
+    blocks: one size for each dimension.
 
   Returns:
-    The product in ``dtype``.
+    The padded array; ``x`` itself where nothing is missing.
   """
-  precision = lax.Precision.DEFAULT if fast_accumulation else lax.Precision.HIGHEST
-  out = lax.dot_general(
-    lhs.data,
-    rhs.data,
-    gemm.dimension_numbers,
-    precision=precision,
-    preferred_element_type=jnp.float32,
-  )
-  out = lax.transpose(out, gemm.permutation)
-  return dequantize(out, product(lhs.scale, rhs.scale), dtype)
+  return jnp.pad(x, [(0, -size % block) for size, block in zip(x.shape, blocks, strict=True)])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

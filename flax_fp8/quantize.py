@@ -7,6 +7,7 @@ and quotients is float32, whatever dtype the tensor has.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -28,15 +29,15 @@ class QTensor:
 
   Attributes:
     data: the values in FP8; shape of the tensor.
-    scale: float32; shape ``()`` for a scale per tensor, else of the data's rank, each dimension
-      being 1, the data's, or a divisor of it (a block).
+    scale: float32, or float8_e8m0fnu where a matrix unit applies it; shape ``()`` for a scale per
+      tensor, else as the recipe and its product of ``flax_fp8.products`` agree.
   """
 
   data: jax.Array
   scale: jax.Array
 
 
-def saturating_cast(x: jax.Array, float8: Float8) -> jax.Array:
+def saturating_cast(x: jax.Array, float8: Float8, key: jax.Array | None = None) -> jax.Array:
   """Casts to FP8, clamping to the largest finite values.
 
   ``clip(x, -max, max).astype(fp8)``
@@ -44,6 +45,7 @@ def saturating_cast(x: jax.Array, float8: Float8) -> jax.Array:
   Args:
     x: values; any shape; float32, bfloat16 or float16.
     float8: the format.
+    key: PRNG key; if given, values are rounded stochastically.
 
   Returns:
     The values in ``float8.dtype``; shape of ``x``.
@@ -52,6 +54,8 @@ def saturating_cast(x: jax.Array, float8: Float8) -> jax.Array:
     Rounds to nearest, ties to even, subnormals included; values below half the smallest subnormal
     become zero (which in a fnuz format has no sign). ±inf and overflow saturate to ±max, as the
     hardware's satfinite conversion does. NaN stays NaN.
+    Stochastic rounding goes up with the probability of the distance from the value below, in steps
+    of ``2**-16`` of the spacing, subnormals included: the expectation is the clamped value.
 
   Example:
     >>> import jax.numpy as jnp
@@ -63,11 +67,31 @@ def saturating_cast(x: jax.Array, float8: Float8) -> jax.Array:
     OCP 8-bit Floating Point Specification (OFP8), section 5.2, saturating mode.
   """
   limit = jnp.asarray(float8.max, jnp.float32)
-  return jnp.clip(x.astype(jnp.float32), -limit, limit).astype(float8.dtype)
+  clipped = jnp.clip(x.astype(jnp.float32), -limit, limit)
+  if key is not None:
+    clipped = _round_stochastically(clipped, float8, key)
+  return clipped.astype(float8.dtype)
+
+
+def _round_stochastically(x: jax.Array, float8: Float8, key: jax.Array) -> jax.Array:
+  """Rounds float32 values to one of the two neighbours that FP8 has."""
+  exponent = (lax.bitcast_convert_type(x, jnp.int32) >> 23) & 0xFF
+  smallest = 127 + math.frexp(float8.smallest_normal)[1] - 1
+  spacing_exponent = jnp.maximum(exponent, smallest) - float8.mantissa_bits
+  spacing = lax.bitcast_convert_type(spacing_exponent << 23, jnp.float32)
+  # Fewer than 5 integer and 16 fractional bits: exact in float32, so floor is exact too.
+  fraction = jnp.floor(jnp.abs(x) / spacing * 2.0**16)
+  chance = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.float32)
+  magnitude = jnp.floor((fraction + chance) * 2.0**-16) * spacing
+  return jnp.where(jnp.isnan(x), x, jnp.copysign(magnitude, x))
 
 
 def quantize(
-  x: jax.Array, scale: jax.Array, float8: Float8, inverse: jax.Array | None = None
+  x: jax.Array,
+  scale: jax.Array,
+  float8: Float8,
+  inverse: jax.Array | None = None,
+  key: jax.Array | None = None,
 ) -> QTensor:
   """Quantises with a given scale.
 
@@ -80,6 +104,7 @@ def quantize(
     float8: the format.
     inverse: ``1 / scale``, of the shape of ``scale``, where it is known without another rounding;
       then ``x`` is multiplied by it.
+    key: PRNG key; if given, values are rounded stochastically.
 
   Returns:
     The ``QTensor`` of data and scale.
@@ -100,7 +125,7 @@ def quantize(
     quotient = x.astype(jnp.float32) / jnp.broadcast_to(scale, x.shape)
   else:
     quotient = x.astype(jnp.float32) * jnp.broadcast_to(inverse, x.shape)
-  return QTensor(saturating_cast(quotient, float8), scale)
+  return QTensor(saturating_cast(quotient, float8, key), scale)
 
 
 def dequantize(data: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
@@ -182,6 +207,42 @@ def scale_from_amax(
     inverse = 1.0 / scale
   usable = jnp.isfinite(amax) & (amax > 0.0)
   return jnp.where(usable, scale, fallback), jnp.where(usable, inverse, 1.0 / fallback)
+
+
+def current_scale(
+  x: jax.Array, float8: Float8, axes: tuple[int, ...] | None = None, power_of_two: bool = False
+) -> tuple[jax.Array, jax.Array]:
+  """Computes scales from the values that are about to be quantised.
+
+  ``scale_from_amax(max(|x|, axes, keepdims))``
+
+  Args:
+    x: values; any shape; float32, bfloat16 or float16.
+    float8: the format.
+    axes: those that share a scale; None for all.
+    power_of_two: rounds scales up to powers of two, so that scaling is exact.
+
+  Returns:
+    The dequantisation multipliers and their inverses; float32; of shape ``()`` if ``axes`` is None,
+    else 1 along ``axes``.
+
+  Numerics:
+    1 where all values are zero. NaN where one is NaN or infinite: what a scale can't be found for
+    becomes NaN as a whole, and is seen, where any other scale would hide it.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from flax_fp8 import formats, quantize
+    >>> x = jnp.array([[224.0, 1.0], [0.0, 0.0], [jnp.inf, 1.0]])
+    >>> quantize.current_scale(x, formats.E4M3, axes=(1,))[0].ravel()
+    Array([0.5, 1. , nan], dtype=float32)
+
+  References:
+    Transformer Engine, transformer_engine.common.recipe.Float8CurrentScaling.
+  """
+  amax = jnp.max(jnp.abs(x), axis=axes, keepdims=axes is not None, initial=0).astype(jnp.float32)
+  fallback = jnp.where(amax == 0.0, 1.0, jnp.nan)
+  return scale_from_amax(amax, fallback, float8.max, power_of_two=power_of_two)
 
 
 def _round_up_to_power_of_two(scale: jax.Array) -> jax.Array:

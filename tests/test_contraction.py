@@ -1,7 +1,5 @@
 """Dimension-number algebra against JAX's own differentiation and einsum."""
 
-import itertools
-
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -46,7 +44,7 @@ def test_backward_gemms_equal_jax(case):
   lhs, rhs = integers(lhs_shape), integers(rhs_shape, 1)
   out, vjp = jax.vjp(lambda x, y: lax.dot_general(x, y, dims), lhs, rhs)
   g = integers(out.shape, 2)
-  dgrad, wgrad = contraction.backward_gemms(dims, lhs.ndim, rhs.ndim)
+  dgrad, wgrad = contraction.backward_gemms(dims, lhs.shape, rhs.shape)
   got = [
     lax.transpose(lax.dot_general(g, other, gemm.dimension_numbers), gemm.permutation)
     for gemm, other in ((dgrad, rhs), (wgrad, lhs))
@@ -144,8 +142,22 @@ def test_bad_equations(equation, lhs, rhs, message):
     contraction.plan_einsum(equation, lhs, rhs)
 
 
-def test_kept_axes():
-  for ndim in range(5):
-    for contracting in itertools.combinations(range(ndim), min(ndim, 2)):
-      kept = contraction.kept_axes(ndim, contracting, ())
-      assert sorted(kept + contracting) == list(range(ndim))
+@hypothesis.given(contractions(), st.integers(0, 1))
+def test_a_gemm_multiplies_stacks_of_matrices(case, kernel):
+  """Views and the result's shape say the same as the dimension numbers, in the kernel's order."""
+  lhs_shape, rhs_shape, dims = case
+  lhs, rhs = integers(lhs_shape), integers(rhs_shape, 1)
+  gemm = contraction.forward_gemm(dims, lhs.shape, rhs.shape, kernel=kernel)
+  assert gemm.dimension_numbers == dims
+  view = (gemm.lhs, gemm.rhs)[kernel]
+  assert list(view.contracting) == sorted(view.contracting)
+  out = jnp.einsum("bmk,bnk->bmn", gemm.lhs.matrices(lhs), gemm.rhs.matrices(rhs))
+  np.testing.assert_array_equal(out.reshape(gemm.shape), lax.dot_general(lhs, rhs, dims))
+
+
+def test_pad_to_multiple():
+  x = jnp.ones((3, 4, 5))
+  padded = contraction.pad_to_multiple(x, (1, 4, 4))
+  assert padded.shape == (3, 4, 8)
+  np.testing.assert_array_equal(padded[:, :, :5], x)
+  assert float(jnp.sum(padded)) == x.size

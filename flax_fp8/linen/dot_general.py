@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 
 from flax_fp8 import ops
-from flax_fp8.linen.state import read_state
+from flax_fp8.linen.state import read_key, read_state
 from flax_fp8.ops import check
 from flax_fp8.recipes.base import Recipe, register_module
 from flax_fp8.recipes.delayed import DelayedScaling
@@ -28,6 +28,10 @@ class Fp8DotGeneral(nn.Module):
     input_scale, kernel_scale, output_grad_scale: float32 ``(1,)``, dequantisation multipliers.
     input_amax_history, kernel_amax_history, output_grad_amax_history: float32
     ``(amax_history_len,)``, in the units of the tensor.
+    None at all for a recipe without state.
+
+  PRNG keys (collection ``sr_rng``):
+    One a call, where the recipe rounds gradients stochastically; only the gradient needs it.
 
   Raises:
     TypeError: an operand is not float32, bfloat16 or float16.
@@ -81,6 +85,7 @@ class Fp8DotGeneral(nn.Module):
       recipe=self.recipe,
       state=read_state(self, self.recipe),
       preferred_element_type=preferred_element_type,
+      key=read_key(self, self.recipe),
       name=name,
     )
 
@@ -143,6 +148,7 @@ class Fp8Einsum(nn.Module):
       recipe=self.recipe,
       state=read_state(self, self.recipe),
       preferred_element_type=preferred_element_type,
+      key=read_key(self, self.recipe),
       name=name,
     )
 

@@ -1,4 +1,4 @@
-"""State as Linen variables: where they live, how they are made, and why they are cast once."""
+"""What Linen keeps for a contraction: its state as variables, cast once, and its PRNG keys."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from flax_fp8.ops import check
 from flax_fp8.recipes.base import Recipe, Role, TensorState
 
 OVERWRITE_WITH_GRADIENT = "_overwrite_with_gradient"
+STOCHASTIC_ROUNDING = "sr_rng"
 
 
 def read_state(module: nn.Module, recipe: Recipe) -> dict[str, TensorState]:
@@ -41,6 +42,20 @@ def read_state(module: nn.Module, recipe: Recipe) -> dict[str, TensorState]:
     }
     for role in Role
   }
+
+
+def read_key(module: nn.Module, recipe: Recipe) -> jax.Array | None:
+  """Makes the PRNG key of one contraction, where the recipe rounds by one and there is one.
+
+  Args:
+    module: bound module; its keys are of the collection ``sr_rng``.
+    recipe: says whether it rounds stochastically.
+
+  Returns:
+    A key of this call's own; None where none is asked for, or none was passed.
+  """
+  wanted = recipe.rounds_by_key and module.has_rng(STOCHASTIC_ROUNDING)
+  return module.make_rng(STOCHASTIC_ROUNDING) if wanted else None
 
 
 def _read(module: nn.Module, name: str, fresh: np.ndarray) -> jax.Array:

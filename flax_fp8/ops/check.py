@@ -73,6 +73,16 @@ def recipe(name: str, value: Any) -> None:
     )
 
 
+def key(name: str, recipe: Recipe, value: jax.Array | None) -> None:
+  """Raises ValueError where stochastic rounding has no key."""
+  if recipe.rounds_by_key and value is None:
+    raise ValueError(
+      f"{name}: stochastic rounding of gradients needs a PRNG key; got none for {recipe}. Pass "
+      "rngs={'sr_rng': key} to apply, another key at each step, and name 'sr_rng' in the "
+      "split_rngs of nn.scan and nn.vmap; or pass key= to the function of flax_fp8.ops."
+    )
+
+
 def device(name: str, value: Any, emulate: bool) -> None:
   """Raises ValueError where the default device can't multiply what the recipe needs."""
   recipe(name, value)

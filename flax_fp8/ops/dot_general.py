@@ -17,14 +17,16 @@ from jax import lax
 
 from flax_fp8 import _compat, contraction
 from flax_fp8.amax import emit_once
-from flax_fp8.contraction import Axes, DimensionNumbers
+from flax_fp8.contraction import DimensionNumbers, Gemm, View
 from flax_fp8.meta_dtype import like, to_float32
 from flax_fp8.ops import check
+from flax_fp8.products import dot_high_precision
 from flax_fp8.quantize import QTensor
 from flax_fp8.recipes.base import GemmKind, Recipe, Role, TensorState
 
 State: TypeAlias = Mapping[str, TensorState]
 Roles: TypeAlias = tuple[Role, Role]
+Quantized: TypeAlias = QTensor | jax.Array  # an array where the GEMM is in high precision
 
 
 def dot_general(
@@ -35,6 +37,7 @@ def dot_general(
   recipe: Recipe,
   state: State,
   preferred_element_type: Any = None,
+  key: jax.Array | None = None,
   roles: Roles = (Role.INPUT, Role.KERNEL),
   name: str = "dot_general",
 ) -> jax.Array:
@@ -50,6 +53,8 @@ def dot_general(
     recipe: how to scale.
     state: for each role, the leaves of ``recipe.init_state(role)``, float32 or fp32_max_grad.
     preferred_element_type: dtype of the result; the promoted dtype of the operands if None.
+    key: PRNG key, by which a recipe that asks for it rounds output gradients stochastically; needed
+      for differentiation alone.
     roles: what ``lhs`` and ``rhs`` are; exchanged for a GEMM that takes the kernel first.
     name: what error messages call the operation.
 
@@ -59,7 +64,8 @@ def dot_general(
   Raises:
     TypeError: an operand is not float32, bfloat16 or float16; a leaf of the state is not float32
       or fp32_max_grad; ``recipe`` is no recipe.
-    ValueError: dimension numbers do not fit the shapes; the state is not the recipe's.
+    ValueError: dimension numbers do not fit the shapes; the state is not the recipe's; the gradient
+      is taken without the key that the recipe asks for.
 
   Numerics:
     GEMMs accumulate and are scaled in float32, then cast to the result's dtype. Where the state is
@@ -88,8 +94,9 @@ def dot_general(
   dims = check.dimension_numbers(name, dimension_numbers, lhs, rhs)
   check.recipe(name, recipe)
   check.state(name, recipe, state)
-  call = _Call(recipe, dims, dtype, roles)
-  return _scaled_dot_general(call, lhs, rhs, {role.value: state[role.value] for role in Role})
+  call = _Call(recipe, dims, dtype, roles, name)
+  used = {role.value: state.get(role.value, {}) for role in Role}
+  return _scaled_dot_general(call, lhs, rhs, used, key if recipe.rounds_by_key else None)
 
 
 def init_state(recipe: Recipe) -> dict[str, TensorState]:
@@ -121,54 +128,100 @@ class _Call:
   dimension_numbers: DimensionNumbers
   dtype: Any
   roles: Roles
+  name: str
+
+  @property
+  def backward_kinds(self) -> tuple[GemmKind, GemmKind]:
+    """The GEMMs that give the gradients of the left and of the right operand."""
+    return _GRADIENT_OF[self.roles[0]], _GRADIENT_OF[self.roles[1]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scaled_dot_general(call: _Call, lhs: jax.Array, rhs: jax.Array, state: State) -> jax.Array:
-  return _forward(call, lhs, rhs, state)[0]
+def _scaled_dot_general(
+  call: _Call, lhs: jax.Array, rhs: jax.Array, state: State, key: jax.Array | None
+) -> jax.Array:
+  return _forward(call, lhs, rhs, state, key)[0]
 
 
-def _forward(call: _Call, lhs: jax.Array, rhs: jax.Array, state: State) -> tuple[jax.Array, Any]:
-  """Quantises both operands and multiplies; keeps their FP8 copies and what the state will need."""
-  (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = call.dimension_numbers
-  lhs_axes = (lhs_contract, contraction.kept_axes(lhs.ndim, lhs_contract, lhs_batch))
-  rhs_axes = (rhs_contract, contraction.kept_axes(rhs.ndim, rhs_contract, rhs_batch))
-  (q_lhs, kept_lhs), lhs_seen = _quantize(call, lhs, state, call.roles[0], lhs_axes)
-  (q_rhs, kept_rhs), rhs_seen = _quantize(call, rhs, state, call.roles[1], rhs_axes)
-  gemm = contraction.plain_gemm(call.dimension_numbers, lhs.ndim, rhs.ndim)
-  out = call.recipe.contract(q_lhs, q_rhs, gemm, GemmKind.FPROP, call.dtype)
-  operands = (_Operand.of(lhs), _Operand.of(rhs))
-  return out, (kept_lhs, kept_rhs, (lhs_seen, rhs_seen), state, operands)
-
-
-def _backward(call: _Call, residuals: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, State]:
-  """Quantises the gradient and multiplies it with both kept operands; updates the state."""
-  q_lhs, q_rhs, seen, state, (lhs, rhs) = residuals
-  to_lhs, to_rhs = contraction.backward_gemms(
-    call.dimension_numbers, q_lhs.data.ndim, q_rhs.data.ndim
+def _forward(
+  call: _Call, lhs: jax.Array, rhs: jax.Array, state: State, key: jax.Array | None
+) -> tuple[jax.Array, Any]:
+  """Quantises both operands and multiplies; keeps what the backward pass takes of them."""
+  kernel = call.roles.index(Role.KERNEL)
+  dims = call.dimension_numbers
+  gemm = contraction.forward_gemm(dims, lhs.shape, rhs.shape, kernel=kernel)
+  to_lhs, to_rhs = contraction.backward_gemms(dims, lhs.shape, rhs.shape)
+  lhs_kind, rhs_kind = call.backward_kinds
+  fprop = GemmKind.FPROP
+  (q_lhs, kept_lhs), lhs_seen = _quantize(
+    call, lhs, state, call.roles[0], (fprop, rhs_kind), (gemm.lhs, to_rhs.rhs)
   )
-  axes = (to_lhs.dimension_numbers[0][0], to_rhs.dimension_numbers[0][0])
-  (grad_to_lhs, grad_to_rhs), grad_seen = _quantize(call, grad, state, Role.OUTPUT_GRAD, axes)
-  lhs_kind, rhs_kind = (_GRADIENT_OF[role] for role in call.roles)
-  grad_lhs = call.recipe.contract(grad_to_lhs, q_rhs, to_lhs, lhs_kind, lhs.dtype)
-  grad_rhs = call.recipe.contract(grad_to_rhs, q_lhs, to_rhs, rhs_kind, rhs.dtype)
+  (q_rhs, kept_rhs), rhs_seen = _quantize(
+    call, rhs, state, call.roles[1], (fprop, lhs_kind), (gemm.rhs, to_lhs.rhs)
+  )
+  out = _contract(call.recipe, q_lhs, q_rhs, gemm, fprop, call.dtype)
+  operands = (_Operand.of(lhs), _Operand.of(rhs))
+  return out, (kept_lhs, kept_rhs, (lhs_seen, rhs_seen), state, key, operands)
+
+
+def _backward(
+  call: _Call, residuals: Any, grad: jax.Array
+) -> tuple[jax.Array, jax.Array, State, None]:
+  """Quantises the gradient and multiplies it with both kept operands; updates the state."""
+  q_lhs, q_rhs, seen, state, key, (lhs, rhs) = residuals
+  check.key(call.name, call.recipe, key)
+  to_lhs, to_rhs = contraction.backward_gemms(call.dimension_numbers, lhs.shape, rhs.shape)
+  lhs_kind, rhs_kind = call.backward_kinds
+  (by_rhs, by_lhs), grad_seen = _quantize(
+    call, grad, state, Role.OUTPUT_GRAD, (lhs_kind, rhs_kind), (to_lhs.lhs, to_rhs.lhs), key
+  )
+  grad_lhs = _contract(call.recipe, by_rhs, q_rhs, to_lhs, lhs_kind, lhs.dtype)
+  grad_rhs = _contract(call.recipe, by_lhs, q_lhs, to_rhs, rhs_kind, rhs.dtype)
   observed = dict(zip((*call.roles, Role.OUTPUT_GRAD), (*seen, grad_seen), strict=True))
   new_state = _new_state(call.recipe, state, observed)
-  return lhs.reduce(grad_lhs), rhs.reduce(grad_rhs), new_state
+  return lhs.reduce(grad_lhs), rhs.reduce(grad_rhs), new_state, None
 
 
 def _quantize(
-  call: _Call, x: jax.Array, state: State, role: Role, axes: tuple[Axes, Axes]
-) -> tuple[tuple[QTensor, QTensor], Any]:
-  return call.recipe.quantize(x, jax.tree.map(to_float32, state[role.value]), role, axes)
+  call: _Call,
+  x: jax.Array,
+  state: State,
+  role: Role,
+  kinds: tuple[GemmKind, GemmKind],
+  views: tuple[View, View],
+  key: jax.Array | None = None,
+) -> tuple[tuple[Quantized, Quantized], tuple[Any, ...]]:
+  """Prepares a tensor for its two GEMMs: in FP8, or as it is for one in high precision.
+
+  Returns:
+    The tensor for each; and the recipe's observation, none where neither GEMM is in FP8.
+  """
+  whole = [call.recipe.is_high_precision(kind) for kind in kinds]
+  if all(whole):
+    return (x, x), ()
+  float32_state = jax.tree.map(to_float32, state[role.value])
+  pair, seen = call.recipe.quantize(x, float32_state, role, views, key)
+  first, second = (x if is_whole else q for is_whole, q in zip(whole, pair, strict=True))
+  return (first, second), (seen,)
 
 
-def _new_state(recipe: Recipe, state: State, observed: Mapping[Role, Any]) -> State:
-  """Updates the state of each role, as cotangents of the old state."""
-  new = {
-    role.value: recipe.update(jax.tree.map(to_float32, state[role.value]), seen, role)
-    for role, seen in observed.items()
-  }
+def _contract(
+  recipe: Recipe, lhs: Quantized, rhs: Quantized, gemm: Gemm, kind: GemmKind, dtype: Any
+) -> jax.Array:
+  """Multiplies two tensors as ``_quantize`` prepared them."""
+  if isinstance(lhs, QTensor) and isinstance(rhs, QTensor):
+    return recipe.contract(lhs, rhs, gemm, kind, dtype)
+  assert not isinstance(lhs, QTensor)
+  assert not isinstance(rhs, QTensor)
+  return dot_high_precision(lhs, rhs, gemm, dtype)
+
+
+def _new_state(recipe: Recipe, state: State, observed: Mapping[Role, tuple[Any, ...]]) -> State:
+  """Updates the state of each role that was observed, as cotangents of the old state."""
+  new: dict[str, TensorState] = {}
+  for role, seen in observed.items():
+    old = jax.tree.map(to_float32, state[role.value])
+    new[role.value] = recipe.update(old, seen[0], role) if seen else old
   return jax.tree.map(_as_cotangent, new, state)
 
 
@@ -182,12 +235,13 @@ def _as_cotangent(new: jax.Array, old: jax.Array) -> jax.Array:
 class _Operand:
   """What the backward pass must know of an operand, without keeping the operand."""
 
+  shape: tuple[int, ...]
   dtype: Any
   varying: frozenset[str]
 
   @classmethod
   def of(cls, operand: jax.Array) -> _Operand:
-    return cls(operand.dtype, _compat.varying_axes(operand))
+    return cls(operand.shape, operand.dtype, _compat.varying_axes(operand))
 
   def reduce(self, grad: jax.Array) -> jax.Array:
     """Sums a gradient over the mesh axes along which it varies and its operand does not."""

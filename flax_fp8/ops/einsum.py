@@ -22,6 +22,7 @@ def einsum(
   recipe: Recipe,
   state: State,
   preferred_element_type: Any = None,
+  key: jax.Array | None = None,
   name: str = "einsum",
 ) -> jax.Array:
   """Contracts two arrays in FP8 by an einsum equation; ``jnp.einsum`` with state.
@@ -36,6 +37,7 @@ def einsum(
     recipe: how to scale.
     state: as for ``dot_general``.
     preferred_element_type: dtype of the result; the promoted dtype of the operands if None.
+    key: as for ``dot_general``.
     name: what error messages call the operation.
 
   Returns:
@@ -79,6 +81,7 @@ def einsum(
     recipe=recipe,
     state=state,
     preferred_element_type=dtype,
+    key=key,
     roles=(first[1], second[1]),
     name=name,
   )

@@ -225,9 +225,9 @@ def dot_general_transpose_lhs(
   (x_contract, y_contract), (x_batch, y_batch) = dimension_numbers
   if swap_ans:
     swapped = ((y_contract, x_contract), (y_batch, x_batch))
-    gemm = contraction.backward_gemms(_tuples(swapped), jnp.ndim(y), jnp.ndim(x))[1]
+    gemm = contraction.backward_gemms(_tuples(swapped), jnp.shape(y), jnp.shape(x))[1]
   else:
-    gemm = contraction.backward_gemms(_tuples(dimension_numbers), jnp.ndim(x), jnp.ndim(y))[0]
+    gemm = contraction.backward_gemms(_tuples(dimension_numbers), jnp.shape(x), jnp.shape(y))[0]
   out = _dot(g, y, gemm.dimension_numbers, precision, preferred_element_type)
   return lax.transpose(out, gemm.permutation)
 

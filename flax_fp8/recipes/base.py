@@ -1,26 +1,30 @@
 """What a scaling recipe is: four questions that the contraction asks it.
 
-``ops`` knows nothing of granularity. It hands a recipe each operand together with the axes along
-which its two GEMMs contract it, takes back one ``QTensor`` a GEMM (the same one twice where scales
-are per tensor, two where they run along rows or blocks), and asks the recipe to multiply them.
+``ops`` knows nothing of granularity. It hands a recipe each operand together with the two views
+that its GEMMs have of it, takes back one ``QTensor`` a GEMM (the same one twice where scales are
+per tensor, two where they run along rows or blocks), and asks the recipe to multiply them.
 """
 
 from __future__ import annotations
 
 import abc
+import dataclasses
 import enum
 import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias, final
+from typing import Any, Literal, TypeAlias, final, get_args
 
 import jax
 import numpy as np
 
 from flax_fp8.capability import Needs
-from flax_fp8.contraction import Axes, Gemm
+from flax_fp8.contraction import Gemm, View
+from flax_fp8.formats import Float8, Format
 from flax_fp8.quantize import QTensor
 
 TensorState: TypeAlias = dict[str, jax.Array]
+GemmName: TypeAlias = Literal["fprop", "dgrad", "wgrad"]
+Rounding: TypeAlias = Literal["nearest", "stochastic"]
 
 
 class Role(enum.Enum):
@@ -39,12 +43,51 @@ class GemmKind(enum.Enum):
   WGRAD = "wgrad"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe(abc.ABC):
   """How tensors are quantised for the three GEMMs of a contraction, and what state that needs.
 
   Implementations are frozen dataclasses: hashable, compared by value, safe to pickle, static under
   ``jax.jit``. Each is final; a new recipe is a new file beside this one.
+
+  Attributes:
+    fp8_format: formats of values and of gradients.
+    high_precision: which of the GEMMs "fprop", "dgrad" and "wgrad" are left in the dtype of their
+      operands; their operands are then kept in it for the backward pass.
+    grad_rounding: "nearest", or "stochastic" for output gradients; this needs PRNG keys, in Linen
+      those of the collection ``sr_rng``.
+
+  Raises:
+    TypeError: ``fp8_format`` is no ``Format``.
+    ValueError: ``high_precision`` names another GEMM, or all three; ``grad_rounding`` is unknown.
   """
+
+  fp8_format: Format = Format.HYBRID
+  high_precision: tuple[GemmName, ...] = ()
+  grad_rounding: Rounding = "nearest"
+
+  def __post_init__(self) -> None:
+    name = type(self).__name__
+    if not isinstance(self.fp8_format, Format):
+      raise TypeError(
+        f"{name}: fp8_format must be a Format; got fp8_format={self.fp8_format!r}. Pass "
+        "Format.HYBRID, Format.E4M3, or Format(forward, backward)."
+      )
+    names = get_args(GemmName)
+    given = self.high_precision
+    wanted = given if isinstance(given, (tuple, list, set, frozenset)) else (given,)
+    if not set(wanted) <= set(names) or len(set(wanted)) == len(names):
+      raise ValueError(
+        f"{name}: high_precision must name at most two of {names}; got high_precision={given!r}. "
+        "To leave all three in high precision, leave the layer out of FP8."
+      )
+    in_order: Any = tuple(gemm for gemm in names if gemm in wanted)
+    object.__setattr__(self, "high_precision", in_order)
+    if self.grad_rounding not in get_args(Rounding):
+      raise ValueError(
+        f"{name}: grad_rounding must be one of {get_args(Rounding)}; got "
+        f"grad_rounding={self.grad_rounding!r}. Pass one of these strings."
+      )
 
   @abc.abstractmethod
   def init_state(self, role: Role) -> dict[str, np.ndarray]:
@@ -56,7 +99,12 @@ class Recipe(abc.ABC):
 
   @abc.abstractmethod
   def quantize(
-    self, x: jax.Array, state: TensorState, role: Role, contracting: tuple[Axes, Axes]
+    self,
+    x: jax.Array,
+    state: TensorState,
+    role: Role,
+    views: tuple[View, View],
+    key: jax.Array | None,
   ) -> tuple[tuple[QTensor, QTensor], Any]:
     """Quantises a tensor for the two GEMMs that take it.
 
@@ -64,9 +112,10 @@ class Recipe(abc.ABC):
       x: float32, bfloat16 or float16; any shape.
       state: of this tensor, float32.
       role: what ``x`` is.
-      contracting: the axes of ``x`` that each of its two GEMMs contracts. Input and kernel: fprop,
-        then the backward GEMM (wgrad for the input, dgrad for the kernel). Output gradient: the
-        GEMM that gives the left operand's gradient, then the right one's.
+      views: how each of its two GEMMs sees ``x``. Input and kernel: fprop, then the backward GEMM
+        (wgrad for the input, dgrad for the kernel). Output gradient: the GEMM that gives the left
+        operand's gradient, then the right one's. Where one GEMM keeps axes, the other contracts.
+      key: PRNG key to round by, or None to round to nearest.
 
     Returns:
       One ``QTensor`` for each of these GEMMs, and an observation: a pytree of small arrays that
@@ -100,6 +149,23 @@ class Recipe(abc.ABC):
     """Returns the formats, and the scales of blocks if any, that a device must multiply."""
 
   @final
+  def float8(self, role: Role) -> Float8:
+    """Returns the format of a tensor: gradients have their own."""
+    backward = role is Role.OUTPUT_GRAD
+    return self.fp8_format.backward if backward else self.fp8_format.forward
+
+  @final
+  @property
+  def rounds_by_key(self) -> bool:
+    """Tells whether the backward pass needs a PRNG key."""
+    return self.grad_rounding == "stochastic"
+
+  @final
+  def is_high_precision(self, kind: GemmKind) -> bool:
+    """Tells whether a GEMM is left in the dtype of its operands."""
+    return kind.value in self.high_precision
+
+  @final
   @property
   def dot_general_cls(self) -> Callable[..., Any]:
     """``Fp8DotGeneral`` with this recipe, for ``nn.Dense(n, dot_general_cls=...)``."""
@@ -110,6 +176,14 @@ class Recipe(abc.ABC):
   def einsum_cls(self) -> Callable[..., Any]:
     """``Fp8Einsum`` with this recipe, to be called for an instance: ``recipe.einsum_cls()``."""
     return _bind("einsum_cls", self)
+
+
+def split_key(key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
+  """Makes two keys of one; none of none."""
+  if key is None:
+    return None, None
+  first, second = jax.random.split(key)
+  return first, second
 
 
 # Recipes lie below Linen and must not import it. The modules enter themselves here.

@@ -15,12 +15,14 @@ import numpy as np
 
 from flax_fp8.amax import amax
 from flax_fp8.capability import Needs
-from flax_fp8.contraction import Axes, Gemm, dot_per_tensor
-from flax_fp8.formats import Float8, Format
+from flax_fp8.contraction import Gemm, View
+from flax_fp8.formats import Float8
+from flax_fp8.products import dot_per_tensor
 from flax_fp8.quantize import QTensor, quantize, scale_from_amax
 from flax_fp8.recipes.base import GemmKind, Recipe, Role, TensorState
 
 AmaxComputeAlgo = Literal["max", "most_recent"]
+FirstStep = Literal["stored", "current"]
 
 
 def roll_history(history: jax.Array, newest: jax.Array) -> jax.Array:
@@ -84,21 +86,29 @@ class DelayedScaling(Recipe):
     amax_history_len: number of amaxes kept a tensor.
     amax_compute_algo: "max" over the history or "most_recent".
     margin: headroom in powers of two: the amax is mapped to ``fp8_max / 2**margin``.
-    fp8_format: formats of values and of gradients.
+    interval: steps from one new scale to the next; amaxes are recorded at each step.
+    first_step: what scales a tensor while its history is empty: the "stored" scale, which is 1 in
+      fresh state, or the tensor's "current" amax.
     power_of_two: rounds scales up to powers of two, so that scaling itself is exact.
+    fp8_format: formats of values and of gradients.
+    high_precision: which of "fprop", "dgrad" and "wgrad" are left in the dtype of their operands.
+    grad_rounding: "nearest" or "stochastic", for output gradients.
 
   State:
     For each of input, kernel and output_grad: ``scale``, float32 ``(1,)``, and ``amax_history``,
-    float32 ``(amax_history_len,)``, slot 0 newest, slot 1 oldest.
+    float32 ``(amax_history_len,)``, slot 0 newest, slot 1 oldest. With an ``interval`` above 1 also
+    ``steps_to_update``, float32 ``(1,)``.
 
   Raises:
-    ValueError: ``amax_history_len`` is below 1, ``amax_compute_algo`` is unknown, or ``margin`` is
-      not within ±64.
+    ValueError: ``amax_history_len`` or ``interval`` is below 1, ``amax_compute_algo`` or
+      ``first_step`` is unknown, ``margin`` is not within ±64, or ``high_precision`` or
+      ``grad_rounding`` is unknown.
     TypeError: ``fp8_format`` is no ``Format``.
 
   Numerics:
     An amax beyond the scale's range saturates. A NaN or infinity reaches the output as NaN or ±max
-    and is never recorded, so the state stays finite. The scale is never zero, infinite or NaN.
+    and is never recorded, so the state stays finite. The scale is never zero, infinite or NaN. A
+    tensor whose GEMMs are all in high precision is not observed.
 
   Example:
     >>> import flax.linen as nn
@@ -114,54 +124,72 @@ class DelayedScaling(Recipe):
   amax_history_len: int = 1024
   amax_compute_algo: AmaxComputeAlgo = "max"
   margin: float = 0
-  fp8_format: Format = Format.HYBRID
+  interval: int = 1
+  first_step: FirstStep = "stored"
   power_of_two: bool = False
 
   def __post_init__(self) -> None:
+    super().__post_init__()
     if not isinstance(self.amax_history_len, int) or self.amax_history_len < 1:
       raise ValueError(
         "DelayedScaling: amax_history_len must be an integer of at least 1; got "
-        f"amax_history_len={self.amax_history_len!r}. For scales without a memory, keep one amax."
+        f"amax_history_len={self.amax_history_len!r}. For scales without a memory, take "
+        "Float8CurrentScaling."
       )
-    if self.amax_compute_algo not in get_args(AmaxComputeAlgo):
+    if not isinstance(self.interval, int) or self.interval < 1:
       raise ValueError(
-        f"DelayedScaling: amax_compute_algo must be one of {get_args(AmaxComputeAlgo)}; got "
-        f"amax_compute_algo={self.amax_compute_algo!r}. Pass one of these strings."
+        "DelayedScaling: interval must be an integer of at least 1; got "
+        f"interval={self.interval!r}. 1 makes a new scale at each step."
       )
+    for field, choices in (("amax_compute_algo", AmaxComputeAlgo), ("first_step", FirstStep)):
+      if (value := getattr(self, field)) not in get_args(choices):
+        raise ValueError(
+          f"DelayedScaling: {field} must be one of {get_args(choices)}; got {field}={value!r}. "
+          "Pass one of these strings."
+        )
     if not -64 <= self.margin <= 64:
       raise ValueError(
         "DelayedScaling: margin is a number of powers of two within ±64; got "
         f"margin={self.margin!r}. A usual margin is 0, 1 or 2."
       )
-    if not isinstance(self.fp8_format, Format):
-      raise TypeError(
-        f"DelayedScaling: fp8_format must be a Format; got fp8_format={self.fp8_format!r}. Pass "
-        "Format.HYBRID, Format.E4M3, or Format(forward, backward)."
-      )
 
   def init_state(self, role: Role) -> dict[str, np.ndarray]:
     """Scale 1 and an empty history."""
     del role
-    return {
+    state = {
       "scale": np.ones((1,), np.float32),
       "amax_history": np.zeros((self.amax_history_len,), np.float32),
     }
+    if self.interval > 1:
+      state["steps_to_update"] = np.zeros((1,), np.float32)
+    return state
 
   def quantize(
-    self, x: jax.Array, state: TensorState, role: Role, contracting: tuple[Axes, Axes]
+    self,
+    x: jax.Array,
+    state: TensorState,
+    role: Role,
+    views: tuple[View, View],
+    key: jax.Array | None,
   ) -> tuple[tuple[QTensor, QTensor], jax.Array]:
     """Quantises once for both GEMMs; observes the amax."""
-    del contracting
-    scale, inverse = (value.reshape(()) for value in self._scale(state, role))
-    q = quantize(x, scale, self._float8(role), inverse)
-    return (q, q), amax(x, state)
+    del views
+    seen = amax(x, state)
+    scale, inverse = (value.reshape(()) for value in self._scale(state, seen, role))
+    q = quantize(x, scale, self.float8(role), inverse, key)
+    return (q, q), seen
 
   def update(self, state: TensorState, observation: Any, role: Role) -> TensorState:
     """Keeps the scale that this step used, and records its amax."""
-    return {
-      "scale": self._scale(state, role)[0],
+    new = {
+      "scale": self._scale(state, observation, role)[0],
       "amax_history": roll_history(state["amax_history"], observation),
     }
+    if self.interval > 1:
+      due, empty = self._is_due(state), self._is_empty(state)
+      waited = jnp.where(due & ~empty, self.interval, state["steps_to_update"]) - 1.0
+      new["steps_to_update"] = jnp.maximum(waited, 0.0)
+    return new
 
   def contract(
     self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any
@@ -175,16 +203,31 @@ class DelayedScaling(Recipe):
     """The formats; products are scaled in float32."""
     return Needs(self.fp8_format)
 
-  def _float8(self, role: Role) -> Float8:
-    backward = role is Role.OUTPUT_GRAD
-    return self.fp8_format.backward if backward else self.fp8_format.forward
-
-  def _scale(self, state: TensorState, role: Role) -> tuple[jax.Array, jax.Array]:
-    return next_scale(
-      state["scale"],
+  def _scale(self, state: TensorState, seen: jax.Array, role: Role) -> tuple[jax.Array, jax.Array]:
+    """Returns the scale of this step and its inverse."""
+    stored, float8 = state["scale"], self.float8(role)
+    scale, inverse = next_scale(
+      stored,
       state["amax_history"],
-      self._float8(role),
+      float8,
       algo=self.amax_compute_algo,
       margin=self.margin,
       power_of_two=self.power_of_two,
     )
+    if self.interval > 1:
+      due = self._is_due(state)
+      scale, inverse = jnp.where(due, scale, stored), jnp.where(due, inverse, 1.0 / stored)
+    if self.first_step == "current":
+      seen = jnp.broadcast_to(seen, stored.shape)
+      first, first_inverse = scale_from_amax(
+        seen, stored, float8.max, self.margin, self.power_of_two
+      )
+      empty = self._is_empty(state)
+      scale, inverse = jnp.where(empty, first, scale), jnp.where(empty, first_inverse, inverse)
+    return scale, inverse
+
+  def _is_due(self, state: TensorState) -> jax.Array:
+    return state["steps_to_update"] == 0.0
+
+  def _is_empty(self, state: TensorState) -> jax.Array:
+    return jnp.max(state["amax_history"], axis=0) == 0.0

@@ -30,9 +30,9 @@ class PerRow(Recipe):
   def init_state(self, role):
     return {}
 
-  def quantize(self, x, state, role, contracting):
+  def quantize(self, x, state, role, views, key):
     float8 = formats.E5M2 if role is Role.OUTPUT_GRAD else formats.E4M3
-    return tuple(self.by_row(x, axes, float8) for axes in contracting), ()
+    return tuple(self.by_row(x, view.contracting, float8) for view in views), ()
 
   def by_row(self, x, axes, float8):
     scale = jnp.max(jnp.abs(x), axis=axes, keepdims=True) / float8.max

@@ -11,10 +11,12 @@ import pytest
 
 import flax_fp8 as fp8
 from flax_fp8 import formats
+from flax_fp8.contraction import View
 from flax_fp8.recipes import Role
 from flax_fp8.recipes.delayed import next_scale, roll_history
 from tests import oracle
 
+VIEWS = (View(batch=(), kept=(), contracting=(0,)),) * 2
 AMAXES = [3.0, 0.5, np.nan, 7.0, 0.0, 2.0, np.inf, 1e-3, 9.0, 0.25, 0.25, 0.25]
 
 
@@ -24,7 +26,7 @@ def run(recipe, role=Role.INPUT, amaxes=AMAXES):
   seen = []
   for amax in amaxes:
     x = jnp.array([0.1, -1.0]) * amax
-    (q, _), observation = recipe.quantize(x, state, role, ((0,), (0,)))
+    (q, _), observation = recipe.quantize(x, state, role, VIEWS, None)
     state = recipe.update(state, observation, role)
     assert float(q.scale) == float(state["scale"][0])
     seen.append((float(q.scale), np.asarray(state["amax_history"])))

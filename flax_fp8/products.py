@@ -1,0 +1,163 @@
+"""Products of quantised tensors: one for each granularity of scales, in plain JAX.
+
+Each takes the data and scales of two operands, and gives the GEMM's result. A kernel written by
+hand for a GPU replaces the body of one of them, and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flax_fp8.contraction import Gemm, View
+from flax_fp8.quantize import QTensor, dequantize, product
+
+
+def dot_high_precision(lhs: jax.Array, rhs: jax.Array, gemm: Gemm, dtype: Any) -> jax.Array:
+  """Multiplies two tensors that are not quantised.
+
+  ``transpose(dot_general(lhs, rhs))`` in the promoted dtype of the operands.
+
+  Args:
+    lhs: left operand; float32, bfloat16 or float16.
+    rhs: right operand; the same.
+    gemm: dimension numbers, and the transposition of the result.
+    dtype: of the result.
+
+  Returns:
+    The product in ``dtype``.
+  """
+  both = jnp.promote_types(lhs.dtype, rhs.dtype)
+  out = lax.dot_general(lhs.astype(both), rhs.astype(both), gemm.dimension_numbers)
+  return lax.transpose(out, gemm.permutation).astype(dtype)
+
+
+def dot_per_tensor(
+  lhs: QTensor, rhs: QTensor, gemm: Gemm, dtype: Any, *, fast_accumulation: bool
+) -> jax.Array:
+  """Multiplies two tensors that have one scale each.
+
+  ``transpose(dot_general(lhs.data, rhs.data)) * (lhs.scale * rhs.scale)``, in this order, so that
+  the compiler sees the transposition beside the GEMM and can make the GEMM write it.
+
+  Args:
+    lhs: left operand, scale of shape ``()``.
+    rhs: right operand, scale of shape ``()``.
+    gemm: dimension numbers, and the transposition of the result.
+    dtype: of the result; the product is scaled in float32 before it is cast.
+    fast_accumulation: lets the tensor core keep partial sums in less than float32 (Hopper keeps
+      about 14 bits), which is faster. On other hardware it changes nothing.
+
+  Returns:
+    The product in ``dtype``.
+  """
+  out = _dot(lhs.data, rhs.data, gemm, fast_accumulation)
+  return dequantize(lax.transpose(out, gemm.permutation), product(lhs.scale, rhs.scale), dtype)
+
+
+def dot_per_row(
+  lhs: QTensor, rhs: QTensor, gemm: Gemm, dtype: Any, *, fast_accumulation: bool
+) -> jax.Array:
+  """Multiplies two tensors that have a scale for each row that the GEMM contracts.
+
+  ``transpose(dot_general(lhs.data, rhs.data) * outer(lhs.scale, rhs.scale))``. The scales come
+  after the GEMM: before it, they would make its operands values of a wider type.
+
+  Args:
+    lhs: left operand; scale of its rank, 1 along the contracted axes.
+    rhs: right operand; the same.
+    gemm: dimension numbers, and the transposition of the result.
+    dtype: of the result; the product is scaled in float32 before it is cast.
+    fast_accumulation: as for ``dot_per_tensor``.
+
+  Returns:
+    The product in ``dtype``.
+  """
+  out = _dot(lhs.data, rhs.data, gemm, fast_accumulation)
+  n_batch, n_lhs = len(gemm.lhs.batch), len(gemm.lhs.kept)
+  lhs_axes = tuple(range(n_batch + n_lhs))
+  rhs_axes = (*range(n_batch), *range(n_batch + n_lhs, out.ndim))
+  scale = product(
+    lax.broadcast_in_dim(_without_contracted(lhs.scale, gemm.lhs), out.shape, lhs_axes),
+    lax.broadcast_in_dim(_without_contracted(rhs.scale, gemm.rhs), out.shape, rhs_axes),
+  )
+  return lax.transpose(dequantize(out, scale, dtype), gemm.permutation)
+
+
+def _dot(lhs: jax.Array, rhs: jax.Array, gemm: Gemm, fast_accumulation: bool) -> jax.Array:
+  precision = lax.Precision.DEFAULT if fast_accumulation else lax.Precision.HIGHEST
+  return lax.dot_general(
+    lhs, rhs, gemm.dimension_numbers, precision=precision, preferred_element_type=jnp.float32
+  )
+
+
+def _without_contracted(scale: jax.Array, view: View) -> jax.Array:
+  ordered = lax.transpose(scale, view.batch + view.kept + view.contracting)
+  return lax.squeeze(ordered, range(len(view.batch + view.kept), scale.ndim))
+
+
+def dot_chunks(lhs: QTensor, rhs: QTensor) -> jax.Array:
+  """Multiplies two stacks of matrices that are cut into chunks along the contracted axis.
+
+  Each chunk is one FP8 GEMM; its sums are promoted to float32, scaled and added there::
+
+      sum(lhs.data[c] @ rhs.data[c].T * outer(lhs.scale[c], rhs.scale[c]) for c in chunks)
+
+  Args:
+    lhs: data ``[chunks, batch, M, block]``, scale float32 ``[chunks, batch, M]``.
+    rhs: data ``[chunks, batch, N, block]``, scale float32 ``[chunks, batch, N]``.
+
+  Returns:
+    float32 ``[batch, M, N]``.
+  """
+  dims = (((2,), (2,)), ((0,), (0,)))
+
+  def scaled(chunk: tuple[QTensor, QTensor]) -> jax.Array:
+    x, y = chunk
+    out = lax.dot_general(x.data, y.data, dims, preferred_element_type=jnp.float32)
+    return out * product(x.scale[:, :, None], y.scale[:, None, :])
+
+  def add(total: jax.Array, chunk: tuple[QTensor, QTensor]) -> tuple[jax.Array, None]:
+    return total + scaled(chunk), None
+
+  # The sum begins with the first chunk, not with zeros, for which shard_map has another type.
+  first, rest = (jax.tree.map(take, (lhs, rhs)) for take in (lambda x: x[0], lambda x: x[1:]))
+  return lax.scan(add, scaled(first), rest)[0]
+
+
+def dot_microscaled(lhs: QTensor, rhs: QTensor, dtype: Any) -> jax.Array:
+  """Multiplies two stacks of matrices with E8M0 scales for blocks of the contracted axis.
+
+  ``einsum("bmk,bnk->bmn", lhs.data * repeat(lhs.scale), rhs.data * repeat(rhs.scale))``
+
+  On CUDA this is ``jax.nn.scaled_matmul``, which a GPU from Blackwell on computes in its matrix
+  units. Elsewhere the dequantised values, which bfloat16 holds exactly, are multiplied.
+
+  Args:
+    lhs: data ``[batch, M, K]``, scale float8_e8m0fnu ``[batch, M, K / block]``.
+    rhs: data ``[batch, N, K]``, scale float8_e8m0fnu ``[batch, N, K / block]``.
+    dtype: of the result; sums are float32.
+
+  Returns:
+    ``[batch, M, N]`` in ``dtype``.
+  """
+
+  def native(x: jax.Array, y: jax.Array, x_scale: jax.Array, y_scale: jax.Array) -> jax.Array:
+    return jax.nn.scaled_matmul(x, y, x_scale, y_scale, preferred_element_type=dtype)
+
+  def plain(x: jax.Array, y: jax.Array, x_scale: jax.Array, y_scale: jax.Array) -> jax.Array:
+    operands = _dequantize_microscaled(x, x_scale), _dequantize_microscaled(y, y_scale)
+    dims = (((2,), (2,)), ((0,), (0,)))
+    out = lax.dot_general(*operands, dims, preferred_element_type=jnp.float32)
+    return out.astype(dtype)
+
+  arguments = (lhs.data, rhs.data, lhs.scale, rhs.scale)
+  return lax.platform_dependent(*arguments, cuda=native, default=plain)
+
+
+def _dequantize_microscaled(data: jax.Array, scale: jax.Array) -> jax.Array:
+  repeated = jnp.repeat(scale.astype(jnp.float32), data.shape[-1] // scale.shape[-1], axis=-1)
+  return dequantize(data, repeated, jnp.bfloat16)

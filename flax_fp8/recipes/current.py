@@ -1,0 +1,94 @@
+"""Current scaling: one scale a tensor, from the tensor itself. Nothing is remembered."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_fp8.capability import Needs
+from flax_fp8.contraction import Gemm, View
+from flax_fp8.products import dot_per_tensor
+from flax_fp8.quantize import QTensor, current_scale, quantize
+from flax_fp8.recipes.base import GemmKind, Recipe, Role, TensorState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Float8CurrentScaling(Recipe):
+  """Per-tensor scaling by the tensor's own amax.
+
+  ::
+
+      scale = max(|x|) / fp8_max
+      q = saturating_cast(x / scale)
+
+  The scale is never stale: nothing saturates, no state can be wrong. The price is that the tensor
+  is read twice, for its amax and for the cast.
+
+  Attributes:
+    fp8_format: formats of values and of gradients.
+    power_of_two: rounds scales up to powers of two, so that scaling itself is exact.
+    high_precision: which of "fprop", "dgrad" and "wgrad" are left in the dtype of their operands.
+    grad_rounding: "nearest" or "stochastic", for output gradients.
+
+  State:
+    None; the model's variables are those of the model without FP8.
+
+  Raises:
+    TypeError: ``fp8_format`` is no ``Format``.
+    ValueError: ``high_precision`` or ``grad_rounding`` is unknown.
+
+  Numerics:
+    A tensor of zeros has scale 1. One that holds a NaN or an infinity has scale NaN, and so has the
+    product. Under ``vmap`` each slice is a tensor of its own; so is each device's part under
+    ``shard_map``. Under ``jit`` with shardings the amax is that of the whole tensor.
+
+  Example:
+    >>> import flax.linen as nn
+    >>> import flax_fp8 as fp8
+    >>> layer = nn.Dense(32, dot_general_cls=fp8.Float8CurrentScaling().dot_general_cls)
+
+  References:
+    Transformer Engine, transformer_engine.common.recipe.Float8CurrentScaling.
+  """
+
+  power_of_two: bool = False
+
+  def init_state(self, role: Role) -> dict[str, np.ndarray]:
+    """No state."""
+    del role
+    return {}
+
+  def quantize(
+    self,
+    x: jax.Array,
+    state: TensorState,
+    role: Role,
+    views: tuple[View, View],
+    key: jax.Array | None,
+  ) -> tuple[tuple[QTensor, QTensor], None]:
+    """Quantises once for both GEMMs."""
+    del state, views
+    float8 = self.float8(role)
+    scale, inverse = current_scale(x, float8, power_of_two=self.power_of_two)
+    q = quantize(x, scale, float8, inverse, key)
+    return (q, q), None
+
+  def update(self, state: TensorState, observation: Any, role: Role) -> TensorState:
+    """No state."""
+    del observation, role
+    return state
+
+  def contract(
+    self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any
+  ) -> jax.Array:
+    """One GEMM; fast accumulation going forward, full going backward."""
+    fast = kind is GemmKind.FPROP
+    return dot_per_tensor(lhs, rhs, gemm, dtype, fast_accumulation=fast)
+
+  @property
+  def needs(self) -> Needs:
+    """The formats; products are scaled in float32."""
+    return Needs(self.fp8_format)

@@ -1,0 +1,172 @@
+"""MXFP8: a power of two for each 32 values, applied by the matrix units themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from flax_fp8.capability import Needs
+from flax_fp8.contraction import Gemm, View, pad_to_multiple
+from flax_fp8.formats import Float8, Format
+from flax_fp8.products import dot_microscaled
+from flax_fp8.quantize import QTensor, quantize
+from flax_fp8.recipes.base import GemmKind, Recipe, Role, TensorState, split_key
+
+BLOCK = 32
+ScaleRounding = Literal["up", "down"]
+
+# Codes of float8_e8m0fnu, which are biased exponents. 0, 2**-127, is no normal float32 and unused.
+_SMALLEST_CODE, _ONE, _LARGEST_CODE, _NAN = 1, 127, 254, 255
+
+
+def microscale(amax: jax.Array, float8: Float8, rounding: ScaleRounding = "up") -> jax.Array:
+  """Computes the scales of blocks as codes of float8_e8m0fnu.
+
+  ``"up"``: the least power of two under which ``amax`` is in range,
+  ``2**ceil(log2(amax / fp8_max))``. ``"down"``: that of the OCP specification,
+  ``2**(floor(log2(amax)) - floor(log2(fp8_max)))``, under which an amax may saturate.
+
+  Args:
+    amax: largest magnitudes of the blocks; float32; any shape.
+    float8: the format of the values.
+    rounding: one of the above.
+
+  Returns:
+    uint8; shape of ``amax``; ``2**(code - 127)`` is the dequantisation multiplier.
+
+  Numerics:
+    Exact: exponents and mantissas are compared as integers. 1 for an amax of zero, NaN for one that
+    is NaN or infinite, at least ``2**-126``.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from flax_fp8 import formats
+    >>> from flax_fp8.recipes.mxfp8 import microscale
+    >>> amax = jnp.array([448.0, 449.0, 0.0])
+    >>> microscale(amax, formats.E4M3), microscale(amax, formats.E4M3, "down")
+    (Array([127, 128, 127], dtype=uint8), Array([127, 127, 127], dtype=uint8))
+
+  References:
+    OCP Microscaling Formats (MX) Specification, version 1.0, section 6.3; Mishra et al., Recipes
+    for Pre-training LLMs with MXFP8, https://arxiv.org/abs/2506.08027, section 3.
+  """
+  bits = lax.bitcast_convert_type(amax, jnp.int32)
+  largest = int(np.float32(float8.max).view(np.int32))
+  code = (bits >> 23) - (largest >> 23) + _ONE
+  if rounding == "up":
+    mantissa = 0x7FFFFF
+    code = code + ((bits & mantissa) > (largest & mantissa)).astype(jnp.int32)
+  code = jnp.clip(code, _SMALLEST_CODE, _LARGEST_CODE)
+  code = jnp.where(amax == 0.0, _ONE, jnp.where(jnp.isfinite(amax), code, _NAN))
+  return code.astype(jnp.uint8)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MXFP8BlockScaling(Recipe):
+  """A power-of-two scale for each 32 values along the axis that a GEMM contracts.
+
+  For each GEMM, with its operands as matrices ``[batch, M, K]`` and ``[batch, N, K]``::
+
+      scale = 2**ceil(log2(max(|x|, block of 32) / fp8_max))      # float8_e8m0fnu
+      q = saturating_cast(x / scale)
+      out = einsum("bmk,bnk->bmn", q_lhs * scale_lhs, q_rhs * scale_rhs)
+
+  On NVIDIA GPUs from Blackwell on the matrix units apply the scales (``jax.nn.scaled_matmul``). No
+  other device is faster by it than by BF16, so the modules raise there unless ``emulate=True``.
+
+  Attributes:
+    scale_rounding: "up" keeps each amax in range, as Transformer Engine and JAX do; "down" is the
+      OCP specification's conversion, under which an amax may saturate.
+    fp8_format: formats of values and of gradients.
+    high_precision: which of "fprop", "dgrad" and "wgrad" are left in the dtype of their operands.
+    grad_rounding: "nearest" or "stochastic", for output gradients.
+
+  State:
+    None; the model's variables are those of the model without FP8.
+
+  Raises:
+    TypeError: ``fp8_format`` is no ``Format``.
+    ValueError: ``scale_rounding``, ``high_precision`` or ``grad_rounding`` is unknown.
+
+  Numerics:
+    Scaling is exact. Sizes that are no multiples of 32 are padded with zeros, which changes neither
+    scales nor sums. A block of zeros has scale 1. One that holds a NaN or an infinity has scale
+    NaN, and so have the elements of the product that sum over it. Several contracted axes count as
+    one, in their order.
+
+  Example:
+    >>> import flax.linen as nn
+    >>> import flax_fp8 as fp8
+    >>> layer = nn.Dense(32, dot_general_cls=fp8.MXFP8BlockScaling().dot_general_cls)
+
+  References:
+    OCP Microscaling Formats (MX) Specification, version 1.0; Mishra et al., Recipes for
+    Pre-training LLMs with MXFP8, https://arxiv.org/abs/2506.08027; jax.nn.scaled_matmul.
+  """
+
+  fp8_format: Format = Format.E4M3
+  scale_rounding: ScaleRounding = "up"
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if self.scale_rounding not in get_args(ScaleRounding):
+      raise ValueError(
+        f"MXFP8BlockScaling: scale_rounding must be one of {get_args(ScaleRounding)}; got "
+        f"scale_rounding={self.scale_rounding!r}. Pass one of these strings."
+      )
+
+  def init_state(self, role: Role) -> dict[str, np.ndarray]:
+    """No state."""
+    del role
+    return {}
+
+  def quantize(
+    self,
+    x: jax.Array,
+    state: TensorState,
+    role: Role,
+    views: tuple[View, View],
+    key: jax.Array | None,
+  ) -> tuple[tuple[QTensor, QTensor], None]:
+    """Quantises once for each GEMM, along what it contracts.
+
+    Returns:
+      Data ``[batch, rows, K]`` and scales ``[batch, rows, K / 32]``; and no observation.
+    """
+    del state
+    first, second = split_key(key)
+    return (self._blocks(x, role, views[0], first), self._blocks(x, role, views[1], second)), None
+
+  def _blocks(self, x: jax.Array, role: Role, view: View, key: jax.Array | None) -> QTensor:
+    float8 = self.float8(role)
+    matrices = pad_to_multiple(view.matrices(x), (1, 1, BLOCK))
+    blocks = matrices.reshape(*matrices.shape[:2], -1, BLOCK)
+    amax = jnp.max(jnp.abs(blocks), axis=3, keepdims=True, initial=0).astype(jnp.float32)
+    codes = microscale(amax, float8, self.scale_rounding)
+    e8m0 = lax.bitcast_convert_type(codes, jnp.float8_e8m0fnu)
+    scale = e8m0.astype(jnp.float32)
+    data = quantize(blocks, scale, float8, 1.0 / scale, key).data
+    return QTensor(data.reshape(matrices.shape), e8m0[..., 0])
+
+  def update(self, state: TensorState, observation: Any, role: Role) -> TensorState:
+    """No state."""
+    del observation, role
+    return state
+
+  def contract(
+    self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any
+  ) -> jax.Array:
+    """One GEMM that scales blocks; full accumulation."""
+    del kind
+    out = dot_microscaled(lhs, rhs, dtype).reshape(gemm.shape)
+    return lax.transpose(out, gemm.permutation)
+
+  @property
+  def needs(self) -> Needs:
+    """The formats, and matrix units that scale blocks by E8M0."""
+    return Needs(self.fp8_format, block_scales=jnp.float8_e8m0fnu)

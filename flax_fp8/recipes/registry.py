@@ -1,0 +1,55 @@
+"""Recipes by name, for command lines and configuration files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from flax_fp8.recipes.base import Recipe
+from flax_fp8.recipes.block import Float8BlockScaling
+from flax_fp8.recipes.current import Float8CurrentScaling
+from flax_fp8.recipes.delayed import DelayedScaling
+from flax_fp8.recipes.mxfp8 import MXFP8BlockScaling
+from flax_fp8.recipes.rowwise import Float8RowwiseScaling
+
+RECIPES: Mapping[str, type[Recipe]] = MappingProxyType(
+  {
+    "delayed": DelayedScaling,
+    "current": Float8CurrentScaling,
+    "rowwise": Float8RowwiseScaling,
+    "block": Float8BlockScaling,
+    "mxfp8": MXFP8BlockScaling,
+  }
+)
+
+
+def get_recipe(name: str, **fields: Any) -> Recipe:
+  """Makes a recipe by its name.
+
+  ``RECIPES[name](**fields)``
+
+  Args:
+    name: "delayed", "current", "rowwise", "block" or "mxfp8".
+    **fields: of the recipe's class.
+
+  Returns:
+    The recipe.
+
+  Raises:
+    ValueError: there is no recipe of this name, or a field's value is not allowed.
+    TypeError: the class has no field of a given name.
+
+  Example:
+    >>> import flax_fp8 as fp8
+    >>> fp8.get_recipe("delayed", margin=1) == fp8.DelayedScaling(margin=1)
+    True
+
+  References:
+    Transformer Engine, transformer_engine.common.recipe.
+  """
+  if name not in RECIPES:
+    raise ValueError(
+      f"get_recipe: name must be one of {tuple(RECIPES)}; got {name=}. Pass one of these strings."
+    )
+  return RECIPES[name](**fields)

@@ -1,0 +1,102 @@
+"""Rowwise scaling: a scale for all that one element of a GEMM's result sums over."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_fp8.capability import Needs
+from flax_fp8.contraction import Gemm, View
+from flax_fp8.formats import Format
+from flax_fp8.products import dot_per_row
+from flax_fp8.quantize import QTensor, current_scale, quantize
+from flax_fp8.recipes.base import GemmKind, Recipe, Role, TensorState, split_key
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Float8RowwiseScaling(Recipe):
+  """A scale for each row of the left and each column of the right operand, in all three GEMMs.
+
+  For each GEMM, along the axes that it contracts::
+
+      scale = max(|x|, contracted axes) / fp8_max
+      q = saturating_cast(x / scale)
+      out = dot_general(q_lhs, q_rhs) * outer(scale_lhs, scale_rhs)
+
+  An outlier spoils its row alone. The price is a quantisation for each of the two GEMMs that take a
+  tensor. ``high_precision=("wgrad",)`` is the variant whose weight gradient is not quantised.
+
+  Attributes:
+    fp8_format: formats of values and of gradients.
+    power_of_two: rounds scales up to powers of two, so that scaling itself is exact.
+    high_precision: which of "fprop", "dgrad" and "wgrad" are left in the dtype of their operands.
+    grad_rounding: "nearest" or "stochastic", for output gradients.
+
+  State:
+    None; the model's variables are those of the model without FP8.
+
+  Raises:
+    TypeError: ``fp8_format`` is no ``Format``.
+    ValueError: ``high_precision`` or ``grad_rounding`` is unknown.
+
+  Numerics:
+    A row of zeros has scale 1. One that holds a NaN or an infinity has scale NaN, and so have the
+    elements of the product that sum over it. Rows are those of the array at hand: of one device's
+    part under ``shard_map``, of the whole array under ``jit`` with shardings. Any sizes.
+
+  Example:
+    >>> import flax.linen as nn
+    >>> import flax_fp8 as fp8
+    >>> recipe = fp8.Float8RowwiseScaling(high_precision=("wgrad",))
+    >>> layer = nn.Dense(32, dot_general_cls=recipe.dot_general_cls)
+
+  References:
+    torchao, torchao.float8, recipes "rowwise" and "rowwise_with_gw_hp".
+  """
+
+  fp8_format: Format = Format.E4M3
+  power_of_two: bool = False
+
+  def init_state(self, role: Role) -> dict[str, np.ndarray]:
+    """No state."""
+    del role
+    return {}
+
+  def quantize(
+    self,
+    x: jax.Array,
+    state: TensorState,
+    role: Role,
+    views: tuple[View, View],
+    key: jax.Array | None,
+  ) -> tuple[tuple[QTensor, QTensor], None]:
+    """Quantises once for each GEMM, along what it contracts."""
+    del state
+    float8 = self.float8(role)
+
+    def along(view: View, key: jax.Array | None) -> QTensor:
+      scale, inverse = current_scale(x, float8, view.contracting, self.power_of_two)
+      return quantize(x, scale, float8, inverse, key)
+
+    first, second = split_key(key)
+    return (along(views[0], first), along(views[1], second)), None
+
+  def update(self, state: TensorState, observation: Any, role: Role) -> TensorState:
+    """No state."""
+    del observation, role
+    return state
+
+  def contract(
+    self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any
+  ) -> jax.Array:
+    """One GEMM without scales, then the scales; fast accumulation going forward alone."""
+    fast = kind is GemmKind.FPROP
+    return dot_per_row(lhs, rhs, gemm, dtype, fast_accumulation=fast)
+
+  @property
+  def needs(self) -> Needs:
+    """The formats; products are scaled in float32."""
+    return Needs(self.fp8_format)
