@@ -53,7 +53,7 @@ def test_dot_microscaled_under_vmap_compiles_for_cuda(axes):
   pytest.importorskip("jax_plugins.xla_cuda13", reason="the CUDA plugin exists for Linux alone")
   import flax_fp8 as fp8
 
-  shape = lambda rows, mapped: [3][:mapped] + [2, rows]
+  shape = lambda rows, mapped: (*[3][:mapped], 2, rows)
   spec = lambda rows, mapped: QTensor(
     jax.ShapeDtypeStruct((*shape(rows, mapped), 128), jnp.float8_e4m3fn),
     jax.ShapeDtypeStruct((*shape(rows, mapped), 4), jnp.float8_e8m0fnu),

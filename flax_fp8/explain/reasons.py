@@ -63,8 +63,8 @@ def _reason_of(module: Module, asked: Asked, site: Site, fp8_units: bool) -> str
     return found
   if has_block_scales(asked.dot):
     return (
-      "it has scales of blocks, and XLA chose no kernel that applies them: before Blackwell there is "
-      "none, and the XLA of JAX 0.12 chooses by timing, on the GPU itself"
+      "it has scales of blocks, and XLA chose no kernel that applies them: before Blackwell there "
+      "is none, and the XLA of JAX 0.12 chooses by timing, on the GPU itself"
     )
   if site.kernel.endswith("matrix-vector"):
     return "a product with a vector needs no matrix units; leave it out of FP8"
