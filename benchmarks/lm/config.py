@@ -1,16 +1,14 @@
 """What is trained: everything that decides the curve, and the three sizes on offer."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 from lm.model import ModelShape
-
-Precision = Literal["bf16", "fp8"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-  """All that decides a curve besides the text and the precision.
+  """All that decides a curve besides the text and the run's recipe.
 
   Attributes:
     shape: the model.

@@ -1,7 +1,7 @@
 """A Llama-like decoder in Flax Linen whose GEMMs are BF16 or FP8 by one argument.
 
-    Transformer(shape)                                      # BF16
-    Transformer(shape, dot_general_cls=fp8.Fp8DotGeneral)   # FP8
+    Transformer(shape)                                           # BF16
+    Transformer(shape, dot_general_cls=recipe.dot_general_cls)   # FP8
 
 ``nn.Dense`` takes that argument as it is. In FP8 run the projections of each layer (q, k, v, o;
 gate, up, down), forward and backward; the embedding, the norms, the attention scores and the output
@@ -142,7 +142,7 @@ class Transformer(nn.Module):
 
   Attributes:
     shape: the sizes.
-    dot_general_cls: None for BF16; ``fp8.Fp8DotGeneral`` puts every projection in FP8.
+    dot_general_cls: None for BF16; ``recipe.dot_general_cls`` puts every projection in FP8.
   """
 
   shape: ModelShape
