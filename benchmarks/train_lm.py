@@ -31,6 +31,7 @@ from lm.config import PRESETS, TrainConfig
 from lm.curve import Result
 from lm.errors import UsageError
 from lm.explain import Reports, explain_steps, write_reports
+from lm.options import not_negative, positive
 from lm.plot import write_png
 from lm.progress import ConsoleDisplay
 from lm.report import show, write_json
@@ -39,20 +40,6 @@ from lm.text import Corpus, read_corpus
 from lm.train import require_startable, train
 
 PRECISIONS = ("bf16", "fp8", "both")
-
-
-def positive(text: str) -> int:
-  """Reads an integer above zero."""
-  if (number := int(text)) < 1:
-    raise argparse.ArgumentTypeError(f"must be at least 1; got {text}")
-  return number
-
-
-def not_negative(text: str) -> int:
-  """Reads an integer that is zero or more."""
-  if (number := int(text)) < 0:
-    raise argparse.ArgumentTypeError(f"must be at least 0; got {text}")
-  return number
 
 
 def make_parser() -> argparse.ArgumentParser:

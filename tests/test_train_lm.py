@@ -162,7 +162,7 @@ def test_refusals(whole, tmp_path):
   assert "Add --resume" in again.stderr
   other = run(out, "--precision", "fp8", "--resume", "--seed", "7")
   assert other.returncode == 2
-  assert "--resume: the configuration must be the checkpoint's; got seed=7" in other.stderr
+  assert "must be of the same configuration; got seed=7 (there: 0)" in other.stderr
   unexplained = run(tmp_path, "--explain", "h200")
   assert unexplained.returncode == 2
   assert "--explain: explain: compiling for a GPU that is not attached" in unexplained.stderr
@@ -333,5 +333,5 @@ def test_a_checkpoint_is_of_one_recipe(whole):
   config = dataclasses.replace(PRESETS["tiny"], steps=STEPS, batch_size=2)
   of = {"folder": folder, "resume": True}
   require_startable(config, "bf16", read_corpus(), **of)
-  with pytest.raises(UsageError, match=r"got run=delayed \(checkpoint: bf16\)"):
+  with pytest.raises(UsageError, match=r"got run=delayed \(there: bf16\)"):
     require_startable(config, "delayed", read_corpus(), **of)

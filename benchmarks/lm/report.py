@@ -113,6 +113,11 @@ def environment() -> dict[str, Any]:
   }
 
 
+def describe_text(corpus: Corpus) -> dict[str, Any]:
+  """Which text was learnt."""
+  return {"name": corpus.name, "sha256_16": corpus.digest, "train_bytes": len(corpus.train)}
+
+
 def write_json(
   results: list[Result],
   reports: Reports,
@@ -132,11 +137,10 @@ def write_json(
     path: the file.
     explained: write the whole reports too.
   """
-  text = {"name": corpus.name, "sha256_16": corpus.digest, "train_bytes": len(corpus.train)}
   document = {
     "environment": environment(),
     "config": config.as_dict(),
-    "text": text,
+    "text": describe_text(corpus),
     "gap_percent": find_gaps(results),
     "runs": {result.run: describe_result(result, reports.get(result.run)) for result in results},
   }
