@@ -25,6 +25,11 @@ def color(run: Run) -> str:
   return f"C{place(run)}"
 
 
+def marker(run: Run) -> str:
+  """The shape of the run's points."""
+  return MARKERS[place(run) % len(MARKERS)]
+
+
 def smooth(losses: list[float], width: int) -> tuple[np.ndarray, np.ndarray]:
   """Averages every ``width`` neighbouring losses.
 
@@ -48,7 +53,7 @@ def draw_curves(axes: Axes, results: list[Result]) -> None:
     axes.plot(steps, losses, color=color(run), alpha=0.5, label=f"{name} train, smoothed")
     axes.plot(
       *zip(*curve.validation, strict=True),
-      MARKERS[place(run) % len(MARKERS)],
+      marker(run),
       color=color(run),
       fillstyle="none",
       markersize=8,

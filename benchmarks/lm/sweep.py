@@ -16,7 +16,7 @@ from rich.table import Table
 from lm.checkpoints import check_identity
 from lm.config import TrainConfig
 from lm.curve import Result
-from lm.plot import color
+from lm.plot import color, marker
 from lm.report import EMULATED, describe_result, describe_text, emulated, environment
 from lm.runs import BF16, Run, label
 from lm.text import Corpus
@@ -166,7 +166,8 @@ def draw_validation(axes: Axes, sweep: Sweep) -> None:
     points = [saved["validation_curve"] for saved in of_run.values()]
     steps = [step for step, _ in points[0]]
     losses = np.mean([[loss for _, loss in curve] for curve in points], axis=0)
-    axes.plot(steps, losses, "o-", color=color(run), fillstyle="none", label=label(run))
+    looks = {"marker": marker(run), "color": color(run), "fillstyle": "none"}
+    axes.plot(steps, losses, **looks, label=label(run))
   axes.set(xlabel="steps", ylabel="validation loss, nats a byte", title="Mean over seeds")
   axes.legend()
 
