@@ -108,28 +108,35 @@ def multiplies_fp8(report: fp8.Report) -> bool:
   return report.target is None or "fp8" in report.target.peak_flops
 
 
+def projection_flops(config: TrainConfig) -> int:
+  """FLOPs of the three GEMMs of every projection: ``6 * tokens * weights``."""
+  weights = sum(k * n for k, n in config.shape.projections.values())
+  return 6 * config.batch_size * config.seq_len * config.shape.layers * weights
+
+
 def require_fp8_gemms(config: TrainConfig, run: Run, report: fp8.Report) -> None:
   """Raises unless FP8 has every GEMM of each projection in FP8, and BF16 has none.
 
-  Recomputing (remat) adds forward GEMMs, so three of a projection and layer are the least. On a GPU
-  that multiplies no FP8 there is nothing to check but BF16: its report says so itself. Nor is there
-  of recipes that promise no GEMM in one piece.
+  FLOPs are compared, for the compiler may merge GEMMs that share an input; recomputing (remat) adds
+  to them. On a GPU that multiplies no FP8 there is nothing to check but BF16: its report says so
+  itself. Nor is there of recipes that promise no GEMM in one piece.
   """
   if run == BF16:
     wanted, wrong = 0, [gemm for gemm in report.gemms if gemm.is_fp8]
   elif run not in ONE_GEMM_EACH or not multiplies_fp8(report):
     return
   else:
-    wanted = 3 * len(PROJECTIONS) * config.shape.layers
+    wanted = projection_flops(config)
     wrong = [gemm for gemm in report.gemms if in_projection(gemm) and not gemm.is_fp8]
-  if not wrong and report.fp8_gemms >= wanted:
+  found = sum(gemm.flops for gemm in report.gemms if gemm.is_fp8)
+  if not wrong and found >= wanted:
     return
   rows = wrong or [gemm for gemm in report.gemms if not gemm.is_fp8]
-  rule = f"all GEMMs of the projections, {wanted} or more," if wanted else "no GEMM"
+  rule = f"all GEMMs of the projections, {wanted:.4g} FLOPs or more," if wanted else "no GEMM"
   raise RuntimeError(
     f"train_step: {label(run)} must have {rule} in FP8 on {report.device_kind}; got "
-    f"{report.fp8_gemms} of {report.total_gemms}. Look for a projection that fell back, or a "
-    "baseline that is none:\n" + "\n".join(lines(rows))
+    f"{report.fp8_gemms} of {report.total_gemms} GEMMs, {found:.4g} FLOPs. Look for a projection "
+    "that fell back, or a baseline that is none:\n" + "\n".join(lines(rows))
   )
 
 

@@ -59,6 +59,14 @@ class ModelShape:
     """Width of one head."""
     return self.d_model // self.heads
 
+  @property
+  def projections(self) -> dict[str, tuple[int, int]]:
+    """The kernels' shapes in one layer, by ``PROJECTIONS``."""
+    inner, shared = self.d_model, self.kv_heads * self.head_dim
+    widths = (inner, shared, shared, inner, self.d_ff, self.d_ff)
+    sizes = [(inner, width) for width in widths] + [(self.d_ff, inner)]
+    return dict(zip(PROJECTIONS, sizes, strict=True))
+
 
 def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:
   """Turns each pair ``(x[i], x[i + D/2])`` at position t by the angle ``t * base**(-2i/D)``.
