@@ -17,6 +17,7 @@ import dataclasses
 import multiprocessing
 import os
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
@@ -103,8 +104,16 @@ def share_out(jobs: int) -> list[set[int]]:
   return [set(cores[index % len(cores) :: jobs]) for index in range(jobs)]
 
 
-def keep_to(queue: Cores) -> None:
+def end_with_parent() -> None:
+  """Ends this process when its parent was killed, which would leave it training unseen."""
+  if (parent := multiprocessing.parent_process()) is not None:
+    parent.join()
+    os._exit(1)
+
+
+def prepare(queue: Cores) -> None:
   """Binds this process to cores of its own, before JAX counts them to make its threads."""
+  threading.Thread(target=end_with_parent, daemon=True).start()
   if cores := queue.get():
     os.sched_setaffinity(0, cores)
 
@@ -139,7 +148,7 @@ def finish_all(tasks: list[Task], jobs: int) -> None:
   queue: Cores = context.SimpleQueue()
   for cores in share_out(jobs):
     queue.put(cores)
-  with ProcessPoolExecutor(jobs, context, initializer=keep_to, initargs=(queue,)) as pool:
+  with ProcessPoolExecutor(jobs, context, initializer=prepare, initargs=(queue,)) as pool:
     futures = [pool.submit(finish, task) for task in tasks]
     try:
       for future in futures:

@@ -11,7 +11,7 @@ from lm.checkpoints import check_identity
 from lm.config import PRESETS
 from lm.curve import Curve, Result
 from lm.errors import UsageError
-from lm.sweep import Sweep, cell, draw, mean_and_error, read_run, write_run
+from lm.sweep import Sweep, cell, draw, mean_and_error, mean_cell, read_run, write_run
 from lm.text import read_corpus
 
 TINY = ["--preset", "tiny", "--steps", "3", "--batch-size", "2", "--recipes", "delayed"]
@@ -79,6 +79,7 @@ def test_gaps_are_taken_seed_by_seed():
   assert [len(axes.lines) > 0 for axes in draw(sweep).axes] == [True, True]
   assert cell(1.0, 0.5) == "1.0000\n+0.50 %"
   assert cell(None, None) == "-"
+  assert [mean_cell(gaps) for gaps in ([], [1.0], [1.0, 3.0])] == ["-", "+1.00 %", "+2.00 ± 1.00 %"]
   assert math.isnan(mean_and_error([])[0])
 
 

@@ -98,8 +98,7 @@ def read_run(
 
 def show(sweep: Sweep, config: TrainConfig, console: Console) -> None:
   """Prints one row a run: its loss and gap for each seed, and the mean gap."""
-  title = f"Last validation loss and gap to BF16, {config.steps} steps"
-  grid = Table(title=title)
+  grid = Table(title=f"{config.steps} steps: last validation loss")
   grid.add_column("", no_wrap=True)
   for seed in sweep.seeds:
     grid.add_column(f"seed {seed}", justify="right")
@@ -109,11 +108,18 @@ def show(sweep: Sweep, config: TrainConfig, console: Console) -> None:
     cells = [
       cell(losses.get(seed), None if run == BF16 else gaps.get(seed)) for seed in sweep.seeds
     ]
-    mean, error = mean_and_error(list(gaps.values()))
-    grid.add_row(label(run), *cells, "" if run == BF16 else f"{mean:+.2f} ± {error:.2f} %")
+    grid.add_row(label(run), *cells, "" if run == BF16 else mean_cell(list(gaps.values())))
   console.print(grid)
   if emulated():
     console.print(EMULATED, highlight=False, soft_wrap=True)
+
+
+def mean_cell(gaps: list[float]) -> str:
+  """The mean gap with its standard error, as far as there are any."""
+  mean, error = mean_and_error(gaps)
+  if math.isnan(mean):
+    return "-"
+  return f"{mean:+.2f} %" if math.isnan(error) else f"{mean:+.2f} ± {error:.2f} %"
 
 
 def cell(loss: float | None, gap: float | None) -> str:
