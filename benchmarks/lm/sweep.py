@@ -172,8 +172,9 @@ def draw_validation(axes: Axes, sweep: Sweep) -> None:
     points = [saved["validation_curve"] for saved in of_run.values()]
     steps = [step for step, _ in points[0]]
     losses = np.mean([[loss for _, loss in curve] for curve in points], axis=0)
-    looks = {"marker": marker(run), "color": color(run), "fillstyle": "none"}
-    axes.plot(steps, losses, **looks, label=label(run))
+    axes.plot(
+      steps, losses, f"{marker(run)}-", color=color(run), fillstyle="none", label=label(run)
+    )
   axes.set(xlabel="steps", ylabel="validation loss, nats a byte", title="Mean over seeds")
   axes.legend()
 
