@@ -137,8 +137,9 @@ def dot_microscaled(lhs: QTensor, rhs: QTensor, dtype: Any) -> jax.Array:
 
   ``einsum("bmk,bnk->bmn", lhs.data * repeat(lhs.scale), rhs.data * repeat(rhs.scale))``
 
-  On CUDA this is ``jax.nn.scaled_matmul``, which a GPU from Blackwell on computes in its matrix
-  units. Elsewhere the dequantised values, which bfloat16 holds exactly, are multiplied.
+  On a GPU this is ``jax.nn.scaled_matmul``, which matrix units compute where they scale blocks:
+  NVIDIA's from Blackwell on, AMD's gfx95x. Elsewhere the dequantised values, which bfloat16 holds
+  exactly, are multiplied.
 
   Args:
     lhs: data ``[batch, M, K]``, scale float8_e8m0fnu ``[batch, M, K / block]``.
@@ -168,7 +169,7 @@ def _microscaled(dtype: Any) -> Callable[[QTensor, QTensor], jax.Array]:
 
   @custom_vmap
   def multiply(lhs: QTensor, rhs: QTensor) -> jax.Array:
-    return lax.platform_dependent(lhs, rhs, cuda=native, default=plain)
+    return lax.platform_dependent(lhs, rhs, cuda=native, rocm=native, default=plain)
 
   @multiply.def_vmap
   def rule(axis_size: int, in_batched: Any, lhs: QTensor, rhs: QTensor) -> tuple[jax.Array, bool]:
