@@ -137,7 +137,7 @@ def find(module: Module, launched: Sequence[Launch]) -> list[Site]:
 def _sites(module: Module, launch: Launch) -> Iterator[Site]:
   for dot, kernel in _dots(module, launch.instruction):
     if extent := extent_of(module, dot):
-      yield Site(launch, dot, kernel, extent, _op_name(module, launch.instruction, dot))
+      yield Site(launch, dot, kernel, extent, _op_name(module, launch, dot))
 
 
 def _dots(module: Module, instruction: Instruction) -> Iterator[tuple[Instruction, str]]:
@@ -217,11 +217,11 @@ def _dimension_numbers(dot: Instruction) -> list[tuple[int, ...]] | None:
   ]
 
 
-def _op_name(module: Module, kernel: Instruction, dot: Instruction) -> str:
+def _op_name(module: Module, launch: Launch, dot: Instruction) -> str:
   """The name stack of a GEMM, or that of the nearest neighbour that has one."""
-  found = dot.op_name or kernel.op_name
-  if found:
-    return found
+  kernel = launch.instruction
+  if found := dot.op_name or kernel.op_name:
+    return names.within_loop(found, launch.loop)
   users = module.computations[kernel.computation].users[kernel.name]
   near = [*users, *module.operands(kernel)]
   near += [further for user in users for further in _users(module, user)]
