@@ -140,17 +140,21 @@ def _back_to(operand: View, other_contracting: Axes) -> Axes:
   return tuple(int(a) for a in np.argsort(operand.batch + operand.kept + contracted))
 
 
-def pad_to_multiple(x: jax.Array, blocks: Sequence[int]) -> jax.Array:
-  """Appends zeros until each dimension is a multiple of its block.
+def in_blocks(matrices: jax.Array, rows: int, columns: int) -> jax.Array:
+  """Cuts a stack of matrices into blocks; what a block lacks at the edge is zero.
 
   Args:
-    x: any array.
-    blocks: one size for each dimension.
+    matrices: ``[batch, R, C]``.
+    rows: of a block.
+    columns: of a block.
 
   Returns:
-    The padded array; ``x`` itself where nothing is missing.
+    ``[batch, ceil(R / rows), rows, ceil(C / columns), columns]``.
   """
-  return jnp.pad(x, [(0, -size % block) for size, block in zip(x.shape, blocks, strict=True)])
+  batch, height, width = matrices.shape
+  padded = jnp.pad(matrices, ((0, 0), (0, -height % rows), (0, -width % columns)))
+  _, height, width = padded.shape
+  return padded.reshape(batch, height // rows, rows, width // columns, columns)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -127,6 +127,8 @@ def dot_chunks(lhs: QTensor, rhs: QTensor) -> jax.Array:
   def add(total: jax.Array, chunk: tuple[QTensor, QTensor]) -> tuple[jax.Array, None]:
     return total + scaled(chunk), None
 
+  if not lhs.data.shape[0]:
+    return jnp.zeros((lhs.data.shape[1], lhs.data.shape[2], rhs.data.shape[2]), jnp.float32)
   # The sum begins with the first chunk, not with zeros, for which shard_map has another type.
   first, rest = (jax.tree.map(take, (lhs, rhs)) for take in (lambda x: x[0], lambda x: x[1:]))
   return lax.scan(add, scaled(first), rest)[0]
@@ -149,6 +151,8 @@ def dot_microscaled(lhs: QTensor, rhs: QTensor, dtype: Any) -> jax.Array:
   Returns:
     ``[batch, M, N]`` in ``dtype``.
   """
+  if not lhs.data.size or not rhs.data.size:
+    return jnp.zeros((lhs.data.shape[0], lhs.data.shape[1], rhs.data.shape[1]), dtype)
   return _microscaled(dtype)(lhs, rhs)
 
 

@@ -155,9 +155,10 @@ def test_a_gemm_multiplies_stacks_of_matrices(case, kernel):
   np.testing.assert_array_equal(out.reshape(gemm.shape), lax.dot_general(lhs, rhs, dims))
 
 
-def test_pad_to_multiple():
-  x = jnp.ones((3, 4, 5))
-  padded = contraction.pad_to_multiple(x, (1, 4, 4))
-  assert padded.shape == (3, 4, 8)
-  np.testing.assert_array_equal(padded[:, :, :5], x)
-  assert float(jnp.sum(padded)) == x.size
+def test_in_blocks():
+  x = jnp.arange(2.0 * 3 * 5).reshape(2, 3, 5)
+  blocks = contraction.in_blocks(x, 2, 4)
+  assert blocks.shape == (2, 2, 2, 2, 4)
+  np.testing.assert_array_equal(blocks[1, 0, :, 0], x[1, :2, :4])
+  np.testing.assert_array_equal(blocks[0, 1, :, 1], [[14.0, 0, 0, 0], [0, 0, 0, 0]])
+  assert contraction.in_blocks(x[:, :0], 2, 4).shape == (2, 0, 2, 2, 4)

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from flax_fp8.capability import Needs
-from flax_fp8.contraction import Gemm, View, pad_to_multiple
+from flax_fp8.contraction import Gemm, View, in_blocks
 from flax_fp8.formats import Format
 from flax_fp8.products import dot_chunks
 from flax_fp8.quantize import QTensor, current_scale, quantize
@@ -92,25 +92,24 @@ class Float8BlockScaling(Recipe):
 
   def _strips(self, x: jax.Array, role: Role, view: View, key: jax.Array | None) -> QTensor:
     """Quantises in blocks of 1×128."""
-    padded = pad_to_multiple(view.matrices(x), (1, 1, BLOCK))
-    chunks = jnp.moveaxis(padded.reshape(*padded.shape[:2], -1, BLOCK), 2, 0)
-    float8 = self.float8(role)
-    scale, inverse = current_scale(chunks, float8, (3,), self.power_of_two)
-    return QTensor(quantize(chunks, scale, float8, inverse, key).data, scale[..., 0])
+    matrices = view.matrices(x)
+    blocks = in_blocks(matrices, 1, BLOCK)
+    return _chunks(self._quantize_blocks(blocks, role, key), matrices.shape[1])
 
   def _tiles(
     self, x: jax.Array, views: tuple[View, View], key: jax.Array | None
   ) -> tuple[QTensor, QTensor]:
     """Quantises in blocks of 128×128, the same values and scales for both GEMMs."""
     matrices = views[0].matrices(x)
-    batch, rows, columns = matrices.shape
-    padded = pad_to_multiple(matrices, (1, BLOCK, BLOCK))
-    tiles = padded.reshape(batch, padded.shape[1] // BLOCK, BLOCK, -1, BLOCK)
-    float8 = self.float8(Role.KERNEL)
-    scale, inverse = current_scale(tiles, float8, (2, 4), self.power_of_two)
-    q = quantize(tiles, scale, float8, inverse, key)
+    _, rows, columns = matrices.shape
+    q = self._quantize_blocks(in_blocks(matrices, BLOCK, BLOCK), Role.KERNEL, key)
     transposed = jax.tree.map(lambda x: lax.transpose(x, (0, 3, 4, 1, 2)), q)
-    return _as_strips(q, rows), _as_strips(transposed, columns)
+    return _chunks(q, rows), _chunks(transposed, columns)
+
+  def _quantize_blocks(self, blocks: jax.Array, role: Role, key: jax.Array | None) -> QTensor:
+    float8 = self.float8(role)
+    scale, inverse = current_scale(blocks, float8, (2, 4), self.power_of_two)
+    return quantize(blocks, scale, float8, inverse, key)
 
   def update(self, state: TensorState, observation: Any, role: Role) -> TensorState:
     """No state."""
@@ -131,12 +130,20 @@ class Float8BlockScaling(Recipe):
     return Needs(self.fp8_format)
 
 
-def _as_strips(tiles: QTensor, rows: int) -> QTensor:
-  """Cuts tiles ``[batch, row blocks, 128, chunks, 128]`` into chunks, with a scale for each row."""
-  data, scale = (lax.transpose(x, (3, 0, 1, 2, 4)) for x in (tiles.data, tiles.scale))
-  chunks, batch = data.shape[:2]
-  scale = jnp.broadcast_to(scale, (*data.shape[:-1], 1))
+def _chunks(blocks: QTensor, rows: int) -> QTensor:
+  """Orders blocks by what a GEMM sums over, with a scale for each of the first ``rows`` rows.
+
+  Args:
+    blocks: data ``[batch, blocks of rows, rows of a block, chunks, 128]``; scale 1 along a block.
+    rows: those that were there before padding.
+
+  Returns:
+    Data ``[chunks, batch, rows, 128]`` and scales ``[chunks, batch, rows]``.
+  """
+  data, scale = (lax.transpose(x, (3, 0, 1, 2, 4)) for x in (blocks.data, blocks.scale))
+  chunks, batch, height, width = data.shape[:4]
+  scale = jnp.broadcast_to(scale, (chunks, batch, height, width, 1))
   return QTensor(
-    data.reshape(chunks, batch, -1, BLOCK)[:, :, :rows],
-    scale.reshape(chunks, batch, -1)[:, :, :rows],
+    data.reshape(chunks, batch, height * width, BLOCK)[:, :, :rows],
+    scale.reshape(chunks, batch, height * width)[:, :, :rows],
   )

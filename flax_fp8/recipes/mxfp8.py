@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from flax_fp8.capability import Needs
-from flax_fp8.contraction import Gemm, View, pad_to_multiple
+from flax_fp8.contraction import Gemm, View, in_blocks
 from flax_fp8.formats import Float8, Format
 from flax_fp8.products import dot_microscaled
 from flax_fp8.quantize import QTensor, quantize
@@ -145,14 +145,14 @@ class MXFP8BlockScaling(Recipe):
 
   def _blocks(self, x: jax.Array, role: Role, view: View, key: jax.Array | None) -> QTensor:
     float8 = self.float8(role)
-    matrices = pad_to_multiple(view.matrices(x), (1, 1, BLOCK))
-    blocks = matrices.reshape(*matrices.shape[:2], -1, BLOCK)
-    amax = jnp.max(jnp.abs(blocks), axis=3, keepdims=True, initial=0).astype(jnp.float32)
+    blocks = in_blocks(view.matrices(x), 1, BLOCK)
+    amax = jnp.max(jnp.abs(blocks), axis=4, keepdims=True, initial=0).astype(jnp.float32)
     codes = microscale(amax, float8, self.scale_rounding)
     e8m0 = lax.bitcast_convert_type(codes, jnp.float8_e8m0fnu)
     scale = e8m0.astype(jnp.float32)
     data = quantize(blocks, scale, float8, 1.0 / scale, key).data
-    return QTensor(data.reshape(matrices.shape), e8m0[..., 0])
+    batch, rows, _, chunks, _ = blocks.shape
+    return QTensor(data.reshape(batch, rows, chunks * BLOCK), e8m0.reshape(batch, rows, chunks))
 
   def update(self, state: TensorState, observation: Any, role: Role) -> TensorState:
     """No state."""
