@@ -6,8 +6,11 @@
 
 The runs of ``train_lm.py``: BF16 and FP8 with each recipe, for each seed. A recipe's answer is the
 mean over seeds of ``gap = 100 * (loss FP8 / loss BF16 - 1)``, both losses of one seed, beside its
-standard error. A finished run leaves one file in ``--out``, a killed one its checkpoint; both are
-used when the command is given again. ``recipe_loss.json`` and ``recipe_loss.png`` hold the answer.
+standard error. BF16 itself runs twice, the second time from initial parameters rounded to
+bfloat16: its gap is what two runs drift apart by, and a recipe's is to be read against it.
+
+A finished run leaves one file in ``--out``, a killed one its checkpoint; both are used when the
+command is given again. ``recipe_loss.json`` and ``recipe_loss.png`` hold the answer.
 
 With ``--jobs N``, N processes share the CPU's cores out among them; on a GPU leave it at 1.
 """
@@ -29,7 +32,16 @@ from lm.config import PRESETS, TrainConfig
 from lm.errors import UsageError
 from lm.options import not_negative, positive
 from lm.progress import ConsoleDisplay
-from lm.runs import ALL, BF16, RECIPE_CHOICES, Run, label, named_recipes, require_fp8_hardware
+from lm.runs import (
+  ALL,
+  BF16,
+  BF16_AGAIN,
+  RECIPE_CHOICES,
+  Run,
+  label,
+  named_recipes,
+  require_fp8_hardware,
+)
 from lm.sweep import Sweep, draw, read_run, show, write_json, write_run
 from lm.text import Corpus, read_corpus
 from lm.train import train
@@ -92,7 +104,7 @@ def plan(arguments: argparse.Namespace) -> list[Task]:
       **same,
     )
     for seed in dict.fromkeys(arguments.seeds)
-    for run in (BF16, *named_recipes(arguments.recipes))
+    for run in (BF16, BF16_AGAIN, *named_recipes(arguments.recipes))
   ]
 
 

@@ -36,9 +36,12 @@ def test_what_a_sweep_leaves(trained):
   bf16, fp8 = (found["runs"][run]["0"] for run in ("bf16", "delayed"))
   assert (bf16["fp8_state_bytes"], fp8["fp8_state_bytes"] > 0) == (0, True)
   gap = 100 * (fp8["validation_loss"] / bf16["validation_loss"] - 1)
-  assert found["recipes"]["delayed"]["gap_percent"]["0"] == pytest.approx(gap)
-  assert found["recipes"]["delayed"]["mean_gap_percent"] == pytest.approx(gap)
-  assert "standard_error" not in found["recipes"]["delayed"]  # of one seed
+  assert found["compared"]["delayed"]["gap_percent"]["0"] == pytest.approx(gap)
+  assert found["compared"]["delayed"]["mean_gap_percent"] == pytest.approx(gap)
+  again = found["runs"]["bf16-again"]["0"]["validation_loss"]
+  assert again != bf16["validation_loss"]
+  assert again == pytest.approx(bf16["validation_loss"], rel=1e-2)
+  assert "standard_error" not in found["compared"]["delayed"]  # of one seed
   assert found["environment"]["fp8_emulated"]
   assert (trained / "recipe_loss.png").read_bytes().startswith(b"\x89PNG")
 

@@ -1,4 +1,8 @@
-"""What a run is called, and what its GEMMs are: ``"bf16"``, or a recipe's name for FP8 with it."""
+"""What a run is called, and what its GEMMs are: ``"bf16"``, or a recipe's name for FP8 with it.
+
+``"bf16-again"`` is BF16 from initial parameters that were rounded to bfloat16: how far its loss is
+from BF16's is how far two runs drift apart by a rounding, whatever its kind.
+"""
 
 from collections.abc import Iterable
 from typing import TypeAlias
@@ -9,18 +13,19 @@ from lm.errors import UsageError
 Run: TypeAlias = str
 
 BF16: Run = "bf16"
+BF16_AGAIN: Run = "bf16-again"
 ALL = "all"
 RECIPE_CHOICES = (*fp8.RECIPES, ALL)
 
 
 def recipe_of(run: Run) -> fp8.Recipe | None:
   """The recipe of the projections' GEMMs; None for BF16."""
-  return None if run == BF16 else fp8.get_recipe(run)
+  return None if run in (BF16, BF16_AGAIN) else fp8.get_recipe(run)
 
 
 def label(run: Run) -> str:
   """What a run is called where people read it: ``BF16``, ``FP8 delayed``."""
-  return "BF16" if run == BF16 else f"FP8 {run}"
+  return {BF16: "BF16", BF16_AGAIN: "BF16 again"}.get(run, f"FP8 {run}")
 
 
 def named_recipes(names: Iterable[str]) -> tuple[Run, ...]:

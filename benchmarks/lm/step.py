@@ -12,7 +12,7 @@ import optax
 import flax_fp8 as fp8
 from lm.config import TrainConfig
 from lm.model import Transformer
-from lm.runs import Run, recipe_of
+from lm.runs import BF16_AGAIN, Run, recipe_of
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -50,6 +50,8 @@ def initializer(config: TrainConfig, run: Run) -> Callable[[jax.Array], fp8.Trai
   @jax.jit
   def create(key: jax.Array) -> fp8.TrainState:
     variables = model.init(key, jnp.zeros((1, config.seq_len), jnp.int32))
+    if run == BF16_AGAIN:
+      variables = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), variables)
     state = fp8.TrainState.create(apply_fn=model.apply, params=variables, tx=tx)
     return state.replace(step=jnp.zeros((), jnp.int32))
 

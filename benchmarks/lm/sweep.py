@@ -45,8 +45,8 @@ class Sweep:
     return sorted({seed for of_run in self.runs.values() for seed in of_run})
 
   @property
-  def recipes(self) -> list[Run]:
-    """The runs that are FP8."""
+  def compared(self) -> list[Run]:
+    """The runs that are held against BF16."""
     return [run for run in self.runs if run != BF16]
 
   def losses(self, run: Run) -> dict[int, float]:
@@ -145,7 +145,7 @@ def write_json(sweep: Sweep, config: TrainConfig, corpus: Corpus, path: Path) ->
     "config": settings,
     "text": describe_text(corpus),
     "seeds": sweep.seeds,
-    "recipes": {run: summary(run) for run in sweep.recipes},
+    "compared": {run: summary(run) for run in sweep.compared},
     "runs": {
       run: {
         seed: {key: value for key, value in saved.items() if key not in left_out}
@@ -182,13 +182,13 @@ def draw_validation(axes: Axes, sweep: Sweep) -> None:
 def draw_gaps(axes: Axes, sweep: Sweep) -> None:
   """Draws one dot a seed, and the mean with its standard error."""
   axes.axhline(0.0, color="gray", linewidth=0.8)
-  for place, run in enumerate(sweep.recipes):
+  for place, run in enumerate(sweep.compared):
     gaps = list(sweep.gaps(run).values())
     mean, error = mean_and_error(gaps)
     axes.plot([place] * len(gaps), gaps, "o", color=color(run), fillstyle="none")
     axes.errorbar(
       place + 0.15, mean, None if math.isnan(error) else error, fmt="_", color="black", capsize=3
     )
-  axes.set_xticks(range(len(sweep.recipes)), sweep.recipes)
+  axes.set_xticks(range(len(sweep.compared)), sweep.compared)
   axes.set_ylabel("loss above BF16, %")
   axes.set_title("One circle a seed; mean and its standard error beside")
