@@ -1,16 +1,19 @@
 """Does FP8 train a language model to the loss that BF16 reaches?
 
     python benchmarks/train_lm.py                      # both, on two CPU cores, in a few minutes
+    python benchmarks/train_lm.py --recipe all         # BF16 once, and FP8 with every recipe
     python benchmarks/train_lm.py --preset h200 --text corpus.txt
     python benchmarks/train_lm.py --explain h200       # and shows the step as compiled for that GPU
 
-A Llama-like decoder learns Python's language reference byte by byte, twice: from the same seed, on
-the same batches, with the same optimiser. The models differ in one argument, ``dot_general_cls``.
-The answer is ``gap = 100 * (loss FP8 / loss BF16 - 1)`` on held-out text; table, ``curves.png`` and
-``results.json`` go to ``--out``. A killed run goes on with ``--resume``, bit for bit.
+A Llama-like decoder learns Python's language reference byte by byte, in BF16 and in FP8: from the
+same seed, on the same batches, with the same optimiser. The models differ in one argument,
+``dot_general_cls``. The answer is ``gap = 100 * (loss FP8 / loss BF16 - 1)`` on held-out text;
+table, ``curves.png`` and ``results.json`` go to ``--out``. A killed run goes on with ``--resume``,
+bit for bit.
 
 Before it trains, each step is compiled for a GPU: the one attached, else a described H200. The FP8
-GEMMs are counted in that program; a projection's GEMM that FP8 has not in FP8 stops the benchmark.
+GEMMs are counted in that program; a projection's GEMM that FP8 has not in FP8 stops the benchmark,
+except with the recipes of blocks: these promise no GEMM in one piece on every GPU.
 """
 
 import argparse
@@ -22,38 +25,21 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-import flax_fp8 as fp8
 from flax_fp8.doctor import allow_missing_cuda
 from flax_fp8.explain.target import NAMES
-from lm.config import PRESETS, Precision, TrainConfig
+from lm.config import PRESETS, TrainConfig
 from lm.curve import Result
 from lm.errors import UsageError
 from lm.explain import Reports, explain_steps, write_reports
+from lm.options import not_negative, positive
 from lm.plot import write_png
 from lm.progress import ConsoleDisplay
 from lm.report import show, write_json
+from lm.runs import BF16, RECIPE_CHOICES, Run, label, named_recipes, require_fp8_hardware
 from lm.text import Corpus, read_corpus
 from lm.train import require_startable, train
 
-PRECISIONS: dict[str, tuple[Precision, ...]] = {
-  "bf16": ("bf16",),
-  "fp8": ("fp8",),
-  "both": ("bf16", "fp8"),
-}
-
-
-def positive(text: str) -> int:
-  """Reads an integer above zero."""
-  if (number := int(text)) < 1:
-    raise argparse.ArgumentTypeError(f"must be at least 1; got {text}")
-  return number
-
-
-def not_negative(text: str) -> int:
-  """Reads an integer that is zero or more."""
-  if (number := int(text)) < 0:
-    raise argparse.ArgumentTypeError(f"must be at least 0; got {text}")
-  return number
+PRECISIONS = ("bf16", "fp8", "both")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -63,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
   )
   add = parser.add_argument
   add("--precision", choices=PRECISIONS, default="both")
+  add("--recipe", choices=RECIPE_CHOICES, nargs="+", default=["delayed"], help="of the FP8 runs")
   add("--preset", choices=PRESETS, default="tiny", help="size of model and run")
   add("--text", type=Path, help="file to learn; default: Python's language reference")
   add("--steps", type=positive, help="optimiser steps")
@@ -89,14 +76,10 @@ def configure(arguments: argparse.Namespace) -> TrainConfig:
   return dataclasses.replace(preset, shape=shape, **named("steps", "batch_size", "seed"))
 
 
-def require_fp8_hardware(precisions: tuple[Precision, ...]) -> None:
-  """Raises where FP8 would be a slow surprise."""
-  supported, reason = fp8.capability(recipe=fp8.DelayedScaling())
-  if "fp8" in precisions and not supported:
-    raise UsageError(
-      f"--precision: FP8 needs a device with FP8 tensor cores, or a CPU; got {reason}. "
-      "Use --precision bf16, another GPU, or JAX_PLATFORMS=cpu."
-    )
+def choose_runs(arguments: argparse.Namespace) -> tuple[Run, ...]:
+  """The runs asked for: BF16, the recipes, or both."""
+  bf16, recipes = (BF16,), named_recipes(arguments.recipe)
+  return {"bf16": bf16, "fp8": recipes, "both": bf16 + recipes}[arguments.precision]
 
 
 def require_attention(config: TrainConfig) -> None:
@@ -107,36 +90,35 @@ def require_attention(config: TrainConfig) -> None:
     )
 
 
-def folders(arguments: argparse.Namespace) -> Iterator[tuple[Precision, Path]]:
-  """The precisions asked for, each with the folder of its checkpoints."""
-  for precision in PRECISIONS[arguments.precision]:
-    yield precision, arguments.out / "checkpoints" / precision
+def folders(arguments: argparse.Namespace) -> Iterator[tuple[Run, Path]]:
+  """The runs asked for, each with the folder of its checkpoints."""
+  for name in choose_runs(arguments):
+    yield name, arguments.out / "checkpoints" / name
 
 
 def prove(
   arguments: argparse.Namespace, config: TrainConfig, corpus: Corpus, console: Console
 ) -> Reports:
-  """Reports on each precision's step, before any array of the model's size is made."""
-  for precision, folder in folders(arguments):
-    require_startable(config, precision, corpus, folder=folder, resume=arguments.resume)
-  precisions = PRECISIONS[arguments.precision]
-  reports = explain_steps(config, precisions, arguments.explain, console)
+  """Reports on each run's step, before any array of the model's size is made."""
+  for name, folder in folders(arguments):
+    require_startable(config, name, corpus, folder=folder, resume=arguments.resume)
+  reports = explain_steps(config, choose_runs(arguments), arguments.explain, console)
   if arguments.explain:
     write_reports(reports, arguments.out)
-    console.print(f"Wrote explain_*.md and explain.png to {arguments.out}", highlight=False)
+    console.print(f"Wrote explain_*.md and explain_*.png to {arguments.out}", highlight=False)
   return reports
 
 
 def run(
   arguments: argparse.Namespace, config: TrainConfig, corpus: Corpus, console: Console
 ) -> list[Result]:
-  """Trains each precision asked for, one after the other."""
+  """Trains what is asked for, one run after the other."""
   results = []
-  for precision, folder in folders(arguments):
-    with ConsoleDisplay(console, precision.upper(), config.steps) as display:
+  for name, folder in folders(arguments):
+    with ConsoleDisplay(console, label(name), config.steps) as display:
       result = train(
         config,
-        precision,
+        name,
         corpus,
         folder=folder,
         resume=arguments.resume,
@@ -159,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
   arguments, console = make_parser().parse_args(argv), Console()
   allow_missing_cuda()  # of the GPU compiler, JAX wants to know where its CUDA is
   try:
-    require_fp8_hardware(PRECISIONS[arguments.precision])
+    require_fp8_hardware(choose_runs(arguments))
     config, corpus = configure(arguments), read_corpus(arguments.text)
     reports = prove(arguments, config, corpus, console)
     require_attention(config)

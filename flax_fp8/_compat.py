@@ -83,6 +83,19 @@ def varying_axes(x: Any) -> frozenset[str]:
   return frozenset(aval.vma)
 
 
+def vary_as(x: jax.Array, *others: jax.Array) -> jax.Array:
+  """Lets a checked shard_map know that ``x``, made of ``others``, varies along the axes they do.
+
+  Needed after a primitive of JAX that does not track this itself.
+  """
+  axes = frozenset[str]().union(*map(varying_axes, others)) - varying_axes(x)
+  if not axes:
+    return x
+  lax: Any = jax.lax  # which has one of the two, by version
+  names = tuple(sorted(axes))
+  return lax.pcast(x, names, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, names)
+
+
 def unchecked_manual_axes() -> tuple[str, ...]:
   """Returns the manual mesh axes of an enclosing ``shard_map(check_vma=False)``, else ``()``.
 

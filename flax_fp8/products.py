@@ -6,12 +6,16 @@ hand for a GPU replaces the body of one of them, and nothing else.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 
+from flax_fp8 import _compat
 from flax_fp8.contraction import Gemm, View
 from flax_fp8.quantize import QTensor, dequantize, product
 
@@ -133,8 +137,9 @@ def dot_microscaled(lhs: QTensor, rhs: QTensor, dtype: Any) -> jax.Array:
 
   ``einsum("bmk,bnk->bmn", lhs.data * repeat(lhs.scale), rhs.data * repeat(rhs.scale))``
 
-  On CUDA this is ``jax.nn.scaled_matmul``, which a GPU from Blackwell on computes in its matrix
-  units. Elsewhere the dequantised values, which bfloat16 holds exactly, are multiplied.
+  On a GPU this is ``jax.nn.scaled_matmul``, which matrix units compute where they scale blocks:
+  NVIDIA's from Blackwell on, AMD's gfx95x. Elsewhere the dequantised values, which bfloat16 holds
+  exactly, are multiplied.
 
   Args:
     lhs: data ``[batch, M, K]``, scale float8_e8m0fnu ``[batch, M, K / block]``.
@@ -144,20 +149,52 @@ def dot_microscaled(lhs: QTensor, rhs: QTensor, dtype: Any) -> jax.Array:
   Returns:
     ``[batch, M, N]`` in ``dtype``.
   """
+  return _microscaled(dtype)(lhs, rhs)
 
-  def native(x: jax.Array, y: jax.Array, x_scale: jax.Array, y_scale: jax.Array) -> jax.Array:
-    return jax.nn.scaled_matmul(x, y, x_scale, y_scale, preferred_element_type=dtype)
 
-  def plain(x: jax.Array, y: jax.Array, x_scale: jax.Array, y_scale: jax.Array) -> jax.Array:
-    operands = _dequantize_microscaled(x, x_scale), _dequantize_microscaled(y, y_scale)
+@functools.cache
+def _microscaled(dtype: Any) -> Callable[[QTensor, QTensor], jax.Array]:
+  """Makes the product of a dtype; JAX's own maps over batches only where both operands do."""
+
+  def native(lhs: QTensor, rhs: QTensor) -> jax.Array:
+    operands = (lhs.data, rhs.data, lhs.scale, rhs.scale)
+    out = jax.nn.scaled_matmul(*operands, preferred_element_type=dtype)
+    return _compat.vary_as(out, *operands)
+
+  def plain(lhs: QTensor, rhs: QTensor) -> jax.Array:
+    operands = _dequantize_microscaled(lhs), _dequantize_microscaled(rhs)
     dims = (((2,), (2,)), ((0,), (0,)))
     out = lax.dot_general(*operands, dims, preferred_element_type=jnp.float32)
     return out.astype(dtype)
 
-  arguments = (lhs.data, rhs.data, lhs.scale, rhs.scale)
-  return lax.platform_dependent(*arguments, cuda=native, default=plain)
+  @custom_vmap
+  def multiply(lhs: QTensor, rhs: QTensor) -> jax.Array:
+    return lax.platform_dependent(lhs, rhs, cuda=native, rocm=native, default=plain)
+
+  @multiply.def_vmap
+  def rule(axis_size: int, in_batched: Any, lhs: QTensor, rhs: QTensor) -> tuple[jax.Array, bool]:
+    del axis_size
+    lhs_mapped, rhs_mapped = (mapped.data for mapped in in_batched)
+    if lhs_mapped and rhs_mapped:
+      out = multiply(*jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (lhs, rhs)))
+      return out.reshape(-1, lhs.data.shape[1], *out.shape[1:]), True
+    mapped = lhs if lhs_mapped else rhs
+    stacked = jax.tree.map(_stack_rows, mapped)  # what is not mapped meets all rows at once
+    out = multiply(stacked, rhs) if lhs_mapped else multiply(lhs, stacked)
+    size, batch, rows = mapped.data.shape[:3]
+    if lhs_mapped:
+      return jnp.moveaxis(out.reshape(batch, size, rows, -1), 1, 0), True
+    return jnp.moveaxis(out.reshape(batch, out.shape[1], size, rows), 2, 0), True
+
+  return multiply
 
 
-def _dequantize_microscaled(data: jax.Array, scale: jax.Array) -> jax.Array:
-  repeated = jnp.repeat(scale.astype(jnp.float32), data.shape[-1] // scale.shape[-1], axis=-1)
-  return dequantize(data, repeated, jnp.bfloat16)
+def _stack_rows(mapped: jax.Array) -> jax.Array:
+  """``[mapped, batch, rows, K]`` to ``[batch, mapped * rows, K]``."""
+  return jnp.moveaxis(mapped, 0, 1).reshape(mapped.shape[1], -1, mapped.shape[3])
+
+
+def _dequantize_microscaled(x: QTensor) -> jax.Array:
+  block = x.data.shape[-1] // x.scale.shape[-1]
+  repeated = jnp.repeat(x.scale.astype(jnp.float32), block, axis=-1)
+  return dequantize(x.data, repeated, jnp.bfloat16)

@@ -10,7 +10,6 @@ from jax.sharding import SingleDeviceSharding
 
 import flax_fp8 as fp8
 from flax_fp8 import formats
-from flax_fp8.recipes import Needs
 
 FORMATS = {
   "HYBRID": fp8.Format.HYBRID,
@@ -35,13 +34,6 @@ class Device:
   compute_capability: str | None = None
 
 
-@dataclasses.dataclass
-class MXFP8:
-  """A recipe whose products the matrix units scale, block by block."""
-
-  needs = Needs(fp8.Format.E4M3, block_scales=jnp.float8_e8m0fnu)
-
-
 STAND_INS = {
   "V100": Device("gpu", "Tesla V100", "7.0"),
   "MI250": Device("gpu", "AMD MI250", "gfx90a"),
@@ -55,7 +47,7 @@ OCP, FNUZ = {"any", "HYBRID", "E4M3"}, {"any", "HYBRID_FNUZ"}
 QUESTIONS = {
   "any": {},
   **{name: {"fp8_format": fp8_format} for name, fp8_format in FORMATS.items()},
-  "MXFP8": {"recipe": MXFP8()},
+  "MXFP8": {"recipe": fp8.MXFP8BlockScaling()},
 }
 ANSWERS = {
   "V100": set(),

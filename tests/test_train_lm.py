@@ -16,12 +16,18 @@ import pytest
 
 import flax_fp8 as fp8
 import lm.explain
+import lm.runs
 import train_lm
 from flax_fp8.explain.compile import Memory
 from flax_fp8.explain.gemms import Extent, Gemm, GemmRole
 from lm.config import PRESETS
+from lm.curve import Curve, Result
 from lm.errors import UsageError
-from lm.model import PROJECTIONS
+from lm.plot import write_png
+from lm.report import find_gaps, table
+from lm.runs import label, named_recipes, require_fp8_hardware
+from lm.text import read_corpus
+from lm.train import require_startable
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
@@ -65,8 +71,8 @@ def results(out):
   return json.loads((out / "results.json").read_text())
 
 
-def curves(out, precision="fp8"):
-  of = results(out)["runs"][precision]
+def curves(out, name="delayed"):
+  of = results(out)["runs"][name]
   return of["train_curve"], of["validation_curve"]
 
 
@@ -78,7 +84,7 @@ def kill_after_a_checkpoint(out):
     stdout=subprocess.DEVNULL,
     stderr=subprocess.DEVNULL,
   )
-  first = out / "checkpoints" / "fp8" / "4"
+  first = out / "checkpoints" / "delayed" / "4"
   while not first.exists():
     assert process.poll() is None, "the run ended before its first checkpoint"
     time.sleep(0.01)
@@ -89,7 +95,7 @@ def kill_after_a_checkpoint(out):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-  """An unbroken run of both precisions, explained where that can be."""
+  """An unbroken run in BF16 and in FP8, explained where that can be."""
   out = tmp_path_factory.mktemp("whole")
   return out, run(out, *([] if MISSING else ["--explain", "h200"]), compiler=True)
 
@@ -97,13 +103,16 @@ def whole(tmp_path_factory):
 def test_both_precisions_and_what_they_leave(whole):
   out, finished = whole
   assert finished.returncode == 0, finished.stderr
-  assert {"BF16", "FP8"} <= set(finished.stdout.split())
+  assert "│ BF16 " in finished.stdout
+  assert "│ FP8 delayed " in finished.stdout
   assert "emulated" in finished.stdout
   assert "cuDNN" not in finished.stderr  # JAX complains of what a CPU machine need not have
   assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
   found = results(out)
-  assert set(found["runs"]) == {"bf16", "fp8"}
-  fp8, bf16 = found["runs"]["fp8"], found["runs"]["bf16"]
+  assert set(found["runs"]) == {"bf16", "delayed"}
+  fp8, bf16 = found["runs"]["delayed"], found["runs"]["bf16"]
+  gap = 100 * (fp8["validation_loss"] / bf16["validation_loss"] - 1)
+  assert found["gap_percent"] == {"delayed": pytest.approx(gap)}
   assert fp8["fp8_state_bytes"] > bf16["fp8_state_bytes"] == 0
   assert fp8["train_curve"][-1] < fp8["train_curve"][0]
 
@@ -113,18 +122,18 @@ def test_the_steps_are_explained(whole):
   out, finished = whole
   runs, reports = results(out)["runs"], results(out)["explain"]
   # Two layers of seven projections, three GEMMs each; in BF16, XLA merges some that share an input.
-  counts = {"fp8": (42, 57), "bf16": (0, 45)}
-  for precision, (fp8_gemms, gemms) in counts.items():
-    run, report = runs[precision], reports[precision]
+  counts = {"delayed": (42, 57), "bf16": (0, 45)}
+  for name, (fp8_gemms, gemms) in counts.items():
+    run, report = runs[name], reports[name]
     assert (run["fp8_gemms"], run["gemms"], run["gemms_target"]) == (fp8_gemms, gemms, "H200")
     assert (report["fp8_gemms"], report["gemms"], report["device"]) == (fp8_gemms, gemms, "H200")
     assert f" {fp8_gemms}/{gemms} " in finished.stdout
-    title = f"{precision.upper()} step on H200 (described, not attached; 1 device): "
+    title = f"{label(name)} step on H200 (described, not attached; 1 device): "
     assert title in finished.stdout
-    assert title in (out / f"explain_{precision}.md").read_text()
+    assert title in (out / f"explain_{name}.md").read_text()
+    assert (out / f"explain_{name}.png").read_bytes().startswith(b"\x89PNG")
   assert finished.stdout.index("roofline ms") < finished.stdout.index("compiled in")
   assert "ratio" in finished.stdout
-  assert (out / "explain.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_killed_and_resumed_is_bit_identical(whole, tmp_path):
@@ -141,7 +150,7 @@ def check_not_counted(out, stdout):
   assert re.search(r"│\s+-\s+│", stdout)
   note = next(line for line in stdout.splitlines() if "FP8 GEMMs are not counted" in line)
   assert "pip install 'jax[cuda13-local]==" in note
-  assert results(out)["runs"]["fp8"]["fp8_gemms"] is None
+  assert results(out)["runs"]["delayed"]["fp8_gemms"] is None
   assert "explain" not in results(out)
 
 
@@ -152,7 +161,7 @@ def test_refusals(whole, tmp_path):
   assert "Add --resume" in again.stderr
   other = run(out, "--precision", "fp8", "--resume", "--seed", "7")
   assert other.returncode == 2
-  assert "--resume: the configuration must be the checkpoint's; got seed=7" in other.stderr
+  assert "must be of the same configuration; got seed=7 (there: 0)" in other.stderr
   unexplained = run(tmp_path, "--explain", "h200")
   assert unexplained.returncode == 2
   assert "--explain: explain: compiling for a GPU that is not attached" in unexplained.stderr
@@ -162,8 +171,8 @@ def test_cudnn_attention_is_explained_with_xla_and_refused_for_training(monkeypa
   """On a CPU; and a preset that fills a GPU is described without making its arrays."""
   asked = {}
   monkeypatch.setattr(fp8, "explain", lambda fn, *args, **named: asked.update(named, args=args))
-  lm.explain.explain_step(PRESETS["h200"], "fp8", "h200")
-  assert asked["name"] == "FP8 step (XLA attention)"
+  lm.explain.explain_step(PRESETS["h200"], "delayed", "h200")
+  assert asked["name"] == "FP8 delayed step (XLA attention)"
   assert asked["target"] == "h200"
   state, windows = asked["args"]
   assert {type(leaf) for leaf in jax.tree.leaves(asked["args"])} == {jax.ShapeDtypeStruct}
@@ -191,9 +200,9 @@ def test_the_attached_gpu_is_explained_first(monkeypatch, attached, asked, targe
   assert lm.explain.choose_target(asked) == target
 
 
-def gemm(module, role, dtype="f8e4m3fn", times=2):
+def gemm(module, role, dtype="f8e4m3fn", times=2, extent=(16, 16, 16)):
   reason = "" if dtype.startswith("f8") else "the reason"
-  sizes = {"extent": Extent(1, 16, 16, 16), "times": times, "bytes": 0}
+  sizes = {"extent": Extent(1, *extent), "times": times, "bytes": 0}
   types = {"lhs": dtype, "rhs": dtype, "out": "bf16", "kernel": "cuBLASLt", "reason": reason}
   return Gemm(path=f"Transformer/{module}", role=role, **sizes, **types)
 
@@ -214,7 +223,18 @@ def report(*gemms, target="h200"):
 
 THREE = (GemmRole.FPROP, GemmRole.DGRAD, GemmRole.WGRAD)
 HEAD = gemm("head", GemmRole.FPROP, "bf16", times=1)
-PROJECTED = [gemm(f"layers/{name}/Fp8DotGeneral_0", role) for name in PROJECTIONS for role in THREE]
+TINY = PRESETS["tiny"]
+TOKENS = TINY.batch_size * TINY.seq_len
+PROJECTED = [
+  gemm(f"layers/{name}/Fp8DotGeneral_0", role, extent=(TOKENS, *size))
+  for name, size in TINY.shape.projections.items()
+  for role in THREE
+]
+# Of gate and up, which share an input, XLA may make one GEMM; of which module, it then has lost.
+OTHERS = [gemm for gemm in PROJECTED if "/gate/" not in gemm.path and "/up/" not in gemm.path]
+MERGED = [
+  gemm("layers", role, extent=(TOKENS, TINY.shape.d_model, 2 * TINY.shape.d_ff)) for role in THREE
+]
 AGAIN = gemm("layers/up/Fp8DotGeneral_0", GemmRole.REMAT)
 
 
@@ -223,45 +243,111 @@ def as_bf16(gemm):
 
 
 @pytest.mark.parametrize(
-  ("precision", "right"),
+  ("name", "right"),
   [
-    ("fp8", report(*PROJECTED, HEAD)),
-    ("fp8", report(*PROJECTED, AGAIN, HEAD)),
-    ("fp8", report(*map(as_bf16, PROJECTED), target="a100")),
+    ("delayed", report(*PROJECTED, HEAD)),
+    ("rowwise", report(*PROJECTED, AGAIN, HEAD)),
+    ("current", report(*OTHERS, *MERGED, HEAD)),
+    ("delayed", report(*map(as_bf16, PROJECTED), target="a100")),
+    ("mxfp8", report(*map(as_bf16, PROJECTED), HEAD)),
     ("bf16", report(*map(as_bf16, PROJECTED), HEAD)),
   ],
-  ids=["fp8", "remat", "gpu-without-fp8", "bf16"],
+  ids=["fp8", "remat", "merged", "gpu-without-fp8", "no-promise", "bf16"],
 )
-def test_gemms_as_the_precision_promises(precision, right):
-  lm.explain.require_fp8_gemms(PRESETS["tiny"], precision, right)
+def test_gemms_as_the_run_promises(name, right):
+  lm.explain.require_fp8_gemms(PRESETS["tiny"], name, right)
 
 
 @pytest.mark.parametrize(
-  ("precision", "wrong", "rows"),
+  ("name", "wrong", "rows"),
   [
     (
-      "fp8",
+      "delayed",
       report(*PROJECTED, gemm("layers/out", GemmRole.DGRAD, "bf16"), HEAD),
       ["Transformer/layers/out dgrad (2 a step), bf16 x bf16 by cuBLASLt: the reason"],
     ),
     (
-      "fp8",
+      "delayed",
       report(*PROJECTED, as_bf16(AGAIN)),
       ["Transformer/layers/up/Fp8DotGeneral_0 fprop again (2 a step), bf16 x bf16 by cuBLASLt: "],
     ),
     (
-      "fp8",
+      "delayed",
       report(*PROJECTED[1:], dataclasses.replace(as_bf16(PROJECTED[0]), path=""), HEAD),
       ["(no module) fprop (2 a step)", "Transformer/head fprop (1 a step)"],
     ),
+    (
+      "current",
+      report(*OTHERS, as_bf16(MERGED[0]), *MERGED[1:]),
+      ["Transformer/layers fprop (2 a step)"],
+    ),
     ("bf16", report(PROJECTED[0], HEAD), ["f8e4m3fn x f8e4m3fn by cuBLASLt: is FP8"]),
   ],
-  ids=["left-out", "remat", "no-module", "bf16"],
+  ids=["left-out", "remat", "no-module", "merged", "bf16"],
 )
-def test_gemms_that_are_not_name_their_rows(precision, wrong, rows):
-  with pytest.raises(RuntimeError, match=f"train_step: precision {precision} must have") as error:
-    lm.explain.require_fp8_gemms(PRESETS["tiny"], precision, wrong)
+def test_gemms_that_are_not_name_their_rows(name, wrong, rows):
+  with pytest.raises(RuntimeError, match=f"train_step: {label(name)} must have") as error:
+    lm.explain.require_fp8_gemms(PRESETS["tiny"], name, wrong)
   _, *found = str(error.value).splitlines()
   assert len(found) == len(rows)
   for row, expected in zip(found, rows, strict=True):
     assert expected in row
+
+
+def result(name, loss):
+  losses = Curve(train=[3.0, loss], validation=[(1, 2.0), (2, loss)], rates=[1.0])
+  sizes = {"parameters": 1, "state_bytes": 1, "fp8_state_bytes": 0, "temp_bytes": 0}
+  return Result(run=name, curve=losses, **sizes, compile_seconds=1.0)
+
+
+@pytest.fixture
+def recipes(monkeypatch):
+  """Two recipes, of which the second asks for the units of Blackwell."""
+  monkeypatch.setattr(lm.runs.fp8, "RECIPES", {"delayed": None, "mxfp8": None})
+  blocks = SimpleNamespace(needs=fp8.recipes.Needs(fp8.Format.E4M3, "float8_e8m0fnu"))
+  known = {"delayed": fp8.DelayedScaling(), "mxfp8": blocks}
+  monkeypatch.setattr(lm.runs.fp8, "get_recipe", known.__getitem__)
+
+
+def test_each_recipe_has_its_gap_to_the_one_bf16(recipes, tmp_path):
+  ran = [result("bf16", 1.0), result("delayed", 1.01), result("mxfp8", 0.98)]
+  gaps = {"delayed": pytest.approx(1.0), "mxfp8": pytest.approx(-2.0)}
+  assert find_gaps(ran) == gaps
+  assert find_gaps(ran[1:]) == find_gaps(ran[:1]) == {}
+  columns = table(ran, {}, PRESETS["tiny"]).columns
+  assert list(columns[0].cells) == ["BF16", "FP8 delayed", "FP8 mxfp8"]
+  assert list(columns[2].cells) == ["", "+1.00 %", "-2.00 %"]
+  for some in (ran, ran[1:], ran[:1]):
+    write_png(some, tmp_path / "curves.png")
+
+
+@pytest.mark.parametrize(
+  ("options", "runs"),
+  [
+    ([], ("bf16", "delayed")),
+    (["--precision", "bf16", "--recipe", "all"], ("bf16",)),
+    (["--precision", "fp8", "--recipe", "all"], tuple(fp8.RECIPES)),
+    (["--recipe", "delayed", "delayed"], ("bf16", "delayed")),
+  ],
+  ids=["default", "bf16", "all", "twice"],
+)
+def test_the_runs_asked_for(options, runs):
+  assert train_lm.choose_runs(train_lm.make_parser().parse_args(options)) == runs
+
+
+def test_every_recipe_asks_the_hardware(recipes, monkeypatch):
+  require_fp8_hardware(("bf16", "delayed", "mxfp8"))
+  hopper = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0")
+  monkeypatch.setattr(jax, "local_devices", lambda **_: [hopper])
+  require_fp8_hardware(("bf16", "delayed"))
+  with pytest.raises(UsageError, match=r"the device must .* got FP8 mxfp8 on NVIDIA H200"):
+    require_fp8_hardware(named_recipes(["all"]))
+
+
+def test_a_checkpoint_is_of_one_recipe(whole):
+  folder = whole[0] / "checkpoints" / "bf16"
+  config = dataclasses.replace(PRESETS["tiny"], steps=STEPS, batch_size=2)
+  of = {"folder": folder, "resume": True}
+  require_startable(config, "bf16", read_corpus(), **of)
+  with pytest.raises(UsageError, match=r"got run=delayed \(there: bf16\)"):
+    require_startable(config, "delayed", read_corpus(), **of)

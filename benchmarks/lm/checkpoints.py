@@ -79,7 +79,9 @@ class Checkpoints:
     saved = self.manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))[
       "progress"
     ]
-    self.check_identity(saved["identity"])
+    check_identity(
+      self.identity, saved["identity"], what=f"--resume: the checkpoint in {self.folder}"
+    )
     return Curve.from_dict(saved["curve"])
 
   def start(self, state: Any, *, resume: bool) -> tuple[Any, Curve]:
@@ -101,15 +103,22 @@ class Checkpoints:
     items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
     return self.manager.restore(curve.step, args=items)["state"], curve
 
-  def check_identity(self, saved: dict[str, Any]) -> None:
-    """Raises when the checkpoint is of a run with another curve, naming what differs."""
-    differing = [
-      f"{name}={self.identity.get(name)} (checkpoint: {saved.get(name)})"
-      for name in sorted(self.identity.keys() | saved.keys())
-      if self.identity.get(name) != saved.get(name)
-    ]
-    if differing:
-      raise UsageError(
-        "--resume: the configuration must be the checkpoint's; got "
-        f"{', '.join(differing)}. Use the checkpoint's, or name another --out."
-      )
+
+def check_identity(identity: dict[str, Any], saved: dict[str, Any], *, what: str) -> None:
+  """Raises when what was saved is of a run with another curve, naming what differs.
+
+  Args:
+    identity: everything that decides the curve.
+    saved: the same of the run that was saved.
+    what: begins the message: the option to change, and where the saved run is.
+  """
+  differing = [
+    f"{name}={identity.get(name)} (there: {saved.get(name)})"
+    for name in sorted(identity.keys() | saved.keys())
+    if identity.get(name) != saved.get(name)
+  ]
+  if differing:
+    raise UsageError(
+      f"{what} must be of the same configuration; got {', '.join(differing)}. Use that one, or "
+      "name another --out."
+    )

@@ -4,7 +4,7 @@ import dataclasses
 import statistics
 from typing import Any
 
-from lm.config import Precision
+from lm.runs import Run
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -38,7 +38,7 @@ class Result:
   """A finished run.
 
   Attributes:
-    precision: of the projections' GEMMs.
+    run: whose it is.
     curve: the losses.
     parameters: number of trained values.
     state_bytes: parameters, optimiser state and FP8 state.
@@ -47,7 +47,7 @@ class Result:
     compile_seconds: tracing and compiling the step.
   """
 
-  precision: Precision
+  run: Run
   curve: Curve
   parameters: int
   state_bytes: int

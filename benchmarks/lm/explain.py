@@ -2,7 +2,7 @@
 
 The model asks for FP8, the compiler decides. So the step goes through ``fp8.explain``, as shapes
 alone (a model that is too large for this machine can be looked at all the same), and a GEMM that is
-not what its precision promises stops the benchmark.
+not what its run promises stops the benchmark.
 """
 
 import dataclasses
@@ -16,14 +16,18 @@ from rich.console import Console
 import flax_fp8 as fp8
 from flax_fp8.explain.gemms import Gemm
 from flax_fp8.explain.plugin import require_compiler
-from lm.config import Precision, TrainConfig
+from lm.config import TrainConfig
 from lm.errors import UsageError
 from lm.model import PROJECTIONS
+from lm.runs import BF16, Run, label
 from lm.step import jitted_step, step_shapes
 
-Reports: TypeAlias = dict[Precision, fp8.Report]
+Reports: TypeAlias = dict[Run, fp8.Report]
 
 DEFAULT_TARGET = "h200"
+# The recipes that promise each GEMM as one FP8 GEMM on every GPU that multiplies FP8. Blocks may be
+# multiplied one by one, and MX blocks need Blackwell: of those the count is shown, and not judged.
+ONE_GEMM_EACH = frozenset({"delayed", "current", "rowwise"})
 XLA_ATTENTION = (
   "Without a GPU, cuDNN's attention can't be compiled: what follows is of XLA's attention instead."
 )
@@ -47,23 +51,23 @@ def missing_compiler() -> str | None:
   return None
 
 
-def explain_step(config: TrainConfig, precision: Precision, target: str | None) -> fp8.Report:
+def explain_step(config: TrainConfig, run: Run, target: str | None) -> fp8.Report:
   """Compiles the step for a GPU, or for the attached one where ``target`` is None."""
-  name = f"{precision.upper()} step"
+  name = f"{label(run)} step"
   if target is not None and config.shape.attention == "cudnn":
     shape = dataclasses.replace(config.shape, attention="xla")
     config, name = dataclasses.replace(config, shape=shape), f"{name} (XLA attention)"
-  return fp8.explain(jitted_step, *step_shapes(config, precision), target=target, name=name)
+  return fp8.explain(jitted_step, *step_shapes(config, run), target=target, name=name)
 
 
 def explain_steps(
-  config: TrainConfig, precisions: tuple[Precision, ...], asked: str | None, console: Console
+  config: TrainConfig, runs: tuple[Run, ...], asked: str | None, console: Console
 ) -> Reports:
   """Shows what the steps are on a GPU, and checks that their GEMMs are what they should be.
 
   Args:
     config: what will be trained.
-    precisions: of the projections' GEMMs, one step each.
+    runs: what will be trained, one step each.
     asked: the GPU that ``--explain`` names, for whole reports; None shows one line a step, of the
       attached GPU or of a described H200.
     console: where to show them.
@@ -73,7 +77,7 @@ def explain_steps(
 
   Raises:
     UsageError: ``asked`` names a GPU, and no compiler is installed.
-    RuntimeError: a GEMM is not what its precision promises.
+    RuntimeError: a GEMM is not what its run promises.
   """
   target = choose_target(asked)
   if target is not None and (missing := missing_compiler()):
@@ -83,13 +87,14 @@ def explain_steps(
   if target is not None and config.shape.attention == "cudnn":
     console.print(XLA_ATTENTION, highlight=False, soft_wrap=True)
   reports: Reports = {}
-  for precision in precisions:
-    with console.status(f"{precision.upper()}: compiling the step for {target or 'this GPU'}"):
-      report = reports[precision] = explain_step(config, precision, target)
+  for run in runs:
+    with console.status(f"{label(run)}: compiling the step for {target or 'this GPU'}"):
+      report = reports[run] = explain_step(config, run, target)
     console.out(report if asked else report.title, highlight=False)
-    require_fp8_gemms(config, precision, report)
-  if asked is not None and len(reports) == 2:
-    console.out(reports["fp8"].compare(reports["bf16"]), highlight=False)
+    require_fp8_gemms(config, run, report)
+  if asked is not None and BF16 in reports:
+    for run in (run for run in runs if run != BF16):
+      console.out(reports[run].compare(reports[BF16]), highlight=False)
   return reports
 
 
@@ -98,27 +103,40 @@ def in_projection(gemm: Gemm) -> bool:
   return not set(PROJECTIONS).isdisjoint(gemm.path.split("/"))
 
 
-def require_fp8_gemms(config: TrainConfig, precision: Precision, report: fp8.Report) -> None:
+def multiplies_fp8(report: fp8.Report) -> bool:
+  """Whether the report's GPU has FP8 matrix units, as far as is known."""
+  return report.target is None or "fp8" in report.target.peak_flops
+
+
+def projection_flops(config: TrainConfig) -> int:
+  """FLOPs of the three GEMMs of every projection: ``6 * tokens * weights``."""
+  weights = sum(k * n for k, n in config.shape.projections.values())
+  return 6 * config.batch_size * config.seq_len * config.shape.layers * weights
+
+
+def require_fp8_gemms(config: TrainConfig, run: Run, report: fp8.Report) -> None:
   """Raises unless FP8 has every GEMM of each projection in FP8, and BF16 has none.
 
-  Recomputing (remat) adds forward GEMMs, so three of a projection and layer are the least. On a GPU
-  that multiplies no FP8 there is nothing to check but BF16: its report says so itself.
+  FLOPs are compared, for the compiler may merge GEMMs that share an input; recomputing (remat) adds
+  to them. On a GPU that multiplies no FP8 there is nothing to check but BF16: its report says so
+  itself. Nor is there of recipes that promise no GEMM in one piece.
   """
-  if precision == "bf16":
+  if run == BF16:
     wanted, wrong = 0, [gemm for gemm in report.gemms if gemm.is_fp8]
-  elif report.target is not None and "fp8" not in report.target.peak_flops:
+  elif run not in ONE_GEMM_EACH or not multiplies_fp8(report):
     return
   else:
-    wanted = 3 * len(PROJECTIONS) * config.shape.layers
+    wanted = projection_flops(config)
     wrong = [gemm for gemm in report.gemms if in_projection(gemm) and not gemm.is_fp8]
-  if not wrong and report.fp8_gemms >= wanted:
+  found = sum(gemm.flops for gemm in report.gemms if gemm.is_fp8)
+  if not wrong and found >= wanted:
     return
   rows = wrong or [gemm for gemm in report.gemms if not gemm.is_fp8]
-  rule = f"all GEMMs of the projections, {wanted} or more," if wanted else "no GEMM"
+  rule = f"all GEMMs of the projections, {wanted:.4g} FLOPs or more," if wanted else "no GEMM"
   raise RuntimeError(
-    f"train_step: precision {precision} must have {rule} in FP8 on {report.device_kind}; got "
-    f"{report.fp8_gemms} of {report.total_gemms}. Look for a projection that fell back, or a "
-    "baseline that is none:\n" + "\n".join(lines(rows))
+    f"train_step: {label(run)} must have {rule} in FP8 on {report.device_kind}; got "
+    f"{report.fp8_gemms} of {report.total_gemms} GEMMs, {found:.4g} FLOPs. Look for a projection "
+    "that fell back, or a baseline that is none:\n" + "\n".join(lines(rows))
   )
 
 
@@ -131,10 +149,10 @@ def lines(gemms: list[Gemm]) -> Iterator[str]:
 
 
 def write_reports(reports: Reports, folder: Path) -> None:
-  """Writes a Markdown file of each report, and one picture of where bytes and time go."""
+  """Writes a Markdown file and a picture of each report: where bytes and time go, beside BF16."""
   folder.mkdir(parents=True, exist_ok=True)
-  for precision, report in reports.items():
-    (folder / f"explain_{precision}.md").write_text(report.to_markdown())
-  one, *others = reversed(reports.values())  # FP8, then what it is compared with
-  drawn = one.compare(others[0]) if others else one
-  drawn.plot().savefig(folder / "explain.png", dpi=120)
+  bf16 = reports.get(BF16)
+  for run, report in reports.items():
+    (folder / f"explain_{run}.md").write_text(report.to_markdown())
+    drawn = report.compare(bf16) if bf16 and run != BF16 else report
+    drawn.plot().savefig(folder / f"explain_{run}.png", dpi=120)

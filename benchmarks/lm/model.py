@@ -1,7 +1,7 @@
 """A Llama-like decoder in Flax Linen whose GEMMs are BF16 or FP8 by one argument.
 
-    Transformer(shape)                                      # BF16
-    Transformer(shape, dot_general_cls=fp8.Fp8DotGeneral)   # FP8
+    Transformer(shape)                                           # BF16
+    Transformer(shape, dot_general_cls=recipe.dot_general_cls)   # FP8
 
 ``nn.Dense`` takes that argument as it is. In FP8 run the projections of each layer (q, k, v, o;
 gate, up, down), forward and backward; the embedding, the norms, the attention scores and the output
@@ -58,6 +58,14 @@ class ModelShape:
   def head_dim(self) -> int:
     """Width of one head."""
     return self.d_model // self.heads
+
+  @property
+  def projections(self) -> dict[str, tuple[int, int]]:
+    """The kernels' shapes in one layer, by ``PROJECTIONS``."""
+    inner, shared = self.d_model, self.kv_heads * self.head_dim
+    widths = (inner, shared, shared, inner, self.d_ff, self.d_ff)
+    sizes = [(inner, width) for width in widths] + [(self.d_ff, inner)]
+    return dict(zip(PROJECTIONS, sizes, strict=True))
 
 
 def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:
@@ -142,7 +150,7 @@ class Transformer(nn.Module):
 
   Attributes:
     shape: the sizes.
-    dot_general_cls: None for BF16; ``fp8.Fp8DotGeneral`` puts every projection in FP8.
+    dot_general_cls: None for BF16; ``recipe.dot_general_cls`` puts every projection in FP8.
   """
 
   shape: ModelShape

@@ -6,12 +6,28 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+import flax_fp8 as fp8
 from lm.curve import Result
+from lm.runs import BF16, Run, label
 
-COLORS = {"bf16": "tab:blue", "fp8": "tab:orange"}
-# The points of the two runs nearly coincide: a cross inside an open circle shows both.
-MARKERS = {"bf16": "o", "fp8": "x"}
+# The points of the runs nearly coincide: marks of different shapes show each.
+MARKERS = "ox+^vs"
 SMOOTHED_PERCENT = 3
+
+
+def place(run: Run) -> int:
+  """The run's place among all there are, which gives it the same looks in every picture."""
+  return (BF16, *fp8.RECIPES).index(run)
+
+
+def color(run: Run) -> str:
+  """The run's colour."""
+  return f"C{place(run)}"
+
+
+def marker(run: Run) -> str:
+  """The shape of the run's points."""
+  return MARKERS[place(run) % len(MARKERS)]
 
 
 def smooth(losses: list[float], width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -31,14 +47,14 @@ def smooth(losses: list[float], width: int) -> tuple[np.ndarray, np.ndarray]:
 def draw_curves(axes: Axes, results: list[Result]) -> None:
   """Draws the smoothed training loss as a line, validation as points."""
   for result in results:
-    color, curve = COLORS[result.precision], result.curve
+    run, curve = result.run, result.curve
     steps, losses = smooth(curve.train, max(1, len(curve.train) * SMOOTHED_PERCENT // 100))
-    name = result.precision.upper()
-    axes.plot(steps, losses, color=color, alpha=0.5, label=f"{name} train, smoothed")
+    name = label(run)
+    axes.plot(steps, losses, color=color(run), alpha=0.5, label=f"{name} train, smoothed")
     axes.plot(
       *zip(*curve.validation, strict=True),
-      MARKERS[result.precision],
-      color=color,
+      marker(run),
+      color=color(run),
       fillstyle="none",
       markersize=8,
       label=f"{name} validation",
@@ -47,22 +63,26 @@ def draw_curves(axes: Axes, results: list[Result]) -> None:
   axes.legend()
 
 
-def draw_gap(axes: Axes, bf16: Result, fp8: Result) -> None:
-  """Draws how far FP8's validation loss is above BF16's."""
+def draw_gaps(axes: Axes, bf16: Result, others: list[Result]) -> None:
+  """Draws how far the validation loss of each recipe is above BF16's."""
   steps, base = zip(*bf16.curve.validation, strict=True)
-  _, losses = zip(*fp8.curve.validation, strict=True)
   axes.axhline(0.0, color="gray", linewidth=0.8)
-  axes.plot(steps, 100 * (np.array(losses) / np.array(base) - 1), "o-", color=COLORS["fp8"])
+  for other in others:
+    _, losses = zip(*other.curve.validation, strict=True)
+    gaps = 100 * (np.array(losses) / np.array(base) - 1)
+    axes.plot(steps, gaps, "o-", color=color(other.run))
   axes.set_ylabel("FP8 above BF16, %")
 
 
 def write_png(results: list[Result], path: Path) -> None:
-  """Draws what there is: the gap only when both precisions ran."""
-  figure = Figure(figsize=(7, 6 if len(results) == 2 else 4), layout="constrained")
-  if len(results) == 2:
-    curves, gap = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    draw_gap(gap, *results)
-    gap.set_xlabel("steps")
+  """Draws what there is: the gaps only when BF16 ran, and FP8 too."""
+  bf16 = next((result for result in results if result.run == BF16), None)
+  others = [result for result in results if result.run != BF16]
+  figure = Figure(figsize=(7, 6 if bf16 and others else 4), layout="constrained")
+  if bf16 and others:
+    curves, gaps = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    draw_gaps(gaps, bf16, others)
+    gaps.set_xlabel("steps")
   else:
     curves = figure.subplots()
     curves.set_xlabel("steps")

@@ -16,6 +16,7 @@ import flax_fp8 as fp8
 from lm.config import TrainConfig
 from lm.curve import Result, gap_percent
 from lm.explain import Reports, missing_compiler
+from lm.runs import BF16, Run, label
 from lm.text import Corpus
 
 EMULATED = (
@@ -28,12 +29,11 @@ def emulated() -> bool:
   return jax.default_backend() == "cpu"
 
 
-def find_gap(results: list[Result]) -> float | None:
-  """The gap in percent when both precisions ran."""
-  by_precision = {result.precision: result for result in results}
-  if by_precision.keys() != {"bf16", "fp8"}:
-    return None
-  return gap_percent(by_precision["bf16"], by_precision["fp8"])
+def find_gaps(results: list[Result]) -> dict[Run, float]:
+  """The gap to BF16 of each recipe, in percent; empty where BF16 did not run."""
+  by_run = {result.run: result for result in results}
+  bf16 = by_run.pop(BF16, None)
+  return {run: gap_percent(bf16, result) for run, result in by_run.items()} if bf16 else {}
 
 
 def mebibytes(count: int) -> str:
@@ -48,18 +48,18 @@ def gemm_heading(reports: Reports) -> str:
 
 
 def table(results: list[Result], reports: Reports, config: TrainConfig) -> Table:
-  """One row a precision."""
+  """One row a run."""
   grid = Table(title=f"{results[0].parameters:,} parameters, {config.steps} steps")
   gemms = gemm_heading(reports)
-  for heading in ("", "validation loss", "gap", "steps/s", gemms, "state", "FP8 state"):
-    grid.add_column(heading, justify="right" if heading else "left")
-  gap = find_gap(results)
+  for heading in ("", "held-out loss", "gap", "steps/s", gemms, "state", "FP8 state"):
+    grid.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
+  gaps = find_gaps(results)
   for result in results:
-    report = reports.get(result.precision)
+    report = reports.get(result.run)
     grid.add_row(
-      result.precision.upper(),
+      label(result.run),
       f"{result.loss:.4f}",
-      f"{gap:+.2f} %" if gap is not None and result.precision == "fp8" else "",
+      f"{gaps[result.run]:+.2f} %" if result.run in gaps else "",
       f"{result.steps_per_second:.2f}",
       f"{report.fp8_gemms}/{report.total_gemms}" if report else "-",
       mebibytes(result.state_bytes),
@@ -113,6 +113,11 @@ def environment() -> dict[str, Any]:
   }
 
 
+def describe_text(corpus: Corpus) -> dict[str, Any]:
+  """Which text was learnt."""
+  return {"name": corpus.name, "sha256_16": corpus.digest, "train_bytes": len(corpus.train)}
+
+
 def write_json(
   results: list[Result],
   reports: Reports,
@@ -126,21 +131,18 @@ def write_json(
 
   Args:
     results: the runs.
-    reports: of their steps, by precision.
+    reports: of their steps.
     config: what was trained.
     corpus: on what.
     path: the file.
     explained: write the whole reports too.
   """
-  text = {"name": corpus.name, "sha256_16": corpus.digest, "train_bytes": len(corpus.train)}
   document = {
     "environment": environment(),
     "config": config.as_dict(),
-    "text": text,
-    "gap_percent": find_gap(results),
-    "runs": {
-      result.precision: describe_result(result, reports.get(result.precision)) for result in results
-    },
+    "text": describe_text(corpus),
+    "gap_percent": find_gaps(results),
+    "runs": {result.run: describe_result(result, reports.get(result.run)) for result in results},
   }
   if explained:
     document["explain"] = {name: report.to_dict() for name, report in reports.items()}

@@ -1,4 +1,4 @@
-"""One optimiser step: the same loss, optimiser and update for both precisions."""
+"""One optimiser step: the same loss, optimiser and update for every run."""
 
 import time
 from collections.abc import Callable
@@ -10,8 +10,9 @@ import numpy as np
 import optax
 
 import flax_fp8 as fp8
-from lm.config import Precision, TrainConfig
+from lm.config import TrainConfig
 from lm.model import Transformer
+from lm.runs import Run, recipe_of
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -36,14 +37,14 @@ def is_kernel(tree: Any) -> Any:
   )
 
 
-def initializer(config: TrainConfig, precision: Precision) -> Callable[[jax.Array], fp8.TrainState]:
-  """Builds model and optimiser; ``dot_general_cls`` is all that the precision changes.
+def initializer(config: TrainConfig, run: Run) -> Callable[[jax.Array], fp8.TrainState]:
+  """Builds model and optimiser; ``dot_general_cls`` is all that differs between runs.
 
   Returns:
     What makes the training state from a random key.
   """
-  dot_general_cls = fp8.Fp8DotGeneral if precision == "fp8" else None
-  model = Transformer(config.shape, dot_general_cls=dot_general_cls)
+  recipe = recipe_of(run)
+  model = Transformer(config.shape, dot_general_cls=recipe and recipe.dot_general_cls)
   tx = optimizer(config)
 
   @jax.jit
@@ -55,16 +56,14 @@ def initializer(config: TrainConfig, precision: Precision) -> Callable[[jax.Arra
   return create
 
 
-def create_state(config: TrainConfig, precision: Precision) -> fp8.TrainState:
+def create_state(config: TrainConfig, run: Run) -> fp8.TrainState:
   """Makes the training state of the configured seed."""
-  return initializer(config, precision)(jax.random.key(config.seed))
+  return initializer(config, run)(jax.random.key(config.seed))
 
 
-def step_shapes(
-  config: TrainConfig, precision: Precision
-) -> tuple[fp8.TrainState, jax.ShapeDtypeStruct]:
+def step_shapes(config: TrainConfig, run: Run) -> tuple[fp8.TrainState, jax.ShapeDtypeStruct]:
   """The arguments of ``train_step`` without their numbers: no array of the model's size is made."""
-  state = jax.eval_shape(initializer(config, precision), jax.random.key(config.seed))
+  state = jax.eval_shape(initializer(config, run), jax.random.key(config.seed))
   return state, jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.uint8)
 
 

@@ -1,4 +1,4 @@
-"""The training loop: the same seed and batches for both precisions, validated and checkpointed.
+"""The training loop: the same seed and batches for every run, validated and checkpointed.
 
 Between two events (a validation, a checkpoint, ten steps) the loop only feeds batches and waits
 once at the end: the device does not wait for Python, and the time between is that of the steps.
@@ -15,9 +15,10 @@ import numpy as np
 
 import flax_fp8 as fp8
 from lm.checkpoints import Checkpoints
-from lm.config import Precision, TrainConfig
+from lm.config import TrainConfig
 from lm.curve import Curve, Result
 from lm.progress import Display, Silent
+from lm.runs import Run
 from lm.step import compile_step, create_state, mean_loss
 from lm.text import Corpus, training_batch, validation_batches
 
@@ -76,7 +77,7 @@ def tree_bytes(tree: Any) -> int:
 
 
 def summarize(
-  precision: Precision,
+  run: Run,
   state: fp8.TrainState,
   curve: Curve,
   compiled: tuple[Any, float],
@@ -85,7 +86,7 @@ def summarize(
   step_fn, compile_seconds = compiled
   params = state.params["params"]
   return Result(
-    precision=precision,
+    run=run,
     curve=curve,
     parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
     state_bytes=tree_bytes(state),
@@ -95,25 +96,27 @@ def summarize(
   )
 
 
-def open_checkpoints(
-  config: TrainConfig, precision: Precision, corpus: Corpus, folder: Path
-) -> Checkpoints:
+def identify(config: TrainConfig, run: Run, corpus: Corpus) -> dict[str, Any]:
+  """Everything that decides the curve of a run, in JSON's types."""
+  return {"run": run, "text": corpus.digest, **config.as_dict()}
+
+
+def open_checkpoints(config: TrainConfig, run: Run, corpus: Corpus, folder: Path) -> Checkpoints:
   """Opens the checkpoints of a run in ``folder``."""
-  identity = {"precision": precision, "text": corpus.digest, **config.as_dict()}
-  return Checkpoints(folder, identity=identity)
+  return Checkpoints(folder, identity=identify(config, run, corpus))
 
 
 def require_startable(
-  config: TrainConfig, precision: Precision, corpus: Corpus, *, folder: Path, resume: bool
+  config: TrainConfig, run: Run, corpus: Corpus, *, folder: Path, resume: bool
 ) -> None:
   """Raises, before anything is compiled, where ``folder`` is none that ``train`` can begin with."""
-  with open_checkpoints(config, precision, corpus, folder) as checkpoints:
+  with open_checkpoints(config, run, corpus, folder) as checkpoints:
     checkpoints.find(resume=resume)
 
 
 def train(
   config: TrainConfig,
-  precision: Precision,
+  run: Run,
   corpus: Corpus,
   *,
   folder: Path,
@@ -125,7 +128,7 @@ def train(
 
   Args:
     config: what to train.
-    precision: of the projections' GEMMs.
+    run: BF16 or a recipe.
     corpus: the text.
     folder: where this run's checkpoints are.
     resume: go on from the newest checkpoint there, if there is one.
@@ -139,9 +142,9 @@ def train(
   sizes = {"batch_size": config.batch_size, "seq_len": config.seq_len}
   draw = functools.partial(training_batch, corpus, seed=config.seed, **sizes)
   batches = validation_batches(corpus, limit=config.validation_batches, **sizes)
-  state = create_state(config, precision)
+  state = create_state(config, run)
   loss_of = jax.jit(functools.partial(mean_loss, state.apply_fn))
-  with open_checkpoints(config, precision, corpus, folder) as checkpoints:
+  with open_checkpoints(config, run, corpus, folder) as checkpoints:
     state, curve = checkpoints.start(state, resume=resume)
     if resume:
       display.note(
@@ -157,4 +160,4 @@ def train(
       if due(stop, config.steps, checkpoint_every):
         checkpoints.save(state, curve)
       display.update(curve, validated=validated)
-  return summarize(precision, state, curve, compiled)
+  return summarize(run, state, curve, compiled)

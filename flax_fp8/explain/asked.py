@@ -7,7 +7,7 @@ import functools
 from collections.abc import Sequence
 
 from flax_fp8.explain import names
-from flax_fp8.explain.gemms import Extent, Site, extent_of
+from flax_fp8.explain.gemms import Extent, Site, extent_of, has_block_scales
 from flax_fp8.explain.hlo import Instruction, Module
 from flax_fp8.explain.names import Phase
 
@@ -37,7 +37,7 @@ def asked_for(module: Module) -> list[Asked]:
   found = []
   for computation in module.computations.values():
     for dot in computation.instructions.values():
-      if dot.opcode == "dot" and (extent := extent_of(module, dot)):
+      if (dot.opcode == "dot" or has_block_scales(dot)) and (extent := extent_of(module, dot)):
         prefixes = _prefixes(module, computation.name, frozenset())
         found += [Asked(dot, extent, f"{prefix}{dot.op_name}") for prefix in sorted(prefixes)]
   return found

@@ -22,6 +22,8 @@ _LIBRARY_CALLS = {
   "__cublas$lt$groupedMatmul": "cuBLASLt grouped",
   "__cudnn$blockScaledDot": "cuDNN block-scaled",
 }
+# Products with scales of blocks, ``[batch, m, k]`` by ``[batch, n, k]``: as compiled, as asked for.
+_SCALED_CALLS = ("__cudnn$blockScaledDot", "__op$block_scaled_dot")
 _FUSION_KINDS = {"triton": "Triton", "cudnn": "cuDNN", "cutlass": "CUTLASS", "cublas": "cuBLAS"}
 
 
@@ -135,12 +137,12 @@ def find(module: Module, launched: Sequence[Launch]) -> list[Site]:
 def _sites(module: Module, launch: Launch) -> Iterator[Site]:
   for dot, kernel in _dots(module, launch.instruction):
     if extent := extent_of(module, dot):
-      yield Site(launch, dot, kernel, extent, _op_name(module, launch.instruction, dot))
+      yield Site(launch, dot, kernel, extent, _op_name(module, launch, dot))
 
 
 def _dots(module: Module, instruction: Instruction) -> Iterator[tuple[Instruction, str]]:
   """The multiplying instructions of a kernel, each with the kernel's maker."""
-  if instruction.opcode == "dot":
+  if instruction.opcode in ("dot", "scaled-dot"):
     yield instruction, "XLA"
   elif instruction.opcode == "custom-call" and is_gemm_call(instruction):
     yield instruction, _LIBRARY_CALLS.get(instruction.target, instruction.target)
@@ -156,6 +158,12 @@ def _dots(module: Module, instruction: Instruction) -> Iterator[tuple[Instructio
 def is_gemm_call(instruction: Instruction) -> bool:
   """Whether a custom call is a matrix product."""
   return instruction.target in _LIBRARY_CALLS or "gemm_backend_config" in instruction.config
+
+
+def has_block_scales(instruction: Instruction) -> bool:
+  """Whether a product is one of values and of scales for their blocks."""
+  is_call = instruction.opcode == "custom-call" and instruction.target in _SCALED_CALLS
+  return instruction.opcode == "scaled-dot" or is_call
 
 
 def _is_product_by_hand(module: Module, instruction: Instruction) -> bool:
@@ -196,9 +204,11 @@ _AXES = ("contracting_dim", "batch_dim")
 def _dimension_numbers(dot: Instruction) -> list[tuple[int, ...]] | None:
   """Contracting axes of both operands, then batch axes of both; None if the text has none."""
   sides = [(side, kind) for kind in _AXES for side in ("lhs", "rhs")]
-  if dot.opcode == "dot":
+  if dot.opcode in ("dot", "scaled-dot"):
     texts = (dot.attributes.get(f"{side}_{kind}s", "{}") for side, kind in sides)
     return [tuple(int(axis) for axis in re.findall(r"\d+", text)) for text in texts]
+  if has_block_scales(dot):
+    return [(2,), (2,), (0,), (0,)]
   numbers = dot.config.get("gemm_backend_config", {}).get("dot_dimension_numbers")
   if numbers is None:
     return None
@@ -207,11 +217,11 @@ def _dimension_numbers(dot: Instruction) -> list[tuple[int, ...]] | None:
   ]
 
 
-def _op_name(module: Module, kernel: Instruction, dot: Instruction) -> str:
+def _op_name(module: Module, launch: Launch, dot: Instruction) -> str:
   """The name stack of a GEMM, or that of the nearest neighbour that has one."""
-  found = dot.op_name or kernel.op_name
-  if found:
-    return found
+  kernel = launch.instruction
+  if found := dot.op_name or kernel.op_name:
+    return names.within_loop(found, launch.loop)
   users = module.computations[kernel.computation].users[kernel.name]
   near = [*users, *module.operands(kernel)]
   near += [further for user in users for further in _users(module, user)]

@@ -65,6 +65,18 @@ def model_path(op_name: str) -> str:
   return "/".join(path)
 
 
+def within_loop(op_name: str, loop: str) -> str:
+  """Puts an operation of a loop's body into another loop that has the same body.
+
+  ``net/up/while/body/dot_general`` within ``net/down/while`` is
+  ``net/down/while/body/dot_general``.
+  """
+  if op_name.startswith(f"{loop}/body/") or not loop.endswith("/while"):
+    return op_name
+  _, found, inside = op_name.rpartition("/while/body/")
+  return f"{loop}/body/{inside}" if found else op_name
+
+
 def _bare(part: str) -> str:
   """A part of a name stack without the transformations around it; empty if nothing is left."""
   while found := _TRANSFORM.match(part):

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from flax_fp8.explain import dataflow, names
 from flax_fp8.explain.asked import Asked, candidates
 from flax_fp8.explain.dataflow import Value
-from flax_fp8.explain.gemms import Site
+from flax_fp8.explain.gemms import Site, has_block_scales
 from flax_fp8.explain.hlo import Instruction, Module, opcodes
 
 # Operations behind which an FP8 value is still the same FP8 value, moved or scaled.
@@ -61,6 +61,11 @@ def _reason_of(module: Module, asked: Asked, site: Site, fp8_units: bool) -> str
   found = _operand_reason(module, operands, origins) or _format_reason(origins, fp8_units)
   if found:
     return found
+  if has_block_scales(asked.dot):
+    return (
+      "it has scales of blocks, and XLA chose no kernel that applies them: before Blackwell there "
+      "is none, and the XLA of JAX 0.12 chooses by timing, on the GPU itself"
+    )
   if site.kernel.endswith("matrix-vector"):
     return "a product with a vector needs no matrix units; leave it out of FP8"
   if site.kernel.startswith("XLA"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from flax_fp8.explain import names
 from flax_fp8.explain.hlo import BRANCHES, Instruction, Module, opcodes
 
 # Instructions that name, group or forward values and launch nothing.
@@ -23,11 +24,14 @@ class Launch:
     instruction: what runs.
     times: how often a call of the program runs it.
     doubt: why ``times`` may be wrong; empty where the text says it.
+    loop: name stack of the innermost loop that runs it; empty outside of loops. Of loops with equal
+      bodies XLA names the operations of all after one of them.
   """
 
   instruction: Instruction
   times: int
   doubt: str = ""
+  loop: str = ""
 
 
 def launches(module: Module) -> list[Launch]:
@@ -36,20 +40,21 @@ def launches(module: Module) -> list[Launch]:
   A loop's body counts once for each of its iterations where the compiler knows how many there are,
   else once, with a doubt. Of a conditional every branch counts, with a doubt.
   """
-  return list(_walk(module, module.entry, 1, ""))
+  return list(_walk(module, module.entry, 1, "", ""))
 
 
-def _walk(module: Module, name: str, times: int, doubt: str) -> Iterator[Launch]:
+def _walk(module: Module, name: str, times: int, doubt: str, loop: str) -> Iterator[Launch]:
   for instruction in module.computations[name].instructions.values():
     opcode = instruction.opcode
     if opcode in FREE or opcode.endswith(_ENDS):
       continue
     inner = _inner(instruction, times, doubt)
     if inner is None:
-      yield Launch(instruction, times, doubt)
+      yield Launch(instruction, times, doubt, loop)
       continue
+    within = names.within_loop(instruction.op_name, loop) if opcode == "while" else loop
     for called, inner_times, inner_doubt in inner:
-      yield from _walk(module, called, inner_times, inner_doubt)
+      yield from _walk(module, called, inner_times, inner_doubt, within)
 
 
 def _inner(instruction: Instruction, times: int, doubt: str) -> list[tuple[str, int, str]] | None:

@@ -76,8 +76,9 @@ class MXFP8BlockScaling(Recipe):
       q = saturating_cast(x / scale)
       out = einsum("bmk,bnk->bmn", q_lhs * scale_lhs, q_rhs * scale_rhs)
 
-  On NVIDIA GPUs from Blackwell on the matrix units apply the scales (``jax.nn.scaled_matmul``). No
-  other device is faster by it than by BF16, so the modules raise there unless ``emulate=True``.
+  Matrix units apply the scales (``jax.nn.scaled_matmul``): NVIDIA's from Blackwell on, AMD's of
+  gfx95x. No other GPU is faster by it than by BF16, so the modules raise there unless
+  ``emulate=True``.
 
   Attributes:
     scale_rounding: "up" keeps each amax in range, as Transformer Engine and JAX do; "down" is the

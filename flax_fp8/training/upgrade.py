@@ -1,4 +1,4 @@
-"""Fresh FP8 state for variables that come from a model or checkpoint without it."""
+"""FP8 state for variables that come from a model or checkpoint without it, or of another recipe."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 def upgrade_variables(
   module: nn.Module, variables: Any, *init_args: Any, **init_kwargs: Any
 ) -> Any:
-  """Adds the FP8 state that a model needs and its variables lack.
+  """Gives variables the FP8 state that a model has: what is missing is added, the rest dropped.
 
   Args:
     module: the FP8 model.
-    variables: variables dict of the same model without FP8, or with the state of some layers.
+    variables: variables dict of the same model without FP8, with the state of some layers, or with
+      that of another recipe.
     *init_args: what the model's ``init`` takes after the PRNG key; arrays or ShapeDtypeStructs.
     **init_kwargs: the same by keyword.
 
   Returns:
-    ``variables`` with the missing state added, as ``module.init`` makes it. What was there stays.
+    ``variables`` with the state that ``module.init`` makes, its values taken from ``variables``
+    where these have a leaf of the same path and shape. Other collections stay as they are. What the
+    model has no state for is left out: under a recipe without state, the whole collection.
 
   Raises:
     ValueError: ``variables`` is no variables dict.
@@ -51,8 +54,10 @@ def upgrade_variables(
     )
   fresh = _fresh_state(module, init_args, init_kwargs)
   frozen = isinstance(variables, flax.core.FrozenDict)
-  old: Any = flax.core.unfreeze(variables) if frozen else dict(variables)
-  new = {**old, OVERWRITE_WITH_GRADIENT: _fill(old.get(OVERWRITE_WITH_GRADIENT, {}), fresh)}
+  new: dict[str, Any] = flax.core.unfreeze(variables) if frozen else dict(variables)
+  old = new.pop(OVERWRITE_WITH_GRADIENT, {})
+  if fresh:
+    new[OVERWRITE_WITH_GRADIENT] = _take(old, fresh)
   return flax.core.freeze(new) if frozen else new
 
 
@@ -69,9 +74,10 @@ def _fresh_state(module: nn.Module, args: Any, kwargs: Any) -> Any:
   return jax.jit(init)()
 
 
-def _fill(old: Any, fresh: Any) -> Any:
-  """Takes the old where there is one, else the fresh."""
-  if not isinstance(fresh, Mapping):
-    return old
-  kept = {key: _fill(old[key], value) if key in old else value for key, value in fresh.items()}
-  return {**old, **kept}
+def _take(old: Any, fresh: Any) -> Any:
+  """Fills the fresh state with the old one's values, where a leaf has the same path and shape."""
+  if isinstance(fresh, Mapping):
+    inner = old if isinstance(old, Mapping) else {}
+    return {key: _take(inner.get(key), value) for key, value in fresh.items()}
+  same = getattr(old, "shape", None) == fresh.shape
+  return old if same else fresh

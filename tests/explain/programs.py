@@ -152,7 +152,7 @@ def transformer(cls, remat=False):
   """The train step of ``benchmarks/train_lm.py``."""
   preset = PRESETS["tiny"]
   config = dataclasses.replace(preset, shape=dataclasses.replace(preset.shape, remat=remat))
-  state = jax.eval_shape(lambda: create_state(config, "bf16" if cls is None else "fp8"))
+  state = jax.eval_shape(lambda: create_state(config, "bf16" if cls is None else "delayed"))
   windows = spec(config.batch_size, config.seq_len + 1, dtype=jnp.uint8)
   fn = jax.jit(train_step, donate_argnums=0)
   return Case(fn, (state, windows), transformer_rows(config, cls))

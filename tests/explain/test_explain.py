@@ -287,3 +287,27 @@ def test_report_in_every_form():
   assert "MiB in quantize" in str(against)
   assert "| FP8 GEMMs | 5 | 0 |  |" in against.to_markdown()
   assert json.loads(json.dumps(against.to_dict()))["GEMMs"]["ratio"] == 1
+
+
+class Loops(nn.Module):
+  """Two modules with the same loop inside, which XLA compiles as one and then copies."""
+
+  @nn.compact
+  def __call__(self, x):
+    for name in ("first", "second"):
+      x = Loop(name=name)(x)
+    return x
+
+
+class Loop(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    kernels = self.param("kernels", nn.initializers.ones, (3, 64, 64), BF16)
+    return jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x, kernels)[0]
+
+
+def test_equal_loops_are_told_apart():
+  x = spec(32, 64)
+  variables = jax.eval_shape(Loops().init, jax.random.key(0), x)
+  report = fp8.explain(Loops().apply, variables, x, target="h100")
+  assert {gemm.path: gemm.times for gemm in report.gemms} == {"Loops/first": 3, "Loops/second": 3}

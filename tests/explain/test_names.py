@@ -30,3 +30,15 @@ def test_path_and_phase(op_name, expected):
 
 def test_slashes_in_parentheses_do_not_split():
   assert names.split("jit(a/b)/c") == ["jit(a/b)", "c"]
+
+
+def test_a_body_that_two_loops_share():
+  name = "jit(f)/jvp(Net)/up/while/body/closed_call/dot_general"
+  loop = "jit(f)/transpose(jvp(Net))/down/while"
+  moved = "jit(f)/transpose(jvp(Net))/down/while/body/closed_call/dot_general"
+  assert names.within_loop(name, loop) == moved
+  assert names.within_loop(moved, loop) == moved
+  for stays in ((name, ""), ("jit(f)/up/dot_general", loop)):
+    assert names.within_loop(*stays) == stays[0]
+  unrolled = f"{loop}/body/inner/while/body/dot_general"  # once, and no loop any more
+  assert names.within_loop(unrolled, loop) == unrolled

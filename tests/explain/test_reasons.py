@@ -142,6 +142,30 @@ def test_what_people_fear_but_xla_takes(fn, args, target):
   assert report.gemms[0].reason == ""
 
 
+def scaled(lhs, rhs):
+  """MXFP8 by JAX alone."""
+  one = lambda x: jnp.ones((*x.shape[:2], x.shape[2] // 32), jnp.float8_e8m0fnu)
+  return jax.nn.scaled_matmul(
+    lhs.astype(E4M3), rhs.astype(E4M3), one(lhs), one(rhs), preferred_element_type=BF16
+  )
+
+
+# The XLA of JAX 0.12 leaves this choice to timings, and so to the GPU itself.
+CHOOSES_BLOCK_SCALES = jax.__version_info__ < (0, 11)
+
+
+@pytest.mark.parametrize("target", ["h100", "b200"])
+def test_scales_of_blocks(target):
+  (gemm,) = fp8.explain(scaled, spec(2, 256, 128), spec(2, 128, 128), target=target).gemms
+  assert (gemm.extent.batch, gemm.extent.k) == (2, 128)
+  assert {gemm.extent.m, gemm.extent.n} == {256, 128}
+  assert gemm.is_fp8 == (target == "b200" and CHOOSES_BLOCK_SCALES)
+  if gemm.is_fp8:
+    assert gemm.kernel == "cuDNN block-scaled"
+  else:
+    assert "has scales of blocks, and XLA chose no kernel that applies them" in gemm.reason
+
+
 def test_sizes_that_are_no_multiples_of_16_are_padded():
   fn = lambda a, b: product(quantize(a), quantize(b))
   (gemm,) = fp8.explain(fn, spec(100, 250), spec(250, 130), target="h100").gemms

@@ -58,8 +58,55 @@ def test_takes_shapes_and_keywords():
   assert set(new[OWG]["inner"]) == {"Fp8DotGeneral_0"}
 
 
-def test_model_without_fp8_gets_nothing():
-  assert fp8.upgrade_variables(model(None), PLAIN, X)[OWG] == {}
+STATELESS = [name for name in fp8.RECIPES if name != "delayed"]
+
+
+@pytest.mark.parametrize("name", [None, *STATELESS])
+def test_models_without_state_get_none(name):
+  cls = name and fp8.get_recipe(name).dot_general_cls
+  equal(fp8.upgrade_variables(model(cls), PLAIN, X), PLAIN)
+
+
+class TestChangeOfRecipe:
+  """State is kept, initialised or dropped, and never read as something that it is not."""
+
+  def trained(self, recipe):
+    variables = model(recipe.dot_general_cls).init(jax.random.key(0), X)
+    return {**PLAIN, OWG: jax.tree.map(lambda leaf: leaf + 3.0, variables[OWG])}
+
+  @pytest.mark.parametrize("name", STATELESS)
+  def test_state_is_dropped_and_comes_back_fresh(self, name):
+    before = self.trained(fp8.DelayedScaling(amax_history_len=4))
+    dropped = fp8.upgrade_variables(model(fp8.get_recipe(name).dot_general_cls), before, X)
+    equal(dropped, PLAIN)
+    assert OWG in before  # what was passed is as it was
+    equal(fp8.upgrade_variables(FP8, dropped, X)[OWG], FP8.init(jax.random.key(0), X)[OWG])
+
+  def test_a_history_of_another_length_starts_anew(self):
+    before = self.trained(fp8.DelayedScaling(amax_history_len=8))
+    (got,) = fp8.upgrade_variables(FP8, before, X)[OWG]["layers_0"].values()
+    np.testing.assert_array_equal(got["input_amax_history"], np.zeros(4))
+    np.testing.assert_array_equal(got["input_scale"], [4.0])
+
+  def test_a_new_leaf_is_added_and_one_too_many_dropped(self):
+    often = fp8.DelayedScaling(amax_history_len=4)
+    seldom = fp8.DelayedScaling(amax_history_len=4, interval=5)
+    before = self.trained(often)
+    there = fp8.upgrade_variables(model(seldom.dot_general_cls), before, X)
+    (got,) = there[OWG]["layers_0"].values()
+    np.testing.assert_array_equal(got["input_steps_to_update"], [0.0])
+    equal(fp8.upgrade_variables(FP8, there, X), before)
+
+  def test_without_it_the_error_says_what_to_do(self):
+    before = self.trained(fp8.DelayedScaling(amax_history_len=8))
+    with pytest.raises(ValueError, match=r"must have shape \(4,\).*upgrade_variables"):
+      FP8.apply(before, X)
+
+  @pytest.mark.parametrize("name", STATELESS)
+  def test_a_stateless_recipe_leaves_foreign_state_alone(self, name):
+    before = self.trained(fp8.DelayedScaling(amax_history_len=4))
+    stateless = model(fp8.get_recipe(name).dot_general_cls)
+    equal(stateless.apply(before, X), stateless.apply(PLAIN, X))
 
 
 def test_bare_parameters_are_refused():

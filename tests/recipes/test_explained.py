@@ -1,0 +1,83 @@
+"""The GEMMs of each recipe in the compiled program: how many, in which types, for which GPU."""
+
+import functools
+from collections import Counter
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+import flax_fp8 as fp8
+
+M, N, K = 512, 256, 384
+HOPPER_AND_BLACKWELL = ("h100", "b200")
+ALL_FP8 = {"fprop": True, "dgrad": True, "wgrad": True}
+# The XLA of JAX 0.12 leaves the kernel for scales of blocks to timings, and so to the GPU itself.
+BLACKWELL_SCALES_BLOCKS = jax.__version_info__ < (0, 11)
+
+
+@functools.cache
+def report(recipe, target):
+  """Forward and backward of one Dense in bfloat16."""
+  cls = functools.partial(fp8.Fp8DotGeneral, recipe=recipe)
+  layer = nn.Dense(N, use_bias=False, dtype=jnp.bfloat16, dot_general_cls=cls)
+  x, g = (jax.ShapeDtypeStruct((M, width), jnp.bfloat16) for width in (K, N))
+  variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+
+  def step(variables, x, g):
+    out, vjp = jax.vjp(layer.apply, variables, x)
+    return out, vjp(g)
+
+  return fp8.explain(step, variables, x, g, target=target)
+
+
+@pytest.mark.parametrize("target", HOPPER_AND_BLACKWELL)
+@pytest.mark.parametrize("name", ["delayed", "current", "rowwise"])
+def test_three_fp8_gemms(name, target):
+  got = report(fp8.get_recipe(name), target)
+  assert {gemm.role.value: gemm.is_fp8 for gemm in got.gemms} == ALL_FP8
+  assert got.total_gemms == 3
+  assert got.doubts == ()
+
+
+@pytest.mark.parametrize("target", HOPPER_AND_BLACKWELL)
+def test_block_is_one_fp8_gemm_a_block(target):
+  got = report(fp8.Float8BlockScaling(), target)
+  rows = Counter()
+  for gemm in got.gemms:
+    assert gemm.is_fp8
+    rows[frozenset((gemm.extent.m, gemm.extent.n)), gemm.extent.k] += gemm.times
+  chunks = {(M, N): K, (M, K): N, (K, N): M}
+  assert rows == {(frozenset(size), 128): k // 128 for size, k in chunks.items()}
+
+
+@pytest.mark.parametrize("target", HOPPER_AND_BLACKWELL)
+def test_mxfp8_is_fp8_where_matrix_units_scale_blocks(target):
+  got = report(fp8.MXFP8BlockScaling(), target)
+  scaled = target == "b200" and BLACKWELL_SCALES_BLOCKS
+  assert (got.fp8_gemms, got.total_gemms) == (3 if scaled else 0, 3)
+  assert all("scales of blocks" in gemm.reason for gemm in got.gemms) or scaled
+
+
+@pytest.mark.parametrize("gemm", ["fprop", "dgrad", "wgrad"])
+@pytest.mark.parametrize("name", ["delayed", "rowwise"])
+def test_a_gemm_in_high_precision_is_bf16_and_the_others_are_fp8(name, gemm):
+  got = report(fp8.get_recipe(name, high_precision=(gemm,)), "h100")
+  assert {g.role.value: g.is_fp8 for g in got.gemms} == {**ALL_FP8, gemm: False}
+  (whole,) = (g for g in got.gemms if not g.is_fp8)
+  assert (whole.lhs, whole.rhs, whole.reason) == ("bf16", "bf16", "FP8 was not asked for")
+
+
+def test_stochastic_rounding_keeps_the_gemms_fp8():
+  recipe = fp8.Float8CurrentScaling(grad_rounding="stochastic")
+  layer = nn.Dense(N, use_bias=False, dtype=jnp.bfloat16, dot_general_cls=recipe.dot_general_cls)
+  x, g = (jax.ShapeDtypeStruct((M, width), jnp.bfloat16) for width in (K, N))
+  variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+
+  def step(variables, x, g, seed):
+    rngs = {"sr_rng": jax.random.key(seed)}
+    out, vjp = jax.vjp(lambda v, x: layer.apply(v, x, rngs=rngs), variables, x)
+    return out, vjp(g)
+
+  fp8.assert_fp8(step, variables, x, g, jax.ShapeDtypeStruct((), jnp.int32), target="h100")
