@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import flax_fp8 as fp8
 from tests import test_defects
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -34,8 +35,15 @@ def test_the_report_is_that_of_the_first_model(capsys, monkeypatch):
 
 
 def test_the_table_of_defects_is_that_of_the_checks():
-  rows = re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)
+  section = README[README.index("## Why not") :]
+  rows = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
   assert rows == [check.__name__ for check in test_defects.CHECKS]
+
+
+def test_the_table_of_recipes_is_the_registry():
+  section = README[README.index("## Recipes") : README.index("## Proof")]
+  rows = re.findall(r"^\| `(\w+)` \| `fp8\.(\w+)` \|", section, re.MULTILINE)
+  assert rows == [(name, recipe.__name__) for name, recipe in fp8.RECIPES.items()]
 
 
 def test_links_lead_somewhere():
