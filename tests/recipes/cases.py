@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 import flax_fp8 as fp8
-from flax_fp8 import ops
+from flax_fp8 import contraction, ops
 from flax_fp8.recipes import Recipe, Role
 
 # A new recipe joins the suite by a line here.
@@ -141,3 +141,27 @@ def equal(got: Any, want: Any) -> None:
   """Asserts that two trees are the same, bit for bit, NaNs too."""
   assert jax.tree.structure(got) == jax.tree.structure(want)
   jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def quantized(recipe: Recipe, x: Any, role: Role, dims: Any = DIMS, key: Any = None) -> Any:
+  """The pair of ``QTensor`` that a recipe makes of a tensor of a plain matrix product.
+
+  Args:
+    recipe: whose.
+    x: ``[M, K]`` input, ``[K, N]`` kernel or ``[M, N]`` output gradient.
+    role: what it is.
+    dims: of the forward product.
+    key: PRNG key, if any.
+  """
+  shape = np.shape(x)
+  lhs_shape = {Role.KERNEL: (3, shape[0]), Role.OUTPUT_GRAD: (shape[0], 3)}.get(role, shape)
+  rhs_shape = {Role.INPUT: (shape[1], 3), Role.OUTPUT_GRAD: (3, shape[1])}.get(role, shape)
+  forward = contraction.forward_gemm(dims, lhs_shape, rhs_shape)
+  to_lhs, to_rhs = contraction.backward_gemms(dims, lhs_shape, rhs_shape)
+  views = {
+    Role.INPUT: (forward.lhs, to_rhs.rhs),
+    Role.KERNEL: (forward.rhs, to_lhs.rhs),
+    Role.OUTPUT_GRAD: (to_lhs.lhs, to_rhs.lhs),
+  }[role]
+  run = quickly(lambda x, state: recipe.quantize(x, state, role, views, key)[0])
+  return run(jnp.asarray(x), ops.init_state(recipe)[role.value])
