@@ -47,7 +47,8 @@ class TestCast:
     x = np.concatenate([inside, -inside]).astype(np.float32)
     above = np.searchsorted(values, np.abs(x), side="left")
     low, high = np.copysign(values[above - 1], x), np.copysign(values[above], x)
-    got = np.stack([cast(x, float8, key) for key in KEYS[:16]])
+    run = quickly(jax.vmap(lambda key: quantize.saturating_cast(jnp.asarray(x), float8, key)))
+    got = np.asarray(run(KEYS[:16]), np.float64)
     assert np.all((got == low) | (got == high))
     middle = np.arange(x.size) // (values.size - 1) % 3 == 1
     assert np.all(np.any(got == low, axis=0) & np.any(got == high, axis=0) | ~middle | (high == 0))
@@ -116,7 +117,7 @@ class TestRecipes:
 
   def test_the_gradient_needs_a_key(self, name):
     layer = nn.Dense(12, dot_general_cls=stochastic(name).dot_general_cls)
-    variables = layer.init(jax.random.key(0), X)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), X)
     jax.eval_shape(layer.apply, variables, X)
     loss = lambda v: jnp.sum(layer.apply(v, X))
     match = r"Fp8DotGeneral: stochastic rounding .* needs a PRNG key; .*rngs=\{'sr_rng': key\}"
@@ -149,9 +150,9 @@ class Parallel(nn.Module):
 @pytest.mark.parametrize("twice", [False, True], ids=["layers", "calls"])
 def test_each_layer_and_call_rounds_by_a_key_of_its_own(twice):
   module = Parallel(twice)
-  variables = module.init(jax.random.key(0), X, X)
+  variables = jax.jit(module.init)(jax.random.key(0), X, X)
 
-  @jax.jit
+  @quickly
   def gradients(x, y):
     _, vjp = jax.vjp(lambda x, y: module.apply(variables, x, y, rngs=RNGS), x, y)
     return vjp((jnp.asarray(C), jnp.asarray(C)))
@@ -175,18 +176,22 @@ def test_scan_splits_the_key(split):
       return body(nn.Dense(12, dot_general_cls=RECIPE.dot_general_cls), 0, xs)[1]
 
   xs, cs = np.stack([X, X]), np.stack([C, C])
-  variables = Model().init(jax.random.key(0), xs)
-  _, vjp = jax.vjp(lambda xs: jax.jit(Model().apply)(variables, xs, rngs=RNGS), xs)
-  first, second = vjp(jnp.asarray(cs))[0]
+  variables = jax.jit(Model().init)(jax.random.key(0), xs)
+
+  @quickly
+  def gradient(variables, xs, cs):
+    return jax.vjp(lambda xs: Model().apply(variables, xs, rngs=RNGS), xs)[1](cs)[0]
+
+  first, second = gradient(variables, xs, cs)
   assert np.array_equal(first, second) == (not split)
 
 
 def test_remat_rounds_as_without():
   def gradients(dense):
     layer = dense(12, dot_general_cls=RECIPE.dot_general_cls)
-    variables = layer.init(jax.random.key(0), X)
+    variables = jax.jit(layer.init)(jax.random.key(0), X)
     loss = lambda v: jnp.sum(jnp.sin(layer.apply(v, X, rngs=RNGS)))
-    return jax.jit(jax.grad(loss))(variables)
+    return quickly(jax.grad(loss))(variables)
 
   cases.equal(gradients(nn.remat(nn.Dense)), gradients(nn.Dense))
 
