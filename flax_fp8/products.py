@@ -177,8 +177,8 @@ def _microscaled(dtype: Any) -> Callable[[QTensor, QTensor], jax.Array]:
 
   @multiply.def_vmap
   def rule(axis_size: int, in_batched: Any, lhs: QTensor, rhs: QTensor) -> tuple[jax.Array, bool]:
-    del axis_size
-    lhs_mapped, rhs_mapped = (mapped.data for mapped in in_batched)
+    lhs, lhs_mapped = _map_alike(lhs, in_batched[0], axis_size)
+    rhs, rhs_mapped = _map_alike(rhs, in_batched[1], axis_size)
     if lhs_mapped and rhs_mapped:
       out = multiply(*jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (lhs, rhs)))
       return out.reshape(-1, lhs.data.shape[1], *out.shape[1:]), True
@@ -191,6 +191,16 @@ def _microscaled(dtype: Any) -> Callable[[QTensor, QTensor], jax.Array]:
     return jnp.moveaxis(out.reshape(batch, out.shape[1], size, rows), 2, 0), True
 
   return multiply
+
+
+def _map_alike(x: QTensor, mapped: QTensor, size: int) -> tuple[QTensor, bool]:
+  """Maps data and scale, if one is: stochastic rounding by mapped keys maps the data alone."""
+  if mapped.data == mapped.scale:
+    return x, bool(mapped.data)
+  repeat = lambda leaf, is_mapped: (
+    leaf if is_mapped else jnp.broadcast_to(leaf, (size, *leaf.shape))
+  )
+  return jax.tree.map(repeat, x, mapped), True
 
 
 def _stack_rows(mapped: jax.Array) -> jax.Array:

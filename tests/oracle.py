@@ -103,3 +103,68 @@ def amax(*tensors: np.ndarray) -> float:
   return max(
     (abs(float(v)) for t in tensors for v in np.asarray(t, np.float64).ravel()), default=0.0
   )
+
+
+def inverse_of_amax(amax: float, name: str) -> np.float32:
+  """What quantisation multiplies by: ``max / amax``, rounded once to float32.
+
+  1 for an amax of zero. NaN for one that is no finite number. Kept within ``2**±126``.
+  """
+  if amax == 0:
+    return np.float32(1)
+  if not math.isfinite(amax):
+    return np.float32(np.nan)
+  with np.errstate(all="ignore"):
+    inverse = np.float32(magnitudes(name)[-1]) / np.float32(amax)
+  return min(max(inverse, np.float32(2.0**-126)), np.float32(2.0**126))
+
+
+def next_power_of_two(x: float) -> float:
+  """Least power of two that is not below ``x``."""
+  mantissa, exponent = math.frexp(x)
+  return math.ldexp(1.0, exponent - 1 if mantissa == 0.5 else exponent)
+
+
+def quantize_by_amax(
+  x: np.ndarray, name: str, power_of_two: bool = False
+) -> tuple[np.ndarray, np.float32]:
+  """Values that share a scale, quantised by their own amax; and that scale.
+
+  The scale is the reciprocal of ``max / amax``, both float32, or the next power of two.
+  """
+  inverse = inverse_of_amax(amax(x), name)
+  scale = np.float32(1) / inverse
+  if power_of_two and math.isfinite(scale):
+    scale = np.float32(next_power_of_two(float(scale)))
+    inverse = np.float32(1) / scale
+  return _round_all(np.float32(x) * inverse, name), scale
+
+
+def _round_all(x: np.ndarray, name: str) -> np.ndarray:
+  return np.vectorize(round_scalar, otypes=[np.float64])(np.float64(x), name)
+
+
+def microscale_exponent(amax: float, name: str, rounding: str) -> int | None:
+  """Exponent of the shared scale of an MX block; None for NaN.
+
+  "up": the least under which ``amax`` is in range. "down": of the OCP specification, section 6.3,
+  ``floor(log2(amax)) - emax``, emax being the exponent of the format's largest value.
+  """
+  if not math.isfinite(amax):
+    return None
+  if amax == 0:
+    return 0
+  largest = magnitudes(name)[-1]
+  floor_log2 = lambda v: math.frexp(v)[1] - 1
+  exponent = floor_log2(amax) - floor_log2(largest)
+  if rounding == "up" and amax > math.ldexp(largest, exponent):
+    exponent += 1
+  return min(max(exponent, -126), 127)
+
+
+def quantize_mx(x: np.ndarray, name: str, rounding: str = "up") -> tuple[np.ndarray, int]:
+  """One block quantised to MXFP8: its values, and the code of its E8M0 scale."""
+  exponent = microscale_exponent(amax(x), name, rounding)
+  if exponent is None:
+    return np.full(x.shape, np.nan), 255
+  return _round_all(np.float64(x) * 2.0**-exponent, name), exponent + 127

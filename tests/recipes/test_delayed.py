@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import pickle
 
+import flax.linen.fp8_ops as reference
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from flax_fp8.contraction import View
 from flax_fp8.recipes import Role
 from flax_fp8.recipes.delayed import next_scale, roll_history
 from tests import oracle
+from tests.recipes import cases
 
 VIEWS = (View(batch=(), kept=(), contracting=(0,)),) * 2
 AMAXES = [3.0, 0.5, np.nan, 7.0, 0.0, 2.0, np.inf, 1e-3, 9.0, 0.25, 0.25, 0.25]
@@ -107,3 +109,104 @@ class TestConfig:
   def test_bad_fields(self, fields, error, message):
     with pytest.raises(error, match=f"DelayedScaling: .*{message}"):
       fp8.DelayedScaling(**fields)
+
+
+def due(amaxes, interval):
+  """Steps that make a new scale: the first with a history that is not empty, then each n-th."""
+  seen = [i for i, amax in enumerate(amaxes) if np.isfinite(amax) and amax > 0]
+  first = seen[0] + 1 if seen else len(amaxes)
+  return set(range(first, len(amaxes), interval))
+
+
+@pytest.mark.parametrize("first_step", ["stored", "current"])
+@pytest.mark.parametrize("interval", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize("amaxes", [AMAXES, [0.0, np.nan, *AMAXES]], ids=["", "late"])
+def test_interval_and_first_step_follow_the_oracle(amaxes, interval, first_step):
+  """Amaxes are recorded at each step, whatever the interval."""
+  recipe = fp8.DelayedScaling(amax_history_len=16, interval=interval, first_step=first_step)
+  scale, history = 1.0, np.zeros(16)
+  steps = due(amaxes, interval)
+  for i, (amax, (got, got_history)) in enumerate(
+    zip(amaxes, run(recipe, amaxes=amaxes), strict=True)
+  ):
+    empty = not np.any(history)
+    if i in steps:
+      scale = oracle.scale(history, scale, "float8_e4m3fn")
+    elif first_step == "current" and empty and np.isfinite(amax) and amax > 0:
+      scale = float(np.float32(amax)) / 448
+    history = oracle.roll(history, np.float32(amax))
+    assert got == pytest.approx(scale, rel=3e-7), i
+    np.testing.assert_array_equal(got_history, history.astype(np.float32))
+
+
+def test_first_step_uses_margin_and_power_of_two():
+  recipe = fp8.DelayedScaling(first_step="current", margin=1, power_of_two=True)
+  assert run(recipe, amaxes=[500.0])[0][0] == 4.0
+
+
+def flax_steps(inputs):
+  """Output and state of each step of ``flax.linen.fp8_ops``."""
+  module = reference.Fp8DotGeneral(amax_history_length=4)
+  dims = (((1,), (0,)), ((), ()))
+  variables = module.init(jax.random.key(0), *inputs[0][:2], dims)
+
+  @jax.jit
+  def step(variables, x, w, c):
+    out, vjp = jax.vjp(lambda v: module.apply(v, x, w, dims), variables)
+    return out, vjp(c)[0]
+
+  steps = []
+  for arrays in inputs:
+    out, variables = step(variables, *arrays)
+    steps.append((out, variables[fp8.OVERWRITE_WITH_GRADIENT]))
+  return steps
+
+
+def our_steps(recipe, inputs):
+  """Output and state of each step, the state by Flax's names."""
+  state, steps = None, []
+  for arrays in inputs:
+    out, _, _, state = cases.compiled(recipe, *arrays, state)
+    names = {f"{role}_{key}": v for role, leaves in state.items() for key, v in leaves.items()}
+    steps.append((out, {k: v for k, v in names.items() if not k.endswith("steps_to_update")}))
+  return steps
+
+
+class TestAgainstFlax:
+  """Bit for bit as ``flax.linen.fp8_ops`` where the fields leave it the same."""
+
+  inputs = tuple(
+    tuple(cases.normal(3 * i + j, *shape) * np.float32(1.5**-i) for j, shape in enumerate(shapes))
+    for i, shapes in enumerate([((8, 16), (16, 12), (8, 12))] * 6)
+  )
+
+  def test_first_step(self):
+    """After the first step nothing tells them apart."""
+    theirs = flax_steps(self.inputs)
+    ours = our_steps(fp8.DelayedScaling(amax_history_len=4, first_step="current"), self.inputs)
+    assert not np.array_equal(ours[0][0], theirs[0][0])
+    cases.equal(ours[1:], theirs[1:])
+
+  def test_interval(self):
+    """Scales are Flax's of the last step that made one; histories are Flax's throughout."""
+    theirs = flax_steps(self.inputs)
+    ours = our_steps(fp8.DelayedScaling(amax_history_len=4, interval=2), self.inputs)
+    for i, last in enumerate((0, 1, 1, 3, 3, 5)):
+      for name, value in ours[i][1].items():
+        cases.equal(value, theirs[last if name.endswith("scale") else i][1][name])
+    for i in (0, 1, 3, 5):
+      cases.equal(ours[i][0], theirs[i][0])
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"interval": 0}, r"interval must be an integer of at least 1; got interval=0"),
+    ({"interval": 1.5}, r"interval must be an integer of at least 1; got interval=1.5"),
+    ({"first_step": "one"}, r"first_step must be one of \('stored', 'current'\); got .*'one'"),
+  ],
+  ids=["interval=0", "interval=1.5", "first_step"],
+)
+def test_bad_interval_and_first_step(fields, message):
+  with pytest.raises(ValueError, match=f"DelayedScaling: {message}"):
+    fp8.DelayedScaling(**fields)

@@ -1,0 +1,236 @@
+"""Every recipe under vmap, scan, remat, shard_map and jit with shardings.
+
+Sums of the products are exact here (see ``cases.integers``), so equal means equal bit for bit. That
+the state of delayed scaling is right under all of these, ``tests/test_transformations.py`` shows.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import flax_fp8 as fp8
+from flax_fp8 import ops
+from tests.recipes import cases
+from tests.recipes.cases import RECIPES, STATEFUL, STATELESS, compiled_quickly, integers, quickly
+
+OWG = fp8.OVERWRITE_WITH_GRADIENT
+COPIES, TOKENS, IN, OUT = 4, 8, 40, 12
+# Each copy's values have another magnitude, so that a scale shared by mistake shows.
+SIZES = np.array([1.0, 4.0, 0.5, 2.0], np.float32).reshape(COPIES, 1, 1)
+XS = integers(0, COPIES, TOKENS, IN) * SIZES
+WS = integers(1, COPIES, IN, OUT) * SIZES[::-1]
+CS = integers(2, COPIES, TOKENS, OUT) * SIZES
+by_recipe = pytest.mark.parametrize("name", RECIPES)
+by_stateless = pytest.mark.parametrize("name", STATELESS)
+by_class = pytest.mark.parametrize("name", cases.ONE_OF_EACH_CLASS)
+by_stateful = pytest.mark.parametrize("name", STATEFUL)
+
+
+@functools.cache
+def one_by_one(name, shared):
+  """What each copy gives on its own: outputs and gradients, stacked."""
+  recipe, keys = RECIPES[name], jax.random.split(cases.KEY, COPIES)
+  ws = [WS[0]] * COPIES if shared else WS
+  steps = [
+    compiled_quickly(recipe, x, w, c, key=key)[:3]
+    for x, w, c, key in zip(XS, ws, CS, keys, strict=True)
+  ]
+  return jax.tree.map(lambda *leaves: np.stack(leaves), *steps)
+
+
+@by_stateless
+@pytest.mark.parametrize("shared", [True, False], ids=["shared kernel", "kernel per expert"])
+def test_vmap(name, shared):
+  """Mapped is stacked: no copy sees another's values."""
+  recipe, keys = RECIPES[name], jax.random.split(cases.KEY, COPIES)
+  run = lambda x, w, c, key: cases.step(recipe, x, w, c, key=key)[:3]
+  mapped = quickly(jax.vmap(run, in_axes=(0, None if shared else 0, 0, 0)))
+  cases.equal(mapped(XS, WS[0] if shared else WS, CS, keys), one_by_one(name, shared))
+
+
+@by_stateful
+def test_vmap_with_state_per_expert(name):
+  recipe = RECIPES[name]
+  state = jax.tree.map(lambda leaf: jnp.stack([leaf] * COPIES), ops.init_state(recipe))
+  mapped = quickly(jax.vmap(functools.partial(cases.step, recipe)))(XS, WS, CS, state)
+  each = [compiled_quickly(recipe, *copy) for copy in zip(XS, WS, CS, strict=True)]
+  cases.equal(mapped, jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
+
+
+@by_stateful
+def test_vmap_with_shared_state_sees_all_copies(name):
+  recipe = RECIPES[name]
+
+  def run(x, w, c, state):
+    apply = lambda x, w, state: ops.dot_general(x, w, cases.DIMS, recipe=recipe, state=state)
+    return jax.vjp(jax.vmap(apply, in_axes=(0, None, None)), x, w, state)[1](c)[2]
+
+  state = quickly(run)(XS, WS[0], CS, ops.init_state(recipe))
+  for role, seen in (("input", XS), ("kernel", WS[0]), ("output_grad", CS)):
+    assert float(state[role]["amax_history"][0]) == np.abs(seen).max()
+
+
+class Layers(nn.Module):
+  """Two layers, one after the other: scanned, or spelled out; recomputed backward or not."""
+
+  recipe: fp8.Recipe
+  scan: bool
+  remat: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    dense = nn.remat(nn.Dense) if self.remat else nn.Dense
+    make = lambda name: dense(IN, dot_general_cls=self.recipe.dot_general_cls, name=name)
+    if not self.scan:
+      for i in range(2):
+        x = make(f"layer_{i}")(x)
+      return x
+    body = nn.scan(
+      lambda module, x, _: (module(x), None),
+      variable_axes={"params": 0, OWG: 0},
+      split_rngs={"params": True},
+      length=2,
+    )
+    return body(make("layers"), x, None)[0]
+
+
+def gradients(model, variables):
+  loss = lambda v: jnp.sum(jnp.sin(model.apply(v, XS[0])))
+  return quickly(jax.value_and_grad(loss))(variables)
+
+
+def initialised(model):
+  return jax.jit(model.init)(jax.random.key(0), XS[0])
+
+
+@by_class
+def test_scan_over_layers_and_remat(name):
+  """A scanned stack computes what the layers do one after the other; remat changes no bit."""
+  recipe = RECIPES[name]
+  scanned = Layers(recipe, scan=True)
+  variables = initialised(scanned)
+  loss, grads = gradients(scanned, variables)
+  cases.equal(gradients(Layers(recipe, scan=True, remat=True), variables), (loss, grads))
+  assert set(variables) == ({"params", OWG} if name in STATEFUL else {"params"})
+  take = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree["layers"])
+  spread = lambda tree: {
+    collection: {f"layer_{i}": take(tree[collection], i) for i in range(2)} for collection in tree
+  }
+  spelled_out = gradients(Layers(recipe, scan=False), spread(variables))
+  # Two programs may round their sums otherwise; then a value may fall on the other side of a tie.
+  for got, want in zip(*map(jax.tree.leaves, (spelled_out, (loss, spread(grads)))), strict=True):
+    assert np.linalg.norm(got - want) <= 2.0**-6 * np.linalg.norm(want)
+
+
+class Expert(nn.Module):
+  """One expert's kernel."""
+
+  recipe: fp8.Recipe
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), (IN, OUT))
+    return self.recipe.einsum_cls()("tk,kn->tn", x, kernel)
+
+
+@by_class
+def test_nn_vmap_over_experts(name):
+  recipe = RECIPES[name]
+  axes = {"params": 0, OWG: 0}
+  experts = nn.vmap(Expert, variable_axes=axes, split_rngs={"params": True}, axis_size=COPIES)(
+    recipe
+  )
+  variables = jax.jit(experts.init)(jax.random.key(0), XS)
+  variables = {**variables, "params": {"kernel": jnp.asarray(WS)}}
+
+  @quickly
+  def run(variables, xs, cs):
+    out, vjp = jax.vjp(lambda v: experts.apply(v, xs), variables)
+    return out, vjp(cs)[0]
+
+  out, grads = run(variables, XS, CS)
+  steps = [compiled_quickly(recipe, *copy) for copy in zip(XS, WS, CS, strict=True)]
+  cases.equal(out, jnp.stack([step[0] for step in steps]))
+  cases.equal(grads["params"]["kernel"], jnp.stack([step[2] for step in steps]))
+  for role in ("input", "kernel", "output_grad") if name in STATEFUL else ():
+    got = grads[OWG]["Fp8Einsum_0"][f"{role}_amax_history"]
+    cases.equal(got, jnp.stack([step[3][role]["amax_history"] for step in steps]))
+
+
+@functools.cache
+def mesh():
+  return jax.make_mesh((COPIES,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def shard_mapped(recipe, check_vma):
+  """A step with tokens sharded and kernel and state replicated."""
+
+  def apply(x, w, state):
+    key = jax.random.fold_in(cases.KEY, jax.lax.axis_index("data"))
+    return ops.dot_general(x, w, cases.DIMS, recipe=recipe, state=state, key=key)
+
+  sharded = jax.shard_map(
+    apply,
+    mesh=mesh(),
+    in_specs=(P("data"), P(), P()),
+    out_specs=P("data"),
+    check_vma=check_vma,
+  )
+
+  def run(x, w, c, state):
+    out, vjp = jax.vjp(sharded, x, w, state)
+    return (out, *vjp(c))
+
+  return quickly(run)
+
+
+@by_recipe
+@pytest.mark.parametrize("check_vma", [True, False], ids=["check_vma", "unchecked"])
+def test_shard_map(name, check_vma):
+  """Without state each device's part is a tensor of its own. With state all devices have one."""
+  recipe = RECIPES[name]
+  x, c = XS.reshape(-1, IN), CS.reshape(-1, OUT)
+  out, dx, dw, state = shard_mapped(recipe, check_vma)(x, WS[0], c, ops.init_state(recipe))
+  if name in STATEFUL:
+    cases.equal(state, compiled_quickly(recipe, x, WS[0], c)[3])
+  if name == "delayed, first step":  # its first scale is that of the whole tensor
+    cases.equal((out, dx, dw), compiled_quickly(recipe, x, WS[0], c)[:3])
+    return
+  steps = [
+    compiled_quickly(recipe, XS[i], WS[0], CS[i], key=jax.random.fold_in(cases.KEY, i))
+    for i in range(COPIES)
+  ]
+  cases.equal(out, jnp.concatenate([step[0] for step in steps]))
+  cases.equal(dx, jnp.concatenate([step[1] for step in steps]))
+  total = np.sum(np.stack([step[2] for step in steps]).astype(np.float64), axis=0)
+  # Four float32 terms; each addition rounds by half an epsilon of the partial sum.
+  tolerance = 4 * np.finfo(np.float32).eps * np.abs(np.stack([step[2] for step in steps])).sum(0)
+  assert np.all(np.abs(dw - total) <= tolerance)
+
+
+SHARDINGS = {
+  "data parallel": (P("data"), P(), P("data")),
+  "tensor parallel, columns": (P(), P(None, "data"), P(None, "data")),
+  "tensor parallel, rows": (P(None, "data"), P("data"), P()),
+}
+
+
+@by_class
+@pytest.mark.parametrize("specs", SHARDINGS.values(), ids=SHARDINGS)
+def test_jit_with_shardings(name, specs):
+  """Sharding changes neither values nor state, not even where a block is cut by it."""
+  recipe = RECIPES[name]
+  arrays = XS.reshape(-1, IN), WS[1], CS.reshape(-1, OUT)
+  placed = [
+    jax.device_put(a, NamedSharding(mesh(), spec)) for a, spec in zip(arrays, specs, strict=True)
+  ]
+  cases.equal(
+    jax.device_get(compiled_quickly(recipe, *placed)),
+    jax.device_get(compiled_quickly(recipe, *arrays)),
+  )
