@@ -164,5 +164,9 @@ def quantized(recipe: Recipe, x: Any, role: Role, dims: Any = DIMS, key: Any = N
     Role.KERNEL: (forward.rhs, to_lhs.rhs),
     Role.OUTPUT_GRAD: (to_lhs.lhs, to_rhs.lhs),
   }[role]
-  run = quickly(lambda x, state: recipe.quantize(x, state, role, views, key)[0])
-  return run(jnp.asarray(x), ops.init_state(recipe)[role.value])
+  return _quantized(recipe, role, views, jnp.asarray(x), key)
+
+
+@functools.partial(quickly, static_argnums=(0, 1, 2))
+def _quantized(recipe: Recipe, role: Role, views: Any, x: jax.Array, key: Any) -> Any:
+  return recipe.quantize(x, ops.init_state(recipe)[role.value], role, views, key)[0]

@@ -48,7 +48,8 @@ def test_is_near_float64(name):
       assert np.linalg.norm(error) > 2.0**-7 * np.linalg.norm(want)
 
 
-@by_class
+# The others are made of the same operations.
+@pytest.mark.parametrize("name", ["delayed", "block", "mxfp8"])
 def test_jit_equals_eager(name):
   recipe = RECIPES[name]
   x, w, c = (t[:8, :8] for t in (X, W, C))  # of one shape, so that few operations are compiled
@@ -58,13 +59,10 @@ def test_jit_equals_eager(name):
 SHAPES = {
   "two contracted axes, exchanged": ((4, 6, 5), (5, 6, 7), (((2, 1), (0, 1)), ((), ()))),
   "batch in the middle": ((4, 3, 40, 2), (40, 5, 3), (((2,), (0,)), ((1,), (2,)))),
-  "one over a block": ((33, 129), (129, 33), cases.DIMS),
   "ones": ((1, 1), (1, 1), cases.DIMS),
-  "vectors": ((40,), (40,), (((0,), (0,)), ((), ()))),
   "outer product": ((3,), (4,), (((), ()), ((), ()))),
   "no tokens": ((0, 3), (3, 2), cases.DIMS),
   "no terms": ((3, 0), (0, 2), cases.DIMS),
-  "no features": ((3, 2), (2, 0), cases.DIMS),
 }
 
 
@@ -114,7 +112,7 @@ def test_einsum_with_exchanged_operands(name):
     cases.equal(there[1:], here[1:])
 
 
-PAIRS = (("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float32"))
+PAIRS = (("float16", "float16"), ("bfloat16", "float32"))
 
 
 @by_class

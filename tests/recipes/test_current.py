@@ -15,10 +15,10 @@ FORMATS = (fp8.Format.HYBRID, fp8.Format.E4M3, fp8.Format.HYBRID_FNUZ)
 TENSORS = {
   "normal": normal(0, 9, 11) * 3.7,
   "wide": normal(1, 9, 11) * 2.0 ** np.linspace(-30, 5, 11, dtype=np.float32),
-  "one value": np.full((2, 3), 0.1, np.float32),
-  "zeros": np.zeros((2, 3), np.float32),
-  "tiny": normal(2, 4, 5) * np.float32(1e-36),
-  "huge": normal(3, 4, 5).clip(-1, 1) * np.float32(3e38),
+  "one value": np.full((9, 11), 0.1, np.float32),
+  "zeros": np.zeros((9, 11), np.float32),
+  "tiny": np.sign(normal(2, 9, 11)) * np.abs(normal(3, 9, 11)).clip(0.1) * np.float32(1e-36),
+  "huge": normal(3, 9, 11).clip(-1, 1) * np.float32(3e38),
 }
 
 

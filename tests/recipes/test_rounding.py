@@ -186,16 +186,6 @@ def test_scan_splits_the_key(split):
   assert np.array_equal(first, second) == (not split)
 
 
-def test_remat_rounds_as_without():
-  def gradients(dense):
-    layer = dense(12, dot_general_cls=RECIPE.dot_general_cls)
-    variables = jax.jit(layer.init)(jax.random.key(0), X)
-    loss = lambda v: jnp.sum(jnp.sin(layer.apply(v, X, rngs=RNGS)))
-    return quickly(jax.grad(loss))(variables)
-
-  cases.equal(gradients(nn.remat(nn.Dense)), gradients(nn.Dense))
-
-
 def test_legacy_keys():
   """``jax.random.PRNGKey`` makes keys that are plain arrays of uint32."""
   got = compiled(RECIPE, integers(0, 4, 8), integers(1, 8, 4), C[:4, :4], key=jax.random.PRNGKey(0))
