@@ -13,10 +13,51 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
 from flax_fp8 import _compat
+
+
+def largest_magnitude(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
+  """Returns the largest magnitude along some axes.
+
+  ``max(|x|, axes, keepdims)``
+
+  Args:
+    x: values; any shape; float32, bfloat16 or float16.
+    axes: those to reduce, which stay with size 1; None for all, which goes to shape ``()``.
+
+  Returns:
+    float32. Zero where there are no elements.
+
+  Numerics:
+    NaN where there is a NaN, inf where there is an infinity and no NaN. On a CPU the maximum is
+    that of the bits: as integers, magnitudes rank as they do as numbers, infinity above all and NaN
+    above that. As floats, XLA's CPU compiler makes of many values with a NaN the largest of the
+    others, or -inf.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from flax_fp8.amax import largest_magnitude
+    >>> largest_magnitude(jnp.array([[1.0, -3.0], [2.0, jnp.nan]]), (1,)).ravel()
+    Array([ 3., nan], dtype=float32)
+
+  References:
+    IEEE 754-2019, section 5.10, totalOrder.
+  """
+
+  def of_values(x: jax.Array) -> jax.Array:
+    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=axes is not None, initial=0)
+    return largest.astype(jnp.float32)
+
+  def of_bits(x: jax.Array) -> jax.Array:
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) & np.int32(0x7FFFFFFF)
+    largest = jnp.max(bits, axis=axes, keepdims=axes is not None, initial=0)
+    return lax.bitcast_convert_type(largest, jnp.float32)
+
+  return lax.platform_dependent(x, cpu=of_bits, default=of_values)
 
 
 def amax(x: jax.Array, state: Any) -> jax.Array:
@@ -57,8 +98,8 @@ def _reduce_all_but(kept: int) -> Callable[[jax.Array, Any], jax.Array]:
   @custom_vmap
   def reduce(x: jax.Array, state: Any) -> jax.Array:
     del state
-    axes = tuple(range(kept, x.ndim))
-    return jnp.max(jnp.abs(x), axis=axes, initial=0).astype(jnp.float32)
+    largest = largest_magnitude(x, tuple(range(kept, x.ndim)))
+    return largest.reshape(x.shape[:kept])
 
   @reduce.def_vmap
   def rule(axis_size: int, in_batched: Any, x: jax.Array, state: Any) -> tuple[jax.Array, bool]:

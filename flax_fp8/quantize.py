@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from flax_fp8.amax import largest_magnitude
 from flax_fp8.formats import Float8
 
 # Scales stay inside the normal float32 range, with room for the reciprocal.
@@ -240,7 +241,7 @@ def current_scale(
   References:
     Transformer Engine, transformer_engine.common.recipe.Float8CurrentScaling.
   """
-  amax = jnp.max(jnp.abs(x), axis=axes, keepdims=axes is not None, initial=0).astype(jnp.float32)
+  amax = largest_magnitude(x, axes)
   fallback = jnp.where(amax == 0.0, 1.0, jnp.nan)
   return scale_from_amax(amax, fallback, float8.max, power_of_two=power_of_two)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from flax_fp8.amax import amax
+from flax_fp8.amax import amax, largest_magnitude
 from tests.transformations import mesh
 
 X = np.random.default_rng(1).normal(size=(4, 3, 5, 2)).astype(np.float32)
@@ -30,6 +30,19 @@ def test_of_nothing_is_zero(shape):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_non_finite_values_show(value):
   assert not np.isfinite(amax(jnp.array([1.0, value]), ()))
+
+
+@pytest.mark.parametrize(
+  "dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__
+)
+@pytest.mark.parametrize("place", [0, 2048, 4095])
+def test_a_nan_shows_among_many_values(place, dtype):
+  """Of so many, XLA's CPU compiler makes a float maximum that is -inf or that of the others."""
+  x = np.random.default_rng(0).normal(size=4096)
+  x[place] = np.nan
+  assert np.isnan(jax.jit(amax)(jnp.asarray(x, dtype), ()))
+  rows = largest_magnitude(jnp.asarray(x, dtype).reshape(2, 2048), (1,))
+  np.testing.assert_array_equal(np.isnan(rows[:, 0]), [place < 2048, place >= 2048])
 
 
 # What each mapping, outer first, does to the state, and the axes that are then reduced.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from flax_fp8.amax import largest_magnitude
 from flax_fp8.capability import Needs
 from flax_fp8.contraction import Gemm, View, in_blocks
 from flax_fp8.formats import Float8, Format
@@ -146,8 +147,7 @@ class MXFP8BlockScaling(Recipe):
   def _blocks(self, x: jax.Array, role: Role, view: View, key: jax.Array | None) -> QTensor:
     float8 = self.float8(role)
     blocks = in_blocks(view.matrices(x), 1, BLOCK)
-    amax = jnp.max(jnp.abs(blocks), axis=4, keepdims=True, initial=0).astype(jnp.float32)
-    codes = microscale(amax, float8, self.scale_rounding)
+    codes = microscale(largest_magnitude(blocks, (4,)), float8, self.scale_rounding)
     e8m0 = lax.bitcast_convert_type(codes, jnp.float8_e8m0fnu)
     scale = e8m0.astype(jnp.float32)
     data = quantize(blocks, scale, float8, 1.0 / scale, key).data
