@@ -20,6 +20,8 @@ from jax.custom_batching import custom_vmap
 from flax_fp8 import _compat
 
 
+# Inlined where it is traced, and compiled once for each shape where it is not.
+@functools.partial(jax.jit, static_argnums=1, inline=True)
 def largest_magnitude(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
   """Returns the largest magnitude along some axes.
 
