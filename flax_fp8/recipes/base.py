@@ -178,6 +178,22 @@ class Recipe(abc.ABC):
     return _bind("einsum_cls", self)
 
 
+class StatelessRecipe(Recipe):
+  """A recipe that remembers nothing: scales come from the values that they scale."""
+
+  @final
+  def init_state(self, role: Role) -> dict[str, np.ndarray]:
+    """No state."""
+    del role
+    return {}
+
+  @final
+  def update(self, state: TensorState, observation: Any, role: Role) -> TensorState:
+    """No state."""
+    del observation, role
+    return state
+
+
 def split_key(key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
   """Makes two keys of one; none of none."""
   if key is None:

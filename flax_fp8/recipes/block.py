@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from flax_fp8.capability import Needs
@@ -15,13 +14,13 @@ from flax_fp8.contraction import Gemm, View, in_blocks
 from flax_fp8.formats import Format
 from flax_fp8.products import dot_chunks
 from flax_fp8.quantize import QTensor, current_scale, quantize
-from flax_fp8.recipes.base import GemmKind, Recipe, Role, TensorState, split_key
+from flax_fp8.recipes.base import GemmKind, Role, StatelessRecipe, TensorState, split_key
 
 BLOCK = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Float8BlockScaling(Recipe):
+class Float8BlockScaling(StatelessRecipe):
   """A scale for each 1×128 block of inputs and gradients, and each 128×128 block of kernels.
 
   Every GEMM sees its operands as stacks of matrices, ``[batch, M, K]`` and ``[batch, N, K]``, and
@@ -66,11 +65,6 @@ class Float8BlockScaling(Recipe):
   fp8_format: Format = Format.E4M3
   power_of_two: bool = True
 
-  def init_state(self, role: Role) -> dict[str, np.ndarray]:
-    """No state."""
-    del role
-    return {}
-
   def quantize(
     self,
     x: jax.Array,
@@ -110,11 +104,6 @@ class Float8BlockScaling(Recipe):
     float8 = self.float8(role)
     scale, inverse = current_scale(blocks, float8, (2, 4), self.power_of_two)
     return quantize(blocks, scale, float8, inverse, key)
-
-  def update(self, state: TensorState, observation: Any, role: Role) -> TensorState:
-    """No state."""
-    del observation, role
-    return state
 
   def contract(
     self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any

@@ -6,17 +6,16 @@ import dataclasses
 from typing import Any
 
 import jax
-import numpy as np
 
 from flax_fp8.capability import Needs
 from flax_fp8.contraction import Gemm, View
 from flax_fp8.products import dot_per_tensor
 from flax_fp8.quantize import QTensor, current_scale, quantize
-from flax_fp8.recipes.base import GemmKind, Recipe, Role, TensorState
+from flax_fp8.recipes.base import GemmKind, Role, StatelessRecipe, TensorState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Float8CurrentScaling(Recipe):
+class Float8CurrentScaling(StatelessRecipe):
   """Per-tensor scaling by the tensor's own amax.
 
   ::
@@ -56,11 +55,6 @@ class Float8CurrentScaling(Recipe):
 
   power_of_two: bool = False
 
-  def init_state(self, role: Role) -> dict[str, np.ndarray]:
-    """No state."""
-    del role
-    return {}
-
   def quantize(
     self,
     x: jax.Array,
@@ -75,11 +69,6 @@ class Float8CurrentScaling(Recipe):
     scale, inverse = current_scale(x, float8, power_of_two=self.power_of_two)
     q = quantize(x, scale, float8, inverse, key)
     return (q, q), None
-
-  def update(self, state: TensorState, observation: Any, role: Role) -> TensorState:
-    """No state."""
-    del observation, role
-    return state
 
   def contract(
     self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any

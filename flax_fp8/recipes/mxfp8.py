@@ -16,7 +16,7 @@ from flax_fp8.contraction import Gemm, View, in_blocks
 from flax_fp8.formats import Float8, Format
 from flax_fp8.products import dot_microscaled
 from flax_fp8.quantize import QTensor, quantize
-from flax_fp8.recipes.base import GemmKind, Recipe, Role, TensorState, split_key
+from flax_fp8.recipes.base import GemmKind, Role, StatelessRecipe, TensorState, split_key
 
 BLOCK = 32
 ScaleRounding = Literal["up", "down"]
@@ -68,7 +68,7 @@ def microscale(amax: jax.Array, float8: Float8, rounding: ScaleRounding = "up") 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MXFP8BlockScaling(Recipe):
+class MXFP8BlockScaling(StatelessRecipe):
   """A power-of-two scale for each 32 values along the axis that a GEMM contracts.
 
   For each GEMM, with its operands as matrices ``[batch, M, K]`` and ``[batch, N, K]``::
@@ -122,11 +122,6 @@ class MXFP8BlockScaling(Recipe):
         f"scale_rounding={self.scale_rounding!r}. Pass one of these strings."
       )
 
-  def init_state(self, role: Role) -> dict[str, np.ndarray]:
-    """No state."""
-    del role
-    return {}
-
   def quantize(
     self,
     x: jax.Array,
@@ -153,11 +148,6 @@ class MXFP8BlockScaling(Recipe):
     data = quantize(blocks, scale, float8, 1.0 / scale, key).data
     batch, rows, _, chunks, _ = blocks.shape
     return QTensor(data.reshape(batch, rows, chunks * BLOCK), e8m0.reshape(batch, rows, chunks))
-
-  def update(self, state: TensorState, observation: Any, role: Role) -> TensorState:
-    """No state."""
-    del observation, role
-    return state
 
   def contract(
     self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any

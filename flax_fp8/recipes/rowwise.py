@@ -6,18 +6,17 @@ import dataclasses
 from typing import Any
 
 import jax
-import numpy as np
 
 from flax_fp8.capability import Needs
 from flax_fp8.contraction import Gemm, View
 from flax_fp8.formats import Format
 from flax_fp8.products import dot_per_row
 from flax_fp8.quantize import QTensor, current_scale, quantize
-from flax_fp8.recipes.base import GemmKind, Recipe, Role, TensorState, split_key
+from flax_fp8.recipes.base import GemmKind, Role, StatelessRecipe, TensorState, split_key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Float8RowwiseScaling(Recipe):
+class Float8RowwiseScaling(StatelessRecipe):
   """A scale for each row of the left and each column of the right operand, in all three GEMMs.
 
   For each GEMM, along the axes that it contracts::
@@ -60,11 +59,6 @@ class Float8RowwiseScaling(Recipe):
   fp8_format: Format = Format.E4M3
   power_of_two: bool = False
 
-  def init_state(self, role: Role) -> dict[str, np.ndarray]:
-    """No state."""
-    del role
-    return {}
-
   def quantize(
     self,
     x: jax.Array,
@@ -83,11 +77,6 @@ class Float8RowwiseScaling(Recipe):
 
     first, second = split_key(key)
     return (along(views[0], first), along(views[1], second)), None
-
-  def update(self, state: TensorState, observation: Any, role: Role) -> TensorState:
-    """No state."""
-    del observation, role
-    return state
 
   def contract(
     self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any
