@@ -56,7 +56,8 @@ def saturating_cast(x: jax.Array, float8: Float8, key: jax.Array | None = None) 
     become zero (which in a fnuz format has no sign). ±inf and overflow saturate to ±max, as the
     hardware's satfinite conversion does. NaN stays NaN.
     Stochastic rounding goes up with the probability of the distance from the value below, in steps
-    of ``2**-16`` of the spacing, subnormals included: the expectation is the clamped value.
+    of ``2**-16`` of the spacing, subnormals included: to within such a step, the expectation is the
+    clamped value.
 
   Example:
     >>> import jax.numpy as jnp

@@ -30,7 +30,7 @@ class Float8BlockScaling(StatelessRecipe):
       q = saturating_cast(x / scale)
       out = sum(dot(q_lhs[b], q_rhs[b]) * outer(scale_lhs[b], scale_rhs[b]) for b in blocks of K)
 
-  An outlier spoils 128 values at most, and no sum is longer than 128 before it is float32, which
+  An outlier spoils its block alone, and no sum is longer than 128 before it is float32, which
   Hopper's tensor cores do not do by themselves. The price is a GEMM for each block of K: this is
   the plain path, right everywhere; it is not fast on a GPU.
 
