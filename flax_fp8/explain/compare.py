@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flax_fp8.explain import plot, tables
+from flax_fp8 import tables
+from flax_fp8.explain import plot
 from flax_fp8.explain.roofline import ClassTotal
-from flax_fp8.explain.tables import Table
+from flax_fp8.tables import Table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

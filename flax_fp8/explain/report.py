@@ -8,15 +8,16 @@ import fnmatch
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from flax_fp8.explain import plot, roofline, tables
+from flax_fp8 import tables
+from flax_fp8.explain import plot, roofline
 from flax_fp8.explain.collectives import Collective
 from flax_fp8.explain.compare import Comparison
 from flax_fp8.explain.compile import Memory
 from flax_fp8.explain.gemms import Gemm
 from flax_fp8.explain.roofline import ClassTotal
-from flax_fp8.explain.tables import Table
 from flax_fp8.explain.target import GpuTarget
 from flax_fp8.explain.traffic import Kernel, KernelClass
+from flax_fp8.tables import Table
 
 _GEMMS = (KernelClass.FP8_GEMM, KernelClass.GEMM)
 _MIB = 2**20

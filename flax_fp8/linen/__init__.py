@@ -1,5 +1,6 @@
 """Linen modules in FP8."""
 
+from flax_fp8.linen.convert import Fp8Config, fp8_linear_layers
 from flax_fp8.linen.dot_general import Fp8DotGeneral, Fp8Einsum
 
-__all__ = ["Fp8DotGeneral", "Fp8Einsum"]
+__all__ = ["Fp8Config", "Fp8DotGeneral", "Fp8Einsum", "fp8_linear_layers"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Generator
+from contextvars import ContextVar
 from typing import Any
 
 import flax.linen as nn
@@ -58,17 +61,49 @@ def read_key(module: nn.Module, recipe: Recipe) -> jax.Array | None:
   return module.make_rng(STOCHASTIC_ROUNDING) if wanted else None
 
 
+# Whether state is among the parameters, and so follows them through every lifted transformation.
+_among_params: ContextVar[bool] = ContextVar("among_params", default=False)
+
+
+@contextlib.contextmanager
+def among_params() -> Generator[None]:
+  """While inside, a module's state is at ``_overwrite_with_gradient`` below it in ``params``."""
+  token = _among_params.set(True)
+  try:
+    yield
+  finally:
+    _among_params.reset(token)
+
+
+def variable(module: nn.Module, name: str, fresh: np.ndarray) -> Any | None:
+  """Returns a variable of a module's state, creating it where that is allowed.
+
+  Args:
+    module: bound module.
+    name: of the variable.
+    fresh: its first value.
+
+  Returns:
+    Linen's variable; None where there is none and none may be made.
+  """
+  scope: Any = module.scope
+  collection = OVERWRITE_WITH_GRADIENT
+  if _among_params.get():
+    scope, collection = scope.push(OVERWRITE_WITH_GRADIENT, reuse=True), "params"
+  if not (scope.has_variable(collection, name) or scope.is_mutable_collection(collection)):
+    return None
+  return scope.variable(collection, name, lambda: jnp.asarray(fresh))
+
+
 def _read(module: nn.Module, name: str, fresh: np.ndarray) -> jax.Array:
-  has = module.has_variable(OVERWRITE_WITH_GRADIENT, name)
-  if not has and not module.is_mutable_collection(OVERWRITE_WITH_GRADIENT):
+  if (found := variable(module, name, fresh)) is None:
     raise ValueError(
       f"{type(module).__name__}: applying the model needs the collection "
       f"{OVERWRITE_WITH_GRADIENT!r}; got variables without {name!r} at "
       f"{'/'.join(module.path)!r}. Pass the whole variables dict, and for a checkpoint that was "
       "trained without FP8 add fresh state with upgrade_variables(model, variables, *inputs)."
     )
-  variable = module.variable(OVERWRITE_WITH_GRADIENT, name, lambda: jnp.asarray(fresh))
-  return _cast_once(module, variable.value)
+  return _cast_once(module, found.value)
 
 
 # For each apply (its root scope), the float32 tracers that were cast and what they were cast to.

@@ -2,8 +2,8 @@
 
 import pytest
 
-from flax_fp8.explain import tables
-from flax_fp8.explain.tables import Table
+from flax_fp8 import tables
+from flax_fp8.tables import Table
 
 PLAIN = Table(("<name", "count"), (("a", "1"), ("long name | bar", "20")))
 GROUPED = Table(

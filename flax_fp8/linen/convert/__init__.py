@@ -1,0 +1,15 @@
+"""Unmodified models in FP8: which layers, what that would mean, and the twin that does it."""
+
+from flax_fp8.linen.convert.config import DEFAULT_EXCLUSIONS, Exclusion, Fp8Config
+from flax_fp8.linen.convert.linear_layers import fp8_linear_layers
+from flax_fp8.linen.convert.patterns import Layer
+from flax_fp8.linen.convert.report import ConversionReport
+
+__all__ = [
+  "DEFAULT_EXCLUSIONS",
+  "ConversionReport",
+  "Exclusion",
+  "Fp8Config",
+  "Layer",
+  "fp8_linear_layers",
+]

@@ -1,0 +1,206 @@
+"""Any Linen model, unmodified, with its linear layers in FP8.
+
+The state of a layer has to follow its kernel through every lifted transformation that the model's
+author wrote: stacked by ``nn.scan``, shared by ``nn.vmap``, broadcast. So inside the model it lives
+among the parameters, and moves to ``_overwrite_with_gradient`` where the model meets its user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Generator, Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from flax_fp8.linen import state
+from flax_fp8.linen.convert.config import Decision, Fp8Config
+from flax_fp8.linen.convert.patterns import Layer
+from flax_fp8.linen.convert.walk import Walk
+from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
+from flax_fp8.linen.twin import Run, make_twin, original
+from flax_fp8.recipes.base import Recipe
+
+
+def fp8_linear_layers(
+  module: nn.Module, config: Fp8Config | None = None, *init_args: Any, **init_kwargs: Any
+) -> nn.Module:
+  """Makes the FP8 twin of a Linen model.
+
+  The twin is of a subclass of the model's class, with the same fields, methods and ``params``.
+  Each contraction that ``config`` takes runs in FP8: of ``nn.Dense`` and ``nn.DenseGeneral``, also
+  those inside attention and recurrent cells; of ``nn.Einsum``; and of modules that are named in
+  ``Fp8Config.functions``. State is where hand-edited layers have it: ``Dense_0/Fp8DotGeneral_0``.
+
+  Args:
+    module: an unbound Linen module, the outermost one.
+    config: what becomes FP8; everything but the defaults' exclusions if None.
+    *init_args: what ``module.init`` takes after the PRNG key, arrays or ShapeDtypeStructs. With
+      them the whole model is known: every pattern is checked at once, and ``skip_first`` and
+      ``skip_last`` hold in every method. Without, in ``__call__`` alone.
+    **init_kwargs: the same by keyword.
+
+  Returns:
+    The twin. ``twin.init`` makes ``params`` as the model does, bit for bit, and the FP8 state
+    beside them; see ``upgrade_variables`` for parameters that are there already.
+
+  Raises:
+    TypeError: ``module`` is no Linen module, ``config`` no ``Fp8Config``.
+    ValueError: ``module`` is bound; a pattern matches no layer; no layer is left to convert; and
+      when the twin runs: it is inside another module, or a call in FP8 has arguments that FP8 does
+      not have.
+
+  Numerics:
+    As ``Fp8DotGeneral`` and ``Fp8Einsum``.
+
+  Example:
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> import flax_fp8 as fp8
+    >>> model = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=32)
+    >>> twin = fp8.fp8_linear_layers(model)
+    >>> variables = twin.init(jax.random.key(0), jnp.ones((1, 4, 16)))
+    >>> sorted(variables["_overwrite_with_gradient"])
+    ['key', 'out', 'query', 'value']
+
+  References:
+    torchao.float8.convert_to_float8_training; flax.linen.intercept_methods.
+  """
+  _check_arguments(module, config)
+  conversion = Fp8Conversion(config or Fp8Config())
+  plain = original(module)
+  if init_args or init_kwargs:
+    report = conversion.config.report(plain, *init_args, **init_kwargs)
+    conversion.require_some(Decision(row.recipe, row.rule) for row in report.rows)
+    order = tuple(row.layer.path for row in report.rows)
+    conversion = dataclasses.replace(conversion, order=order)
+  return make_twin(plain, conversion)
+
+
+def _check_arguments(module: Any, config: Any) -> None:
+  if not isinstance(module, nn.Module):
+    raise TypeError(
+      f"fp8_linear_layers: module must be an instance of a Linen module; got {module!r}. Pass "
+      "Model(...), not its class, its apply function or an NNX module."
+    )
+  if module.scope is not None:
+    raise ValueError(
+      f"fp8_linear_layers: module must be unbound; got {type(module).__name__} bound at "
+      f"{'/'.join(module.path)!r}. Convert the outermost module, before init and apply."
+    )
+  if config is not None and not isinstance(config, Fp8Config):
+    raise TypeError(
+      f"fp8_linear_layers: config must be an Fp8Config; got config={config!r}. For a recipe alone, "
+      "write Fp8Config(recipe=...)."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Fp8Conversion:
+  """Runs a model with its linear layers in FP8.
+
+  Attributes:
+    config: which of them, and how.
+    order: paths of all layers in the order of their calls, where that is known beforehand.
+  """
+
+  config: Fp8Config
+  order: tuple[str, ...] | None = None
+
+  def enter(self, variables: Any) -> dict[str, Any]:
+    """Puts the state among the parameters."""
+    if not isinstance(variables, Mapping):
+      raise ValueError(
+        f"fp8_linear_layers: variables must be a variables dict; got {type(variables)}. Pass "
+        "{'params': params, ...}."
+      )
+    given = dict(variables)
+    if OVERWRITE_WITH_GRADIENT in given:
+      given["params"] = _merge(given.get("params", {}), given[OVERWRITE_WITH_GRADIENT], ())
+    return given
+
+  def leave(self, variables: Any) -> dict[str, Any]:
+    """Takes the state out of the parameters."""
+    given = dict(variables)
+    params, own = _split(given.get("params", {}))
+    if "params" in given:
+      given["params"] = params
+    if own:
+      given[OVERWRITE_WITH_GRADIENT] = own
+    return given
+
+  @contextlib.contextmanager
+  def during(self, run: Run) -> Generator[None]:
+    """Lets the layers that the config takes run in FP8."""
+    order = self._order(run)
+    seen: dict[str, tuple[Layer, Decision]] = {}
+
+    def decide(layer: Layer, root: Any) -> Recipe | None:
+      del root
+      decision = self.config.decide(layer, order)
+      seen[layer.path] = layer, decision
+      return decision.recipe
+
+    walk = Walk(decide, self.config.functions, emulate=self.config.emulate)
+    with nn.intercept_methods(walk.intercept), state.among_params():
+      yield
+    if self.order is not None or run.method is not None:
+      return
+    if run.variables is None:
+      self.config.check_matches((layer for layer, _ in seen.values()), complete=True)
+    self.require_some(decision for _, decision in seen.values())
+
+  def require_some(self, decisions: Iterable[Decision]) -> None:
+    """Raises ValueError where no layer becomes FP8."""
+    decisions = tuple(decisions)
+    if all(decision.recipe is None for decision in decisions):
+      counts = Counter(decision.rule for decision in decisions)
+      raise ValueError(
+        f"fp8_linear_layers: at least one layer must become FP8; got none of {len(decisions)}, by "
+        f"the rules {dict(counts)}. Print Fp8Config.report(module, *init_args), and change targets, "
+        "exclude, default_exclude, functions, multiple_of or min_kernel_size."
+      )
+
+  def _order(self, run: Run) -> tuple[str, ...] | None:
+    """Finds the order of the layers, where it decides about some."""
+    if self.order is not None or not self.config.needs_order:
+      return self.order
+    if run.method is not None:
+      raise ValueError(
+        "fp8_linear_layers: skip_first and skip_last need the layers of the whole model; got the "
+        f"method {run.method!r}, which may call some of them. Pass what init takes to "
+        "fp8_linear_layers(module, config, *init_args)."
+      )
+    report = self.config.report(run.module, *run.args, **run.kwargs)
+    return tuple(row.layer.path for row in report.rows)
+
+
+def _merge(params: Any, state: Any, path: tuple[str, ...]) -> Any:
+  """Puts a module's state beside its parameters, under ``_overwrite_with_gradient``."""
+  if not isinstance(params, Mapping):
+    raise ValueError(
+      f"fp8_linear_layers: FP8 state must be of the model that params are of; got state for "
+      f"{'/'.join(path)!r}, which params hold as an array. Make state for these parameters with "
+      "upgrade_variables(twin, {'params': params}, *init_args)."
+    )
+  below = {key: value for key, value in state.items() if isinstance(value, Mapping)}
+  leaves = {key: value for key, value in state.items() if key not in below}
+  merged = {key: _merge(params.get(key, {}), value, (*path, key)) for key, value in below.items()}
+  own = {OVERWRITE_WITH_GRADIENT: leaves} if leaves else {}
+  return {**params, **merged, **own}
+
+
+def _split(params: Any) -> tuple[Any, Any]:
+  """Takes apart what ``_merge`` put together; a module that had nothing but state is gone."""
+  if not isinstance(params, Mapping):
+    return params, {}
+  rest: dict[str, Any] = {}
+  found = dict(params.get(OVERWRITE_WITH_GRADIENT, {}))
+  for key in params.keys() - {OVERWRITE_WITH_GRADIENT}:
+    below, found_below = _split(params[key])
+    if found_below:
+      found[key] = found_below
+    if not (found_below and isinstance(below, Mapping) and len(below) == 0):
+      rest[key] = below
+  return rest, found

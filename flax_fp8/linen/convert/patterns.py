@@ -1,0 +1,104 @@
+"""Which layers are meant: globs, regular expressions and predicates over module paths."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layer:
+  """One contraction with a kernel, as the rules of conversion see it.
+
+  Attributes:
+    path: names of the modules down to it, ``"encoder/layers_0/Dense_1"``; ``""`` is the root.
+    kind: class of the module, or the function that the module calls, ``"jnp.einsum"``.
+    inputs: elements of the input, of one call.
+    contracted: size of the contracted axes, K.
+    features: size of the kernel's own axes, N.
+    batch: size of the batch axes that the kernel has.
+    itemsize: bytes of an element in the dtype of the GEMM.
+    refusal: why it can't be FP8 whatever is asked for, or ``""``.
+  """
+
+  path: str
+  kind: str
+  inputs: int
+  contracted: int
+  features: int
+  batch: int = 1
+  itemsize: int = 4
+  refusal: str = ""
+
+  @property
+  def kernel_size(self) -> int:
+    """Elements of the kernel."""
+    return self.batch * self.contracted * self.features
+
+  @property
+  def module(self) -> Layer:
+    """The module that calls, where the layer is a function that it calls; else the layer."""
+    if self.kind not in FUNCTIONS:
+      return self
+    return dataclasses.replace(self, path=self.path.rpartition("/")[0])
+
+
+FUNCTIONS = ("jnp.einsum", "lax.dot_general")
+
+Pattern: TypeAlias = str | re.Pattern[str] | Callable[[Layer], bool]
+
+
+def matches(pattern: Pattern, layer: Layer) -> bool:
+  """Tells whether a pattern means a layer: a glob its whole path, a regex any part of it."""
+  if isinstance(pattern, str):
+    return fnmatch.fnmatchcase(layer.path, pattern)
+  if isinstance(pattern, re.Pattern):
+    return pattern.search(layer.path) is not None
+  return bool(pattern(layer))
+
+
+def first_match(patterns: Iterable[Pattern], layer: Layer) -> Pattern | None:
+  """Returns the first pattern that means a layer."""
+  return next((pattern for pattern in patterns if matches(pattern, layer)), None)
+
+
+def show(pattern: Pattern) -> str:
+  """Writes a pattern as the user did."""
+  if isinstance(pattern, str):
+    return repr(pattern)
+  if isinstance(pattern, re.Pattern):
+    return f"re {pattern.pattern!r}"
+  return getattr(pattern, "__name__", repr(pattern))
+
+
+def near_misses(pattern: Pattern, paths: Iterable[str], limit: int = 5) -> list[str]:
+  """Returns the paths that are most like a pattern that means none of them; else the first."""
+  paths = sorted(set(paths))
+  text = pattern.pattern if isinstance(pattern, re.Pattern) else str(pattern)
+  last = {path: path.rpartition("/")[2] for path in paths}
+  tail = text.rpartition("/")[2].strip("*")
+  close = difflib.get_close_matches(text, paths, n=limit, cutoff=0.5)
+  close += [path for path in paths if difflib.SequenceMatcher(None, tail, last[path]).ratio() > 0.6]
+  return list(dict.fromkeys(close))[:limit] or paths[:limit]
+
+
+def check_patterns(name: str, patterns: object) -> tuple[Pattern, ...]:
+  """Returns patterns as a tuple; raises TypeError where one is of another kind."""
+  is_pattern = lambda x: isinstance(x, (str, re.Pattern)) or callable(x)
+  given: Any = (patterns,) if is_pattern(patterns) else patterns
+  if not isinstance(given, (tuple, list, set, frozenset)):
+    raise TypeError(
+      f"Fp8Config: {name} must be patterns; got {name}={patterns!r}. Pass a tuple of globs such as "
+      "'*/head', of re.compile(...), or of functions of a Layer."
+    )
+  for pattern in given:
+    if not is_pattern(pattern):
+      raise TypeError(
+        f"Fp8Config: a pattern must be a glob, an re.Pattern or a function of a Layer; got "
+        f"{pattern!r} in {name}. Change that one."
+      )
+  return tuple(given)

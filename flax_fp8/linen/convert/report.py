@@ -1,0 +1,132 @@
+"""What a conversion makes of a model: one row a layer, before anything is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from flax_fp8 import tables
+from flax_fp8.linen.convert.patterns import Layer
+from flax_fp8.recipes.base import Recipe, Role
+from flax_fp8.recipes.registry import RECIPES
+from flax_fp8.tables import Table
+
+_MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One layer.
+
+  Attributes:
+    layer: path, kind and sizes.
+    calls: how often one pass through the model calls it.
+    stacked: layers that the one program stands for, under ``nn.scan`` or ``nn.vmap``.
+    rule: what decided.
+    recipe: in which it will run; None for high precision.
+  """
+
+  layer: Layer
+  calls: int = 1
+  stacked: int = 1
+  rule: str = ""
+  recipe: Recipe | None = None
+
+  @property
+  def taken(self) -> bool:
+    """Tells whether it will be FP8."""
+    return self.recipe is not None
+
+  @property
+  def bytes_saved(self) -> int:
+    """Bytes that FP8 saves between forward and backward pass, its state deducted.
+
+    ``(itemsize - 1) * (inputs * calls + kernel) * stacked - state``: what a GEMM keeps for the
+    backward pass takes one byte an element.
+    """
+    if self.recipe is None:
+      return 0
+    kept = self.layer.inputs * self.calls + self.layer.kernel_size
+    return ((self.layer.itemsize - 1) * kept - state_bytes(self.recipe)) * self.stacked
+
+
+def state_bytes(recipe: Recipe) -> int:
+  """Bytes of the state of one layer."""
+  return sum(leaf.nbytes for role in Role for leaf in recipe.init_state(role).values())
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversionReport:
+  """What ``fp8_linear_layers`` makes of a model; ``print`` it.
+
+  Attributes:
+    rows: the layers, in the order of their first calls.
+
+  Example:
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> import flax_fp8 as fp8
+    >>> x = jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    >>> report = fp8.Fp8Config().report(nn.Dense(32, name="up"), x)
+    >>> report.taken[0].layer.features
+    32
+  """
+
+  rows: tuple[Row, ...]
+
+  @property
+  def taken(self) -> tuple[Row, ...]:
+    """The layers that become FP8."""
+    return tuple(row for row in self.rows if row.taken)
+
+  @property
+  def bytes_saved(self) -> int:
+    """Bytes saved between forward and backward pass by all layers."""
+    return sum(row.bytes_saved for row in self.rows)
+
+  def __str__(self) -> str:
+    """Renders the table for a terminal."""
+    return tables.terminal(self._parts())
+
+  def to_markdown(self) -> str:
+    """Renders the table as Markdown."""
+    return tables.markdown(self._parts())
+
+  def _parts(self) -> tuple[Table | str, ...]:
+    columns = ("<layer", "<kind", "K x N", "times", "<FP8", "<recipe", "<rule", "MiB saved")
+    return Table(columns, tuple(map(_cells, self.rows))), self._totals()
+
+  def _totals(self) -> str:
+    of_all = sum(row.stacked for row in self.rows)
+    of_taken = sum(row.stacked for row in self.taken)
+    kernels = [sum(row.layer.kernel_size * row.stacked for row in rows) for rows in self._both]
+    share = 100 * kernels[0] / kernels[1] if kernels[1] else 0.0
+    return (
+      f"{of_taken} of {of_all} layers become FP8: {share:.1f} % of their kernels' "
+      f"{kernels[1]:,} elements. About {self.bytes_saved / _MIB:.1f} MiB less is kept between "
+      "forward and backward pass."
+    )
+
+  @property
+  def _both(self) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    return self.taken, self.rows
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+  layer = row.layer
+  batch = f"{layer.batch} x " if layer.batch > 1 else ""
+  return (
+    layer.path or "(root)",
+    layer.kind,
+    f"{batch}{layer.contracted} x {layer.features}",
+    str(row.stacked * row.calls),
+    "yes" if row.taken else "no",
+    _name(row.recipe),
+    row.rule,
+    f"{row.bytes_saved / _MIB:.2f}" if row.taken else "",
+  )
+
+
+def _name(recipe: Recipe | None) -> str:
+  if recipe is None:
+    return ""
+  names = {cls: name for name, cls in RECIPES.items()}
+  return names.get(type(recipe), type(recipe).__name__)

@@ -1,0 +1,222 @@
+"""A twin of a Linen module: the same class and fields, whose runs stand under a conversion.
+
+``init``, ``apply`` and ``bind`` are where a model meets its variables. A twin is of a subclass that
+overrides these three: it hands the conversion the variables on their way in and out, and lets its
+interceptor see each method call in between. All else is inherited: methods, signature, fields.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import flax.core.scope
+import flax.linen as nn
+
+from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
+
+
+class Conversion(Protocol):
+  """What stands between a twin and its variables; hashable, compared by value."""
+
+  def enter(self, variables: Any) -> dict[str, Any]:
+    """Turns the variables that a user has into those that the model finds."""
+    ...
+
+  def leave(self, variables: Any) -> dict[str, Any]:
+    """Turns the variables that the model made or changed into those that the user gets."""
+    ...
+
+  def during(self, run: Run) -> contextlib.AbstractContextManager[Any]:
+    """Stands around a run of the model."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One run of a twin.
+
+  Attributes:
+    module: the model, unmodified and unbound.
+    args: of the method.
+    kwargs: of the method.
+    method: the method, None for ``__call__``.
+    variables: those that the model finds; None while it is initialised.
+  """
+
+  module: nn.Module
+  args: Any = ()
+  kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  method: Any = None
+  variables: Any = None
+
+
+# The conversions whose twins run here.
+_running: ContextVar[tuple[Conversion, ...]] = ContextVar("running", default=())
+
+
+def make_twin(module: nn.Module, conversion: Conversion) -> nn.Module:
+  """Makes the twin of an unbound module."""
+  return _twin_class(type(module))(**_fields(module), fp8_conversion=conversion)
+
+
+def original(module: nn.Module) -> nn.Module:
+  """Returns the module that a twin was made of; any other module itself."""
+  cls: Any = type(module)
+  if not hasattr(cls, "fp8_original"):
+    return module
+  fields = _fields(module)
+  del fields["fp8_conversion"]
+  return cls.fp8_original(**fields)
+
+
+def _fields(module: nn.Module) -> dict[str, Any]:
+  names = (field.name for field in dataclasses.fields(module) if field.init)
+  return {name: getattr(module, name) for name in names if name != "parent"}
+
+
+@functools.cache
+def _twin_class(cls: type[nn.Module]) -> Any:
+  """Makes the subclass, once a class: two equal twins are of one class, and compile once."""
+
+  def post_init(self: Any) -> None:
+    cls.__post_init__(self)
+    if self.parent is not None and self.fp8_conversion not in _running.get():
+      _refuse_parent(self)
+
+  def init_with_output(self: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+    mutable = kwargs.pop("mutable", flax.core.scope.DenyList("intermediates"))
+    run = Run(original(self), args, *_split(kwargs))
+    with _extent(self.fp8_conversion, run):
+      out, made = cls.init_with_output(self, rngs, *args, mutable=_widen(mutable), **kwargs)
+    return out, _narrow(self.fp8_conversion.leave(made), mutable)
+
+  def apply(self: Any, variables: Any, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
+    conversion = self.fp8_conversion
+    found = conversion.enter(variables)
+    run = Run(original(self), args, *_split(kwargs), found)
+    with _extent(conversion, run):
+      out = cls.apply(self, found, *args, mutable=_widen(mutable), **kwargs)
+    if mutable is False and not kwargs.get("capture_intermediates"):
+      return out
+    captured = flax.core.scope.union_filters(mutable, "intermediates")
+    return out[0], _narrow(conversion.leave(out[1]), captured)
+
+  def bind(self: Any, variables: Any, *args: Any, **kwargs: Any) -> Any:
+    found = self.fp8_conversion.enter(variables)
+    run = Run(original(self), method="bind", variables=found)
+    with _extent(self.fp8_conversion, run):
+      bound = cls.bind(self, found, *args, **kwargs)
+    return Bound(bound, run, self)
+
+  def reduce(self: Any) -> Any:
+    return make_twin, (original(self), self.fp8_conversion)
+
+  methods = {
+    "__post_init__": post_init,
+    "init_with_output": nn.nowrap(init_with_output),
+    "apply": nn.nowrap(apply),
+    "bind": nn.nowrap(bind),
+    "__reduce__": nn.nowrap(reduce),
+    "__annotations__": {"fp8_conversion": Any},
+    "fp8_conversion": dataclasses.field(default=None, kw_only=True),
+    "fp8_original": cls,
+    "__module__": cls.__module__,
+    "__qualname__": cls.__qualname__,
+    "__doc__": cls.__doc__,
+  }
+  metaclass: Any = type(cls)
+  return metaclass(cls.__name__, (cls,), methods)
+
+
+def _refuse_parent(module: Any) -> None:
+  raise ValueError(
+    "fp8_linear_layers: a converted module must be the outermost, and be run by its own init, "
+    f"apply or bind; got {type(module).__name__} inside {type(module.parent).__name__}. Convert "
+    "the outermost module, and choose what of it becomes FP8 with Fp8Config(targets=...)."
+  )
+
+
+@contextlib.contextmanager
+def _extent(conversion: Conversion, run: Run) -> Generator[None]:
+  token = _running.set((*_running.get(), conversion))
+  try:
+    with conversion.during(run):
+      yield
+  finally:
+    _running.reset(token)
+
+
+def _split(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+  """Parts a method's own arguments from those of ``init`` and ``apply``; and names the method."""
+  linen = ("rngs", "method", "mutable", "capture_intermediates")
+  own = {name: value for name, value in kwargs.items() if name not in linen}
+  return own, kwargs.get("method")
+
+
+def _widen(mutable: Any) -> Any:
+  """Lets parameters be made where state is: inside, it is kept among them."""
+  if flax.core.scope.in_filter(mutable, OVERWRITE_WITH_GRADIENT):
+    return flax.core.scope.union_filters(mutable, "params")
+  return mutable
+
+
+def _narrow(variables: dict[str, Any], mutable: Any) -> dict[str, Any]:
+  """Keeps the collections that were asked for."""
+  asked = lambda name: flax.core.scope.in_filter(mutable, name)
+  return {name: value for name, value in variables.items() if asked(name)}
+
+
+class Bound:
+  """A bound twin, or something that one holds: what is called on it runs under the conversion."""
+
+  def __init__(self, value: Any, run: Run, twin: Any) -> None:
+    """Wraps a module, a method or a container of a bound twin."""
+    self._value, self._run, self._twin = value, run, twin
+
+  def __getattr__(self, name: str) -> Any:
+    with self._extent():
+      return self._wrap(getattr(self._value, name))
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    """Calls what is wrapped."""
+    with self._extent():
+      return self._value(*args, **kwargs)
+
+  def __getitem__(self, key: Any) -> Any:
+    return self._wrap(self._value[key])
+
+  def __len__(self) -> int:
+    return len(self._value)
+
+  def __iter__(self) -> Iterator[Any]:
+    return map(self._wrap, self._value)
+
+  def __repr__(self) -> str:
+    return repr(self._value)
+
+  @property
+  def variables(self) -> Any:
+    """The variables, as the user gave them."""
+    return self._twin.fp8_conversion.leave(self._value.variables)
+
+  def unbind(self) -> tuple[Any, Any]:
+    """Returns the unbound twin and its variables."""
+    return self._twin, self.variables
+
+  def _extent(self) -> Any:
+    return _extent(self._twin.fp8_conversion, self._run)
+
+  def _wrap(self, value: Any) -> Any:
+    holds = isinstance(value, (list, tuple, Mapping)) and any(
+      isinstance(x, nn.Module) for x in (value.values() if isinstance(value, Mapping) else value)
+    )
+    bound_method = isinstance(value, Callable) and isinstance(
+      getattr(value, "__self__", None), nn.Module
+    )
+    wanted = isinstance(value, nn.Module) or holds or bound_method
+    return Bound(value, self._run, self._twin) if wanted else value
