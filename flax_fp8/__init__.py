@@ -4,7 +4,13 @@ from flax_fp8 import fp8_ops, ops
 from flax_fp8.capability import capability
 from flax_fp8.explain import GpuTarget, Report, assert_fp8, explain
 from flax_fp8.formats import Format
-from flax_fp8.linen import Fp8Config, Fp8DotGeneral, Fp8Einsum, fp8_linear_layers
+from flax_fp8.linen import (
+  Fp8Config,
+  Fp8DotGeneral,
+  Fp8Einsum,
+  fp8_linear_layers,
+  freeze_for_inference,
+)
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.meta_dtype import fp32_max_grad
 from flax_fp8.recipes import (
@@ -36,6 +42,7 @@ __all__ = [
   # Models
   "Fp8Config",
   "fp8_linear_layers",
+  "freeze_for_inference",
   # Recipes
   "DelayedScaling",
   "Float8CurrentScaling",

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import flax.core.scope
 import flax.linen as nn
@@ -55,13 +55,17 @@ class Run:
   variables: Any = None
 
 
-# The conversions whose twins run here.
-_running: ContextVar[tuple[Conversion, ...]] = ContextVar("running", default=())
+Conversions: TypeAlias = tuple[Conversion, ...]
+
+# The conversions of the twins that run here.
+_running: ContextVar[tuple[Conversions, ...]] = ContextVar("running", default=())
 
 
-def make_twin(module: nn.Module, conversion: Conversion) -> nn.Module:
-  """Makes the twin of an unbound module."""
-  return _twin_class(type(module))(**_fields(module), fp8_conversion=conversion)
+def make_twin(module: nn.Module, *conversions: Conversion) -> nn.Module:
+  """Makes the twin of an unbound module; of a twin, one under more conversions, the last inmost."""
+  plain, fields = original(module), _fields(module)
+  before = fields.pop("fp8_conversions", ())
+  return _twin_class(type(plain))(**fields, fp8_conversions=(*before, *conversions))
 
 
 def original(module: nn.Module) -> nn.Module:
@@ -70,7 +74,7 @@ def original(module: nn.Module) -> nn.Module:
   if not hasattr(cls, "fp8_original"):
     return module
   fields = _fields(module)
-  del fields["fp8_conversion"]
+  del fields["fp8_conversions"]
   return cls.fp8_original(**fields)
 
 
@@ -85,36 +89,35 @@ def _twin_class(cls: type[nn.Module]) -> Any:
 
   def post_init(self: Any) -> None:
     cls.__post_init__(self)
-    if self.parent is not None and self.fp8_conversion not in _running.get():
+    if self.parent is not None and self.fp8_conversions not in _running.get():
       _refuse_parent(self)
 
   def init_with_output(self: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
     mutable = kwargs.pop("mutable", flax.core.scope.DenyList("intermediates"))
     run = Run(original(self), args, *_split(kwargs))
-    with _extent(self.fp8_conversion, run):
+    with _extent(self.fp8_conversions, run):
       out, made = cls.init_with_output(self, rngs, *args, mutable=_widen(mutable), **kwargs)
-    return out, _narrow(self.fp8_conversion.leave(made), mutable)
+    return out, _narrow(_leave(self.fp8_conversions, made), mutable)
 
   def apply(self: Any, variables: Any, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
-    conversion = self.fp8_conversion
-    found = conversion.enter(variables)
+    found = _enter(self.fp8_conversions, variables)
     run = Run(original(self), args, *_split(kwargs), found)
-    with _extent(conversion, run):
+    with _extent(self.fp8_conversions, run):
       out = cls.apply(self, found, *args, mutable=_widen(mutable), **kwargs)
     if mutable is False and not kwargs.get("capture_intermediates"):
       return out
     captured = flax.core.scope.union_filters(mutable, "intermediates")
-    return out[0], _narrow(conversion.leave(out[1]), captured)
+    return out[0], _narrow(_leave(self.fp8_conversions, out[1]), captured)
 
   def bind(self: Any, variables: Any, *args: Any, **kwargs: Any) -> Any:
-    found = self.fp8_conversion.enter(variables)
+    found = _enter(self.fp8_conversions, variables)
     run = Run(original(self), method="bind", variables=found)
-    with _extent(self.fp8_conversion, run):
+    with _extent(self.fp8_conversions, run):
       bound = cls.bind(self, found, *args, **kwargs)
     return Bound(bound, run, self)
 
   def reduce(self: Any) -> Any:
-    return make_twin, (original(self), self.fp8_conversion)
+    return make_twin, (original(self), *self.fp8_conversions)
 
   methods = {
     "__post_init__": post_init,
@@ -122,8 +125,8 @@ def _twin_class(cls: type[nn.Module]) -> Any:
     "apply": nn.nowrap(apply),
     "bind": nn.nowrap(bind),
     "__reduce__": nn.nowrap(reduce),
-    "__annotations__": {"fp8_conversion": Any},
-    "fp8_conversion": dataclasses.field(default=None, kw_only=True),
+    "__annotations__": {"fp8_conversions": Any},
+    "fp8_conversions": dataclasses.field(default=(), kw_only=True),
     "fp8_original": cls,
     "__module__": cls.__module__,
     "__qualname__": cls.__qualname__,
@@ -141,11 +144,25 @@ def _refuse_parent(module: Any) -> None:
   )
 
 
+def _enter(conversions: Conversions, variables: Any) -> Any:
+  for conversion in conversions:
+    variables = conversion.enter(variables)
+  return variables
+
+
+def _leave(conversions: Conversions, variables: Any) -> Any:
+  for conversion in reversed(conversions):
+    variables = conversion.leave(variables)
+  return variables
+
+
 @contextlib.contextmanager
-def _extent(conversion: Conversion, run: Run) -> Generator[None]:
-  token = _running.set((*_running.get(), conversion))
+def _extent(conversions: Conversions, run: Run) -> Generator[None]:
+  token = _running.set((*_running.get(), conversions))
   try:
-    with conversion.during(run):
+    with contextlib.ExitStack() as stack:
+      for conversion in conversions:
+        stack.enter_context(conversion.during(run))
       yield
   finally:
     _running.reset(token)
@@ -202,14 +219,14 @@ class Bound:
   @property
   def variables(self) -> Any:
     """The variables, as the user gave them."""
-    return self._twin.fp8_conversion.leave(self._value.variables)
+    return _leave(self._twin.fp8_conversions, self._value.variables)
 
   def unbind(self) -> tuple[Any, Any]:
     """Returns the unbound twin and its variables."""
     return self._twin, self.variables
 
   def _extent(self) -> Any:
-    return _extent(self._twin.fp8_conversion, self._run)
+    return _extent(self._twin.fp8_conversions, self._run)
 
   def _wrap(self, value: Any) -> Any:
     holds = isinstance(value, (list, tuple, Mapping)) and any(

@@ -126,6 +126,15 @@ class Recipe(abc.ABC):
   def update(self, state: TensorState, observation: Any, role: Role) -> TensorState:
     """Returns the state for the next step, float32, of the structure of ``state``."""
 
+  @property
+  @abc.abstractmethod
+  def frozen(self) -> Recipe:
+    """Returns the recipe of which ``freeze`` makes the state."""
+
+  @abc.abstractmethod
+  def freeze(self, state: TensorState, role: Role) -> TensorState:
+    """Returns the least state of ``frozen`` under which the scale is what it would be next."""
+
   @abc.abstractmethod
   def contract(
     self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any
@@ -191,6 +200,18 @@ class StatelessRecipe(Recipe):
   def update(self, state: TensorState, observation: Any, role: Role) -> TensorState:
     """No state."""
     del observation, role
+    return state
+
+  @final
+  @property
+  def frozen(self) -> Recipe:
+    """The same: there is nothing to freeze."""
+    return self
+
+  @final
+  def freeze(self, state: TensorState, role: Role) -> TensorState:
+    """No state."""
+    del role
     return state
 
 

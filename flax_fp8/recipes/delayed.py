@@ -191,6 +191,20 @@ class DelayedScaling(Recipe):
       new["steps_to_update"] = jnp.maximum(waited, 0.0)
     return new
 
+  @property
+  def frozen(self) -> DelayedScaling:
+    """A history of one amax, and no reason to look at the tensor."""
+    return dataclasses.replace(self, amax_history_len=1, interval=1, first_step="stored")
+
+  def freeze(self, state: TensorState, role: Role) -> TensorState:
+    """Keeps of the history the one amax that the scale comes from."""
+    del role
+    history = state["amax_history"]
+    largest = jnp.max(history, axis=0) if self.amax_compute_algo == "max" else history[0]
+    if self.interval > 1:
+      largest = jnp.where(self._is_due(state), largest, 0.0)
+    return {"scale": state["scale"], "amax_history": largest.reshape(1)}
+
   def contract(
     self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any
   ) -> jax.Array:

@@ -9,8 +9,8 @@ from typing import Any
 import flax.linen as nn
 import flax.traverse_util
 import jax
-import jax.numpy as jnp
 
+from flax_fp8.linen.arguments import fill
 from flax_fp8.linen.convert.patterns import Layer, Pattern
 from flax_fp8.linen.convert.report import Row
 from flax_fp8.linen.convert.walk import Walk, join
@@ -53,11 +53,9 @@ def survey(module: nn.Module, own: tuple[Pattern, ...], args: Any, kwargs: Any) 
 
 def init_shapes(module: nn.Module, args: Any, kwargs: Any) -> Any:
   """Shapes of what ``module.init`` makes of arguments, arrays of which may be shapes."""
-  is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
 
   def init() -> Any:
-    fill = lambda x: jnp.zeros(x.shape, x.dtype) if is_shape(x) else x
-    full_args, full_kwargs = jax.tree.map(fill, (args, kwargs), is_leaf=is_shape)
+    full_args, full_kwargs = fill((args, kwargs))
     return nn.meta.unbox(module.init(jax.random.key(0), *full_args, **full_kwargs))
 
   return jax.eval_shape(init)
