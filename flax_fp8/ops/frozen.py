@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from flax_fp8 import contraction
@@ -69,13 +70,14 @@ class Contraction:
       state: of the contraction.
 
     Returns:
-      Data and scale as the recipe lays them out.
+      Data and scale as the recipe lays them out; but data of the kernel's own shape with the
+      contracted axes last, the only order that FP8 GEMMs of NVIDIA GPUs before Blackwell read.
     """
     x = jax.ShapeDtypeStruct(input_shape, kernel.dtype)
     x, kernel = jax.eval_shape(lambda x: jnp.einsum(self.reductions[0], x), x), self._reduce(kernel)
     views = self._views(x.shape, kernel.shape)[self.kernel]
     (q, _), _ = recipe.quantize(kernel, state.get("kernel", {}), Role.KERNEL, views, None)
-    return q
+    return QTensor(lax.transpose(q.data, _order(views[0])), q.scale) if _is_plain(q) else q
 
   def contract(
     self,
@@ -104,6 +106,9 @@ class Contraction:
     kernel_shape = jax.eval_shape(self._reduce, like).shape
     views = self._views(x.shape, kernel_shape)[1 - self.kernel]
     (q, _), _ = recipe.quantize(x, state.get("input", {}), Role.INPUT, views, None)
+    if _is_plain(kernel):
+      order = _order(self._views(x.shape, kernel_shape)[self.kernel][0])
+      kernel = QTensor(lax.transpose(kernel.data, np.argsort(order).tolist()), kernel.scale)
     operands = (kernel, q) if self.kernel == 0 else (q, kernel)
     gemm = contraction.forward_gemm(
       self.dimension_numbers, *self._shapes(x.shape, kernel_shape), kernel=self.kernel
@@ -132,3 +137,12 @@ class Contraction:
     gemm = contraction.forward_gemm(self.dimension_numbers, *shapes, kernel=self.kernel)
     to_lhs, to_rhs = contraction.backward_gemms(self.dimension_numbers, *shapes)
     return (gemm.lhs, to_rhs.rhs), (gemm.rhs, to_lhs.rhs)
+
+
+def _is_plain(q: QTensor) -> bool:
+  """Tells whether data has the axes of the tensor, not blocks of its own."""
+  return q.scale.dtype == jnp.float32 and q.scale.ndim in (0, q.data.ndim)
+
+
+def _order(view: View) -> Shape:
+  return view.batch + view.kept + view.contracting

@@ -145,11 +145,11 @@ class Fp8Conversion:
     walk = Walk(decide, self.config.functions, emulate=self.config.emulate)
     with nn.intercept_methods(walk.intercept), state.among_params():
       yield
-    if self.order is not None or run.method is not None:
-      return
-    if run.variables is None:
-      self.config.check_matches((layer for layer, _ in seen.values()), complete=True)
-    self.require_some(decision for _, decision in seen.values())
+    if self.order is None and run.method is None:
+      self.config.check_matches(
+        [layer for layer, _ in seen.values()], complete=run.variables is None
+      )
+      self.require_some(decision for _, decision in seen.values())
 
   def require_some(self, decisions: Iterable[Decision]) -> None:
     """Raises ValueError where no layer becomes FP8."""
@@ -158,8 +158,8 @@ class Fp8Conversion:
       counts = Counter(decision.rule for decision in decisions)
       raise ValueError(
         f"fp8_linear_layers: at least one layer must become FP8; got none of {len(decisions)}, by "
-        f"the rules {dict(counts)}. Print Fp8Config.report(module, *init_args), and change targets, "
-        "exclude, default_exclude, functions, multiple_of or min_kernel_size."
+        f"the rules {dict(counts)}. Print Fp8Config.report(module, *init_args), and change "
+        "targets, exclude, default_exclude, functions, multiple_of or min_kernel_size."
       )
 
   def _order(self, run: Run) -> tuple[str, ...] | None:

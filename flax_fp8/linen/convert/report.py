@@ -99,10 +99,11 @@ class ConversionReport:
     of_taken = sum(row.stacked for row in self.taken)
     kernels = [sum(row.layer.kernel_size * row.stacked for row in rows) for rows in self._both]
     share = 100 * kernels[0] / kernels[1] if kernels[1] else 0.0
+    less = "less" if self.bytes_saved >= 0 else "more"
     return (
       f"{of_taken} of {of_all} layers become FP8: {share:.1f} % of their kernels' "
-      f"{kernels[1]:,} elements. About {self.bytes_saved / _MIB:.1f} MiB less is kept between "
-      "forward and backward pass."
+      f"{kernels[1]:,} elements. About {abs(self.bytes_saved) / _MIB:.1f} MiB {less} is kept "
+      "between forward and backward pass."
     )
 
   @property

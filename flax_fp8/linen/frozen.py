@@ -1,0 +1,187 @@
+"""The twin that serves a frozen model: its contractions read kernels that are FP8 already.
+
+The parameters that these kernels were are gone. The model finds NaN there, which no contraction
+reads; whatever else does is seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, TypeAlias
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+
+from flax_fp8.linen.dot_general import Fp8DotGeneral, Fp8Einsum
+from flax_fp8.linen.flax_modules import Fp8DirectDotGeneralOp, Fp8DotGeneralBase
+from flax_fp8.linen.flax_modules import Fp8Einsum as FlaxFp8Einsum
+from flax_fp8.linen.twin import Run
+from flax_fp8.ops import check
+from flax_fp8.ops.frozen import Contraction
+from flax_fp8.quantize import QTensor
+from flax_fp8.recipes.base import GemmKind, Recipe, Role, TensorState
+
+FP8_FROZEN = "fp8_frozen"
+CONTRACTIONS = (Fp8DotGeneral, Fp8Einsum, Fp8DirectDotGeneralOp, FlaxFp8Einsum)
+
+Path: TypeAlias = tuple[str, ...]
+Flat: TypeAlias = dict[Path, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenLayer:
+  """One contraction of a frozen model.
+
+  Attributes:
+    path: of the module that contracts.
+    contraction: what it contracts.
+    recipe: how its operands are scaled.
+    input_shape: of one input.
+    dtype: in which the kernel is multiplied, but for FP8.
+    parameter: path of the kernel among the parameters; None where the kernel is no parameter as it
+      is stored, and so is quantised in each run.
+    shape: of the parameter.
+    parameter_dtype: of the parameter.
+    stacked: leading axes of it that lifted transformations made.
+  """
+
+  path: Path
+  contraction: Contraction
+  recipe: Recipe
+  input_shape: tuple[int, ...]
+  dtype: Any
+  parameter: Path | None
+  shape: tuple[int, ...] = ()
+  parameter_dtype: Any = None
+  stacked: int = 0
+
+  @property
+  def stored(self) -> bool:
+    """Tells whether the kernel is stored in FP8."""
+    return self.parameter is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """One call of a module that contracts, the same for both kinds of them."""
+
+  lhs: jax.Array
+  rhs: jax.Array
+  contraction: Contraction
+  dtype: Any
+
+  @classmethod
+  def of(cls, module: Any, args: Any, kwargs: Any) -> Call:
+    """Reads the arguments of a call."""
+    signature = inspect.signature(type(module).__call__).bind(module, *args, **kwargs)
+    given = signature.arguments
+    lhs, rhs = jnp.asarray(given["lhs"]), jnp.asarray(given["rhs"])
+    equation = given.get("equation", given.get("eqn"))
+    contraction = (
+      Contraction.of_dot_general(lhs, rhs, given["dimension_numbers"])
+      if equation is None
+      else Contraction.of_einsum(lhs, rhs, equation)
+    )
+    preferred = given.get("preferred_element_type")
+    if isinstance(module, Fp8DotGeneralBase):
+      preferred = preferred or rhs.dtype
+    dtype = check.result_dtype(type(module).__name__, lhs, rhs, preferred)
+    return cls(lhs, rhs, contraction, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+  """Serves a model from frozen variables.
+
+  Attributes:
+    layers: its contractions.
+  """
+
+  layers: tuple[FrozenLayer, ...]
+
+  def enter(self, variables: Any) -> dict[str, Any]:
+    """Puts what is frozen among the parameters, and NaN where a kernel was."""
+    given = dict(variables)
+    frozen = flax.traverse_util.flatten_dict(given.pop(FP8_FROZEN, {}))
+    params = flax.traverse_util.flatten_dict(nn.meta.unbox(given.get("params", {})))
+    # No contraction reads them. Whatever else does is seen.
+    gone = {
+      layer.parameter: jnp.full(layer.shape, jnp.nan, layer.parameter_dtype)
+      for layer in self.layers
+      if layer.parameter is not None
+    }
+    inside = {(*path[:-1], FP8_FROZEN, path[-1]): leaf for path, leaf in frozen.items()}
+    given["params"] = flax.traverse_util.unflatten_dict({**params, **gone, **inside})
+    return given
+
+  def leave(self, variables: Any) -> dict[str, Any]:
+    """Takes out of the parameters what ``enter`` put there."""
+    given = dict(variables)
+    params = flax.traverse_util.flatten_dict(given.get("params", {}))
+    gone = {layer.parameter for layer in self.layers}
+    kept = {path: x for path, x in params.items() if path not in gone and FP8_FROZEN not in path}
+    if "params" in given:
+      given["params"] = flax.traverse_util.unflatten_dict(kept)
+    return given
+
+  @contextlib.contextmanager
+  def during(self, run: Run) -> Generator[None]:
+    """Lets contractions read what is frozen."""
+    if run.variables is None:
+      raise ValueError(
+        "freeze_for_inference: a frozen model has no parameters to initialise; got a call of init. "
+        "Make its variables with freeze_for_inference(module, variables, *init_args)."
+      )
+    layers = {layer.path: layer for layer in self.layers}
+
+    def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+      if not isinstance(context.module, CONTRACTIONS) or context.method_name != "__call__":
+        return next_fun(*args, **kwargs)
+      return _serve(context.module, layers, Call.of(context.module, args, kwargs))
+
+    with nn.intercept_methods(intercept):
+      yield
+
+
+def _serve(module: Any, layers: Mapping[Path, FrozenLayer], call: Call) -> jax.Array:
+  """Contracts an input with a frozen kernel."""
+  check.device("freeze_for_inference", module.recipe, getattr(module, "emulate", True))
+  if (layer := layers.get(module.path)) is None:
+    raise ValueError(
+      "freeze_for_inference: a frozen model contracts what it did when it was frozen; got another "
+      f"contraction at {'/'.join(module.path)!r}, besides {len(layers)}. Freeze it with arguments "
+      "that reach all of the model."
+    )
+  if layer.recipe.is_high_precision(GemmKind.FPROP):
+    return call.contraction.contract_as_is(call.lhs, call.rhs, dtype=call.dtype)
+  scope = module.scope.push(FP8_FROZEN, reuse=True)
+  leaves = dict(scope.variables().get("params", {}))
+  if layer.stored and "kernel" not in leaves:
+    raise ValueError(
+      f"freeze_for_inference: the frozen model needs the collection {FP8_FROZEN!r}; got variables "
+      f"without the kernel of {'/'.join(module.path)!r}. Pass what freeze_for_inference returned."
+    )
+  recipe, state = layer.recipe.frozen, read_roles(layer.recipe.frozen, leaves)
+  kernel = (
+    QTensor(leaves["kernel"], leaves["kernel_scale"])
+    if layer.stored
+    else call.contraction.quantize_kernel(call.rhs, call.lhs.shape, recipe=recipe, state=state)
+  )
+  return call.contraction.contract(
+    call.lhs, kernel, call.rhs, recipe=recipe, state=state, dtype=call.dtype
+  )
+
+
+def read_roles(recipe: Recipe, leaves: Mapping[str, jax.Array]) -> dict[str, TensorState]:
+  """Groups variables of a module by role; roles of which some are missing are left out."""
+  state: dict[str, TensorState] = {}
+  for role in Role:
+    names = {key: f"{role.value}_{key}" for key in recipe.init_state(role)}
+    if set(names.values()) <= leaves.keys():
+      state[role.value] = {key: leaves[name] for key, name in names.items()}
+  return state

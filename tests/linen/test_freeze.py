@@ -1,0 +1,222 @@
+"""A frozen model gives what the trained one gave, from half of BF16's bytes."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import flax_fp8 as fp8
+from tests.linen.convert.models import CASES, D, normal
+
+OWG = fp8.OVERWRITE_WITH_GRADIENT
+KEY = jax.random.key(0)
+RECIPES = {
+  "delayed": fp8.DelayedScaling(amax_history_len=4),
+  "most_recent": fp8.DelayedScaling(amax_history_len=4, amax_compute_algo="most_recent", margin=1),
+  "interval": fp8.DelayedScaling(amax_history_len=4, interval=3, power_of_two=True),
+  "fprop_kept": fp8.DelayedScaling(amax_history_len=4, high_precision=("fprop",)),
+  "current": fp8.Float8CurrentScaling(),
+  "rowwise": fp8.Float8RowwiseScaling(),
+  "block": fp8.Float8BlockScaling(),
+  "mxfp8": fp8.MXFP8BlockScaling(),
+}
+
+
+def train(module, variables, args, steps=2):
+  """Moves the state, and leaves the parameters."""
+  if OWG not in variables:
+    return variables
+  step = jax.jit(fp8.grad(lambda v: jnp.mean(jnp.square(module.apply(v, *args))), allow_int=True))
+  for _ in range(steps):
+    variables = {**variables, OWG: step(variables)[OWG]}
+  return variables
+
+
+def trained(case, recipe):
+  twin = fp8.fp8_linear_layers(case.model, dataclasses.replace(case.config, recipe=recipe))
+  return twin, train(twin, jax.jit(twin.init)(KEY, *case.args), case.args)
+
+
+def size(tree):
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def assert_serves_the_same(module, variables, args):
+  served, frozen = fp8.freeze_for_inference(module, variables, *args)
+  wanted, got = jax.jit(module.apply)(variables, *args), jax.jit(served.apply)(frozen, *args)
+  np.testing.assert_array_equal(got, wanted)
+  assert np.all(np.isfinite(got))
+  return served, frozen
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_serves_the_same_bits(recipe):
+  module, variables = trained(CASES["scanned"], RECIPES[recipe])
+  _, frozen = assert_serves_the_same(module, variables, CASES["scanned"].args)
+  assert OWG not in frozen
+  # down has no bias: with its kernel it is gone.
+  assert ("down" in frozen["params"]["layers"]["mlp"]) == (recipe == "fprop_kept")
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "shared", "moe", "vmapped"])
+def test_every_kind_of_model_serves_the_same_bits(name):
+  module, variables = trained(CASES[name], RECIPES["delayed"])
+  _, frozen = assert_serves_the_same(module, variables, CASES[name].args)
+  kernels = [leaf for leaf in jax.tree.leaves(frozen) if leaf.dtype == jnp.float8_e4m3fn]
+  assert len(kernels) == len(CASES[name].fp8_layers)
+
+
+class HandEdited(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    recipe = RECIPES["delayed"]
+    x = nn.DenseGeneral((2, D), dot_general_cls=recipe.dot_general_cls)(x)
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), (2 * D, D))
+    y = recipe.einsum_cls()("km,bk->bm", kernel.reshape(2 * D, D), x.reshape(-1, 2 * D))
+    doubled = fp8.fp8_ops.Fp8Einsum()("bk,km->bm", x.reshape(-1, 2 * D), 2 * kernel)
+    return y + doubled
+
+
+def test_a_hand_edited_model_and_kernels_that_are_made_of_parameters():
+  model, x = HandEdited(), normal(4, D)
+  variables = train(model, jax.jit(model.init)(KEY, x), (x,))
+  _, frozen = assert_serves_the_same(model, variables, (x,))
+  assert "kernel" in frozen["fp8_frozen"]["DenseGeneral_0"]["Fp8DotGeneral_0"]
+  # Twice a parameter is no parameter, so it stays, and is quantised in each run.
+  assert "kernel" in frozen["params"]
+  assert "kernel" not in frozen["fp8_frozen"]["Fp8Einsum_1"]
+
+
+class Wide(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    for _ in range(2):
+      x = nn.Dense(512, use_bias=False, dtype=jnp.bfloat16)(x)
+    return x
+
+
+@pytest.fixture(scope="module")
+def wide():
+  twin = fp8.fp8_linear_layers(Wide(), fp8.Fp8Config(recipe=RECIPES["delayed"]))
+  x = jnp.asarray(normal(8, 512), jnp.bfloat16)
+  return twin, train(twin, jax.jit(twin.init)(KEY, x), (x,)), x
+
+
+def test_half_the_bytes_of_bf16_in_memory_and_on_disk(wide, tmp_path):
+  twin, variables, x = wide
+  _, frozen = fp8.freeze_for_inference(twin, variables, x)
+  bf16 = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables["params"])
+  assert size(frozen) <= 0.55 * size(bf16)
+  on_disk = {}
+  with ocp.StandardCheckpointer() as checkpointer:
+    for name, tree in {"frozen": frozen, "bf16": bf16}.items():
+      checkpointer.save(tmp_path / name, tree)
+      checkpointer.wait_until_finished()
+      files = (f for f in (tmp_path / name).rglob("*") if f.is_file())
+      on_disk[name] = sum(f.stat().st_size for f in files)
+  # Random bits: BF16's high bytes compress a little, FP8 hardly at all; and there are the metadata.
+  assert on_disk["frozen"] <= 0.55 * on_disk["bf16"]
+
+
+def test_a_checkpoint_is_restored_by_shapes_alone(wide, tmp_path):
+  twin, variables, x = wide
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
+  served, frozen = fp8.freeze_for_inference(twin, variables, x)
+  abstract_x = jax.ShapeDtypeStruct(x.shape, x.dtype)
+  same, target = fp8.freeze_for_inference(twin, shapes, abstract_x)
+  assert same == served
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "frozen", frozen)
+    checkpointer.wait_until_finished()
+    restored = checkpointer.restore(tmp_path / "frozen", target)
+  jax.tree.map(np.testing.assert_array_equal, restored, frozen)
+
+
+def test_is_exported(wide):
+  twin, variables, x = wide
+  served, frozen = fp8.freeze_for_inference(twin, variables, x)
+  exported = jax.export.export(jax.jit(served.apply))(frozen, x)
+  loaded = jax.export.deserialize(exported.serialize())
+  np.testing.assert_array_equal(loaded.call(frozen, x), jax.jit(twin.apply)(variables, x))
+
+
+def test_the_compiled_program_reads_fp8_kernels_and_quantises_none(wide):
+  twin, variables, x = wide
+  served, frozen = fp8.freeze_for_inference(twin, variables, x)
+  report = fp8.explain(served.apply, frozen, x, target="h100")
+  assert (report.fp8_gemms, report.total_gemms) == (2, 2)
+  # In: kernels in FP8, scales, x. Neither a parameter's worth of NaN nor a wider kernel is made.
+  assert report.memory.argument < 2 * 512 * 512 + x.nbytes + 200
+  # ... and none is transposed, read twice or quantised: x is, before each GEMM.
+  moved = sum((kernel.read + kernel.written) * kernel.times for kernel in report.kernels)
+  assert moved < 2 * (512 * 512 + 8 * x.nbytes)
+
+
+def test_bind_and_methods_serve_too():
+  case = CASES["setup"]
+  module, variables = trained(case, RECIPES["delayed"])
+  served, frozen = fp8.freeze_for_inference(module, variables, *case.args)
+  z = module.apply(variables, *case.args, method="encode")
+  np.testing.assert_array_equal(served.apply(frozen, *case.args, method="encode"), z)
+  np.testing.assert_array_equal(served.bind(frozen).encoder(*case.args), z)
+
+
+class ReadsItsKernel(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), (D, D))
+    return fp8.Fp8Einsum()("bk,km->bm", x, kernel) + 1e-3 * jnp.sum(kernel**2)
+
+
+def test_a_kernel_that_something_else_reads_is_seen():
+  x = normal(4, D)
+  variables = jax.jit(ReadsItsKernel().init)(KEY, x)
+  served, frozen = fp8.freeze_for_inference(ReadsItsKernel(), variables, x)
+  assert np.all(np.isnan(served.apply(frozen, x)))
+
+
+def test_bad_input(wide):
+  twin, variables, x = wide
+  freeze = fp8.freeze_for_inference
+  with pytest.raises(TypeError, match="must be an instance of a Linen module"):
+    freeze(Wide, variables, x)
+  with pytest.raises(ValueError, match=r"with the collection 'params'; got \['Dense_0'"):
+    freeze(twin, variables["params"], x)
+  with pytest.raises(ValueError, match="must contract something in FP8; got none in Wide"):
+    freeze(Wide(), {"params": variables["params"]}, x)
+  with pytest.raises(ValueError, match="needs the collection '_overwrite_with_gradient'"):
+    freeze(twin, {"params": variables["params"]}, x)
+  served, frozen = freeze(twin, variables, x)
+  with pytest.raises(ValueError, match="no parameters to initialise; got a call of init"):
+    served.init(KEY, x)
+  with pytest.raises(ValueError, match=r"needs the collection 'fp8_frozen'; got .* 'Dense_0/Fp8"):
+    served.apply({"params": frozen["params"]}, x)
+
+
+def test_a_tensor_that_was_never_seen():
+  first = fp8.DelayedScaling(first_step="current", amax_history_len=4)
+  layer, x = nn.Dense(D, dot_general_cls=first.dot_general_cls), normal(4, D)
+  variables = jax.jit(layer.init)(KEY, x)
+  with pytest.raises(ValueError, match="must have been seen; got an empty history of the input"):
+    fp8.freeze_for_inference(layer, variables, x)
+
+
+class Later(nn.Module):
+  @nn.compact
+  def __call__(self, x, more=False):
+    first, second = (nn.Dense(D, name=name) for name in ("first", "second"))
+    x = first(x)
+    return second(x) if more or self.is_initializing() else x
+
+
+def test_a_contraction_that_was_not_there_when_it_was_frozen():
+  twin, x = fp8.fp8_linear_layers(Later()), normal(4, D)
+  variables = jax.jit(twin.init)(KEY, x)
+  served, frozen = fp8.freeze_for_inference(twin, variables, x)
+  with pytest.raises(ValueError, match=r"got another contraction at 'second/Fp8DotGeneral_0'"):
+    served.apply(frozen, x, more=True)
