@@ -152,9 +152,9 @@ def test_the_compiled_program_reads_fp8_kernels_and_quantises_none(wide):
   assert (report.fp8_gemms, report.total_gemms) == (2, 2)
   # In: kernels in FP8, scales, x. Neither a parameter's worth of NaN nor a wider kernel is made.
   assert report.memory.argument < 2 * 512 * 512 + x.nbytes + 200
-  # ... and none is transposed, read twice or quantised: x is, before each GEMM.
+  # ... and none is transposed, read twice or quantised: most of what moves is the kernels, once.
   moved = sum((kernel.read + kernel.written) * kernel.times for kernel in report.kernels)
-  assert moved < 2 * (512 * 512 + 8 * x.nbytes)
+  assert moved < 1.5 * 2 * 512 * 512
 
 
 def test_bind_and_methods_serve_too():

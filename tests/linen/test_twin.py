@@ -66,8 +66,9 @@ def test_bind_runs_in_fp8_whatever_is_taken_off_it(auto_encoder):
   np.testing.assert_array_equal(bound.encoder(x), z)
   whole = twin.apply(variables, x)
   np.testing.assert_array_equal(bound(x), whole)
+  first, last = bound.decoders
   np.testing.assert_array_equal(bound.decoders[1](bound.decoders[0](z)), whole)
-  np.testing.assert_array_equal([*bound.decoders][1]([*bound.decoders][0](z)), whole)
+  np.testing.assert_array_equal(last(first(z)), whole)
   assert len(bound.decoders) == 2
   assert "AutoEncoder" in repr(bound)
 
