@@ -21,6 +21,8 @@ from flax_fp8.training import (
   TrainState,
   apply_updates,
   as_max_grad,
+  downgrade_variables,
+  from_flax_fp8_ops,
   grad,
   partition_for_grad_overwrite,
   upgrade_variables,
@@ -54,6 +56,8 @@ __all__ = [
   "apply_updates",
   "partition_for_grad_overwrite",
   "upgrade_variables",
+  "downgrade_variables",
+  "from_flax_fp8_ops",
   # Proof
   "GpuTarget",
   "Report",
