@@ -25,6 +25,8 @@ from flax_fp8.training import (
   from_flax_fp8_ops,
   grad,
   partition_for_grad_overwrite,
+  restore_checkpoint,
+  save_checkpoint,
   upgrade_variables,
   value_and_grad,
 )
@@ -55,6 +57,9 @@ __all__ = [
   "TrainState",
   "apply_updates",
   "partition_for_grad_overwrite",
+  # Checkpoints
+  "save_checkpoint",
+  "restore_checkpoint",
   "upgrade_variables",
   "downgrade_variables",
   "from_flax_fp8_ops",

@@ -30,7 +30,7 @@ class Difference:
     return bool(self.missing or self.extra or self.other)
 
   def __str__(self) -> str:
-    kinds = {"missing": self.missing, "extra": self.extra, "other shapes": self.other}
+    kinds = {"missing": self.missing, "extra": self.extra, "others": self.other}
     return ", ".join(f"{kind}: {few(names)}" for kind, names in kinds.items() if names)
 
 

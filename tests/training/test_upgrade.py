@@ -157,7 +157,7 @@ class TestVariablesOfAnotherModel:
       ({**PLAIN["params"], "head": {"kernel": X}}, r"got extra: \['head/kernel'\]\. Pass"),
       (
         jax.tree.map(lambda x: x[:2], PLAIN["params"]),
-        r"other shapes: .*'layers_0/kernel \(2, 8\) for \(16, 8\)'",
+        r"others: .*'layers_0/kernel \(2, 8\) for \(16, 8\)'",
       ),
       (
         {str(i): {"kernel": X} for i in range(7)},
