@@ -43,7 +43,7 @@ def save_checkpoint(directory: Directory, state: Any, *, overwrite: bool = False
     directory: made where missing; a path, or what else Orbax takes (``gs://...``).
     state: pytree of arrays, sharded or not, and numbers; a ``TrainState``, say. In a program of
       several processes each calls this.
-    overwrite: replaces a checkpoint that is there already, once the new one stands.
+    overwrite: deletes what checkpoints are there already, once the new one stands.
 
   Raises:
     ValueError: ``directory`` has a checkpoint and ``overwrite`` is False, or it is a file.

@@ -15,6 +15,7 @@ from flax_fp8.meta_dtype import to_float32
 from flax_fp8.recipes.delayed import resize_history
 from flax_fp8.training.downgrade import downgrade_variables, require_variables
 from flax_fp8.training.paths import compare, leaves_by_path
+from flax_fp8.training.state import partition_for_grad_overwrite
 
 HISTORY = "_amax_history"
 
@@ -94,7 +95,7 @@ def _check_parameters(variables: Any, made: Any) -> None:
 
 def _parameters(variables: Any) -> dict[str, Any]:
   """The parameters by path, those in a box of metadata as one leaf."""
-  params = downgrade_variables(variables)["params"]
+  _, params = partition_for_grad_overwrite(variables.get("params", {}))
   return leaves_by_path(params, is_leaf=_is_box)
 
 

@@ -113,6 +113,12 @@ class TestChangeOfRecipe:
     equal(apply(before, X), apply(PLAIN, X))
 
 
+def test_a_model_without_parameters():
+  x = jnp.ones((2, 2))
+  new = fp8.upgrade_variables(fp8.Fp8Einsum(), {"params": {}}, "mk,kn->mn", x, x)
+  assert fp8.Fp8Einsum().apply(new, "mk,kn->mn", x, x).shape == (2, 2)
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_histories_of_scanned_layers_are_resized(axis):
   def make(length):
