@@ -1,6 +1,6 @@
 """Does a run keep its loss when it changes between BF16 and FP8?
 
-    python benchmarks/handover.py        # no GPU needed; about three minutes on two CPU cores
+    python benchmarks/handover.py        # no GPU needed; a few minutes on two CPU cores
 
 The model of ``train_lm.py --preset tiny`` trains a third of its steps in BF16, a third in FP8 and a
 third in BF16 again. At each change the whole training state goes through a checkpoint on disk, and

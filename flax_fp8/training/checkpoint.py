@@ -173,7 +173,7 @@ def _newest(manager: ocp.CheckpointManager, directory: Directory) -> int:
 
 
 def _unreadable(directory: Directory, error: object) -> ValueError:
-  reason = str(error).splitlines()[0].split(" [tensorstore_spec", 1)[0]
+  reason = (str(error) or repr(error)).splitlines()[0].split(" [tensorstore_spec", 1)[0]
   return ValueError(
     f"restore_checkpoint: the checkpoint must be whole; got {directory}, which can't be read: "
     f"{reason}. Restore another one, or copy its files again."
@@ -231,7 +231,7 @@ def _compare(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> Difference:
     if isinstance(leaf, ocp.metadata.ScalarMetadata) or not hasattr(wanted.get(path), "dtype")
   }
   describe = lambda leaves: {
-    path: f"{'' if path in numbers else leaf.dtype}{getattr(leaf, 'shape', ())}"
+    path: f"{'' if path in numbers else getattr(leaf, 'dtype', '')}{getattr(leaf, 'shape', ())}"
     for path, leaf in leaves.items()
   }
   return compare(describe(saved), describe(wanted), describe=str)

@@ -184,6 +184,15 @@ class TestParts:
     with pytest.raises(ValueError, match=r"must be arrays; got ShapeDtypeStructs for \['params"):
       fp8.restore_checkpoint(saved_bf16, jax.eval_shape(lambda: FP8), allow_missing=[STATE_PATHS])
 
+  def test_nothing_in_common(self, saved):
+    target = {"best": 1.5, "ema": jnp.ones(2)}
+    with pytest.raises(ValueError, match=r"got missing: \['best', 'ema'\], extra: \['opt_state"):
+      fp8.restore_checkpoint(saved, target)
+    got = fp8.restore_checkpoint(saved, target, allow_missing=["best", "e*"], allow_extra=["*"])
+    assert got.tree["best"] == 1.5
+    assert got.tree["ema"] is target["ema"]
+    assert got.missing == ("best", "ema")
+
   def test_other_shapes_and_dtypes(self, saved):
     longer = make_state(fp8.DelayedScaling(amax_history_len=9).dot_general_cls)
     with pytest.raises(
