@@ -27,8 +27,12 @@ from flax_fp8.training import (
   TrainState,
   apply_updates,
   as_max_grad,
+  downgrade_variables,
+  from_flax_fp8_ops,
   grad,
   partition_for_grad_overwrite,
+  restore_checkpoint,
+  save_checkpoint,
   upgrade_variables,
   value_and_grad,
 )
@@ -63,7 +67,12 @@ __all__ = [
   "TrainState",
   "apply_updates",
   "partition_for_grad_overwrite",
+  # Checkpoints
+  "save_checkpoint",
+  "restore_checkpoint",
   "upgrade_variables",
+  "downgrade_variables",
+  "from_flax_fp8_ops",
   # Proof
   "GpuTarget",
   "Report",

@@ -16,8 +16,9 @@ NAMES = {
   "DelayedScaling", "Float8BlockScaling", "Float8CurrentScaling", "Float8RowwiseScaling", "Format",
   "Fp8DotGeneral", "Fp8Einsum", "GpuTarget", "MXFP8BlockScaling", "OVERWRITE_WITH_GRADIENT",
   "RECIPES", "Recipe", "Report", "TrainState", "apply_updates", "as_max_grad", "assert_fp8",
-  "capability", "explain", "fp32_max_grad", "fp8_ops", "get_recipe", "grad", "ops",
-  "partition_for_grad_overwrite", "upgrade_variables", "value_and_grad",
+  "capability", "downgrade_variables", "explain", "fp32_max_grad", "fp8_ops", "from_flax_fp8_ops",
+  "get_recipe", "grad", "ops", "partition_for_grad_overwrite", "restore_checkpoint",
+  "save_checkpoint", "upgrade_variables", "value_and_grad",
 }  # fmt: skip
 MODULES = sorted(m.name for m in pkgutil.walk_packages(fp8.__path__, "flax_fp8."))
 RULES = ("_fwd", "_bwd", "_jvp")  # differentiation rules, which Flax's namespace exports

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from flax_fp8.amax import amax
 from flax_fp8.capability import Needs
@@ -40,6 +41,28 @@ def roll_history(history: jax.Array, newest: jax.Array) -> jax.Array:
   """
   seen = jnp.where(jnp.isfinite(newest), newest, 0.0).reshape(1)
   return jnp.concatenate([seen, history[2:], history[:1]])[: history.shape[0]]
+
+
+def resize_history(history: jax.Array, length: int, axis: int = -1) -> jax.Array:
+  """Gives a history another length, as if it had always had that, so far as it remembers.
+
+  Oldest first, ``roll(history, -1)``, it loses its first entries, or zeros come before them.
+
+  Args:
+    history: float32; units of the tensor; along ``axis``, slot 0 newest, slot 1 oldest.
+    length: at least 1.
+    axis: of the slots; other axes are those of mapped or scanned modules.
+
+  Returns:
+    float32; ``length`` slots along ``axis``. Amaxes that a longer history would still remember are
+    zero, that is, not seen.
+  """
+  oldest_first = jnp.roll(history, -1, axis)
+  kept = min(length, history.shape[axis])
+  newest = lax.slice_in_dim(oldest_first, history.shape[axis] - kept, None, axis=axis)
+  padding = [(0, 0)] * history.ndim
+  padding[axis] = (length - kept, 0)
+  return jnp.roll(jnp.pad(newest, padding), 1, axis)
 
 
 def next_scale(

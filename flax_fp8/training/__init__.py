@@ -1,5 +1,8 @@
 """The training loop's side: FP8 state is written over, parameters go to the optimiser."""
 
+from flax_fp8.training.checkpoint import restore_checkpoint, save_checkpoint
+from flax_fp8.training.downgrade import downgrade_variables
+from flax_fp8.training.from_flax import from_flax_fp8_ops
 from flax_fp8.training.max_grad import as_max_grad, grad, value_and_grad
 from flax_fp8.training.state import apply_updates, partition_for_grad_overwrite
 from flax_fp8.training.train_state import TrainState
@@ -9,8 +12,12 @@ __all__ = [
   "TrainState",
   "apply_updates",
   "as_max_grad",
+  "downgrade_variables",
+  "from_flax_fp8_ops",
   "grad",
   "partition_for_grad_overwrite",
+  "restore_checkpoint",
+  "save_checkpoint",
   "upgrade_variables",
   "value_and_grad",
 ]

@@ -11,6 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
+from flax_fp8.meta_dtype import to_float32
+from flax_fp8.recipes.delayed import resize_history
+from flax_fp8.training.downgrade import downgrade_variables, require_variables
+from flax_fp8.training.paths import compare, leaves_by_path
+from flax_fp8.training.state import partition_for_grad_overwrite
+
+HISTORY = "_amax_history"
 
 
 def upgrade_variables(
@@ -27,11 +34,17 @@ def upgrade_variables(
 
   Returns:
     ``variables`` with the state that ``module.init`` makes, its values taken from ``variables``
-    where these have a leaf of the same path and shape. Other collections stay as they are. What the
-    model has no state for is left out: under a recipe without state, the whole collection.
+    where these have a leaf of the same path and shape, or an amax history that differs in its
+    length alone. Other collections stay as they are. What the model has no state for is left out:
+    under a recipe without state, the whole collection.
 
   Raises:
-    ValueError: ``variables`` is no variables dict.
+    ValueError: ``variables`` is no variables dict, or its parameters are not of the paths and
+      shapes that ``module.init`` makes.
+
+  Numerics:
+    A shorter history keeps the newest amaxes. A longer one has zeros, that is amaxes not seen, as
+    its oldest. State is float32.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -44,40 +57,88 @@ def upgrade_variables(
     (2, 4)
 
   References:
-    flax.linen.Module.init.
+    flax.linen.Module.init; flax_fp8.downgrade_variables, the way back.
   """
-  if not isinstance(variables, Mapping) or "params" not in variables:
-    raise ValueError(
-      "upgrade_variables: variables must be a variables dict with the collection 'params'; got "
-      f"{sorted(variables) if isinstance(variables, Mapping) else type(variables)}. Wrap bare "
-      "parameters as {'params': params}."
-    )
-  fresh = _fresh_state(module, init_args, init_kwargs)
-  frozen = isinstance(variables, flax.core.FrozenDict)
-  new: dict[str, Any] = flax.core.unfreeze(variables) if frozen else dict(variables)
-  old = new.pop(OVERWRITE_WITH_GRADIENT, {})
-  if fresh:
-    new[OVERWRITE_WITH_GRADIENT] = _take(old, fresh)
-  return flax.core.freeze(new) if frozen else new
+  require_variables("upgrade_variables", variables)
+  init = _initializer(module, init_args, init_kwargs)
+  _check_parameters(variables, jax.eval_shape(init))
+  # Under jit, and the state alone, so that no parameter is computed.
+  fresh = jax.jit(lambda: init().get(OVERWRITE_WITH_GRADIENT, {}))()
+  new = downgrade_variables(variables)
+  if not fresh:
+    return new
+  state = {OVERWRITE_WITH_GRADIENT: _take(variables.get(OVERWRITE_WITH_GRADIENT), fresh)}
+  return new.copy(state) if isinstance(new, flax.core.FrozenDict) else {**new, **state}
 
 
-def _fresh_state(module: nn.Module, args: Any, kwargs: Any) -> Any:
-  """Initialises the model under jit and keeps the state alone, so that no parameter is computed."""
+def _initializer(module: nn.Module, args: Any, kwargs: Any) -> Any:
+  """Makes a function of nothing that gives all variables; it is traced once."""
   is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
 
   def init() -> Any:
     fill = lambda x: jnp.zeros(x.shape, x.dtype) if is_shape(x) else x
     full_args, full_kwargs = jax.tree.map(fill, (args, kwargs), is_leaf=is_shape)
-    made = module.init(jax.random.key(0), *full_args, **full_kwargs)
-    return flax.core.unfreeze(made).get(OVERWRITE_WITH_GRADIENT, {})
+    return flax.core.unfreeze(module.init(jax.random.key(0), *full_args, **full_kwargs))
 
-  return jax.jit(init)()
+  return jax.jit(init)
+
+
+def _check_parameters(variables: Any, made: Any) -> None:
+  difference = compare(_parameters(variables), _parameters(made), describe=_shape)
+  if difference:
+    raise ValueError(
+      "upgrade_variables: variables must have the parameters of the module; got "
+      f"{difference}. Pass the model that the variables are of, differing in dot_general_cls "
+      "alone, and inputs of its shapes."
+    )
+
+
+def _parameters(variables: Any) -> dict[str, Any]:
+  """The parameters by path, those in a box of metadata as one leaf."""
+  _, params = partition_for_grad_overwrite(variables.get("params", {}))
+  return leaves_by_path(params, is_leaf=_is_box)
+
+
+def _is_box(x: Any) -> bool:
+  return isinstance(x, nn.meta.AxisMetadata)
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+  """The shape of a leaf, or of the one leaf in a box: unboxing could ask for a mesh."""
+  (value,) = jax.tree.leaves(leaf) if _is_box(leaf) else (leaf,)
+  return jnp.shape(value)
 
 
 def _take(old: Any, fresh: Any) -> Any:
-  """Fills the fresh state with the old one's values, where a leaf has the same path and shape."""
-  if isinstance(fresh, Mapping):
-    inner = old if isinstance(old, Mapping) else {}
-    return {key: _take(inner.get(key), value) for key, value in fresh.items()}
-  same = getattr(old, "shape", None) == fresh.shape
-  return old if same else fresh
+  """Fills the fresh state with the old one's values, where the two describe the same tensor."""
+  if not isinstance(old, Mapping):
+    return fresh
+  return {
+    key: _take(old.get(key), value) if isinstance(value, Mapping) else _take_leaf(key, old, fresh)
+    for key, value in fresh.items()
+  }
+
+
+def _take_leaf(key: str, old: Mapping[str, Any], fresh: Mapping[str, jax.Array]) -> jax.Array:
+  leaf, shape = to_float32(old.get(key)), fresh[key].shape
+  if getattr(leaf, "shape", None) == shape:
+    return leaf
+  axis = _resized_axis(key, old, fresh)
+  return fresh[key] if axis is None else resize_history(leaf, shape[axis], axis)
+
+
+def _resized_axis(key: str, old: Mapping[str, Any], fresh: Mapping[str, jax.Array]) -> int | None:
+  """Finds the one axis in which an amax history differs, and along which its scale has one value.
+
+  Other axes are those of mapped or scanned modules.
+  """
+  if not key.endswith(HISTORY):
+    return None
+  scale = key.removesuffix(HISTORY) + "_scale"
+  leaves = [tree.get(name) for tree in (old, fresh) for name in (key, scale)]
+  was, was_scale, now, now_scale = (getattr(leaf, "shape", None) for leaf in leaves)
+  if was is None or now is None or was_scale != now_scale or len(was) != len(now):
+    return None
+  differing = [axis for axis, sizes in enumerate(zip(was, now, strict=True)) if len({*sizes}) > 1]
+  slots = [axis for axis in differing if now_scale and now_scale[axis] == 1]
+  return slots[0] if len(slots) == len(differing) == 1 else None

@@ -14,7 +14,7 @@ import flax_fp8 as fp8
 from flax_fp8 import formats
 from flax_fp8.contraction import View
 from flax_fp8.recipes import Role
-from flax_fp8.recipes.delayed import next_scale, roll_history
+from flax_fp8.recipes.delayed import next_scale, resize_history, roll_history
 from tests import oracle
 from tests.recipes import cases
 
@@ -210,3 +210,34 @@ class TestAgainstFlax:
 def test_bad_interval_and_first_step(fields, message):
   with pytest.raises(ValueError, match=f"DelayedScaling: {message}"):
     fp8.DelayedScaling(**fields)
+
+
+class TestResizedHistory:
+  """A resized history goes on as one of the new length that saw what the old one remembers."""
+
+  def replay(self, length, amaxes):
+    history = jnp.zeros(length)
+    for amax in amaxes:
+      history = roll_history(history, jnp.float32(amax))
+    return history
+
+  @pytest.mark.parametrize("new", [1, 2, 3, 5, 8])
+  @pytest.mark.parametrize("old", [1, 2, 3, 5])
+  @pytest.mark.parametrize("steps", [0, 1, 4, 12], ids=lambda n: f"after{n}")
+  def test_against_a_replay(self, old, new, steps):
+    amaxes = np.arange(1.0, steps + 1)
+    got = resize_history(self.replay(old, amaxes), new)
+    remembered = amaxes[-old:] if steps else []
+    np.testing.assert_array_equal(got, self.replay(new, remembered))
+    for extra in range(1, new + 1):
+      got = roll_history(got, jnp.float32(100 + extra))
+      seen = [*remembered, *range(101, 101 + extra)]
+      np.testing.assert_array_equal(np.sort(got)[::-1][:extra], seen[-extra:][::-1])
+      np.testing.assert_array_equal(got, self.replay(new, seen))
+
+  @pytest.mark.parametrize("axis", [0, 1, -1])
+  def test_other_axes_are_left_alone(self, axis):
+    rows = np.arange(1.0, 9.0).reshape(2, 4)
+    got = resize_history(jnp.asarray(rows.T if axis == 0 else rows), 3, axis)
+    want = [[1, 3, 4], [5, 7, 8]]  # slot 1 held the oldest
+    np.testing.assert_array_equal(got.T if axis == 0 else got, want)

@@ -82,10 +82,14 @@ class TestChangeOfRecipe:
     assert OWG in before  # what was passed is as it was
     equal(fp8.upgrade_variables(FP8, dropped, X)[OWG], FP8.init(jax.random.key(0), X)[OWG])
 
-  def test_a_history_of_another_length_starts_anew(self):
-    before = self.trained(fp8.DelayedScaling(amax_history_len=8))
+  @pytest.mark.parametrize("length", [3, 8])
+  def test_a_history_is_resized(self, length):
+    before = self.trained(fp8.DelayedScaling(amax_history_len=length))
+    ages = jnp.roll(jnp.arange(float(length)), 1) + 1.0  # slot 0 newest, slot 1 oldest
+    before[OWG]["layers_0"]["Fp8DotGeneral_0"]["input_amax_history"] = ages
     (got,) = fp8.upgrade_variables(FP8, before, X)[OWG]["layers_0"].values()
-    np.testing.assert_array_equal(got["input_amax_history"], np.zeros(4))
+    want = {3: [3, 0, 1, 2], 8: [8, 5, 6, 7]}[length]
+    np.testing.assert_array_equal(got["input_amax_history"], want)
     np.testing.assert_array_equal(got["input_scale"], [4.0])
 
   def test_a_new_leaf_is_added_and_one_too_many_dropped(self):
@@ -109,8 +113,77 @@ class TestChangeOfRecipe:
     equal(apply(before, X), apply(PLAIN, X))
 
 
+def test_a_model_without_parameters():
+  x = jnp.ones((2, 2))
+  new = fp8.upgrade_variables(fp8.Fp8Einsum(), {"params": {}}, "mk,kn->mn", x, x)
+  assert fp8.Fp8Einsum().apply(new, "mk,kn->mn", x, x).shape == (2, 2)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_histories_of_scanned_layers_are_resized(axis):
+  def make(length):
+    cls = fp8.DelayedScaling(amax_history_len=length).dot_general_cls
+    body = lambda layer, carry: (layer(carry), None)
+    axes = {"params": 0, OWG: axis}
+    scan = nn.scan(body, variable_axes=axes, split_rngs={"params": True}, length=3)
+
+    class Model(nn.Module):
+      @nn.compact
+      def __call__(self, x):
+        return scan(nn.Dense(16, dot_general_cls=cls, name="layer"), x)[0]
+
+    return Model()
+
+  before = make(2).init(jax.random.key(0), X)
+  state = before[OWG]["layer"]["Fp8DotGeneral_0"]
+  histories = jnp.arange(1.0, 7.0).reshape(3, 2)  # a row a layer: newest, oldest
+  state["input_amax_history"] = histories if axis == 0 else histories.T
+  (got,) = fp8.upgrade_variables(make(3), before, X)[OWG]["layer"].values()
+  want = np.array([[1, 0, 2], [3, 0, 4], [5, 0, 6]])
+  np.testing.assert_array_equal(got["input_amax_history"], want if axis == 0 else want.T)
+  # Another number of layers is another model, whose state starts anew.
+  state["input_amax_history"] = jnp.ones((2, 2))
+  state["input_scale"] = jnp.ones((2, 1) if axis == 0 else (1, 2))
+  (got,) = fp8.upgrade_variables(make(3), before, X)[OWG]["layer"].values()
+  assert not got["input_amax_history"].any()
+
+
 def test_bare_parameters_are_refused():
   with pytest.raises(
     ValueError, match=r"upgrade_variables: .*collection 'params'; got \['layers_0'"
   ):
     fp8.upgrade_variables(FP8, PLAIN["params"], X)
+
+
+class TestVariablesOfAnotherModel:
+  @pytest.mark.parametrize(
+    ("params", "message"),
+    [
+      ({"layers_0": PLAIN["params"]["layers_0"]}, r"missing: \['layers_2/bias', 'layers_2/k.*'\]"),
+      ({**PLAIN["params"], "head": {"kernel": X}}, r"got extra: \['head/kernel'\]\. Pass"),
+      (
+        jax.tree.map(lambda x: x[:2], PLAIN["params"]),
+        r"others: .*'layers_0/kernel \(2, 8\) for \(16, 8\)'",
+      ),
+      (
+        {str(i): {"kernel": X} for i in range(7)},
+        r"missing: \[.*\], extra: \['0/kernel', .*'4/kernel'\] \.\.\. and 2 more",
+      ),
+    ],
+    ids=["missing", "extra", "other", "many"],
+  )  # fmt: skip
+  def test_paths_are_named(self, params, message):
+    with pytest.raises(ValueError, match=f"upgrade_variables: .*parameters.*{message}"):
+      fp8.upgrade_variables(FP8, {"params": params}, X)
+
+  @pytest.mark.parametrize("boxed", ["variables", "model", "both"])
+  def test_boxed_parameters_are_seen_through(self, boxed):
+    init = nn.initializers.lecun_normal()
+    inits = {True: nn.with_partitioning(init, ("in", "out")), False: init}
+    dense = lambda cls, box: nn.Dense(8, dot_general_cls=cls, kernel_init=inits[box])
+    variables = dense(None, boxed != "model").init(jax.random.key(0), X)
+    model = dense(fp8.Fp8DotGeneral, boxed != "variables")
+    new = fp8.upgrade_variables(model, variables, X)
+    equal(new["params"], variables["params"])
+    with pytest.raises(ValueError, match=r"'kernel \(16, 8\) for \(2, 8\)'"):
+      fp8.upgrade_variables(model, variables, X[:, :2])

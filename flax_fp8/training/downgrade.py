@@ -1,0 +1,69 @@
+"""Variables without FP8 state: what the same model without FP8 has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.core
+
+from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
+
+
+def downgrade_variables(variables: Any) -> Any:
+  """Removes the FP8 state from variables, so that the model goes on without FP8.
+
+  ``{name: tree for name, tree in variables.items() if name != "_overwrite_with_gradient"}``, and
+  the same for state that lies deeper in the tree.
+
+  Args:
+    variables: variables dict of an FP8 model; leaves may be arrays or ShapeDtypeStructs.
+
+  Returns:
+    ``variables`` without their FP8 state, and without mappings that held nothing else. All other
+    leaves are the ones passed in; a FrozenDict stays one.
+
+  Raises:
+    ValueError: ``variables`` is no variables dict.
+
+  Numerics:
+    No number is touched. What the optimiser keeps is of the parameters alone, so that
+    ``state.replace(params=downgrade_variables(state.params), apply_fn=...)`` goes on from there.
+
+  Example:
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> import flax_fp8 as fp8
+    >>> x = jnp.ones((2, 4))
+    >>> variables = nn.Dense(4, dot_general_cls=fp8.Fp8DotGeneral).init(jax.random.key(0), x)
+    >>> variables = fp8.downgrade_variables(variables)
+    >>> nn.Dense(4).apply(variables, x).shape
+    (2, 4)
+
+  References:
+    flax_fp8.upgrade_variables, the way back.
+  """
+  require_variables("downgrade_variables", variables)
+  return _without_state(variables)
+
+
+def require_variables(caller: str, variables: Any) -> None:
+  """Raises ValueError where ``variables`` is no variables dict."""
+  if not isinstance(variables, Mapping) or "params" not in variables:
+    raise ValueError(
+      f"{caller}: variables must be a variables dict with the collection 'params'; got "
+      f"{sorted(map(str, variables)) if isinstance(variables, Mapping) else type(variables)}. "
+      "Wrap bare parameters as {'params': params}; of a TrainState pass what its params hold."
+    )
+
+
+def _without_state(tree: Any) -> Any:
+  if not isinstance(tree, Mapping):
+    return tree
+  kept: dict[str, Any] = {}
+  for key, value in tree.items():
+    if key == OVERWRITE_WITH_GRADIENT:
+      continue
+    below = _without_state(value)
+    if not isinstance(value, Mapping) or below or not value:
+      kept[key] = below
+  return flax.core.FrozenDict(kept) if isinstance(tree, flax.core.FrozenDict) else kept

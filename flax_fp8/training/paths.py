@@ -1,0 +1,74 @@
+"""What two trees of variables differ in, leaf by leaf, in few words."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+SHOWN = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Difference:
+  """In what a tree is not like the one that was wanted.
+
+  Attributes:
+    missing: paths of leaves that only the wanted tree has.
+    extra: paths of leaves that only the tree has.
+    other: paths of leaves that both have, each with what it is and should be.
+  """
+
+  missing: tuple[str, ...]
+  extra: tuple[str, ...]
+  other: tuple[str, ...]
+
+  def __bool__(self) -> bool:
+    return bool(self.missing or self.extra or self.other)
+
+  def __str__(self) -> str:
+    kinds = {"missing": self.missing, "extra": self.extra, "others": self.other}
+    return ", ".join(f"{kind}: {few(names)}" for kind, names in kinds.items() if names)
+
+
+def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+  """Names each leaf by the keys, attributes and indices that lead to it, joined by slashes."""
+  found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+  return {name(path): leaf for path, leaf in found}
+
+
+def name(path: Iterable[Any]) -> str:
+  """Joins the entries of a path of ``jax.tree_util``."""
+  return "/".join(jax.tree_util.keystr((entry,), simple=True) for entry in path)
+
+
+def compare(
+  got: Mapping[str, Any], want: Mapping[str, Any], describe: Callable[[Any], Any] = np.shape
+) -> Difference:
+  """Compares leaves by path.
+
+  Args:
+    got: what there is, by path.
+    want: what there should be, by path.
+    describe: what of two leaves has to be equal.
+
+  Returns:
+    The difference; false where there is none.
+  """
+  pairs = {path: (describe(got[path]), describe(want[path])) for path in want if path in got}
+  return Difference(
+    missing=tuple(path for path in want if path not in got),
+    extra=tuple(path for path in got if path not in want),
+    other=tuple(f"{path} {has} for {should}" for path, (has, should) in pairs.items()
+                if has != should),
+  )  # fmt: skip
+
+
+def few(names: Iterable[str]) -> str:
+  """Lists the first names, and says how many more there are."""
+  names = list(names)
+  more = f" ... and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+  return f"{names[:SHOWN]}{more}"
