@@ -4,7 +4,7 @@ from flax_fp8 import fp8_ops, ops
 from flax_fp8.capability import capability
 from flax_fp8.explain import GpuTarget, Report, assert_fp8, explain
 from flax_fp8.formats import Format
-from flax_fp8.linen import Fp8DotGeneral, Fp8Einsum
+from flax_fp8.linen import Fp8DotGeneral, Fp8Einsum, Fp8FusedQKV, Fp8SwiGLU
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.meta_dtype import fp32_max_grad
 from flax_fp8.recipes import (
@@ -33,6 +33,8 @@ __all__ = [
   # Modules
   "Fp8DotGeneral",
   "Fp8Einsum",
+  "Fp8FusedQKV",
+  "Fp8SwiGLU",
   # Recipes
   "DelayedScaling",
   "Float8CurrentScaling",
