@@ -3,16 +3,15 @@
     python benchmarks/fused_cost.py          # no GPU needed; about a minute on one CPU core
 
 Llama 3 8B's widths, 8192 tokens, parameters in float32, the rest in bfloat16: query, key and value
-(32 and 8 heads of 128), and the SwiGLU (14336), each as separate ``nn.Dense`` and fused, forward
-and backward, from output gradients that are arguments. Each variant is compiled for a described
-H100, and never run: counts, bytes and memory are those of the compiled program. ``ms`` is a
-roofline, a lower bound by data-sheet rates without launches and caches: it compares programs, it
-predicts no time. ``MiB`` are read and written by kernels other than GEMMs.
+(32 and 8 heads of 128), and the SwiGLU (14336), each as separate ``nn.Dense`` and fused: forward,
+backward from output gradients that are arguments, and a step of gradient descent. Each variant is
+compiled for a described H100, and never run: counts, bytes and memory are those of the compiled
+program. ``ms`` is a roofline, a lower bound by data-sheet rates without launches and caches: it
+compares programs, it predicts no time. ``MiB`` are read and written by kernels other than GEMMs.
 """
 
 import argparse
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -137,7 +136,10 @@ def explain_step(projections: str, name: str, sizes: Sizes) -> fp8.Report:
 
   def step(variables: Any, x: jax.Array, grad: Any) -> Any:
     out, pull_back = jax.vjp(module.apply, variables, x)
-    return out, pull_back(grad)
+    grads, x_grad = pull_back(grad)
+    overwrite, grads = fp8.partition_for_grad_overwrite(grads)
+    updates = jax.tree.map(lambda grad: -1e-3 * grad, grads)
+    return out, x_grad, fp8.apply_updates(variables, updates, overwrite)
 
   return fp8.explain(step, variables, x, grad, target=TARGET, name=name)
 

@@ -61,9 +61,7 @@ class Parts:
     """Takes ``[..., *groups, slots, width]`` apart into ``[..., heads, width]`` of each part."""
     lead = joined.shape[: joined.ndim - len(self.shape)]
     pieces = zip(self.heads.items(), self._pieces(joined, -2), strict=True)
-    return {
-      name: piece.reshape(*lead, heads, self.width) for (name, heads), piece in pieces
-    }
+    return {name: piece.reshape(*lead, heads, self.width) for (name, heads), piece in pieces}
 
   def init(self, init: Callable[..., Any]) -> Callable[..., Any]:
     """Makes an initialiser of the fused array from that of a layer, which it calls once a part.
@@ -91,7 +89,7 @@ class Parts:
 
     return fused
 
-  def factors(self, kernel: jax.Array) -> jax.Array:
+  def factors(self, kernel: jax.Array) -> dict[str, jax.Array]:
     """Computes the power of two by which each part comes near the largest one.
 
     ``2 ** floor(log2(max(|kernel|) / max(|part|)))``
@@ -100,17 +98,22 @@ class Parts:
       kernel: ``[..., *groups, slots, width]``; float32, bfloat16 or float16.
 
     Returns:
-      float32 ``[slots, 1]``, at least 1. No part times its factor is larger than the kernel was.
+      For each part a float32 scalar, at least 1. No part times it is larger than the kernel.
 
     Numerics:
       1 for a part of zeros, of non-finite values, or one that is 2**126 times too small.
     """
     axes = tuple(axis for axis in range(kernel.ndim) if axis != kernel.ndim - 2)
     of_slots = largest_magnitude(lax.stop_gradient(kernel), axes).ravel()
-    of_parts = [jnp.broadcast_to(jnp.max(x), x.shape) for x in self._pieces(of_slots, 0)]
-    ratio = jnp.max(of_slots) / jnp.concatenate(of_parts)
-    ratio = jnp.where(ratio <= _LARGEST_FACTOR, ratio, 1.0)
-    return _power_of_two_below(ratio)[:, None]
+    pieces = zip(self.heads, self._pieces(of_slots, 0), strict=True)
+    return {name: _factor(jnp.max(of_slots) / jnp.max(piece)) for name, piece in pieces}
+
+  def scale(self, kernel: jax.Array, factors: Mapping[str, jax.Array]) -> jax.Array:
+    """Multiplies each part of ``[..., slots, width]`` by its factor in float32; the dtype stays."""
+    column = jnp.concatenate([jnp.full((n, 1), factors[name]) for name, n in self.slots])
+    return (kernel.astype(jnp.float32) * jnp.broadcast_to(column, kernel.shape)).astype(
+      kernel.dtype
+    )
 
   def _pieces(self, x: jax.Array, axis: int) -> list[jax.Array]:
     """Cuts the axis of slots between the parts."""
@@ -118,13 +121,8 @@ class Parts:
     return jnp.split(x, np.cumsum(counts)[:-1].tolist(), axis=axis)
 
 
-def _power_of_two_below(x: jax.Array) -> jax.Array:
-  """The largest power of two that is no larger than a normal, positive float32."""
-  exponent = lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0x7F800000)
+def _factor(ratio: jax.Array) -> jax.Array:
+  """The largest power of two that is no larger than a ratio of at least 1; 1 for what is none."""
+  ratio = jnp.where(ratio <= _LARGEST_FACTOR, ratio, 1.0)
+  exponent = lax.bitcast_convert_type(ratio, jnp.uint32) & np.uint32(0x7F800000)
   return lax.bitcast_convert_type(exponent, jnp.float32)
-
-
-def scale_columns(x: jax.Array, factors: jax.Array) -> jax.Array:
-  """Multiplies ``[..., slots, width]`` by ``[slots, 1]`` in float32; the dtype stays."""
-  wide = jnp.broadcast_to(factors, x.shape)
-  return (x.astype(jnp.float32) * wide).astype(x.dtype)
