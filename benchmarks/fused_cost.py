@@ -13,7 +13,7 @@ compares programs, it predicts no time. ``MiB`` are read and written by kernels 
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -144,12 +144,12 @@ def explain_step(projections: str, name: str, sizes: Sizes) -> fp8.Report:
   return fp8.explain(step, variables, x, grad, target=TARGET, name=name)
 
 
-def measure(sizes: Sizes, console: Console) -> dict[str, dict[str, Any]]:
-  """Compiles every variant of both."""
+def measure(sizes: Sizes, names: Sequence[str], console: Console) -> dict[str, dict[str, Any]]:
+  """Compiles the named variants of both."""
   found: dict[str, dict[str, Any]] = {}
   for projections in PROJECTIONS:
     found[projections] = {}
-    for name in VARIANTS:
+    for name in names:
       with console.status(f"{projections}: {name}"):
         found[projections][name] = figures(explain_step(projections, name, sizes))
     baseline = found[projections]["BF16"]
@@ -179,7 +179,7 @@ def main() -> None:
   arguments = parser.parse_args()
   allow_missing_cuda()
   console, sizes = Console(), Sizes()
-  found = measure(sizes, console)
+  found = measure(sizes, tuple(VARIANTS), console)
   for projections, variants in found.items():
     console.print(table(projections, variants))
   arguments.out.mkdir(parents=True, exist_ok=True)
