@@ -63,17 +63,18 @@ class Fp8FusedQKV(nn.Module):
     TypeError: as ``Fp8DotGeneral``.
 
   Numerics:
-    As ``Fp8DotGeneral``. The output gradient has one scale, which bounds how far apart the
-    gradients of the three may be: E5M2 has normal numbers over 2**30, E4M3 over 2**15.
+    As ``Fp8DotGeneral``. The output gradient is quantised as one tensor. Where that has one scale,
+    the gradients of the three may be apart by as much as the format's normal numbers: 2**30 in
+    E5M2, 2**15 in E4M3.
 
-    Joint scales lose nothing until one kernel is 2**12 times smaller than another: in E4M3, the
-    error of a key 2**10 times smaller is 3.73 % (separate: 3.72 %), 2**12 3.94 %, 2**14 8.8 %, and
-    with 2**16 it is a third. With separate scales it stays at 3.72 %, and the gradient of the
-    output is divided by the same powers of two before it is quantised. For query and key that is
-    what it wants: as only their product counts, ``sum(query * grad) == sum(key * grad)``, and the
-    smaller one has the larger gradient. Where no two amaxes differ by a factor of 2, the results
-    of "joint" and "separate" are the same to the bit. In float16 a gradient may underflow when it
-    is divided; bfloat16 and float32 have the range.
+    Joint scales cost accuracy only where one kernel is thousands of times smaller than another:
+    with one scale a tensor and normal values, a key 2**10 times smaller than query and value has an
+    error of 3.73 %, 2**12 times 3.94 %, 2**14 times 8.8 %, 2**16 times 34 %. Separate scales keep
+    it at 3.72 %. With them, the gradients of the outputs are divided by the same powers of two
+    before they are quantised, which evens out those of query and key: only their product counts, so
+    ``sum(query * query_grad) == sum(key * key_grad)``, and the smaller one has the larger gradient.
+    Where no two amaxes differ by a factor of 2, "joint" and "separate" give the same bits. In
+    float16 a divided gradient may underflow; bfloat16 and float32 have the range.
 
   Example:
     >>> import jax, jax.numpy as jnp
