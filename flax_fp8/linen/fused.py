@@ -81,7 +81,7 @@ class Fp8FusedQKV(nn.Module):
     >>> import flax_fp8 as fp8
     >>> layer = fp8.Fp8FusedQKV(num_heads=4, num_kv_heads=2, head_dim=8)
     >>> x = jnp.ones((2, 3, 16))
-    >>> (query, key, value), variables = layer.init_with_output(jax.random.key(0), x)
+    >>> (query, key, value), variables = jax.jit(layer.init_with_output)(jax.random.key(0), x)
     >>> query.shape, key.shape, value.shape
     ((2, 3, 4, 8), (2, 3, 2, 8), (2, 3, 2, 8))
     >>> jax.tree.map(jnp.shape, layer.to_separate(variables["params"])["key"])
@@ -203,8 +203,8 @@ class Fp8SwiGLU(nn.Module):
     >>> import jax, jax.numpy as jnp
     >>> import flax_fp8 as fp8
     >>> layer = fp8.Fp8SwiGLU(hidden_features=32)
-    >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 3, 16)))
-    >>> jax.tree.map(jnp.shape, variables["params"])
+    >>> shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((2, 3, 16)))
+    >>> jax.tree.map(jnp.shape, shapes["params"])
     {'down': {'kernel': (32, 16)}, 'gate_up': {'kernel': (16, 2, 32)}}
 
   References:
