@@ -3,11 +3,13 @@
     python benchmarks/train_lm.py                      # both, on two CPU cores, in a few minutes
     python benchmarks/train_lm.py --recipe all         # BF16 once, and FP8 with every recipe
     python benchmarks/train_lm.py --preset h200 --text corpus.txt
+    python benchmarks/train_lm.py --fused              # FP8 with one GEMM of q, k, v; of gate, up
     python benchmarks/train_lm.py --explain h200       # and shows the step as compiled for that GPU
 
 A Llama-like decoder learns Python's language reference byte by byte, in BF16 and in FP8: from the
 same seed, on the same batches, with the same optimiser. The models differ in one argument,
-``dot_general_cls``. The answer is ``gap = 100 * (loss FP8 / loss BF16 - 1)`` on held-out text;
+``dot_general_cls``; with ``--fused``, FP8 has fused projections and begins with the same parameters
+put together. The answer is ``gap = 100 * (loss FP8 / loss BF16 - 1)`` on held-out text;
 table, ``curves.png`` and ``results.json`` go to ``--out``. A killed run goes on with ``--resume``,
 bit for bit.
 
@@ -35,7 +37,15 @@ from lm.options import not_negative, positive
 from lm.plot import write_png
 from lm.progress import ConsoleDisplay
 from lm.report import show, write_json
-from lm.runs import BF16, RECIPE_CHOICES, Run, label, named_recipes, require_fp8_hardware
+from lm.runs import (
+  BF16,
+  RECIPE_CHOICES,
+  Run,
+  fused,
+  label,
+  named_recipes,
+  require_fp8_hardware,
+)
 from lm.text import Corpus, read_corpus
 from lm.train import require_startable, train
 
@@ -50,6 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
   add = parser.add_argument
   add("--precision", choices=PRECISIONS, default="both")
   add("--recipe", choices=RECIPE_CHOICES, nargs="+", default=["delayed"], help="of the FP8 runs")
+  add("--fused", action="store_true", help="FP8 runs fuse q, k, v; and gate, up")
   add("--preset", choices=PRESETS, default="tiny", help="size of model and run")
   add("--text", type=Path, help="file to learn; default: Python's language reference")
   add("--steps", type=positive, help="optimiser steps")
@@ -79,6 +90,7 @@ def configure(arguments: argparse.Namespace) -> TrainConfig:
 def choose_runs(arguments: argparse.Namespace) -> tuple[Run, ...]:
   """The runs asked for: BF16, the recipes, or both."""
   bf16, recipes = (BF16,), named_recipes(arguments.recipe)
+  recipes = tuple(map(fused, recipes)) if arguments.fused else recipes
   return {"bf16": bf16, "fp8": recipes, "both": bf16 + recipes}[arguments.precision]
 
 

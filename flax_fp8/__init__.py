@@ -8,6 +8,8 @@ from flax_fp8.linen import (
   Fp8Config,
   Fp8DotGeneral,
   Fp8Einsum,
+  Fp8FusedQKV,
+  Fp8SwiGLU,
   fp8_linear_layers,
   freeze_for_inference,
 )
@@ -43,6 +45,8 @@ __all__ = [
   # Modules
   "Fp8DotGeneral",
   "Fp8Einsum",
+  "Fp8FusedQKV",
+  "Fp8SwiGLU",
   # Models
   "Fp8Config",
   "fp8_linear_layers",

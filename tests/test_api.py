@@ -14,9 +14,11 @@ from flax_fp8 import fp8_ops
 ROOT = Path(__file__).parents[1]
 NAMES = {
   "DelayedScaling", "Float8BlockScaling", "Float8CurrentScaling", "Float8RowwiseScaling", "Format",
-  "Fp8DotGeneral", "Fp8Einsum", "GpuTarget", "MXFP8BlockScaling", "OVERWRITE_WITH_GRADIENT",
+  "Fp8Config", "Fp8DotGeneral", "Fp8Einsum", "Fp8FusedQKV", "Fp8SwiGLU", "GpuTarget",
+  "MXFP8BlockScaling", "OVERWRITE_WITH_GRADIENT",
   "RECIPES", "Recipe", "Report", "TrainState", "apply_updates", "as_max_grad", "assert_fp8",
-  "capability", "downgrade_variables", "explain", "fp32_max_grad", "fp8_ops", "from_flax_fp8_ops",
+  "capability", "downgrade_variables", "explain", "fp32_max_grad", "fp8_linear_layers", "fp8_ops",
+  "freeze_for_inference", "from_flax_fp8_ops",
   "get_recipe", "grad", "ops", "partition_for_grad_overwrite", "restore_checkpoint",
   "save_checkpoint", "upgrade_variables", "value_and_grad",
 }  # fmt: skip

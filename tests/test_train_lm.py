@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import flax.linen as nn
 import jax
+import numpy as np
 import pytest
 
 import flax_fp8 as fp8
@@ -23,11 +25,13 @@ from flax_fp8.explain.gemms import Extent, Gemm, GemmRole
 from lm.config import PRESETS
 from lm.curve import Curve, Result
 from lm.errors import UsageError
+from lm.model import ModelShape, fuse_params, fused_qkv, fused_swiglu
 from lm.plot import write_png
 from lm.report import find_gaps, table
 from lm.runs import label, named_recipes, require_fp8_hardware
+from lm.step import create_state, mean_loss
 from lm.text import read_corpus
-from lm.train import require_startable
+from lm.train import identify, require_startable
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
@@ -235,6 +239,17 @@ OTHERS = [gemm for gemm in PROJECTED if "/gate/" not in gemm.path and "/up/" not
 MERGED = [
   gemm("layers", role, extent=(TOKENS, TINY.shape.d_model, 2 * TINY.shape.d_ff)) for role in THREE
 ]
+FUSED_SIZES = {
+  "qkv": (TINY.shape.d_model, (TINY.shape.heads + 2 * TINY.shape.kv_heads) * TINY.shape.head_dim),
+  "out": TINY.shape.projections["out"],
+  "swiglu/gate_up": (TINY.shape.d_model, 2 * TINY.shape.d_ff),
+  "swiglu/down": TINY.shape.projections["down"],
+}
+FUSED = [
+  gemm(f"layers/{name}/Fp8DotGeneral_0", role, extent=(TOKENS, *size))
+  for name, size in FUSED_SIZES.items()
+  for role in THREE
+]
 AGAIN = gemm("layers/up/Fp8DotGeneral_0", GemmRole.REMAT)
 
 
@@ -248,11 +263,12 @@ def as_bf16(gemm):
     ("delayed", report(*PROJECTED, HEAD)),
     ("rowwise", report(*PROJECTED, AGAIN, HEAD)),
     ("current", report(*OTHERS, *MERGED, HEAD)),
+    ("delayed-fused", report(*FUSED, HEAD)),
     ("delayed", report(*map(as_bf16, PROJECTED), target="a100")),
     ("mxfp8", report(*map(as_bf16, PROJECTED), HEAD)),
     ("bf16", report(*map(as_bf16, PROJECTED), HEAD)),
   ],
-  ids=["fp8", "remat", "merged", "gpu-without-fp8", "no-promise", "bf16"],
+  ids=["fp8", "remat", "merged", "fused", "gpu-without-fp8", "no-promise", "bf16"],
 )
 def test_gemms_as_the_run_promises(name, right):
   lm.explain.require_fp8_gemms(PRESETS["tiny"], name, right)
@@ -281,9 +297,14 @@ def test_gemms_as_the_run_promises(name, right):
       report(*OTHERS, as_bf16(MERGED[0]), *MERGED[1:]),
       ["Transformer/layers fprop (2 a step)"],
     ),
+    (
+      "current-fused",
+      report(as_bf16(FUSED[0]), *FUSED, HEAD),
+      ["Transformer/layers/qkv/Fp8DotGeneral_0 fprop (2 a step)"],
+    ),
     ("bf16", report(PROJECTED[0], HEAD), ["f8e4m3fn x f8e4m3fn by cuBLASLt: is FP8"]),
   ],
-  ids=["left-out", "remat", "no-module", "merged", "bf16"],
+  ids=["left-out", "remat", "no-module", "merged", "fused", "bf16"],
 )
 def test_gemms_that_are_not_name_their_rows(name, wrong, rows):
   with pytest.raises(RuntimeError, match=f"train_step: {label(name)} must have") as error:
@@ -328,8 +349,9 @@ def test_each_recipe_has_its_gap_to_the_one_bf16(recipes, tmp_path):
     (["--precision", "bf16", "--recipe", "all"], ("bf16",)),
     (["--precision", "fp8", "--recipe", "all"], tuple(fp8.RECIPES)),
     (["--recipe", "delayed", "delayed"], ("bf16", "delayed")),
+    (["--fused", "--recipe", "delayed", "current"], ("bf16", "delayed-fused", "current-fused")),
   ],
-  ids=["default", "bf16", "all", "twice"],
+  ids=["default", "bf16", "all", "twice", "fused"],
 )
 def test_the_runs_asked_for(options, runs):
   assert train_lm.choose_runs(train_lm.make_parser().parse_args(options)) == runs
@@ -342,6 +364,26 @@ def test_every_recipe_asks_the_hardware(recipes, monkeypatch):
   require_fp8_hardware(("bf16", "delayed"))
   with pytest.raises(UsageError, match=r"the device must .* got FP8 mxfp8 on NVIDIA H200"):
     require_fp8_hardware(named_recipes(["all"]))
+
+
+def test_fused_runs_begin_with_the_parameters_of_bf16():
+  """And at the same loss; two layers, stacked by ``nn.scan``."""
+  shape = ModelShape(d_model=16, d_ff=32, layers=2, heads=4, kv_heads=2)
+  config = dataclasses.replace(TINY, shape=shape, seq_len=16)
+  bf16, fused = (create_state(config, run) for run in ("bf16", "current-fused"))
+  recipe = fp8.Float8CurrentScaling()
+  params = fuse_params(bf16.params["params"], shape, recipe)
+  jax.tree.map(np.testing.assert_array_equal, fused.params["params"], params)
+  layers = fused.params["params"]["layers"]
+  back = fused_qkv(shape, recipe).to_separate(layers["qkv"], nn.Dense)
+  back |= fused_swiglu(shape, recipe).to_separate(layers["swiglu"])
+  whole = bf16.params["params"]["layers"]
+  jax.tree.map(np.testing.assert_array_equal, back, {name: whole[name] for name in back})
+  windows = np.arange(2 * 17, dtype=np.uint8).reshape(2, 17)
+  losses = [float(mean_loss(jax.jit(s.apply_fn), s.params, windows)) for s in (bf16, fused)]
+  assert losses[1] == pytest.approx(losses[0], rel=5e-3)
+  assert label("delayed-fused") == "FP8 delayed fused"
+  assert identify(config, "delayed-fused", read_corpus())["run"] == "delayed-fused"
 
 
 def test_a_checkpoint_is_of_one_recipe(whole):

@@ -18,8 +18,8 @@ from flax_fp8.explain.gemms import Gemm
 from flax_fp8.explain.plugin import require_compiler
 from lm.config import TrainConfig
 from lm.errors import UsageError
-from lm.model import PROJECTIONS
-from lm.runs import BF16, Run, label
+from lm.model import FUSED_PROJECTIONS, PROJECTIONS
+from lm.runs import BF16, Run, label, recipe_name
 from lm.step import jitted_step, step_shapes
 
 Reports: TypeAlias = dict[Run, fp8.Report]
@@ -100,7 +100,7 @@ def explain_steps(
 
 def in_projection(gemm: Gemm) -> bool:
   """Whether a GEMM belongs to one of the modules that FP8 is for."""
-  return not set(PROJECTIONS).isdisjoint(gemm.path.split("/"))
+  return not {*PROJECTIONS, *FUSED_PROJECTIONS}.isdisjoint(gemm.path.split("/"))
 
 
 def multiplies_fp8(report: fp8.Report) -> bool:
@@ -123,7 +123,7 @@ def require_fp8_gemms(config: TrainConfig, run: Run, report: fp8.Report) -> None
   """
   if run == BF16:
     wanted, wrong = 0, [gemm for gemm in report.gemms if gemm.is_fp8]
-  elif run not in ONE_GEMM_EACH or not multiplies_fp8(report):
+  elif recipe_name(run) not in ONE_GEMM_EACH or not multiplies_fp8(report):
     return
   else:
     wanted = projection_flops(config)

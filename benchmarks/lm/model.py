@@ -3,12 +3,14 @@
     Transformer(shape)                                           # BF16
     Transformer(shape, dot_general_cls=recipe.dot_general_cls)   # FP8
 
-``nn.Dense`` takes that argument as it is. In FP8 run the projections of each layer (q, k, v, o;
-gate, up, down), forward and backward; the embedding, the norms, the attention scores and the output
-head stay BF16. Parameters are float32.
+``nn.Dense`` takes that argument as it is. ``fused=recipe`` makes one GEMM of query, key and value,
+and one of gate and up; ``fuse_params`` takes the parameters there. In FP8 run the projections of
+each layer (q, k, v, o; gate, up, down), forward and backward; the embedding, the norms, the
+attention scores and the output head stay BF16. Parameters are float32.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -19,6 +21,7 @@ import flax_fp8 as fp8
 from lm.errors import UsageError
 
 PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")
+FUSED_PROJECTIONS = ("qkv", "gate_up")  # besides out and down
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,16 +97,45 @@ def norm(name: str) -> nn.RMSNorm:
   return nn.RMSNorm(dtype=jnp.bfloat16, name=name)
 
 
+def fused_qkv(shape: ModelShape, recipe: fp8.Recipe, name: str | None = None) -> fp8.Fp8FusedQKV:
+  """Query, key and value in one."""
+  return fp8.Fp8FusedQKV(
+    num_heads=shape.heads,
+    num_kv_heads=shape.kv_heads,
+    head_dim=shape.head_dim,
+    use_bias=False,
+    dtype=jnp.bfloat16,
+    recipe=recipe,
+    name=name,
+  )
+
+
+def fused_swiglu(shape: ModelShape, recipe: fp8.Recipe, name: str | None = None) -> fp8.Fp8SwiGLU:
+  """Gate and up in one, and down."""
+  return fp8.Fp8SwiGLU(hidden_features=shape.d_ff, dtype=jnp.bfloat16, recipe=recipe, name=name)
+
+
+def fuse_params(params: Mapping[str, Any], shape: ModelShape, recipe: fp8.Recipe) -> dict[str, Any]:
+  """Takes the parameters of separate projections to those of a ``Transformer`` with fused ones."""
+  layers = dict(params["layers"])
+  take = lambda *names: {name: layers.pop(name) for name in names}
+  qkv = fused_qkv(shape, recipe).from_separate(take("query", "key", "value"))
+  swiglu = fused_swiglu(shape, recipe).from_separate(take("gate", "up", "down"))
+  return {**params, "layers": {**layers, "qkv": qkv, "swiglu": swiglu}}
+
+
 class Block(nn.Module):
   """``x + attention(norm(x))``, then ``x + swiglu(norm(x))``.
 
   Attributes:
     shape: the sizes.
     dot_general_cls: None for BF16, or what makes the projections' GEMMs.
+    fused: the recipe of fused projections; None for separate layers.
   """
 
   shape: ModelShape
   dot_general_cls: Any = None
+  fused: fp8.Recipe | None = None
 
   def project(self, x: jax.Array, features: int, name: str) -> jax.Array:
     """Multiplies by a ``[D, features]`` kernel: the only place where FP8 enters."""
@@ -115,13 +147,19 @@ class Block(nn.Module):
       name=name,
     )(x)
 
-  def attend(self, x: jax.Array) -> jax.Array:
-    """Causal grouped-query attention over ``[B, T, D]``."""
+  def project_heads(self, x: jax.Array) -> tuple[jax.Array, ...]:
+    """Query, key and value ``[B, T, heads, head_dim]``."""
+    if self.fused is not None:
+      return fused_qkv(self.shape, self.fused, "qkv")(x)
     heads = {"query": self.shape.heads, "key": self.shape.kv_heads, "value": self.shape.kv_heads}
-    query, key, value = (
+    return tuple(
       self.project(x, count * self.shape.head_dim, name).reshape(*x.shape[:2], count, -1)
       for name, count in heads.items()
     )
+
+  def attend(self, x: jax.Array) -> jax.Array:
+    """Causal grouped-query attention over ``[B, T, D]``."""
+    query, key, value = self.project_heads(x)
     mixed = jax.nn.dot_product_attention(
       rotate(query),
       rotate(key),
@@ -133,6 +171,8 @@ class Block(nn.Module):
 
   def swiglu(self, x: jax.Array) -> jax.Array:
     """``(silu(x @ gate) * (x @ up)) @ down`` over ``[B, T, D]``."""
+    if self.fused is not None:
+      return fused_swiglu(self.shape, self.fused, "swiglu")(x)
     gate = self.project(x, self.shape.d_ff, "gate")
     up = self.project(x, self.shape.d_ff, "up")
     return self.project(nn.silu(gate) * up, self.shape.d_model, "down")
@@ -151,10 +191,12 @@ class Transformer(nn.Module):
   Attributes:
     shape: the sizes.
     dot_general_cls: None for BF16; ``recipe.dot_general_cls`` puts every projection in FP8.
+    fused: the same recipe where projections of one input are to be one GEMM.
   """
 
   shape: ModelShape
   dot_general_cls: Any = None
+  fused: fp8.Recipe | None = None
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -174,4 +216,4 @@ class Transformer(nn.Module):
       variable_axes={"params": 0, fp8.OVERWRITE_WITH_GRADIENT: 0},
       split_rngs={"params": True},
       length=self.shape.layers,
-    )(self.shape, dot_general_cls=self.dot_general_cls, name="layers")
+    )(self.shape, dot_general_cls=self.dot_general_cls, fused=self.fused, name="layers")

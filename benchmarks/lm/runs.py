@@ -1,5 +1,7 @@
 """What a run is called, and what its GEMMs are: ``"bf16"``, or a recipe's name for FP8 with it.
 
+``"delayed-fused"`` is FP8 with the fused projections of ``flax_fp8``, from the same parameters.
+
 ``"bf16-again"`` is BF16 from initial parameters that were rounded to bfloat16: how far its loss is
 from BF16's is how far two runs drift apart by a rounding, whatever its kind.
 """
@@ -15,17 +17,34 @@ Run: TypeAlias = str
 BF16: Run = "bf16"
 BF16_AGAIN: Run = "bf16-again"
 ALL = "all"
+FUSED = "-fused"
 RECIPE_CHOICES = (*fp8.RECIPES, ALL)
+
+
+def fused(run: Run) -> Run:
+  """The run of the same recipe with fused projections."""
+  return run + FUSED
+
+
+def is_fused(run: Run) -> bool:
+  """Whether the run's projections are fused."""
+  return run.endswith(FUSED)
+
+
+def recipe_name(run: Run) -> str:
+  """The recipe's name, however its projections are made; BF16's runs keep theirs."""
+  return run.removesuffix(FUSED)
 
 
 def recipe_of(run: Run) -> fp8.Recipe | None:
   """The recipe of the projections' GEMMs; None for BF16."""
-  return None if run in (BF16, BF16_AGAIN) else fp8.get_recipe(run)
+  return None if run in (BF16, BF16_AGAIN) else fp8.get_recipe(recipe_name(run))
 
 
 def label(run: Run) -> str:
-  """What a run is called where people read it: ``BF16``, ``FP8 delayed``."""
-  return {BF16: "BF16", BF16_AGAIN: "BF16 again"}.get(run, f"FP8 {run}")
+  """What a run is called where people read it: ``BF16``, ``FP8 delayed``, ``FP8 delayed fused``."""
+  name = f"{recipe_name(run)} fused" if is_fused(run) else run
+  return {BF16: "BF16", BF16_AGAIN: "BF16 again"}.get(run, f"FP8 {name}")
 
 
 def named_recipes(names: Iterable[str]) -> tuple[Run, ...]:

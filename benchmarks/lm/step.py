@@ -11,8 +11,8 @@ import optax
 
 import flax_fp8 as fp8
 from lm.config import TrainConfig
-from lm.model import Transformer
-from lm.runs import BF16_AGAIN, Run, recipe_of
+from lm.model import Transformer, fuse_params
+from lm.runs import BF16_AGAIN, Run, is_fused, recipe_of
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -40,16 +40,24 @@ def is_kernel(tree: Any) -> Any:
 def initializer(config: TrainConfig, run: Run) -> Callable[[jax.Array], fp8.TrainState]:
   """Builds model and optimiser; ``dot_general_cls`` is all that differs between runs.
 
+  Where projections are fused, the parameters are those of the separate layers, fused.
+
   Returns:
     What makes the training state from a random key.
   """
   recipe = recipe_of(run)
-  model = Transformer(config.shape, dot_general_cls=recipe and recipe.dot_general_cls)
+  fused = recipe if is_fused(run) else None
+  dot_general_cls = recipe and recipe.dot_general_cls
+  model = Transformer(config.shape, dot_general_cls=dot_general_cls, fused=fused)
   tx = optimizer(config)
 
   @jax.jit
   def create(key: jax.Array) -> fp8.TrainState:
-    variables = model.init(key, jnp.zeros((1, config.seq_len), jnp.int32))
+    tokens = jnp.zeros((1, config.seq_len), jnp.int32)
+    variables = model.init(key, tokens)
+    if fused is not None:
+      separate = Transformer(config.shape).init(key, tokens)
+      variables = {**variables, "params": fuse_params(separate["params"], config.shape, fused)}
     if run == BF16_AGAIN:
       variables = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), variables)
     state = fp8.TrainState.create(apply_fn=model.apply, params=variables, tx=tx)

@@ -204,23 +204,45 @@ def _is_workspace(array: Array, results: Sequence[object]) -> bool:
 
 def _read_of(body: Computation, number: int, operand: Instruction) -> int:
   """Bytes that a fusion reads of an operand: all of it, or the slices that it takes."""
+  parameter = body.parameters[number]
   whole, taken = operand.array.bytes, 0
-  for user, name in _uses(body, body.parameters[number]):
+  width = whole // max(operand.array.size, 1)
+  for user, name in _uses(body, parameter):
     is_first = user.operands[0] == name and name not in user.operands[1:]
     if user.opcode in _SLICES and is_first:
-      taken += user.array.bytes
+      taken += user.array.size * width
     elif not (user.opcode in _UPDATES and is_first):  # which is written to, not read
       return whole
   return min(whole, taken)
 
 
 def _uses(body: Computation, value: Instruction) -> Iterator[tuple[Instruction, str]]:
-  """The instructions that read a value, and the name by which they do."""
-  for user in body.users[value.name]:
-    if user.opcode == "bitcast":
-      yield from _uses(body, user)
-    elif user.opcode != "tuple":
-      yield user, value.name
+  """The instructions that read a value, and the name by which they do.
+
+  What is computed of it element by element, and only sliced then, is computed only there: so these
+  are its uses, not the arithmetic before.
+  """
+  sliced, seen, values = _sliced(body), {value.name}, [value]
+  while values:
+    value = values.pop()
+    for user in body.users[value.name]:
+      follow = user.opcode == "bitcast" or user.name in sliced
+      if follow and user.name not in seen:
+        values.append(user)
+      elif not follow and user.opcode != "tuple" and user.name not in seen:
+        yield user, value.name
+      seen.add(user.name)
+
+
+def _sliced(body: Computation) -> set[str]:
+  """What a fusion computes element by element, and takes nothing but slices of."""
+  names: set[str] = set()
+  for value in reversed(body.instructions.values()):
+    users = body.users[value.name]
+    of_elements = value.opcode in _ELEMENTWISE or value.opcode in ("convert", "bitcast")
+    if of_elements and users and all(u.opcode in _SLICES or u.name in names for u in users):
+      names.add(value.name)
+  return names
 
 
 def _roots(body: Computation) -> list[Instruction]:

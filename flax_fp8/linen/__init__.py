@@ -3,5 +3,14 @@
 from flax_fp8.linen.convert import Fp8Config, fp8_linear_layers
 from flax_fp8.linen.dot_general import Fp8DotGeneral, Fp8Einsum
 from flax_fp8.linen.freeze import freeze_for_inference
+from flax_fp8.linen.fused import Fp8FusedQKV, Fp8SwiGLU
 
-__all__ = ["Fp8Config", "Fp8DotGeneral", "Fp8Einsum", "fp8_linear_layers", "freeze_for_inference"]
+__all__ = [
+  "Fp8Config",
+  "Fp8DotGeneral",
+  "Fp8Einsum",
+  "Fp8FusedQKV",
+  "Fp8SwiGLU",
+  "fp8_linear_layers",
+  "freeze_for_inference",
+]

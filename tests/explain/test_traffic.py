@@ -77,6 +77,36 @@ def test_a_fusion_reads_only_its_slice():
   assert (kernel.read, kernel.written) == (2 * 2048 + 4, 2 * 2048)
 
 
+@pytest.mark.parametrize(
+  ("other", "read"),
+  [("slice(%square), slice={[1:2], [0:1024]}", 2 * 2048), ("negate(%s)", 2 * 1024),
+   ("reverse(%square), dimensions={1}", 2 * 2048)],
+  ids=["two slices", "one slice", "slice and whole"],
+)  # fmt: skip
+def test_arithmetic_before_a_slice_reads_only_the_slice(other, read):
+  """Of what a fusion computes element by element, it computes what is used."""
+  text = f"""HloModule m
+
+%body (p: bf16[2,1024]) -> f32[1,1024] {{
+  %p = bf16[2,1024]{{1,0}} parameter(0)
+  %wide = f32[2,1024]{{1,0}} convert(%p)
+  %square = f32[2,1024]{{1,0}} multiply(%wide, %wide)
+  %s = f32[1,1024]{{1,0}} slice(%square), slice={{[0:1], [0:1024]}}
+  %r = f32[1,1024]{{1,0}} {other}
+  ROOT %out = f32[1,1024]{{1,0}} add(%s, %r)
+}}
+
+ENTRY %main (p: bf16[2,1024]) -> f32[1,1024] {{
+  %p = bf16[2,1024]{{1,0}} parameter(0)
+  ROOT %f = f32[1,1024]{{1,0}} fusion(%p), kind=kLoop, calls=%body
+}}
+"""
+  module = hlo.parse(text)
+  launched = schedule.launches(module)
+  (kernel,) = traffic.kernels(module, launched, gemms.find(module, launched))
+  assert kernel.read == read
+
+
 def test_a_product_written_into_a_stack_writes_its_slice():
   """Newer XLA lets cuBLAS write where the result is stacked; older XLA copies it there."""
   fn = lambda x, w: lax.scan(lambda x, w: (x, x @ w), x, w)[1]
