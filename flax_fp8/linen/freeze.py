@@ -30,6 +30,7 @@ from flax_fp8.linen.frozen import (
   Path,
   read_roles,
 )
+from flax_fp8.linen.fused import Fp8FusedQKV, GateUp
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.linen.twin import make_twin
 from flax_fp8.recipes.base import GemmKind, Role
@@ -161,9 +162,15 @@ def _describe(module: Any, call: Call, params: Mapping[Path, Any]) -> FrozenLaye
   )
 
 
+def _multiplies_its_kernel(parent: Any) -> bool:
+  """Tells whether a layer contracts its parameter as it is, but for a cast."""
+  fused = isinstance(parent, (Fp8FusedQKV, GateUp)) and parent.kernel_scales == "joint"
+  return fused or isinstance(parent, _LAYERS)
+
+
 def _parameter_name(module: Any, kernel: jax.Array) -> str | None:
   """Names the parameter of the parent that a kernel is: a layer's own, or the very same array."""
-  if isinstance(module.parent, _LAYERS):
+  if _multiplies_its_kernel(module.parent):
     return "kernel"
   parent = module.scope.parent
   own = {} if parent is None else parent.variables().get("params", {})

@@ -224,7 +224,7 @@ class Fp8SwiGLU(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Takes ``[..., D]`` to ``[..., D]``."""
     _check_kernel_scales(self)
-    fused = _GateUp(
+    fused = GateUp(
       self._parts(),
       dtype=self.dtype,
       param_dtype=self.param_dtype,
@@ -300,7 +300,7 @@ class Fp8SwiGLU(nn.Module):
     return {KERNEL: kernel}
 
 
-class _GateUp(nn.Module):
+class GateUp(nn.Module):
   """The first GEMM of ``Fp8SwiGLU``, in a scope beside that of ``down``."""
 
   parts: Parts
@@ -313,6 +313,7 @@ class _GateUp(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
+    """Takes ``[..., D]`` to gate and up, each ``[..., 1, hidden_features]``."""
     return _project(self, self.parts, x, self.kernel_init)
 
 

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flax_fp8.linen.arguments import fill
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.meta_dtype import to_float32
 from flax_fp8.recipes.delayed import resize_history
@@ -73,11 +74,9 @@ def upgrade_variables(
 
 def _initializer(module: nn.Module, args: Any, kwargs: Any) -> Any:
   """Makes a function of nothing that gives all variables; it is traced once."""
-  is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
 
   def init() -> Any:
-    fill = lambda x: jnp.zeros(x.shape, x.dtype) if is_shape(x) else x
-    full_args, full_kwargs = jax.tree.map(fill, (args, kwargs), is_leaf=is_shape)
+    full_args, full_kwargs = fill((args, kwargs))
     return flax.core.unfreeze(module.init(jax.random.key(0), *full_args, **full_kwargs))
 
   return jax.jit(init)

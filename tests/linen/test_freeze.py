@@ -92,6 +92,27 @@ def test_a_hand_edited_model_and_kernels_that_are_made_of_parameters():
   assert "kernel" not in frozen["fp8_frozen"]["Fp8Einsum_1"]
 
 
+class Fused(nn.Module):
+  scales: str = "joint"
+
+  @nn.compact
+  def __call__(self, x):
+    options = {"kernel_scales": self.scales, "dtype": jnp.bfloat16}
+    heads = fp8.Fp8FusedQKV(2, 8, num_kv_heads=1, **options)(x)
+    mixed = jnp.concatenate([part.reshape(*x.shape[:-1], -1) for part in heads], -1)
+    return fp8.Fp8SwiGLU(2 * D, **options)(mixed)
+
+
+@pytest.mark.parametrize("scales", ["joint", "separate"])
+def test_fused_projections_serve_the_same_bits(scales):
+  model, x = Fused(scales), normal(4, D)
+  variables = train(model, jax.jit(model.init)(KEY, x), (x,))
+  _, frozen = assert_serves_the_same(model, variables, (x,))
+  # Kernels with a factor a part are made of the parameter in each run.
+  kernels = [leaf for leaf in jax.tree.leaves(frozen) if leaf.dtype == jnp.float8_e4m3fn]
+  assert len(kernels) == {"joint": 3, "separate": 1}[scales]
+
+
 class Wide(nn.Module):
   @nn.compact
   def __call__(self, x):
