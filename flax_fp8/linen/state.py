@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ import numpy as np
 
 from flax_fp8.meta_dtype import to_max_grad
 from flax_fp8.ops import check
+from flax_fp8.ops.metrics import init_metrics
 from flax_fp8.recipes.base import Recipe, Role, TensorState
 
 OVERWRITE_WITH_GRADIENT = "_overwrite_with_gradient"
@@ -28,20 +30,45 @@ def read_state(module: nn.Module, recipe: Recipe) -> dict[str, TensorState]:
     recipe: declares the keys.
 
   Returns:
-    For each role the leaves, ready for ``ops.dot_general``.
+    For each role the leaves, ready for ``ops.dot_general``; with metrics where there are any.
 
   Raises:
     TypeError: ``recipe`` is no recipe.
     ValueError: the module is applied without its state.
   """
+  state = read_recipe_state(module, recipe)
+  return {role: leaves | _read_metrics(module, role) for role, leaves in state.items()}
+
+
+def read_recipe_state(module: nn.Module, recipe: Recipe) -> dict[str, TensorState]:
+  """Reads a module's state without metrics; else as ``read_state``."""
   check.recipe(type(module).__name__, recipe)
-  return {
-    role.value: {
-      key: _read(module, f"{role.value}_{key}", value)
-      for key, value in recipe.init_state(role).items()
-    }
-    for role in Role
-  }
+  return {role.value: _read_all(module, role.value, recipe.init_state(role)) for role in Role}
+
+
+# Part of the key of JAX's compilation caches, should a module trace a compiled function.
+_declaring: Any = jax.make_user_context(False)
+
+
+def declaring_metrics() -> Any:
+  """Makes the context in which modules that are being initialised create their metrics too."""
+  return _declaring(True)
+
+
+def _read_metrics(module: nn.Module, role: str) -> TensorState:
+  fresh = init_metrics()
+  if _declaring.value and not module.is_mutable_collection(OVERWRITE_WITH_GRADIENT):
+    raise ValueError(
+      f"add_metrics: every FP8 contraction needs the collection {OVERWRITE_WITH_GRADIENT!r} for "
+      f"its metrics; got none at {'/'.join(module.path)!r}. Map it: name it in the variable_axes "
+      "of nn.scan or nn.vmap, beside 'params'."
+    )
+  there = (module.has_variable(OVERWRITE_WITH_GRADIENT, f"{role}_{key}") for key in fresh)
+  return _read_all(module, role, fresh) if _declaring.value or any(there) else {}
+
+
+def _read_all(module: nn.Module, role: str, fresh: Mapping[str, np.ndarray]) -> TensorState:
+  return {key: _read(module, f"{role}_{key}", value) for key, value in fresh.items()}
 
 
 def read_key(module: nn.Module, recipe: Recipe) -> jax.Array | None:
