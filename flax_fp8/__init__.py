@@ -18,11 +18,15 @@ from flax_fp8.recipes import (
   get_recipe,
 )
 from flax_fp8.training import (
+  Stats,
   TrainState,
+  add_metrics,
   apply_updates,
   as_max_grad,
+  drop_metrics,
   grad,
   partition_for_grad_overwrite,
+  stats,
   upgrade_variables,
   value_and_grad,
 )
@@ -54,6 +58,11 @@ __all__ = [
   "apply_updates",
   "partition_for_grad_overwrite",
   "upgrade_variables",
+  # Diagnostics
+  "Stats",
+  "add_metrics",
+  "drop_metrics",
+  "stats",
   # Proof
   "GpuTarget",
   "Report",

@@ -1,16 +1,22 @@
 """The training loop's side: FP8 state is written over, parameters go to the optimiser."""
 
 from flax_fp8.training.max_grad import as_max_grad, grad, value_and_grad
+from flax_fp8.training.metrics import add_metrics, drop_metrics
 from flax_fp8.training.state import apply_updates, partition_for_grad_overwrite
+from flax_fp8.training.stats import Stats, stats
 from flax_fp8.training.train_state import TrainState
 from flax_fp8.training.upgrade import upgrade_variables
 
 __all__ = [
+  "Stats",
   "TrainState",
+  "add_metrics",
   "apply_updates",
   "as_max_grad",
+  "drop_metrics",
   "grad",
   "partition_for_grad_overwrite",
+  "stats",
   "upgrade_variables",
   "value_and_grad",
 ]
