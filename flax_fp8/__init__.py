@@ -23,6 +23,7 @@ from flax_fp8.training import (
   add_metrics,
   apply_updates,
   as_max_grad,
+  calibrate,
   drop_metrics,
   grad,
   partition_for_grad_overwrite,
@@ -61,6 +62,7 @@ __all__ = [
   # Diagnostics
   "Stats",
   "add_metrics",
+  "calibrate",
   "drop_metrics",
   "stats",
   # Proof

@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[1]
 NAMES = {
   "DelayedScaling", "Float8BlockScaling", "Float8CurrentScaling", "Float8RowwiseScaling", "Format",
   "Fp8DotGeneral", "Fp8Einsum", "GpuTarget", "MXFP8BlockScaling", "OVERWRITE_WITH_GRADIENT",
-  "RECIPES", "Recipe", "Report", "TrainState", "apply_updates", "as_max_grad", "assert_fp8",
-  "capability", "explain", "fp32_max_grad", "fp8_ops", "get_recipe", "grad", "ops",
-  "partition_for_grad_overwrite", "upgrade_variables", "value_and_grad",
+  "RECIPES", "Recipe", "Report", "Stats", "TrainState", "add_metrics", "apply_updates",
+  "as_max_grad", "assert_fp8", "calibrate", "capability", "drop_metrics", "explain", "fp32_max_grad", "fp8_ops", "get_recipe", "grad", "ops",
+  "partition_for_grad_overwrite", "stats", "upgrade_variables", "value_and_grad",
 }  # fmt: skip
 MODULES = sorted(m.name for m in pkgutil.walk_packages(fp8.__path__, "flax_fp8."))
 RULES = ("_fwd", "_bwd", "_jvp")  # differentiation rules, which Flax's namespace exports

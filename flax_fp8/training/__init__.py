@@ -1,5 +1,6 @@
 """The training loop's side: FP8 state is written over, parameters go to the optimiser."""
 
+from flax_fp8.training.calibrate import calibrate
 from flax_fp8.training.max_grad import as_max_grad, grad, value_and_grad
 from flax_fp8.training.metrics import add_metrics, drop_metrics
 from flax_fp8.training.state import apply_updates, partition_for_grad_overwrite
@@ -13,6 +14,7 @@ __all__ = [
   "add_metrics",
   "apply_updates",
   "as_max_grad",
+  "calibrate",
   "drop_metrics",
   "grad",
   "partition_for_grad_overwrite",

@@ -76,7 +76,8 @@ def _modules(tree: Any, path: Path, inside: bool) -> Iterator[tuple[Path, dict[s
     if key == OVERWRITE_WITH_GRADIENT:
       yield from _modules(value, path, True)
     elif isinstance(value, Mapping):
-      yield from _modules(value, (*path, key), inside)
+      collection = not path and not inside and key == "params"
+      yield from _modules(value, path if collection else (*path, key), inside)
     elif inside and key in _LEAVES:
       leaves[key] = _concrete(value, (*path, key))
   if leaves:

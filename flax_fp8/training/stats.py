@@ -247,7 +247,7 @@ def _table(rows: Sequence[TensorStats]) -> Table:
   cells = {name: [cell(row) for row in rows] for name, cell in _COLUMNS.items()}
   cells = {name: column for name, column in cells.items() if any(column)}
   grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-  grid.add_column("tensor", overflow="fold")
+  grid.add_column("tensor", min_width=13, overflow="fold")
   for name in cells:
     grid.add_column(name, justify="right", no_wrap=True)
   last = None
