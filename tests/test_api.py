@@ -16,7 +16,8 @@ NAMES = {
   "DelayedScaling", "Float8BlockScaling", "Float8CurrentScaling", "Float8RowwiseScaling", "Format",
   "Fp8DotGeneral", "Fp8Einsum", "GpuTarget", "MXFP8BlockScaling", "OVERWRITE_WITH_GRADIENT",
   "RECIPES", "Recipe", "Report", "Stats", "TrainState", "add_metrics", "apply_updates",
-  "as_max_grad", "assert_fp8", "calibrate", "capability", "drop_metrics", "explain", "fp32_max_grad", "fp8_ops", "get_recipe", "grad", "ops",
+  "as_max_grad", "assert_fp8", "calibrate", "capability", "drop_metrics",
+  "explain", "fp32_max_grad", "fp8_ops", "get_recipe", "grad", "ops",
   "partition_for_grad_overwrite", "stats", "upgrade_variables", "value_and_grad",
 }  # fmt: skip
 MODULES = sorted(m.name for m in pkgutil.walk_packages(fp8.__path__, "flax_fp8."))

@@ -57,9 +57,7 @@ def met(x):
   grads = [TINY * 2 * inputs[3] / inputs[3].size]
   for kernel in reversed(KERNELS):
     grads.append(grads[-1] @ kernel.T)
-  return [
-    {"input": inputs[i], "kernel": KERNELS[i], "output_grad": grads[2 - i]} for i in range(3)
-  ]
+  return [{"input": inputs[i], "kernel": KERNELS[i], "output_grad": grads[2 - i]} for i in range(3)]
 
 
 def assert_recorded(variables, layer, role, amaxes, margin=0):
