@@ -41,6 +41,8 @@ def draw(found: Sequence[History]) -> Any:
     axes.set_title(f"{layer} {role}", fontsize="small")
   for axes in grid[-1]:
     axes.set_xlabel("steps before the newest")
+  handles, labels = next(axes for axes in grid.flat if axes.lines).get_legend_handles_labels()
+  figure.legend(handles, labels, loc="outside lower center", ncols=2)
   return figure
 
 

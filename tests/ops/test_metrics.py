@@ -135,7 +135,7 @@ def test_the_oracle_meets_every_case():
   assert max(expected(down, role)["saturated"] for role in Role) > 0
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ["delayed", "rowwise, wgrad whole", "mxfp8"])
 def test_change_nothing_else(name):
   """Values and the recipe's own state are those of the contraction without metrics."""
   out, dx, dw, state = measured(name)
@@ -154,10 +154,9 @@ def instructions(recipe, state):
   return re.sub(r"(?ms)^(FileNames|FunctionNames|FileLocations|StackFrames)$.*?^$", "", text)
 
 
-@pytest.mark.parametrize("name", ["delayed", "current"])
-def test_cost_nothing_when_absent(name, monkeypatch):
+def test_cost_nothing_when_absent(monkeypatch):
   """The same program as with the measuring taken out, instruction by instruction."""
-  recipe = RECIPES[name]
+  recipe = RECIPES["delayed"]
   without, measuring = (
     instructions(recipe, state) for state in (ops.init_state(recipe), with_metrics(recipe))
   )
@@ -200,12 +199,15 @@ PARTS = cases.normal(3, 4, 8, 16) * np.array([1, 4, 0.5, 2], np.float32).reshape
 
 
 def of_parts(recipe, w, c):
-  each = [cases.compiled_quickly(recipe, x, w, c, with_metrics(recipe))[3] for x in PARTS]
-  return jax.tree.map(lambda *leaves: np.max(leaves, axis=0), *each)["input"]
+  one = cases.quickly(lambda x: cases.step(recipe, x, w, c, with_metrics(recipe))[3]["input"])
+  each = [one(x) for x in PARTS]
+  return jax.tree.map(lambda *leaves: np.max(leaves, axis=0), *each)
 
 
-@pytest.mark.parametrize("name", ["delayed", "rowwise"])
-@pytest.mark.parametrize("how", ["vmap", "check_vma", "unchecked"])
+@pytest.mark.parametrize(
+  ("how", "name"),
+  [("vmap", "delayed"), ("vmap", "rowwise"), ("check_vma", "current"), ("unchecked", "delayed")],
+)
 def test_of_shared_state_are_the_largest_of_the_parts(name, how):
   recipe = RECIPES[name]
   w, c = cases.normal(4, 16, 2), cases.normal(5, 8, 2)
