@@ -30,7 +30,7 @@ def wide(seed, *shape):
 X, W, C = wide(0, M, K), wide(1, K, N), wide(2, M, N)
 TENSORS = dict(zip(Role, (X, W, C), strict=True))
 RECIPES = {
-  **{name: fp8.get_recipe(name) for name in fp8.RECIPES},
+  **{name: fp8.get_recipe(name) for name in fp8.RECIPES if name != "mxfp8"},
   "mxfp8, down": fp8.MXFP8BlockScaling(scale_rounding="down", fp8_format=fp8.Format.HYBRID),
   "rowwise, wgrad whole": fp8.Float8RowwiseScaling(high_precision=("wgrad",)),
 }
@@ -135,7 +135,7 @@ def test_the_oracle_meets_every_case():
   assert max(expected(down, role)["saturated"] for role in Role) > 0
 
 
-@pytest.mark.parametrize("name", ["delayed", "rowwise, wgrad whole", "mxfp8"])
+@pytest.mark.parametrize("name", ["delayed", "rowwise, wgrad whole", "block"])
 def test_change_nothing_else(name):
   """Values and the recipe's own state are those of the contraction without metrics."""
   out, dx, dw, state = measured(name)

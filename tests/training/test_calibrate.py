@@ -220,6 +220,13 @@ def test_scanned_layers_have_their_own(calibrated):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), new[OWG], want)
 
 
+def test_of_batches_on_several_devices(calibrated):
+  mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  place = jax.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  new = calibrate(MODEL, VARIABLES, [jax.device_put(batch, place) for batch in BATCHES], loss_fn)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), new[OWG], calibrated[OWG])
+
+
 class Noisy(nn.Module):
   """Changes variables, drops out, sows, and takes a flag."""
 
