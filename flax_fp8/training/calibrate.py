@@ -142,17 +142,20 @@ class _Run:
 
   def observe(self, variables: Any, batch: Any, rngs: Any) -> tuple[Any, bool]:
     """Records a batch; tells whether it was sound."""
-    variables, sound = self._jitted(self._observing, *_split(batch), variables, rngs)
-    return variables, bool(sound)
+    return self._run(self._observing, variables, batch, rngs)
 
   def settle(self, variables: Any, batch: Any, rngs: Any) -> Any:
     """Gives each state the scale that its history implies; the batch's values are of no matter."""
-    return self._jitted(Calibration(settles=True), *_split(batch), variables, rngs)[0]
+    return self._run(Calibration(settles=True), variables, batch, rngs)[0]
+
+  def _run(self, how: Calibration, variables: Any, batch: Any, rngs: Any) -> tuple[Any, bool]:
+    state, rest = partition_for_grad_overwrite(variables)
+    new, sound = self._jitted(how, *_split(batch), state, rest, rngs)
+    return merge(rest, new), bool(sound)
 
   def _new_state(
-    self, how: Calibration, static: _Static, arrays: Any, variables: Any, rngs: Any
+    self, how: Calibration, static: _Static, arrays: Any, state: Any, rest: Any, rngs: Any
   ) -> tuple[Any, jax.Array]:
-    state, rest = partition_for_grad_overwrite(variables)
     loss = lambda state, params: self._loss(
       merge({**rest, "params": params}, state), static.join(arrays), rngs
     )
@@ -169,7 +172,7 @@ class _Run:
         return old
       return jnp.where(sound, jnp.maximum(old, new) if name in NAMES else new, old)
 
-    return merge(rest, jax.tree_util.tree_map_with_path(record, new, state)), sound
+    return jax.tree_util.tree_map_with_path(record, new, state), sound
 
   def _loss(self, variables: Any, batch: Any, rngs: Any) -> tuple[jax.Array, jax.Array]:
     """Returns a scalar to differentiate, and whether the forward pass was sound."""

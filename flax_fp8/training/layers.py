@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -59,10 +59,13 @@ def layers(tree: Any) -> Iterator[Layer]:
   """
   found = dict(_modules(tree, (), False))
   stacks = {path: _stack(state) for path, state in found.items()}
+  below: dict[Path, list[tuple[int, ...]]] = {}
+  for path, stack in stacks.items():
+    for length in range(1, len(path) + 1):
+      below.setdefault(path[:length], []).append(stack)
   for path, state in jax.device_get(found).items():
-    name, stack = _short(path, found), stacks[path]
-    at = _outermost(path, stacks)
-    for index in np.ndindex(stack):
+    name, at = _short(path, below), _outermost(path, below)
+    for index in np.ndindex(stacks[path]):
       part = {key: leaf[index] if leaf.shape else leaf for key, leaf in state.items()}
       yield Layer(_indexed(name, index, at), part)
 
@@ -98,25 +101,22 @@ def _stack(state: Mapping[str, Any]) -> tuple[int, ...]:
   return max((leaf.shape[:-1] for leaf in state.values()), key=len)
 
 
-def _short(path: Path, all_paths: Mapping[Path, Any]) -> Path:
+def _short(path: Path, below: Mapping[Path, Sequence[Any]]) -> Path:
   """Drops the name that Flax gave the contraction, where its layer has no other."""
   if len(path) < 2 or not _NAMED_BY_FLAX.fullmatch(path[-1]):
     return path
-  siblings = [other for other in all_paths if other[: len(path) - 1] == path[:-1]]
-  return path[:-1] if len(siblings) == 1 else path
+  return path[:-1] if len(below[path[:-1]]) == 1 else path
 
 
-def _outermost(path: Path, stacks: Mapping[Path, tuple[int, ...]]) -> int:
+def _outermost(path: Path, below: Mapping[Path, Sequence[Any]]) -> int:
   """Returns the length of the shortest path under which all state is stacked as this one's."""
-  for length in range(1, len(path)):
-    below = [stack for other, stack in stacks.items() if other[:length] == path[:length]]
-    if all(stack == stacks[path] for stack in below):
-      return length
-  return len(path)
+  lengths = range(1, len(path) + 1)
+  return next((length for length in lengths if len(set(below[path[:length]])) == 1), 0)
 
 
 def _indexed(name: Path, index: tuple[int, ...], at: int) -> str:
   if not index:
     return "/".join(name)
+  where = str(list(index)).replace(" ", "")
   at = min(at, len(name))
-  return "/".join((*name[: at - 1], f"{name[at - 1]}{list(index)}".replace(" ", ""), *name[at:]))
+  return "/".join((*name[: at - 1], f"{name[at - 1]}{where}", *name[at:])) if name else where

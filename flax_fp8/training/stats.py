@@ -110,7 +110,7 @@ class Stats:
   def scalars(self) -> dict[str, float]:
     """Every finite number as ``{"layers[3]/query/input/amax": ...}``, for any logger."""
     return {
-      f"{row.layer}/{row.role}/{name}": value
+      "/".join(filter(None, (row.layer, row.role, name))): value
       for row in self.rows
       for name, value in row.figures().items()
       if math.isfinite(value)
@@ -253,6 +253,7 @@ def _table(rows: Sequence[TensorStats]) -> Table:
   last = None
   for row, *values in zip(rows, *cells.values(), strict=True):
     if row.layer != last:
-      grid.add_row(Text(last := row.layer))
+      last = row.layer
+      grid.add_row(Text(last or "(model)"))
     grid.add_row(Text(f"  {row.role}"), *values)
   return grid

@@ -89,6 +89,14 @@ def test_stacked_layers_have_a_row_each():
   assert [rows[f"layers[{i}]/attention/query"].amax for i in range(3)] == [2, 2, 7]
 
 
+def test_of_a_contraction_that_is_the_model():
+  state = tensor("input", [2.0, 1.0], 1.0)
+  assert fp8.stats({OWG: state}).scalars()["input/amax"] == 2
+  assert "(model)" in str(fp8.stats({OWG: state}))
+  stacked = tensor("input", [2.0, 1.0], 1.0, (2,))
+  assert fp8.stats({OWG: stacked}).scalars()["[1]/input/amax"] == 2
+
+
 def test_text(monkeypatch):
   monkeypatch.setenv("COLUMNS", "100")
   lines = str(fp8.stats(VARIABLES)).splitlines()
