@@ -20,7 +20,7 @@ class Calibration:
 
   Attributes:
     settles: whether the new state is the old one with the scale that its history implies
-      (``Recipe.settle``), instead of one that recorded the tensor.
+      (``Recipe.settle``), instead of one that recorded the tensor; metrics are those at that scale.
     percentile: that of the magnitudes which is recorded as the largest; None for the largest.
   """
 

@@ -204,9 +204,10 @@ def _quantize(
   """
   recipe, how = call.recipe, call.calibration
   whole = [recipe.is_high_precision(kind) for kind in kinds]
-  if all(whole) or (how is not None and how.settles):
-    return (x, x), ()
   own_state, old_metrics = metrics.split(jax.tree.map(to_float32, state[role.value]))
+  settles = how is not None and how.settles
+  if all(whole) or (settles and not old_metrics):
+    return (x, x), ()
   clipped = x if how is None else how.clip(x)
   pair, seen = recipe.quantize(clipped, own_state, role, views, key)
   measured: TensorState = {}
@@ -246,11 +247,12 @@ def _new_state(call: _Call, state: State, observed: Mapping[Role, tuple[Any, ...
   new: dict[str, TensorState] = {}
   for role, seen in observed.items():
     own, old_metrics = metrics.split(jax.tree.map(to_float32, state[role.value]))
+    observation, measured = seen or (None, old_metrics)
     if settles:
       own = recipe.settle(own, role)
     elif seen:
-      own, old_metrics = recipe.update(own, seen[0], role), seen[1]
-    new[role.value] = {**own, **old_metrics}
+      own = recipe.update(own, observation, role)
+    new[role.value] = {**own, **measured}
   return jax.tree.map(_as_cotangent, new, dict(state))
 
 

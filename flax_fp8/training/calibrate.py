@@ -77,7 +77,8 @@ def calibrate(
     A batch with a NaN in its loss or a gradient of a parameter (forward: in its output), or with an
     infinite loss, is not recorded; a warning counts them. Without ``loss_fn``, the state of output
     gradients stays as it was, and so does that of layers behind a ``stop_gradient``. A percentile
-    is that of the array at hand: of several devices or mapped copies, the largest counts. Variables
+    is that of the array at hand: of several devices or mapped copies, the largest counts. Metrics
+    beside state are those of the last batch, in FP8 at the new scales. Variables
     that the model changes (``batch_stats``) are not changed. The deprecated
     ``fp8_ops.Fp8DotGeneralOp`` records as it does in training.
 
@@ -145,7 +146,7 @@ class _Run:
     return self._run(self._observing, variables, batch, rngs)
 
   def settle(self, variables: Any, batch: Any, rngs: Any) -> Any:
-    """Gives each state the scale that its history implies; the batch's values are of no matter."""
+    """Gives each state the scale that its history implies; metrics see the batch at that scale."""
     return self._run(Calibration(settles=True), variables, batch, rngs)[0]
 
   def _run(self, how: Calibration, variables: Any, batch: Any, rngs: Any) -> tuple[Any, bool]:
@@ -170,7 +171,8 @@ class _Run:
       name = path[-1].key
       if self._loss_fn is None and name.startswith(_NOT_FORWARD):
         return old
-      return jnp.where(sound, jnp.maximum(old, new) if name in NAMES else new, old)
+      worst = name in NAMES and not how.settles
+      return jnp.where(sound, jnp.maximum(old, new) if worst else new, old)
 
     return jax.tree_util.tree_map_with_path(record, new, state), sound
 

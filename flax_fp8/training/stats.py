@@ -66,7 +66,9 @@ class TensorStats:
   @property
   def headroom(self) -> float:
     """Powers of two from the newest amax to the end of the range; below 0 it saturated."""
-    return math.log2(self.limit / self.amax) if self.limit > 0 and self.amax > 0 else math.nan
+    if not (self.limit > 0 and self.amax > 0):
+      return math.nan
+    return round(math.log2(self.limit / self.amax), 4) + 0.0  # scales are rounded: no -1e-8
 
   @property
   def sqnr(self) -> float:

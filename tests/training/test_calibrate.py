@@ -122,13 +122,20 @@ def test_forward_only_leaves_output_gradients():
   variables = fp8.add_metrics(MODEL, VARIABLES, BATCHES[0])
   old = jax.tree.map(lambda leaf: leaf + 0.5, variables[OWG])
   old = {**variables, OWG: old}
-  new = calibrate(MODEL, old, BATCHES[:2])
+  new = calibrate(MODEL, old, BATCHES[1::-1])
   for layer in ("layer_0", "layer_2"):
     for name, leaf in dot(new, layer).items():
       if name.startswith("output_grad_"):
         np.testing.assert_array_equal(leaf, dot(old, layer)[name])
-  assert float(dot(new, "layer_0")["input_amax"][0]) == max(np.abs(b).max() for b in BATCHES[:2])
-  assert float(dot(new, "layer_0")["input_amax_history"][0]) == np.abs(BATCHES[1]).max()
+  rows = {(row.layer, row.role): row for row in fp8.stats(new).rows}
+  first = rows["layer_0", "input"]
+  assert first.amax == dot(new, "layer_0")["input_amax"][0] == np.abs(BATCHES[0]).max()
+  assert first.largest == np.abs(BATCHES[1]).max()
+  # What metrics measured, they measured at the new scale.
+  scale = np.float32(first.largest) / np.float32(448)
+  x_hat, x = oracle.qdq(BATCHES[0], scale, "float8_e4m3fn"), np.float64(BATCHES[0])
+  assert first.noise == pytest.approx(np.sum((x - x_hat) ** 2) / np.sum(x**2), rel=1e-4)
+  assert first.saturated == 0
 
 
 def test_percentile(calibrated):
