@@ -26,15 +26,20 @@ from flax_fp8.recipes import (
   get_recipe,
 )
 from flax_fp8.training import (
+  Stats,
   TrainState,
+  add_metrics,
   apply_updates,
   as_max_grad,
+  calibrate,
   downgrade_variables,
+  drop_metrics,
   from_flax_fp8_ops,
   grad,
   partition_for_grad_overwrite,
   restore_checkpoint,
   save_checkpoint,
+  stats,
   upgrade_variables,
   value_and_grad,
 )
@@ -77,6 +82,12 @@ __all__ = [
   "upgrade_variables",
   "downgrade_variables",
   "from_flax_fp8_ops",
+  # Diagnostics
+  "Stats",
+  "add_metrics",
+  "calibrate",
+  "drop_metrics",
+  "stats",
   # Proof
   "GpuTarget",
   "Report",

@@ -39,6 +39,20 @@ def dot_high_precision(lhs: jax.Array, rhs: jax.Array, gemm: Gemm, dtype: Any) -
   return lax.transpose(out, gemm.permutation).astype(dtype)
 
 
+def scaled_matrices(q: QTensor, view: View) -> QTensor:
+  """Returns a tensor scaled as a whole or by rows in the layout that a GEMM sees.
+
+  Args:
+    q: data of the tensor's shape; scale of shape ``()``, or 1 along some axes of the data.
+    view: of the tensor.
+
+  Returns:
+    Data and scales, both ``[batch, kept, contracted]``.
+  """
+  scale = jnp.broadcast_to(q.scale, q.data.shape)
+  return QTensor(view.matrices(q.data), view.matrices(scale))
+
+
 def dot_per_tensor(
   lhs: QTensor, rhs: QTensor, gemm: Gemm, dtype: Any, *, fast_accumulation: bool
 ) -> jax.Array:

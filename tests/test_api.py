@@ -15,12 +15,12 @@ ROOT = Path(__file__).parents[1]
 NAMES = {
   "DelayedScaling", "Float8BlockScaling", "Float8CurrentScaling", "Float8RowwiseScaling", "Format",
   "Fp8Config", "Fp8DotGeneral", "Fp8Einsum", "Fp8FusedQKV", "Fp8SwiGLU", "GpuTarget",
-  "MXFP8BlockScaling", "OVERWRITE_WITH_GRADIENT",
-  "RECIPES", "Recipe", "Report", "TrainState", "apply_updates", "as_max_grad", "assert_fp8",
-  "capability", "downgrade_variables", "explain", "fp32_max_grad", "fp8_linear_layers", "fp8_ops",
-  "freeze_for_inference", "from_flax_fp8_ops",
-  "get_recipe", "grad", "ops", "partition_for_grad_overwrite", "restore_checkpoint",
-  "save_checkpoint", "upgrade_variables", "value_and_grad",
+  "MXFP8BlockScaling", "OVERWRITE_WITH_GRADIENT", "RECIPES", "Recipe", "Report", "Stats",
+  "TrainState", "add_metrics", "apply_updates", "as_max_grad", "assert_fp8", "calibrate",
+  "capability", "downgrade_variables", "drop_metrics", "explain", "fp32_max_grad",
+  "fp8_linear_layers", "fp8_ops", "freeze_for_inference", "from_flax_fp8_ops", "get_recipe",
+  "grad", "ops", "partition_for_grad_overwrite", "restore_checkpoint", "save_checkpoint",
+  "stats", "upgrade_variables", "value_and_grad",
 }  # fmt: skip
 MODULES = sorted(m.name for m in pkgutil.walk_packages(fp8.__path__, "flax_fp8."))
 RULES = ("_fwd", "_bwd", "_jvp")  # differentiation rules, which Flax's namespace exports

@@ -28,7 +28,7 @@ class Fp8DotGeneral(nn.Module):
     input_scale, kernel_scale, output_grad_scale: float32 ``(1,)``, dequantisation multipliers.
     input_amax_history, kernel_amax_history, output_grad_amax_history: float32
     ``(amax_history_len,)``, in the units of the tensor.
-    None at all for a recipe without state.
+    None at all for a recipe without state. The metrics of ``flax_fp8.add_metrics``, once added.
 
   PRNG keys (collection ``sr_rng``):
     One a call, where the recipe rounds gradients stochastically; only the gradient needs it.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from flax_fp8 import ops
 from flax_fp8.formats import Format, float8
-from flax_fp8.linen.state import read_state
+from flax_fp8.linen.state import read_recipe_state, read_state
 from flax_fp8.ops import check
 from flax_fp8.ops.flax_dots import dot_general_with_precision, warn_of_precision
 from flax_fp8.ops.in_out import in_qdq, out_qdq
@@ -202,7 +202,7 @@ class Fp8DotGeneralOp(Fp8DotGeneralBase):
     """Contracts; arguments as ``lax.dot_general``."""
     warn_of_precision(name := type(self).__name__, precision)
     check.warn_of_device(name, self.recipe)
-    state = read_state(self, self.recipe)
+    state = read_recipe_state(self, self.recipe)
     dtype = rhs.dtype
     q_lhs = in_qdq(dtype, self.e4m3_dtype, jnp.asarray(lhs, dtype), *_leaves(state["input"]))
     q_rhs = in_qdq(dtype, self.e4m3_dtype, rhs, *_leaves(state["kernel"]))

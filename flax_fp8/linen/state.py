@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Generator
-from contextvars import ContextVar
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +14,7 @@ import numpy as np
 
 from flax_fp8.meta_dtype import to_max_grad
 from flax_fp8.ops import check
+from flax_fp8.ops.metrics import init_metrics
 from flax_fp8.recipes.base import Recipe, Role, TensorState
 
 OVERWRITE_WITH_GRADIENT = "_overwrite_with_gradient"
@@ -31,20 +30,46 @@ def read_state(module: nn.Module, recipe: Recipe) -> dict[str, TensorState]:
     recipe: declares the keys.
 
   Returns:
-    For each role the leaves, ready for ``ops.dot_general``.
+    For each role the leaves, ready for ``ops.dot_general``; with metrics where there are any.
 
   Raises:
     TypeError: ``recipe`` is no recipe.
     ValueError: the module is applied without its state.
   """
+  state = read_recipe_state(module, recipe)
+  return {role: leaves | _read_metrics(module, role) for role, leaves in state.items()}
+
+
+def read_recipe_state(module: nn.Module, recipe: Recipe) -> dict[str, TensorState]:
+  """Reads a module's state without metrics; else as ``read_state``."""
   check.recipe(type(module).__name__, recipe)
-  return {
-    role.value: {
-      key: _read(module, f"{role.value}_{key}", value)
-      for key, value in recipe.init_state(role).items()
-    }
-    for role in Role
-  }
+  return {role.value: _read_all(module, role.value, recipe.init_state(role)) for role in Role}
+
+
+# Part of the key of JAX's compilation caches, should a module trace a compiled function.
+_declaring: Any = jax.make_user_context(False)
+
+
+def declaring_metrics() -> Any:
+  """Makes the context in which modules that are being initialised create their metrics too."""
+  return _declaring(True)
+
+
+def _read_metrics(module: nn.Module, role: str) -> TensorState:
+  fresh = init_metrics()
+  scope, collection = _home(module)
+  if _declaring.value and not scope.is_mutable_collection(collection):
+    raise ValueError(
+      f"add_metrics: every FP8 contraction needs the collection {OVERWRITE_WITH_GRADIENT!r} for "
+      f"its metrics; got none at {'/'.join(module.path)!r}. Map it: name it in the variable_axes "
+      "of nn.scan or nn.vmap, beside 'params'."
+    )
+  there = (scope.has_variable(collection, f"{role}_{key}") for key in fresh)
+  return _read_all(module, role, fresh) if _declaring.value or any(there) else {}
+
+
+def _read_all(module: nn.Module, role: str, fresh: Mapping[str, np.ndarray]) -> TensorState:
+  return {key: _read(module, f"{role}_{key}", value) for key, value in fresh.items()}
 
 
 def read_key(module: nn.Module, recipe: Recipe) -> jax.Array | None:
@@ -62,20 +87,23 @@ def read_key(module: nn.Module, recipe: Recipe) -> jax.Array | None:
 
 
 # Whether state is among the parameters, and so follows them through every lifted transformation.
-_among_params: ContextVar[bool] = ContextVar("among_params", default=False)
+_among_params: Any = jax.make_user_context(False)
 
 
-@contextlib.contextmanager
-def among_params() -> Generator[None]:
-  """While inside, a module's state is at ``_overwrite_with_gradient`` below it in ``params``."""
-  token = _among_params.set(True)
-  try:
-    yield
-  finally:
-    _among_params.reset(token)
+def among_params() -> Any:
+  """Makes the context in which state is below its module in ``params``, under the usual name."""
+  return _among_params(True)
 
 
-def variable(module: nn.Module, name: str, fresh: np.ndarray) -> Any | None:
+def _home(module: nn.Module) -> tuple[Any, str]:
+  """Returns the scope and the collection of a module's state."""
+  scope: Any = module.scope
+  if _among_params.value:
+    return scope.push(OVERWRITE_WITH_GRADIENT, reuse=True), "params"
+  return scope, OVERWRITE_WITH_GRADIENT
+
+
+def _variable(module: nn.Module, name: str, fresh: np.ndarray) -> Any | None:
   """Returns a variable of a module's state, creating it where that is allowed.
 
   Args:
@@ -86,17 +114,14 @@ def variable(module: nn.Module, name: str, fresh: np.ndarray) -> Any | None:
   Returns:
     Linen's variable; None where there is none and none may be made.
   """
-  scope: Any = module.scope
-  collection = OVERWRITE_WITH_GRADIENT
-  if _among_params.get():
-    scope, collection = scope.push(OVERWRITE_WITH_GRADIENT, reuse=True), "params"
+  scope, collection = _home(module)
   if not (scope.has_variable(collection, name) or scope.is_mutable_collection(collection)):
     return None
   return scope.variable(collection, name, lambda: jnp.asarray(fresh))
 
 
 def _read(module: nn.Module, name: str, fresh: np.ndarray) -> jax.Array:
-  if (found := variable(module, name, fresh)) is None:
+  if (found := _variable(module, name, fresh)) is None:
     raise ValueError(
       f"{type(module).__name__}: applying the model needs the collection "
       f"{OVERWRITE_WITH_GRADIENT!r}; got variables without {name!r} at "

@@ -13,6 +13,7 @@ from jax import lax
 from flax_fp8.capability import capability
 from flax_fp8.contraction import DimensionNumbers
 from flax_fp8.meta_dtype import entered_since_cast, is_max_grad
+from flax_fp8.ops.metrics import METRICS, init_metrics
 from flax_fp8.recipes.base import Recipe, Role
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
@@ -113,10 +114,12 @@ def state(name: str, recipe: Recipe, value: Mapping[str, Any]) -> None:
   for role in Role:
     fresh = recipe.init_state(role)
     leaves = value.get(role.value, {})
+    if leaves.keys() & set(METRICS):
+      fresh |= init_metrics()
     if leaves.keys() != fresh.keys():
       raise ValueError(
         f"{name}: the state of {role.value} must hold {sorted(fresh)}; got {sorted(leaves)}. Make "
-        "it with ops.init_state(recipe)."
+        "it with ops.init_state(recipe); of metrics, add all or none."
       )
     for key, leaf in leaves.items():
       _leaf(f"{name}: {role.value}_{key}", leaf, fresh[key].shape, recipe)

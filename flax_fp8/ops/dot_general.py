@@ -19,7 +19,8 @@ from flax_fp8 import _compat, contraction
 from flax_fp8.amax import emit_once
 from flax_fp8.contraction import DimensionNumbers, Gemm, View
 from flax_fp8.meta_dtype import like, to_float32
-from flax_fp8.ops import check
+from flax_fp8.ops import calibration, check, metrics
+from flax_fp8.ops.calibration import Calibration
 from flax_fp8.products import dot_high_precision
 from flax_fp8.quantize import QTensor
 from flax_fp8.recipes.base import GemmKind, Recipe, Role, TensorState
@@ -52,6 +53,8 @@ def dot_general(
     dimension_numbers: of ``lax.dot_general``.
     recipe: how to scale.
     state: for each role, the leaves of ``recipe.init_state(role)``, float32 or fp32_max_grad.
+      Beside them there may be the metrics ``amax``, ``saturated``, ``flushed`` and ``noise``, all
+      four, ``(1,)``: where they are there, they are measured.
     preferred_element_type: dtype of the result; the promoted dtype of the operands if None.
     key: PRNG key, by which a recipe that asks for it rounds output gradients stochastically; needed
       for differentiation alone.
@@ -94,7 +97,7 @@ def dot_general(
   dims = check.dimension_numbers(name, dimension_numbers, lhs, rhs)
   check.recipe(name, recipe)
   check.state(name, recipe, state)
-  call = _Call(recipe, dims, dtype, roles, name)
+  call = _Call(recipe, dims, dtype, roles, name, calibration.current())
   used = {role.value: state.get(role.value, {}) for role in Role}
   return _scaled_dot_general(call, lhs, rhs, used, key if recipe.rounds_by_key else None)
 
@@ -129,6 +132,7 @@ class _Call:
   dtype: Any
   roles: Roles
   name: str
+  calibration: Calibration | None
 
   @property
   def backward_kinds(self) -> tuple[GemmKind, GemmKind]:
@@ -169,7 +173,8 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, State, None]:
   """Quantises the gradient and multiplies it with both kept operands; updates the state."""
   q_lhs, q_rhs, seen, state, key, (lhs, rhs) = residuals
-  check.key(call.name, call.recipe, key)
+  if call.calibration is None:
+    check.key(call.name, call.recipe, key)
   to_lhs, to_rhs = contraction.backward_gemms(call.dimension_numbers, lhs.shape, rhs.shape)
   lhs_kind, rhs_kind = call.backward_kinds
   (by_rhs, by_lhs), grad_seen = _quantize(
@@ -178,7 +183,7 @@ def _backward(
   grad_lhs = _contract(call.recipe, by_rhs, q_rhs, to_lhs, lhs_kind, lhs.dtype)
   grad_rhs = _contract(call.recipe, by_lhs, q_lhs, to_rhs, rhs_kind, rhs.dtype)
   observed = dict(zip((*call.roles, Role.OUTPUT_GRAD), (*seen, grad_seen), strict=True))
-  new_state = _new_state(call.recipe, state, observed)
+  new_state = _new_state(call, state, observed)
   return lhs.reduce(grad_lhs), rhs.reduce(grad_rhs), new_state, None
 
 
@@ -194,15 +199,35 @@ def _quantize(
   """Prepares a tensor for its two GEMMs: in FP8, or as it is for one in high precision.
 
   Returns:
-    The tensor for each; and the recipe's observation, none where neither GEMM is in FP8.
+    The tensor for each; and the recipe's observation with the metrics, none where neither GEMM is
+    in FP8.
   """
-  whole = [call.recipe.is_high_precision(kind) for kind in kinds]
-  if all(whole):
+  recipe, how = call.recipe, call.calibration
+  whole = [recipe.is_high_precision(kind) for kind in kinds]
+  own_state, old_metrics = metrics.split(jax.tree.map(to_float32, state[role.value]))
+  settles = how is not None and how.settles
+  if all(whole) or (settles and not old_metrics):
     return (x, x), ()
-  float32_state = jax.tree.map(to_float32, state[role.value])
-  pair, seen = call.recipe.quantize(x, float32_state, role, views, key)
+  clipped = x if how is None else how.clip(x)
+  pair, seen = recipe.quantize(clipped, own_state, role, views, key)
+  measured: TensorState = {}
+  if old_metrics:
+    used = [(q, v) for is_whole, q, v in zip(whole, pair, views, strict=True) if not is_whole]
+    measured = _measure(recipe, clipped, used, role, old_metrics)
+  if how is not None:
+    return (x, x), (seen, measured)
   first, second = (x if is_whole else q for is_whole, q in zip(whole, pair, strict=True))
-  return (first, second), (seen,)
+  return (first, second), (seen, measured)
+
+
+def _measure(
+  recipe: Recipe, x: jax.Array, used: list[tuple[QTensor, View]], role: Role, old: TensorState
+) -> TensorState:
+  """Measures the metrics of a tensor; once, where both GEMMs take the same values."""
+  if used[0][0] is used[-1][0]:
+    used = used[:1]
+  seen_as = [(recipe.in_matrices(q, view, x.shape), view) for q, view in used]
+  return metrics.measure(x, seen_as, recipe.float8(role), old)
 
 
 def _contract(
@@ -216,13 +241,19 @@ def _contract(
   return dot_high_precision(lhs, rhs, gemm, dtype)
 
 
-def _new_state(recipe: Recipe, state: State, observed: Mapping[Role, tuple[Any, ...]]) -> State:
+def _new_state(call: _Call, state: State, observed: Mapping[Role, tuple[Any, ...]]) -> State:
   """Updates the state of each role that was observed, as cotangents of the old state."""
+  recipe, settles = call.recipe, call.calibration is not None and call.calibration.settles
   new: dict[str, TensorState] = {}
   for role, seen in observed.items():
-    old = jax.tree.map(to_float32, state[role.value])
-    new[role.value] = recipe.update(old, seen[0], role) if seen else old
-  return jax.tree.map(_as_cotangent, new, state)
+    own, old_metrics = metrics.split(jax.tree.map(to_float32, state[role.value]))
+    observation, measured = seen or (None, old_metrics)
+    if settles:
+      own = recipe.settle(own, role)
+    elif seen:
+      own = recipe.update(own, observation, role)
+    new[role.value] = {**own, **measured}
+  return jax.tree.map(_as_cotangent, new, dict(state))
 
 
 def _as_cotangent(new: jax.Array, old: jax.Array) -> jax.Array:

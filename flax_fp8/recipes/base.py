@@ -136,6 +136,30 @@ class Recipe(abc.ABC):
     """Returns the least state of ``frozen`` under which the scale is what it would be next."""
 
   @abc.abstractmethod
+  def settle(self, state: TensorState, role: Role) -> TensorState:
+    """Returns the state with the scale that the next step would use; ``state`` where it has none.
+
+    Args:
+      state: of a tensor, float32, after ``update``.
+      role: what the tensor is.
+    """
+
+  @abc.abstractmethod
+  def in_matrices(self, q: QTensor, view: View, shape: tuple[int, ...]) -> QTensor:
+    """Returns a quantised tensor in the layout that its GEMM sees, without padding.
+
+    ``view.matrices(x) ≈ data * scale``
+
+    Args:
+      q: as ``quantize`` returned it for one GEMM.
+      view: that GEMM's, of the tensor.
+      shape: of the tensor.
+
+    Returns:
+      Data and float32 scales, both ``[batch, kept, contracted]``.
+    """
+
+  @abc.abstractmethod
   def contract(
     self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any
   ) -> jax.Array:
@@ -210,6 +234,12 @@ class StatelessRecipe(Recipe):
 
   @final
   def freeze(self, state: TensorState, role: Role) -> TensorState:
+    """No state."""
+    del role
+    return state
+
+  @final
+  def settle(self, state: TensorState, role: Role) -> TensorState:
     """No state."""
     del role
     return state

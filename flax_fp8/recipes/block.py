@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -104,6 +105,12 @@ class Float8BlockScaling(StatelessRecipe):
     float8 = self.float8(role)
     scale, inverse = current_scale(blocks, float8, (2, 4), self.power_of_two)
     return quantize(blocks, scale, float8, inverse, key)
+
+  def in_matrices(self, q: QTensor, view: View, shape: tuple[int, ...]) -> QTensor:
+    """Puts the blocks of each row side by side."""
+    columns = math.prod(shape[axis] for axis in view.contracting)
+    join = lambda x: lax.transpose(x, (1, 2, 0, 3)).reshape(*x.shape[1:3], -1)[:, :, :columns]
+    return QTensor(join(q.data), join(jnp.broadcast_to(q.scale[..., None], q.data.shape)))
 
   def contract(
     self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any

@@ -9,7 +9,7 @@ import jax
 
 from flax_fp8.capability import Needs
 from flax_fp8.contraction import Gemm, View
-from flax_fp8.products import dot_per_tensor
+from flax_fp8.products import dot_per_tensor, scaled_matrices
 from flax_fp8.quantize import QTensor, current_scale, quantize
 from flax_fp8.recipes.base import GemmKind, Role, StatelessRecipe, TensorState
 
@@ -69,6 +69,11 @@ class Float8CurrentScaling(StatelessRecipe):
     scale, inverse = current_scale(x, float8, power_of_two=self.power_of_two)
     q = quantize(x, scale, float8, inverse, key)
     return (q, q), None
+
+  def in_matrices(self, q: QTensor, view: View, shape: tuple[int, ...]) -> QTensor:
+    """The scale for each element."""
+    del shape
+    return scaled_matrices(q, view)
 
   def contract(
     self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any

@@ -18,7 +18,7 @@ from flax_fp8.amax import amax
 from flax_fp8.capability import Needs
 from flax_fp8.contraction import Gemm, View
 from flax_fp8.formats import Float8
-from flax_fp8.products import dot_per_tensor
+from flax_fp8.products import dot_per_tensor, scaled_matrices
 from flax_fp8.quantize import QTensor, quantize, scale_from_amax
 from flax_fp8.recipes.base import GemmKind, Recipe, Role, TensorState
 
@@ -228,6 +228,17 @@ class DelayedScaling(Recipe):
       largest = jnp.where(self._is_due(state), largest, 0.0)
     return {"scale": state["scale"], "amax_history": largest.reshape(1)}
 
+  def settle(self, state: TensorState, role: Role) -> TensorState:
+    """Makes the scale of the history now, whatever the interval."""
+    scale, _ = self._scale_of_history(state, role)
+    due = {"steps_to_update": jnp.zeros((1,), jnp.float32)} if self.interval > 1 else {}
+    return {**state, "scale": scale, **due}
+
+  def in_matrices(self, q: QTensor, view: View, shape: tuple[int, ...]) -> QTensor:
+    """The scale for each element."""
+    del shape
+    return scaled_matrices(q, view)
+
   def contract(
     self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any
   ) -> jax.Array:
@@ -243,14 +254,7 @@ class DelayedScaling(Recipe):
   def _scale(self, state: TensorState, seen: jax.Array, role: Role) -> tuple[jax.Array, jax.Array]:
     """Returns the scale of this step and its inverse."""
     stored, float8 = state["scale"], self.float8(role)
-    scale, inverse = next_scale(
-      stored,
-      state["amax_history"],
-      float8,
-      algo=self.amax_compute_algo,
-      margin=self.margin,
-      power_of_two=self.power_of_two,
-    )
+    scale, inverse = self._scale_of_history(state, role)
     if self.interval > 1:
       due = self._is_due(state)
       scale, inverse = jnp.where(due, scale, stored), jnp.where(due, inverse, 1.0 / stored)
@@ -262,6 +266,17 @@ class DelayedScaling(Recipe):
       empty = self._is_empty(state)
       scale, inverse = jnp.where(empty, first, scale), jnp.where(empty, first_inverse, inverse)
     return scale, inverse
+
+  def _scale_of_history(self, state: TensorState, role: Role) -> tuple[jax.Array, jax.Array]:
+    """Returns the scale that the history implies, and its inverse."""
+    return next_scale(
+      state["scale"],
+      state["amax_history"],
+      self.float8(role),
+      algo=self.amax_compute_algo,
+      margin=self.margin,
+      power_of_two=self.power_of_two,
+    )
 
   def _is_due(self, state: TensorState) -> jax.Array:
     return state["steps_to_update"] == 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal, get_args
 
 import jax
@@ -148,6 +149,12 @@ class MXFP8BlockScaling(StatelessRecipe):
     data = quantize(blocks, scale, float8, 1.0 / scale, key).data
     batch, rows, _, chunks, _ = blocks.shape
     return QTensor(data.reshape(batch, rows, chunks * BLOCK), e8m0.reshape(batch, rows, chunks))
+
+  def in_matrices(self, q: QTensor, view: View, shape: tuple[int, ...]) -> QTensor:
+    """The scale for each element."""
+    columns = math.prod(shape[axis] for axis in view.contracting)
+    scale = jnp.repeat(q.scale.astype(jnp.float32), BLOCK, axis=2)
+    return QTensor(q.data[:, :, :columns], scale[:, :, :columns])
 
   def contract(
     self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any

@@ -10,7 +10,7 @@ import jax
 from flax_fp8.capability import Needs
 from flax_fp8.contraction import Gemm, View
 from flax_fp8.formats import Format
-from flax_fp8.products import dot_per_row
+from flax_fp8.products import dot_per_row, scaled_matrices
 from flax_fp8.quantize import QTensor, current_scale, quantize
 from flax_fp8.recipes.base import GemmKind, Role, StatelessRecipe, TensorState, split_key
 
@@ -77,6 +77,11 @@ class Float8RowwiseScaling(StatelessRecipe):
 
     first, second = split_key(key)
     return (along(views[0], first), along(views[1], second)), None
+
+  def in_matrices(self, q: QTensor, view: View, shape: tuple[int, ...]) -> QTensor:
+    """The scale for each element."""
+    del shape
+    return scaled_matrices(q, view)
 
   def contract(
     self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any

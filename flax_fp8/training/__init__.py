@@ -1,23 +1,31 @@
 """The training loop's side: FP8 state is written over, parameters go to the optimiser."""
 
+from flax_fp8.training.calibrate import calibrate
 from flax_fp8.training.checkpoint import restore_checkpoint, save_checkpoint
 from flax_fp8.training.downgrade import downgrade_variables
 from flax_fp8.training.from_flax import from_flax_fp8_ops
 from flax_fp8.training.max_grad import as_max_grad, grad, value_and_grad
+from flax_fp8.training.metrics import add_metrics, drop_metrics
 from flax_fp8.training.state import apply_updates, partition_for_grad_overwrite
+from flax_fp8.training.stats import Stats, stats
 from flax_fp8.training.train_state import TrainState
 from flax_fp8.training.upgrade import upgrade_variables
 
 __all__ = [
+  "Stats",
   "TrainState",
+  "add_metrics",
   "apply_updates",
   "as_max_grad",
+  "calibrate",
   "downgrade_variables",
+  "drop_metrics",
   "from_flax_fp8_ops",
   "grad",
   "partition_for_grad_overwrite",
   "restore_checkpoint",
   "save_checkpoint",
+  "stats",
   "upgrade_variables",
   "value_and_grad",
 ]

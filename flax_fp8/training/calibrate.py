@@ -1,0 +1,283 @@
+"""Calibration: histories and scales from a few batches, before the first step in FP8.
+
+The model runs in the dtype of its operands while its recipes observe. At scale 1 a gradient of 1e-7
+is zero in E5M2: observed in FP8, all layers below it would be seen to have gradients of zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any, TypeAlias
+
+import flax.core
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
+from flax_fp8.ops.calibration import Calibration, calibrating
+from flax_fp8.recipes.base import Role
+from flax_fp8.training.max_grad import value_and_grad
+from flax_fp8.training.metrics import NAMES, add_metrics, check_variables, select
+from flax_fp8.training.state import merge, partition_for_grad_overwrite
+from flax_fp8.training.stats import stats
+
+Loss: TypeAlias = Callable[[Any, Any], Any]
+_NOT_FORWARD = f"{Role.OUTPUT_GRAD.value}_"
+
+
+def calibrate(
+  module: nn.Module,
+  variables: Any,
+  batches: Iterable[Any],
+  loss_fn: Loss | None = None,
+  *,
+  rngs: Any = None,
+  percentile: float | None = None,
+  progress: bool = True,
+) -> Any:
+  """Fills the histories and scales of a model from a few batches, without training it.
+
+  For each batch every FP8 contraction computes in the dtype of its operands, and its recipe records
+  the amax of each tensor as in training; at the end the scales are those of the next step::
+
+      history = [max(|x|), *history without its oldest]         # for each batch
+      scale = max(history) / fp8_max * 2**margin                # once, by the recipe's own rule
+
+  Without ``loss_fn`` only the forward pass runs: for inputs and kernels, to evaluate a model, say.
+  With it output gradients are calibrated too, so that no gradient of the first step is flushed.
+
+  Args:
+    module: the FP8 model.
+    variables: its variables dict, or ``TrainState.params``.
+    batches: what to run on, a handful. Without ``loss_fn`` each is what ``module.apply`` takes
+      after the variables, several arguments as a tuple. Arrays are traced; all else is static.
+    loss_fn: ``loss_fn(variables, batch)`` gives a scalar; the training loss, scaled as in training.
+    rngs: PRNG keys for ``module.apply``, where there is no ``loss_fn``; the same for each batch.
+    percentile: records this percentile of the magnitudes of each tensor instead of the largest, so
+      that rare outliers saturate instead of widening the range; in (0, 100].
+    progress: shows a progress bar on the standard error stream.
+
+  Returns:
+    ``variables`` with new FP8 state and nothing else changed. For a model without state, which has
+    nothing to fill, the ``Stats`` of its metrics instead, the worst of all batches.
+
+  Raises:
+    ValueError: ``batches`` is empty; ``percentile`` is not within (0, 100], or is given for a model
+      without state; such a model is given a ``loss_fn`` without metrics (see ``add_metrics``);
+      ``variables`` is no variables dict.
+
+  Numerics:
+    A batch with a NaN in its loss or a gradient of a parameter (forward: in its output), or with an
+    infinite loss, is not recorded; a warning counts them. Without ``loss_fn``, the state of output
+    gradients stays as it was, and so does that of layers behind a ``stop_gradient``. A percentile
+    is that of the array at hand: of several devices or mapped copies, the largest counts. Metrics
+    beside state are those of the last batch, in FP8 at the new scales. Variables
+    that the model changes (``batch_stats``) are not changed. The deprecated
+    ``fp8_ops.Fp8DotGeneralOp`` records as it does in training.
+
+  Example:
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> import flax_fp8 as fp8
+    >>> layer = nn.Dense(2, dot_general_cls=fp8.Fp8DotGeneral)
+    >>> x = jnp.array([[896.0, 1.0]])
+    >>> variables = layer.init(jax.random.key(0), x)
+    >>> variables = fp8.calibrate(layer, variables, [x, 0.5 * x], progress=False)
+    >>> state = variables["_overwrite_with_gradient"]["Fp8DotGeneral_0"]
+    >>> state["input_scale"], state["input_amax_history"][:2]
+    (Array([2.], dtype=float32), Array([448.,   0.], dtype=float32))
+
+  References:
+    Wu et al., Integer Quantization for Deep Learning Inference, https://arxiv.org/abs/2004.09602,
+    section 3.4, calibration by maximum and percentile.
+  """
+  _check(variables, loss_fn, rngs, percentile)
+  has_loss, run = loss_fn is not None, _Run(module, loss_fn, percentile)
+  new = _zero_metrics(flax.core.unfreeze(variables), has_loss)
+  if (stateless := _is_stateless(new)) and percentile is not None:
+    raise ValueError(
+      f"calibrate: a percentile is for state to record; got {percentile=} and a model without "
+      "state. Leave it out, or choose DelayedScaling."
+    )
+  total, bad, batch = 0, 0, None
+  for batch in _shown(batches, progress):
+    if stateless and not total:
+      new = _with_metrics(new, module, batch, has_loss)
+    new, sound = run.observe(new, batch, rngs)
+    total, bad = total + 1, bad + (not sound)
+  _report(total, bad)
+  if stateless:
+    return stats(new)
+  new = run.settle(new, batch, rngs)
+  return flax.core.freeze(new) if isinstance(variables, flax.core.FrozenDict) else new
+
+
+def _check(variables: Any, loss_fn: Loss | None, rngs: Any, percentile: float | None) -> None:
+  check_variables("calibrate", variables)
+  if percentile is not None and not 0 < percentile <= 100:
+    raise ValueError(
+      f"calibrate: percentile must be within (0, 100]; got percentile={percentile!r}. A usual one "
+      "is 99.99; leave it out for the largest magnitude."
+    )
+  if loss_fn is not None and rngs is not None:
+    raise ValueError(
+      "calibrate: rngs are for module.apply, which with a loss_fn is yours to call; got both. Pass "
+      "the keys to module.apply in loss_fn, or in the batch."
+    )
+
+
+class _Run:
+  """The programs that calibration compiles, once for each shape of a batch."""
+
+  def __init__(self, module: nn.Module, loss_fn: Loss | None, percentile: float | None) -> None:
+    self._module = module
+    self._loss_fn = loss_fn
+    self._observing = Calibration(percentile=percentile)
+    self._jitted = jax.jit(self._new_state, static_argnums=(0, 1))
+
+  def observe(self, variables: Any, batch: Any, rngs: Any) -> tuple[Any, bool]:
+    """Records a batch; tells whether it was sound."""
+    return self._run(self._observing, variables, batch, rngs)
+
+  def settle(self, variables: Any, batch: Any, rngs: Any) -> Any:
+    """Gives each state the scale that its history implies; metrics see the batch at that scale."""
+    return self._run(Calibration(settles=True), variables, batch, rngs)[0]
+
+  def _run(self, how: Calibration, variables: Any, batch: Any, rngs: Any) -> tuple[Any, bool]:
+    state, rest = partition_for_grad_overwrite(variables)
+    new, sound = self._jitted(how, *_split(batch), state, rest, rngs)
+    return merge(rest, new), bool(sound)
+
+  def _new_state(
+    self, how: Calibration, static: _Static, arrays: Any, state: Any, rest: Any, rngs: Any
+  ) -> tuple[Any, jax.Array]:
+    loss = lambda state, params: self._loss(
+      merge({**rest, "params": params}, state), static.join(arrays), rngs
+    )
+    argnums = (0,) if self._loss_fn is None or how.settles else (0, 1)
+    with calibrating(how):
+      (_, sound), (new, *gradients) = value_and_grad(loss, argnums, has_aux=True)(
+        state, rest["params"]
+      )
+    sound = (sound & ~_has_nan(gradients)) | how.settles
+
+    def record(path: Any, new: jax.Array, old: jax.Array) -> jax.Array:
+      name = path[-1].key
+      if self._loss_fn is None and name.startswith(_NOT_FORWARD):
+        return old
+      worst = name in NAMES and not how.settles
+      return jnp.where(sound, jnp.maximum(old, new) if worst else new, old)
+
+    return jax.tree_util.tree_map_with_path(record, new, state), sound
+
+  def _loss(self, variables: Any, batch: Any, rngs: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns a scalar to differentiate, and whether the forward pass was sound."""
+    if self._loss_fn is not None:
+      loss = _scalar(self._loss_fn(variables, batch))
+      return loss, jnp.isfinite(loss)
+    mutable = flax.core.DenyList(("params", OVERWRITE_WITH_GRADIENT))
+    out, _ = self._module.apply(variables, *_arguments(batch), rngs=rngs, mutable=mutable)
+    # Cotangents of zero: the backward pass brings out what was seen, and computes nothing.
+    parts = [jnp.sum(leaf.real).astype(jnp.float32) for leaf in _inexact(out)]
+    return 0.0 * sum(parts, jnp.float32(0)), ~_has_nan(out)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+  """What of a batch is no array: its structure, and flags for ``module.apply``, say."""
+
+  structure: Any
+  others: tuple[Any, ...]
+
+  def join(self, arrays: list[Any]) -> Any:
+    left = iter(arrays)
+    leaves = [next(left) if other is _ARRAY else other for other in self.others]
+    return jax.tree.unflatten(self.structure, leaves)
+
+
+_ARRAY = object()
+
+
+def _split(batch: Any) -> tuple[_Static, list[Any]]:
+  leaves, structure = jax.tree.flatten(batch)
+  is_array = [hasattr(leaf, "__array__") for leaf in leaves]
+  others = tuple(_ARRAY if is_it else leaf for leaf, is_it in zip(leaves, is_array, strict=True))
+  arrays = [leaf for leaf, is_it in zip(leaves, is_array, strict=True) if is_it]
+  convert = lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+  return _Static(structure, others), [convert(leaf) for leaf in arrays]
+
+
+def _arguments(batch: Any) -> tuple[Any, ...]:
+  return batch if isinstance(batch, tuple) else (batch,)
+
+
+def _scalar(loss: Any) -> jax.Array:
+  if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+    raise ValueError(
+      f"calibrate: loss_fn must return a real scalar; got {jax.tree.map(jnp.shape, loss)}. Take "
+      "the mean, and leave auxiliary outputs out."
+    )
+  return jnp.asarray(loss)
+
+
+def _inexact(tree: Any) -> list[jax.Array]:
+  leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+  return [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+
+def _has_nan(tree: Any) -> jax.Array:
+  found = [jnp.any(jnp.isnan(leaf)) for leaf in _inexact(tree)]
+  return functools.reduce(jnp.logical_or, found, jnp.array(False))
+
+
+def _is_stateless(variables: Mapping[str, Any]) -> bool:
+  state, _ = partition_for_grad_overwrite(variables)
+  return not select(state, metrics=False)
+
+
+def _with_metrics(variables: Any, module: nn.Module, batch: Any, has_loss: bool) -> Any:
+  """Gives a model without state the metrics that it is observed by."""
+  if jax.tree.leaves(partition_for_grad_overwrite(variables)[0]):
+    return variables
+  if has_loss:
+    raise ValueError(
+      "calibrate: a model without state is observed by its metrics, which with a loss_fn must be "
+      "there; got variables without. Pass add_metrics(module, variables, *inputs)."
+    )
+  return add_metrics(module, variables, *_arguments(batch))
+
+
+def _zero_metrics(variables: Any, has_loss: bool) -> Any:
+  """Starts the maximum over batches anew."""
+  state, rest = partition_for_grad_overwrite(variables)
+
+  def zero(path: Any, leaf: jax.Array) -> jax.Array:
+    name = path[-1].key
+    fresh = name in NAMES and (has_loss or not name.startswith(_NOT_FORWARD))
+    return jnp.zeros_like(leaf) if fresh else leaf
+
+  return merge(rest, jax.tree_util.tree_map_with_path(zero, state))
+
+
+def _shown(batches: Iterable[Any], progress: bool) -> Iterator[Any]:
+  total = len(batches) if isinstance(batches, Sized) else None
+  with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
+    yield from bar.track(batches, total=total, description="Calibrating")
+
+
+def _report(total: int, bad: int) -> None:
+  if not total:
+    raise ValueError(
+      "calibrate: there must be at least one batch; got none. Pass a list, or a fresh iterator."
+    )
+  if bad:
+    warnings.warn(
+      f"calibrate: {bad} of {total} batches gave NaN or an infinite loss; they are not recorded.",
+      stacklevel=3,
+    )

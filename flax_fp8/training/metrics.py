@@ -1,0 +1,149 @@
+"""Leaves that measure FP8, put beside the state of a model's contractions, and taken away again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.core
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flax_fp8.linen.arguments import fill
+from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, declaring_metrics
+from flax_fp8.ops.metrics import METRICS
+from flax_fp8.recipes.base import Role
+from flax_fp8.training.state import merge
+
+NAMES = frozenset(f"{role.value}_{metric}" for role in Role for metric in METRICS)
+
+
+def add_metrics(module: nn.Module, variables: Any, *init_args: Any, **init_kwargs: Any) -> Any:
+  """Lets every FP8 contraction of a model measure what FP8 does to its tensors.
+
+  For each role there are four more leaves, float32 ``(1,)``, whose gradients are their new values::
+
+      {role}_amax        max(|x|)
+      {role}_saturated   part of the values that are beyond the range at their scale
+      {role}_flushed     part of the nonzero values that became zero
+      {role}_noise       sum((x - x_hat)**2) / sum(x**2)     # SQNR = -10 log10(noise) dB
+
+  Whatever moves state moves them: ``value_and_grad``, ``TrainState``, ``nn.scan``, checkpoints.
+  ``stats`` reads them. They are measured as long as they are there; see ``drop_metrics``.
+
+  Args:
+    module: the FP8 model; of any recipe.
+    variables: its variables dict, or ``TrainState.params``.
+    *init_args: what the model's ``init`` takes after the PRNG key; arrays or ShapeDtypeStructs.
+    **init_kwargs: the same by keyword.
+
+  Returns:
+    ``variables`` with the leaves at zero, in the collection ``_overwrite_with_gradient``, which is
+    made where the recipe has no state.
+
+  Raises:
+    ValueError: ``variables`` is no variables dict, the model has no FP8 contraction, or an
+      ``nn.scan`` or ``nn.vmap`` in it does not map the collection.
+
+  Numerics:
+    Values that are not finite, and those whose scale is NaN, are left out. Of a tensor used on
+    several paths, or shared by mapped axes or devices, each figure is the largest of the parts. Of
+    a tensor quantised differently for its two GEMMs, the worse. Tensors that no FP8 GEMM takes stay
+    at zero. The deprecated ``fp8_ops.Fp8DotGeneralOp`` has no metrics.
+
+  Example:
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> import flax_fp8 as fp8
+    >>> layer = nn.Dense(2, dot_general_cls=fp8.Float8CurrentScaling().dot_general_cls)
+    >>> x = jnp.array([[448.0, 100.5, 1e-9]])
+    >>> variables = fp8.add_metrics(layer, layer.init(jax.random.key(0), x), x)
+    >>> new = fp8.grad(lambda v: jnp.sum(layer.apply(v, x)))(variables)
+    >>> leaves = new["_overwrite_with_gradient"]["Fp8DotGeneral_0"]
+    >>> [round(float(leaves[f"input_{name}"][0]), 3) for name in ("amax", "saturated", "flushed")]
+    [448.0, 0.0, 0.333]
+
+  References:
+    Micikevicius et al., FP8 Formats for Deep Learning, https://arxiv.org/abs/2209.05433, section 3.
+  """
+  check_variables("add_metrics", variables)
+  plain = flax.core.unfreeze(drop_metrics(variables))
+  made = _declared(module, init_args, init_kwargs)
+  if not jax.tree.leaves(made):
+    raise ValueError(
+      f"add_metrics: the model must have FP8 contractions; got {type(module).__name__} with none. "
+      "Give its layers dot_general_cls=flax_fp8.Fp8DotGeneral."
+    )
+  state = merge(plain.pop(OVERWRITE_WITH_GRADIENT, {}), made)
+  return _like(variables, {**plain, OVERWRITE_WITH_GRADIENT: state})
+
+
+def drop_metrics(variables: Any) -> Any:
+  """Takes away what ``add_metrics`` added.
+
+  Args:
+    variables: variables dict, or ``TrainState.params``.
+
+  Returns:
+    ``variables`` without metrics; without the collection ``_overwrite_with_gradient`` where it held
+    nothing else.
+
+  Raises:
+    ValueError: ``variables`` is no variables dict.
+
+  Example:
+    >>> import flax_fp8 as fp8
+    >>> state = {"layer": {"input_amax": 0.0, "input_noise": 0.0, "input_scale": 1.0}}
+    >>> fp8.drop_metrics({"params": {}, "_overwrite_with_gradient": state})
+    {'params': {}, '_overwrite_with_gradient': {'layer': {'input_scale': 1.0}}}
+
+  References:
+    flax_fp8.add_metrics.
+  """
+  check_variables("drop_metrics", variables)
+  plain = flax.core.unfreeze(variables)
+  if OVERWRITE_WITH_GRADIENT in plain:
+    rest = select(plain[OVERWRITE_WITH_GRADIENT], metrics=False)
+    plain = {**plain, OVERWRITE_WITH_GRADIENT: rest}
+    if not rest:
+      del plain[OVERWRITE_WITH_GRADIENT]
+  return _like(variables, plain)
+
+
+def check_variables(name: str, variables: Any) -> None:
+  """Raises ValueError where the variables are no dict of collections."""
+  if not isinstance(variables, Mapping) or "params" not in variables:
+    got = sorted(variables) if isinstance(variables, Mapping) else type(variables)
+    raise ValueError(
+      f"{name}: variables must be a variables dict with the collection 'params'; got {got}. Wrap "
+      "bare parameters as {'params': params}."
+    )
+
+
+def select(state: Mapping[str, Any], *, metrics: bool) -> dict[str, Any]:
+  """Returns the metrics of state alone, or all but them; modules left empty are left out."""
+  kept: dict[str, Any] = {}
+  for key, value in state.items():
+    if isinstance(value, Mapping):
+      if below := select(value, metrics=metrics):
+        kept[key] = below
+    elif (key in NAMES) == metrics:
+      kept[key] = value
+  return kept
+
+
+def _declared(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+  """Makes the metrics of a model, at zero, from the shapes that initialising it would give."""
+
+  def init() -> Any:
+    full_args, full_kwargs = fill((args, kwargs))
+    with declaring_metrics():
+      made = module.init(jax.random.key(0), *full_args, **full_kwargs)
+    return flax.core.unfreeze(made).get(OVERWRITE_WITH_GRADIENT, {})
+
+  shapes = select(jax.eval_shape(init), metrics=True)
+  return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
+
+
+def _like(variables: Any, new: dict[str, Any]) -> Any:
+  return flax.core.freeze(new) if isinstance(variables, flax.core.FrozenDict) else new

@@ -1,0 +1,152 @@
+"""The table that state tells: its figures, names, text and picture."""
+
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flax_fp8 as fp8
+
+OWG = fp8.OVERWRITE_WITH_GRADIENT
+
+
+def tensor(role, amaxes, scale, stack=(), **metrics):
+  """State of a tensor whose amaxes were these, newest first."""
+  newest, *older = amaxes
+  history = np.array([newest, *reversed(older)], np.float32)
+  leaves = {"scale": np.array([scale]), "amax_history": history}
+  leaves |= {name: np.array([value]) for name, value in metrics.items()}
+  shape = lambda leaf: jnp.asarray(np.broadcast_to(leaf, (*stack, *leaf.shape)), jnp.float32)
+  return {f"{role}_{name}": shape(leaf) for name, leaf in leaves.items()}
+
+
+STATE = tensor("input", [8.0, 2.0, 4.0, 1.0], 1 / 448) | tensor(
+  "output_grad", [1.0, 0.0], 4 / 57344, saturated=0.25, flushed=0.0, noise=0.001, amax=1.0
+)
+VARIABLES = {"params": {}, OWG: {"Dense_0": {"Fp8DotGeneral_0": STATE}}}
+
+
+def test_figures():
+  stats = fp8.stats(VARIABLES)
+  rows = {(row.layer, row.role): row for row in stats.rows}
+  assert set(rows) == {("Dense_0", "input"), ("Dense_0", "output_grad")}
+  first, second = rows.values()
+  assert first.history == (1, 4, 2, 8)
+  assert (first.amax, first.largest, first.jump) == (8, 8, 2)
+  assert first.headroom == pytest.approx(-3, abs=1e-6)
+  assert first.scale == pytest.approx(1 / 448)
+  assert math.isnan(first.sqnr)
+  assert second.headroom == pytest.approx(2, abs=1e-6)
+  assert math.isnan(second.jump)  # nothing is older
+  assert second.sqnr == pytest.approx(30)
+  by_name = stats.scalars()
+  assert by_name["Dense_0/output_grad/saturated"] == 0.25
+  assert by_name["Dense_0/input/jump"] == 2
+  assert "Dense_0/output_grad/jump" not in by_name
+  assert all(type(value) is float and math.isfinite(value) for value in by_name.values())
+
+
+def test_the_format_sets_the_range():
+  rows = fp8.stats(VARIABLES, fp8_format=fp8.Format.E4M3).rows
+  assert rows[1].limit == pytest.approx(448 * 4 / 57344)
+
+
+def test_exact_values_and_unused_state():
+  """No path came: the gradient of a scale is zero, or all of it is -inf."""
+  exact = tensor("input", [1.0, 1.0], 1.0, noise=0.0, amax=1.0)
+  unused = tensor("kernel", [0.0, 0.0], 0.0) | tensor("output_grad", [-np.inf], -np.inf)
+  rows = fp8.stats({OWG: {"layer": exact | unused}}).rows
+  assert rows[0].sqnr == math.inf
+  assert all(math.isnan(row.scale) and math.isnan(row.headroom) for row in rows[1:])
+  assert rows[2].history == (0,)
+
+
+def test_stacked_layers_have_a_row_each():
+  stacked = tensor("kernel", [2.0, 1.0], 1.0, (3,))
+  experts = tensor("input", [2.0, 1.0], 1.0, (2, 2))
+  kernel = stacked["kernel_amax_history"].at[2, 0].set(7.0)
+  tree = {
+    "params": {"twin": {OWG: tensor("input", [1.0], 1.0)}},  # nested: state of a twin
+    OWG: {
+      "layers": {
+        "attention": {"query": {"Fp8DotGeneral_0": {**stacked, "kernel_amax_history": kernel}}},
+        "mlp": {"Fp8Einsum_0": stacked, "Fp8Einsum_1": stacked},
+      },
+      "experts": {"up": experts},
+      "head": tensor("input", [1.0], 1.0),
+    },
+  }
+  rows = {row.layer: row for row in fp8.stats(tree).rows}
+  each = [
+    *(f"layers[{i}]/attention/query" for i in range(3)),
+    *(f"layers[{i}]/mlp/Fp8Einsum_{j}" for i in range(3) for j in range(2)),
+    *(f"experts[{i},{j}]/up" for i in range(2) for j in range(2)),
+  ]
+  assert set(rows) == {"twin", "head", *each}
+  assert [rows[f"layers[{i}]/attention/query"].amax for i in range(3)] == [2, 2, 7]
+
+
+def test_of_a_contraction_that_is_the_model():
+  state = tensor("input", [2.0, 1.0], 1.0)
+  assert fp8.stats({OWG: state}).scalars()["input/amax"] == 2
+  assert "(model)" in str(fp8.stats({OWG: state}))
+  stacked = tensor("input", [2.0, 1.0], 1.0, (2,))
+  assert fp8.stats({OWG: stacked}).scalars()["[1]/input/amax"] == 2
+
+
+def test_text(monkeypatch):
+  monkeypatch.setenv("COLUMNS", "100")
+  lines = str(fp8.stats(VARIABLES)).splitlines()
+  assert lines[0].split() == [
+    "tensor", "amax", "scale", "largest", "jump", "headroom", "saturated", "flushed", "SQNR", "dB",
+  ]  # fmt: skip
+  assert lines[2].split() == ["Dense_0"]
+  assert lines[3].split() == ["input", "8", "0.00223", "8", "2", "-3"]
+  assert lines[4].split() == [
+    "output_grad", "1", "6.98e-05", "1", "2", "25", "%", "0", "%", "30.0",
+  ]  # fmt: skip
+  assert max(map(len, lines)) <= 100
+  without = {OWG: {"layer": tensor("input", [1.0, 1.0], 1.0)}}
+  assert "saturated" not in str(fp8.stats(without))
+
+
+def test_of_the_gradient_of_state_cast_outside():
+  """fp32_max_grad, as differentiating the cast variables themselves gives it."""
+  cast = fp8.as_max_grad(VARIABLES)
+  assert fp8.stats(cast).scalars() == fp8.stats(VARIABLES).scalars()
+
+
+def test_plot():
+  figure = fp8.stats(VARIABLES).plot()
+  first, second = figure.axes
+  assert [axes.get_title() for axes in figure.axes] == ["Dense_0 input", "Dense_0 output_grad"]
+  line, limit = first.lines
+  np.testing.assert_array_equal(line.get_xydata(), [[-3, 1], [-2, 4], [-1, 2], [0, 8]])
+  assert limit.get_ydata()[0] == pytest.approx(1)
+  assert first.get_yscale() == "log"
+  np.testing.assert_array_equal(second.lines[0].get_xydata(), [[0, 1]])  # what was recorded
+  figure.canvas.draw()
+
+
+def test_plot_errors(monkeypatch):
+  nothing = {OWG: {"layer": {"input_amax": jnp.ones(1)}}}
+  with pytest.raises(ValueError, match=r"Stats.plot: at least one tensor must have an amax hist"):
+    fp8.stats(nothing).plot()
+  monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+  with pytest.raises(ImportError, match=r"Stats.plot: drawing needs matplotlib; got none"):
+    fp8.stats(VARIABLES).plot()
+
+
+def test_errors():
+  for tree in ({"params": {}}, {OWG: {}}, {OWG: {"layer": {"other": jnp.ones(1)}}}, None):
+    with pytest.raises(ValueError, match=r"stats: there must be FP8 state, .* got none in"):
+      fp8.stats(tree)
+  with pytest.raises(TypeError, match=r"stats: state must be arrays .*got Dense_0/.*Tracer"):
+    jax.jit(fp8.stats)(VARIABLES)
+  with pytest.raises(TypeError, match=r"stats: state must be arrays .*ShapeDtypeStruct"):
+    fp8.stats(jax.eval_shape(lambda: VARIABLES))
+  with pytest.raises(TypeError, match=r"stats: fp8_format must be a Format; got fp8_format='E4M3'"):
+    fp8.stats(VARIABLES, fp8_format="E4M3")
