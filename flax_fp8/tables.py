@@ -85,14 +85,15 @@ def _grid(
   *,
   headed: bool = True,
 ) -> RichTable:
-  """Lays out ``shown`` in columns that are as wide as ``measured`` needs."""
+  """Lays out ``shown`` in columns as wide as ``measured`` needs; text folds if that is too wide."""
   names = [name.removeprefix("<") for name in columns]
   grid = RichTable(box=box.SIMPLE_HEAD if headed else None, show_header=headed, pad_edge=False)
   for name, column, *cells in zip(names, columns, *measured, strict=True):
+    is_text = column.startswith("<")
     grid.add_column(
       name,
-      justify="left" if column.startswith("<") else "right",
-      min_width=min(24, max(map(len, (name, *cells)))),
+      justify="left" if is_text else "right",
+      min_width=min(12 if is_text else 24, max(map(len, (name, *cells)))),
       overflow="fold",
     )
   for row in shown:

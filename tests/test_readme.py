@@ -3,6 +3,11 @@
 import re
 from pathlib import Path
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 import flax_fp8 as fp8
 from tests import test_defects
 
@@ -57,3 +62,50 @@ def test_links_lead_somewhere():
 def test_commands_stand_below_their_markers():
   for name in ("train", "test"):
     assert re.search(rf"<!-- command: {name} -->\n```bash\n[^\n]+\n```\n", README)
+
+
+class Experts(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), (2, 32, 32))
+    return jnp.einsum("bk,ekn->ben", x, kernel).sum(1)
+
+
+class Layer(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(32, name="out")(nn.gelu(nn.Dense(64, name="up")(x)))
+    return x + nn.Dense(32, name="down")(Experts(name="experts")(x))
+
+
+class Model(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    for i in range(3):
+      x = Layer(name=f"layers_{i}")(x)
+    return x
+
+
+def test_the_programs_of_whole_models_run(capsys):
+  section = README[README.index("## Whole models") : README.index("## Recipes")]
+  programs = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+  x = jax.random.normal(jax.random.key(0), (4, 32))
+  model = Model()
+  names = {
+    "fp8": fp8,
+    "re": re,
+    "model": model,
+    "x": x,
+    "bf16_variables": (plain := jax.jit(model.init)(jax.random.key(1), x)),
+    "batches": [x, 2 * x],
+    "loss_fn": lambda variables, x: jnp.mean(names["twin"].apply(variables, x) ** 2),
+  }
+  for program in programs:
+    exec(compile(program, "whole_models.py", "exec"), names)
+  shown = capsys.readouterr().out
+  assert "jnp.einsum" in shown
+  assert "3 of 12 layers become FP8" in shown
+  assert "layers_2/up" in shown
+  jax.tree.map(np.testing.assert_array_equal, names["bf16_variables"], plain)
+  got = jax.jit(names["served"].apply)(names["frozen"], x)
+  np.testing.assert_array_equal(got, jax.jit(names["twin"].apply)(names["variables"], x))

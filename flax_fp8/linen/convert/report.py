@@ -91,7 +91,7 @@ class ConversionReport:
     return tables.markdown(self._parts())
 
   def _parts(self) -> tuple[Table | str, ...]:
-    columns = ("<layer", "<kind", "K x N", "times", "<FP8", "<recipe", "<rule", "MiB saved")
+    columns = ("<layer", "<kind", "K x N", "times", "<FP8", "MiB saved", "<rule")
     return Table(columns, tuple(map(_cells, self.rows))), self._totals()
 
   def _totals(self) -> str:
@@ -119,15 +119,14 @@ def _cells(row: Row) -> tuple[str, ...]:
     layer.kind,
     f"{batch}{layer.contracted} x {layer.features}",
     str(row.stacked * row.calls),
-    "yes" if row.taken else "no",
     _name(row.recipe),
-    row.rule,
     f"{row.bytes_saved / _MIB:.2f}" if row.taken else "",
+    row.rule,
   )
 
 
 def _name(recipe: Recipe | None) -> str:
   if recipe is None:
-    return ""
+    return "no"
   names = {cls: name for name, cls in RECIPES.items()}
   return names.get(type(recipe), type(recipe).__name__)

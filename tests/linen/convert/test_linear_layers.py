@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import flax_fp8 as fp8
-from tests.linen.convert.models import CASES
+from tests.linen.convert.models import CASES, D, F
 
 OWG = fp8.OVERWRITE_WITH_GRADIENT
 
@@ -89,3 +89,75 @@ def test_a_recipe_without_state_adds_nothing(case, pair):
   assert OWG not in jax.eval_shape(twin.init, jax.random.key(0), *case.args)
   wanted, got = (m.apply(pair[0], *case.args) for m in (case.model, twin))
   assert 1e-4 < relative_error(np.float64(got), np.float64(wanted)) < 0.2
+
+
+class HandEdited(nn.Module):
+  """``Mlp`` with an argument in each layer."""
+
+  @nn.compact
+  def __call__(self, x):
+    new = fp8.DelayedScaling().dot_general_cls
+    x = nn.gelu(nn.Dense(F, dot_general_cls=new)(x))
+    return nn.Dense(D, use_bias=False, dot_general_cls=new, name="down")(x)
+
+
+def test_is_the_hand_edited_model():
+  """Checkpoints go either way: the same paths, and the same bits for three steps."""
+  case = CASES["compact"]
+  variables = [jax.jit(m.init)(jax.random.key(0), *case.args) for m in (HandEdited(), case.twin)]
+  for _ in range(3):
+    jax.tree.map(np.testing.assert_array_equal, *variables)
+    for i, module in enumerate((HandEdited(), case.twin)):
+      loss = lambda v, module=module: jnp.mean(jnp.square(module.apply(v, *case.args)))
+      variables[i] = jax.jit(fp8.grad(loss))(variables[i])
+
+
+def test_a_checkpoint_without_fp8_goes_on_in_the_twin():
+  case = CASES["scanned"]
+  plain = jax.jit(case.model.init)(jax.random.key(0), *case.args)
+  variables = fp8.upgrade_variables(case.twin, plain, *case.args)
+  jax.tree.map(np.testing.assert_array_equal, plain["params"], variables["params"])
+  assert modules_with_state(variables) == set(case.fp8_layers)
+  jax.tree.map(np.testing.assert_array_equal, fp8.downgrade_variables(variables), plain)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "current"])
+def test_metrics_follow_the_state_through_a_scan_that_knows_of_neither(recipe):
+  case = CASES["scanned"]
+  config = fp8.Fp8Config(recipe=fp8.get_recipe(recipe))
+  twin = fp8.fp8_linear_layers(case.model, config)
+  variables = jax.jit(twin.init)(jax.random.key(0), *case.args)
+  variables = fp8.add_metrics(twin, variables, *case.args)
+  loss = lambda v: jnp.mean(jnp.square(twin.apply(v, *case.args)))
+  rows = fp8.stats(jax.jit(fp8.grad(loss))(variables)).rows
+  assert {row.layer for row in rows} == {
+    f"layers[{i}]/mlp/{name}" for i in range(3) for name in ("Dense_0", "down")
+  }
+  assert all(row.amax > 0 and row.noise > 0 for row in rows)
+
+
+def test_is_calibrated_through_a_scan():
+  case = CASES["scanned"]
+  variables = jax.jit(case.twin.init)(jax.random.key(0), *case.args)
+  loss = lambda v, x: 1e-9 * jnp.mean(jnp.square(case.twin.apply(v, x)))
+  step = jax.jit(fp8.grad(loss))
+  flushed = lambda grads: [not leaf.any() for leaf in jax.tree.leaves(grads["params"]["layers"])]
+  assert any(flushed(step(variables, *case.args)))
+  variables = fp8.calibrate(case.twin, variables, case.args, loss, progress=False)
+  assert not any(flushed(step(variables, *case.args)))
+
+
+def test_variables_of_another_model_are_refused():
+  case = CASES["compact"]
+  other = {"params": {"Dense_0": jnp.ones(3)}, OWG: {"Dense_0": {"Fp8DotGeneral_0": {"x": 1.0}}}}
+  with pytest.raises(
+    ValueError, match=r"state for 'Dense_0', which params hold as"
+  ):
+    case.twin.apply(other, *case.args)
+  with pytest.raises(ValueError, match=r"variables must be a variables dict; got <class 'list'>"):
+    case.twin.apply([1.0], *case.args)
+  with pytest.raises(ValueError, match=r"upgrade_variables: .*Dense_0"):
+    fp8.upgrade_variables(case.twin, other, *case.args)
+  without = {"params": jax.jit(case.model.init)(jax.random.key(0), *case.args)["params"]}
+  with pytest.raises(ValueError, match="upgrade_variables"):
+    case.twin.apply(without, *case.args)
