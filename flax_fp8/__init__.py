@@ -5,6 +5,7 @@ from flax_fp8.capability import capability
 from flax_fp8.explain import GpuTarget, Report, assert_fp8, explain
 from flax_fp8.formats import Format
 from flax_fp8.linen import (
+  ConversionReport,
   Fp8Config,
   Fp8DotGeneral,
   Fp8Einsum,
@@ -53,6 +54,7 @@ __all__ = [
   "Fp8FusedQKV",
   "Fp8SwiGLU",
   # Models
+  "ConversionReport",
   "Fp8Config",
   "fp8_linear_layers",
   "freeze_for_inference",

@@ -1,11 +1,12 @@
 """Linen modules in FP8."""
 
-from flax_fp8.linen.convert import Fp8Config, fp8_linear_layers
+from flax_fp8.linen.convert import ConversionReport, Fp8Config, fp8_linear_layers
 from flax_fp8.linen.dot_general import Fp8DotGeneral, Fp8Einsum
 from flax_fp8.linen.freeze import freeze_for_inference
 from flax_fp8.linen.fused import Fp8FusedQKV, Fp8SwiGLU
 
 __all__ = [
+  "ConversionReport",
   "Fp8Config",
   "Fp8DotGeneral",
   "Fp8Einsum",

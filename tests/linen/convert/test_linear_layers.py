@@ -150,9 +150,7 @@ def test_is_calibrated_through_a_scan():
 def test_variables_of_another_model_are_refused():
   case = CASES["compact"]
   other = {"params": {"Dense_0": jnp.ones(3)}, OWG: {"Dense_0": {"Fp8DotGeneral_0": {"x": 1.0}}}}
-  with pytest.raises(
-    ValueError, match=r"state for 'Dense_0', which params hold as"
-  ):
+  with pytest.raises(ValueError, match=r"state for 'Dense_0', which params hold as"):
     case.twin.apply(other, *case.args)
   with pytest.raises(ValueError, match=r"variables must be a variables dict; got <class 'list'>"):
     case.twin.apply([1.0], *case.args)
