@@ -68,6 +68,9 @@ class ConversionReport:
     >>> report = fp8.Fp8Config().report(nn.Dense(32, name="up"), x)
     >>> report.taken[0].layer.features
     32
+
+  References:
+    flax.linen.Module.tabulate.
   """
 
   rows: tuple[Row, ...]
