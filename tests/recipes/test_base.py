@@ -45,6 +45,13 @@ class PerRow(Recipe):
   def settle(self, state, role):
     return {}
 
+  @property
+  def frozen(self):
+    return self
+
+  def freeze(self, state, role):
+    return {}
+
   def in_matrices(self, q, view, shape):
     return scaled_matrices(q, view)
 
