@@ -87,7 +87,7 @@ def step_shapes(config: TrainConfig, run: Run) -> tuple[fp8.TrainState, jax.Shap
   return state, jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.uint8)
 
 
-def mean_loss(apply_fn: Callable[..., jax.Array], variables: Any, windows: jax.Array) -> jax.Array:
+def mean_loss(apply_fn: Callable[..., Any], variables: Any, windows: jax.Array) -> jax.Array:
   """Mean cross entropy, nats a byte, of ``[B, T + 1]`` windows."""
   windows = windows.astype(jnp.int32)
   logits = apply_fn(variables, windows[:, :-1])

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 import flax_fp8 as fp8
+from flax_fp8.recipes.base import Role
 from lm.checkpoints import Checkpoints
 from lm.config import TrainConfig
 from lm.curve import Curve, Result
@@ -99,7 +100,7 @@ def summarize(
 def has_state(run: Run) -> bool:
   """Whether there is FP8 state, which calibration could fill."""
   recipe = recipe_of(run)
-  return recipe is not None and any(recipe.init_state(role) for role in fp8.recipes.Role)
+  return recipe is not None and any(recipe.init_state(role) for role in Role)
 
 
 def calibrated(
@@ -153,7 +154,7 @@ def train(
   resume: bool = False,
   checkpoint_every: int = 0,
   display: Display | None = None,
-) -> tuple[Result, dict[str, Any]]:
+) -> tuple[Result, Any]:
   """Trains one model.
 
   Args:
