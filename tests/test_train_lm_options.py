@@ -19,13 +19,13 @@ from lm.config import PRESETS
 from lm.convert import show_dry_runs
 from lm.curve import Curve, Export, Result
 from lm.errors import UsageError
-from lm.export import PROGRAM, VARIABLES, export_forward, freeze, window
+from lm.export import PROGRAM, VARIABLES, export_forward, export_run, freeze, window
 from lm.model import ModelShape
 from lm.report import describe_export, describe_result
 from lm.runs import label
 from lm.step import initializer, jitted_step, make_model, step_shapes
 from lm.text import read_corpus
-from lm.train import calibrated, identify, open_checkpoints, require_startable, train
+from lm.train import calibrated, identify, require_startable, train
 
 CONVERTED = "delayed-converted"
 CONFIG = dataclasses.replace(
@@ -77,15 +77,21 @@ def served(tmp_path_factory):
   options += ["--out", str(out), "--export", str(out / "export")]
   arguments = train_lm.make_parser().parse_args(options)
   shown = io.StringIO()
+  exported = []
+
+  def export_and_keep(config, run, corpus, variables, folder):
+    exported.append(variables)
+    return export_run(config, run, corpus, variables, folder)
+
   jax.config.update("jax_disable_most_optimizations", True)
   try:
-    [result] = train_lm.run(arguments, CONFIG, read_corpus(), Console(file=shown))
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(train_lm, "export_run", export_and_keep)
+      [result] = train_lm.run(arguments, CONFIG, read_corpus(), Console(file=shown))
   finally:
     jax.config.update("jax_disable_most_optimizations", False)
-  folder = out / "checkpoints" / CONVERTED
-  with open_checkpoints(CONFIG, CONVERTED, read_corpus(), folder) as checkpoints:
-    state, _ = checkpoints.start(step_shapes(CONFIG, CONVERTED)[0], resume=True)
-  return result, state.params, out, shown.getvalue()
+  [trained] = exported
+  return result, trained, out, shown.getvalue()
 
 
 def test_a_converted_model_is_the_edited_one():
