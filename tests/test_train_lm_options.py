@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 import flax_fp8 as fp8
+import lm.export
 import lm.train
 import train_lm
 from lm.config import PRESETS
@@ -198,12 +199,15 @@ def test_the_program_runs_where_there_is_nothing_but_jax(served, tmp_path):
   np.testing.assert_array_equal(np.load(logits), jax.jit(module.apply)(frozen, tokens))
 
 
-def test_a_recipe_without_a_program_for_both_is_exported_for_this_machine():
+def test_mxfp8_is_exported_for_cpus_and_for_gpus(monkeypatch):
+  """In one program where this JAX can, else in the one of this machine."""
   run = "mxfp8-converted"
   trained = step_shapes(CONFIG, run)[0].params
   model = make_model(CONFIG, run)
   _, frozen = fp8.freeze_for_inference(model, trained, window(CONFIG))
-  assert export_forward(CONFIG, run, trained, frozen).platforms == ("cpu",)
+  assert export_forward(CONFIG, run, trained, frozen).platforms in (("cpu",), ("cpu", "cuda"))
+  monkeypatch.setattr(lm.export, "PLATFORMS", ("cuda",))
+  assert export_forward(CONFIG, run, trained, frozen).platforms == ("cuda",)
 
 
 @pytest.mark.parametrize(
