@@ -138,7 +138,7 @@ def finish(task: Task) -> None:
   console = Console(force_terminal=False)  # several runs may write: lines, no bars
   name = f"{label(task.run)}, seed {task.config.seed}"
   with ConsoleDisplay(console, name, task.config.steps) as display:
-    result = train(
+    result, _ = train(
       task.config,
       task.run,
       corpus,

@@ -4,14 +4,15 @@
     python benchmarks/train_lm.py --recipe all         # BF16 once, and FP8 with every recipe
     python benchmarks/train_lm.py --preset h200 --text corpus.txt
     python benchmarks/train_lm.py --fused              # FP8 with one GEMM of q, k, v; of gate, up
+    python benchmarks/train_lm.py --convert --calibrate 4 --export served
     python benchmarks/train_lm.py --explain h200       # and shows the step as compiled for that GPU
 
 A Llama-like decoder learns Python's language reference byte by byte, in BF16 and in FP8: from the
 same seed, on the same batches, with the same optimiser. The models differ in one argument,
 ``dot_general_cls``; with ``--fused``, FP8 has fused projections and begins with the same parameters
-put together. The answer is ``gap = 100 * (loss FP8 / loss BF16 - 1)`` on held-out text;
-table, ``curves.png`` and ``results.json`` go to ``--out``. A killed run goes on with ``--resume``,
-bit for bit.
+put together; with ``--convert`` it has BF16's model, converted. The answer is
+``gap = 100 * (loss FP8 / loss BF16 - 1)`` on held-out text; table, ``curves.png`` and
+``results.json`` go to ``--out``. A killed run goes on with ``--resume``, bit for bit.
 
 Before it trains, each step is compiled for a GPU: the one attached, else a described H200. The FP8
 GEMMs are counted in that program; a projection's GEMM that FP8 has not in FP8 stops the benchmark,
@@ -20,6 +21,7 @@ except with the recipes of blocks: these promise no GEMM in one piece on every G
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,9 +32,11 @@ from rich.console import Console
 from flax_fp8.doctor import allow_missing_cuda
 from flax_fp8.explain.target import NAMES
 from lm.config import PRESETS, TrainConfig
+from lm.convert import show_dry_runs
 from lm.curve import Result
 from lm.errors import UsageError
 from lm.explain import Reports, explain_steps, write_reports
+from lm.export import export_run
 from lm.options import not_negative, positive
 from lm.plot import write_png
 from lm.progress import ConsoleDisplay
@@ -41,6 +45,7 @@ from lm.runs import (
   BF16,
   RECIPE_CHOICES,
   Run,
+  converted,
   fused,
   label,
   named_recipes,
@@ -50,6 +55,7 @@ from lm.text import Corpus, read_corpus
 from lm.train import require_startable, train
 
 PRECISIONS = ("bf16", "fp8", "both")
+TRAINING = ("steps", "batch_size", "seed", "calibrate")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -60,7 +66,11 @@ def make_parser() -> argparse.ArgumentParser:
   add = parser.add_argument
   add("--precision", choices=PRECISIONS, default="both")
   add("--recipe", choices=RECIPE_CHOICES, nargs="+", default=["delayed"], help="of the FP8 runs")
-  add("--fused", action="store_true", help="FP8 runs fuse q, k, v; and gate, up")
+  made = parser.add_mutually_exclusive_group()
+  store = functools.partial(made.add_argument, dest="made", action="store_const", default=str)
+  store("--fused", const=fused, help="FP8 runs fuse q, k, v; and gate, up")
+  store("--convert", const=converted, help="FP8 runs convert the plain model: fp8_linear_layers")
+  add("--calibrate", type=not_negative, help="training batches that fill FP8 state before step 0")
   add("--preset", choices=PRESETS, default="tiny", help="size of model and run")
   add("--text", type=Path, help="file to learn; default: Python's language reference")
   add("--steps", type=positive, help="optimiser steps")
@@ -70,6 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
   add("--attention", choices=("xla", "cudnn"), help="attention kernel; cudnn needs a GPU")
   add("--explain", choices=NAMES, help="report on the step as compiled for this GPU, then train")
   add("--out", type=Path, default=Path("runs/train_lm"), help="folder of all results")
+  add("--export", type=Path, help="folder: FP8 runs frozen, and forward passes by jax.export")
   add("--resume", action="store_true", help="go on from the checkpoints in --out")
   add("--checkpoint-every", type=not_negative, default=100, help="steps; 0 writes none")
   return parser
@@ -84,13 +95,12 @@ def configure(arguments: argparse.Namespace) -> TrainConfig:
 
   preset = PRESETS[arguments.preset]
   shape = dataclasses.replace(preset.shape, **named("remat", "attention"))
-  return dataclasses.replace(preset, shape=shape, **named("steps", "batch_size", "seed"))
+  return dataclasses.replace(preset, shape=shape, **named(*TRAINING))
 
 
 def choose_runs(arguments: argparse.Namespace) -> tuple[Run, ...]:
   """The runs asked for: BF16, the recipes, or both."""
-  bf16, recipes = (BF16,), named_recipes(arguments.recipe)
-  recipes = tuple(map(fused, recipes)) if arguments.fused else recipes
+  bf16, recipes = (BF16,), tuple(map(arguments.made, named_recipes(arguments.recipe)))
   return {"bf16": bf16, "fp8": recipes, "both": bf16 + recipes}[arguments.precision]
 
 
@@ -114,6 +124,7 @@ def prove(
   """Reports on each run's step, before any array of the model's size is made."""
   for name, folder in folders(arguments):
     require_startable(config, name, corpus, folder=folder, resume=arguments.resume)
+  show_dry_runs(config, choose_runs(arguments), console)
   reports = explain_steps(config, choose_runs(arguments), arguments.explain, console)
   if arguments.explain:
     write_reports(reports, arguments.out)
@@ -128,7 +139,7 @@ def run(
   results = []
   for name, folder in folders(arguments):
     with ConsoleDisplay(console, label(name), config.steps) as display:
-      result = train(
+      result, variables = train(
         config,
         name,
         corpus,
@@ -137,6 +148,9 @@ def run(
         checkpoint_every=arguments.checkpoint_every,
         display=display,
       )
+    if arguments.export and name != BF16:
+      exported = export_run(config, name, corpus, variables, arguments.export / name)
+      result = dataclasses.replace(result, export=exported)
     results.append(result)
   return results
 

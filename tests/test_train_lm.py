@@ -264,11 +264,12 @@ def as_bf16(gemm):
     ("rowwise", report(*PROJECTED, AGAIN, HEAD)),
     ("current", report(*OTHERS, *MERGED, HEAD)),
     ("delayed-fused", report(*FUSED, HEAD)),
+    ("delayed-converted", report(*PROJECTED, HEAD)),
     ("delayed", report(*map(as_bf16, PROJECTED), target="a100")),
     ("mxfp8", report(*map(as_bf16, PROJECTED), HEAD)),
     ("bf16", report(*map(as_bf16, PROJECTED), HEAD)),
   ],
-  ids=["fp8", "remat", "merged", "fused", "gpu-without-fp8", "no-promise", "bf16"],
+  ids=["fp8", "remat", "merged", "fused", "converted", "gpu-without-fp8", "no-promise", "bf16"],
 )
 def test_gemms_as_the_run_promises(name, right):
   lm.explain.require_fp8_gemms(PRESETS["tiny"], name, right)
@@ -350,8 +351,9 @@ def test_each_recipe_has_its_gap_to_the_one_bf16(recipes, tmp_path):
     (["--precision", "fp8", "--recipe", "all"], tuple(fp8.RECIPES)),
     (["--recipe", "delayed", "delayed"], ("bf16", "delayed")),
     (["--fused", "--recipe", "delayed", "current"], ("bf16", "delayed-fused", "current-fused")),
+    (["--convert", "--precision", "fp8"], ("delayed-converted",)),
   ],
-  ids=["default", "bf16", "all", "twice", "fused"],
+  ids=["default", "bf16", "all", "twice", "fused", "convert"],
 )
 def test_the_runs_asked_for(options, runs):
   assert train_lm.choose_runs(train_lm.make_parser().parse_args(options)) == runs

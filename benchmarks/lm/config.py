@@ -21,6 +21,7 @@ class TrainConfig:
     seed: decides the parameters and the batches.
     validate_every: steps between two validations.
     validation_batches: batches a validation reads at most.
+    calibrate: training batches from which FP8 state is filled before step 0; 0 leaves it empty.
   """
 
   shape: ModelShape
@@ -33,6 +34,7 @@ class TrainConfig:
   seed: int = 0
   validate_every: int
   validation_batches: int = 50
+  calibrate: int = 0
 
   def as_dict(self) -> dict[str, Any]:
     """Every setting by its name, the model's among them, as JSON would give them back."""

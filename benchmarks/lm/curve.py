@@ -34,6 +34,33 @@ class Curve:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+  """What serving a trained model takes, beside what it would take with all parameters in BF16.
+
+  Attributes:
+    kernel_bytes: FP8 kernels and their scales.
+    kernel_bytes_bf16: the same kernels in BF16.
+    bytes: all variables, these kernels among them.
+    bytes_bf16: all parameters in BF16.
+    disk_bytes: the checkpoint of all variables.
+    disk_bytes_bf16: that of all parameters in BF16.
+    program_bytes: the forward pass, without its variables.
+    platforms: those that the program is for.
+    validation_loss: of the frozen model.
+  """
+
+  kernel_bytes: int
+  kernel_bytes_bf16: int
+  bytes: int
+  bytes_bf16: int
+  disk_bytes: int
+  disk_bytes_bf16: int
+  program_bytes: int
+  platforms: tuple[str, ...]
+  validation_loss: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
   """A finished run.
 
@@ -45,6 +72,7 @@ class Result:
     fp8_state_bytes: the FP8 scales and histories among them.
     temp_bytes: what the compiled step needs besides its arguments and results.
     compile_seconds: tracing and compiling the step.
+    export: what of it can be served; None where nothing was asked for.
   """
 
   run: Run
@@ -54,6 +82,7 @@ class Result:
   fp8_state_bytes: int
   temp_bytes: int
   compile_seconds: float
+  export: Export | None = None
 
   @property
   def loss(self) -> float:

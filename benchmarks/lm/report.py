@@ -1,5 +1,6 @@
 """What a comparison ends with: a table for the reader, and ``results.json`` for everything else."""
 
+import dataclasses
 import datetime
 import json
 import platform
@@ -14,7 +15,7 @@ from rich.table import Table
 
 import flax_fp8 as fp8
 from lm.config import TrainConfig
-from lm.curve import Result, gap_percent
+from lm.curve import Export, Result, gap_percent
 from lm.explain import Reports, missing_compiler
 from lm.runs import BF16, Run, label
 from lm.text import Corpus
@@ -76,6 +77,26 @@ def show(results: list[Result], reports: Reports, config: TrainConfig, console: 
     console.print(note, markup=False, highlight=False, soft_wrap=True)
   if emulated():
     console.print(EMULATED, highlight=False, soft_wrap=True)
+  for result in results:
+    if result.export:
+      console.print(describe_export(result, result.export), highlight=False, soft_wrap=True)
+
+
+def describe_export(result: Result, export: Export) -> str:
+  """What serving a run takes, and whether it gives what training gave, in one line."""
+  difference = export.validation_loss - result.loss
+  sizes = (
+    ("kernels", export.kernel_bytes, export.kernel_bytes_bf16),
+    ("all variables", export.bytes, export.bytes_bf16),
+    ("on disk", export.disk_bytes, export.disk_bytes_bf16),
+  )
+  parts = [f"{name} {mebibytes(now)} (BF16 {mebibytes(bf16)})" for name, now, bf16 in sizes]
+  loss = f"off by {difference:+.2g}" if difference else "the same, bit for bit"
+  kibibytes, platforms = export.program_bytes / 2**10, " and ".join(export.platforms)
+  return (
+    f"{label(result.run)}, exported: {', '.join(parts)}; held-out loss {loss}; program of "
+    f"{kibibytes:.0f} KiB for {platforms}"
+  )
 
 
 def describe_result(result: Result, report: fp8.Report | None) -> dict[str, Any]:
@@ -94,6 +115,7 @@ def describe_result(result: Result, report: fp8.Report | None) -> dict[str, Any]
     "train_curve": result.curve.train,
     "validation_curve": result.curve.validation,
     "stretch_rates": result.curve.rates,
+    **({"export": dataclasses.asdict(result.export)} if result.export else {}),
   }
 
 

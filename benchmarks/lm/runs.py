@@ -1,6 +1,7 @@
 """What a run is called, and what its GEMMs are: ``"bf16"``, or a recipe's name for FP8 with it.
 
-``"delayed-fused"`` is FP8 with the fused projections of ``flax_fp8``, from the same parameters.
+``"delayed-fused"`` is FP8 with the fused projections of ``flax_fp8``, from the same parameters;
+``"delayed-converted"`` is FP8 by ``fp8_linear_layers`` of the model of BF16.
 
 ``"bf16-again"`` is BF16 from initial parameters that were rounded to bfloat16: how far its loss is
 from BF16's is how far two runs drift apart by a rounding, whatever its kind.
@@ -17,7 +18,7 @@ Run: TypeAlias = str
 BF16: Run = "bf16"
 BF16_AGAIN: Run = "bf16-again"
 ALL = "all"
-FUSED = "-fused"
+FUSED, CONVERTED = "-fused", "-converted"
 RECIPE_CHOICES = (*fp8.RECIPES, ALL)
 
 
@@ -31,9 +32,19 @@ def is_fused(run: Run) -> bool:
   return run.endswith(FUSED)
 
 
+def converted(run: Run) -> Run:
+  """The run of the same recipe with the twin of an unmodified model."""
+  return run + CONVERTED
+
+
+def is_converted(run: Run) -> bool:
+  """Whether the run's model is the twin of an unmodified one."""
+  return run.endswith(CONVERTED)
+
+
 def recipe_name(run: Run) -> str:
   """The recipe's name, however its projections are made; BF16's runs keep theirs."""
-  return run.removesuffix(FUSED)
+  return run.removesuffix(FUSED).removesuffix(CONVERTED)
 
 
 def recipe_of(run: Run) -> fp8.Recipe | None:
@@ -43,8 +54,7 @@ def recipe_of(run: Run) -> fp8.Recipe | None:
 
 def label(run: Run) -> str:
   """What a run is called where people read it: ``BF16``, ``FP8 delayed``, ``FP8 delayed fused``."""
-  name = f"{recipe_name(run)} fused" if is_fused(run) else run
-  return {BF16: "BF16", BF16_AGAIN: "BF16 again"}.get(run, f"FP8 {name}")
+  return {BF16: "BF16", BF16_AGAIN: "BF16 again"}.get(run, f"FP8 {run.replace('-', ' ')}")
 
 
 def named_recipes(names: Iterable[str]) -> tuple[Run, ...]:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +12,9 @@ import optax
 
 import flax_fp8 as fp8
 from lm.config import TrainConfig
+from lm.convert import convert
 from lm.model import Transformer, fuse_params
-from lm.runs import BF16_AGAIN, Run, is_fused, recipe_of
+from lm.runs import BF16_AGAIN, Run, is_converted, is_fused, recipe_of
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -37,19 +39,27 @@ def is_kernel(tree: Any) -> Any:
   )
 
 
+def make_model(config: TrainConfig, run: Run) -> nn.Module:
+  """Builds the model; ``dot_general_cls`` is all that differs between runs, or who sets it."""
+  recipe = recipe_of(run)
+  if recipe is None:
+    return Transformer(config.shape)
+  if is_converted(run):
+    return convert(config.shape, recipe)
+  fused = recipe if is_fused(run) else None
+  return Transformer(config.shape, dot_general_cls=recipe.dot_general_cls, fused=fused)
+
+
 def initializer(config: TrainConfig, run: Run) -> Callable[[jax.Array], fp8.TrainState]:
-  """Builds model and optimiser; ``dot_general_cls`` is all that differs between runs.
+  """Builds model and optimiser.
 
   Where projections are fused, the parameters are those of the separate layers, fused.
 
   Returns:
     What makes the training state from a random key.
   """
-  recipe = recipe_of(run)
-  fused = recipe if is_fused(run) else None
-  dot_general_cls = recipe and recipe.dot_general_cls
-  model = Transformer(config.shape, dot_general_cls=dot_general_cls, fused=fused)
-  tx = optimizer(config)
+  fused = recipe_of(run) if is_fused(run) else None
+  model, tx = make_model(config, run), optimizer(config)
 
   @jax.jit
   def create(key: jax.Array) -> fp8.TrainState:
@@ -77,7 +87,7 @@ def step_shapes(config: TrainConfig, run: Run) -> tuple[fp8.TrainState, jax.Shap
   return state, jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.uint8)
 
 
-def mean_loss(apply_fn: Callable[..., jax.Array], variables: Any, windows: jax.Array) -> jax.Array:
+def mean_loss(apply_fn: Callable[..., Any], variables: Any, windows: jax.Array) -> jax.Array:
   """Mean cross entropy, nats a byte, of ``[B, T + 1]`` windows."""
   windows = windows.astype(jnp.int32)
   logits = apply_fn(variables, windows[:, :-1])

@@ -14,12 +14,13 @@ import jax
 import numpy as np
 
 import flax_fp8 as fp8
+from flax_fp8.recipes.base import Role
 from lm.checkpoints import Checkpoints
 from lm.config import TrainConfig
 from lm.curve import Curve, Result
 from lm.progress import Display, Silent
-from lm.runs import Run
-from lm.step import compile_step, create_state, mean_loss
+from lm.runs import Run, recipe_of
+from lm.step import compile_step, create_state, make_model, mean_loss
 from lm.text import Corpus, training_batch, validation_batches
 
 STRETCH = 10
@@ -96,9 +97,39 @@ def summarize(
   )
 
 
+def has_state(run: Run) -> bool:
+  """Whether there is FP8 state, which calibration could fill."""
+  recipe = recipe_of(run)
+  return recipe is not None and any(recipe.init_state(role) for role in Role)
+
+
+def calibrated(
+  config: TrainConfig,
+  run: Run,
+  state: fp8.TrainState,
+  draw: Callable[..., np.ndarray],
+  display: Display,
+) -> fp8.TrainState:
+  """Fills the FP8 state from the batches of the first steps, as many as are configured."""
+  if not config.calibrate or recipe_of(run) is None:
+    return state
+  if not has_state(run):
+    display.note("nothing to calibrate: its recipe has no state")
+    return state
+  batches = [draw(step=step) for step in range(config.calibrate)]
+  loss_fn = functools.partial(mean_loss, state.apply_fn)
+  model = make_model(config, run)
+  variables = fp8.calibrate(model, state.params, batches, loss_fn, progress=False)
+  display.note(f"calibrated on the batches of the first {config.calibrate} steps")
+  return state.replace(params=variables)
+
+
 def identify(config: TrainConfig, run: Run, corpus: Corpus) -> dict[str, Any]:
   """Everything that decides the curve of a run, in JSON's types."""
-  return {"run": run, "text": corpus.digest, **config.as_dict()}
+  settings = config.as_dict()
+  if not (config.calibrate and has_state(run)):
+    del settings["calibrate"]
+  return {"run": run, "text": corpus.digest, **settings}
 
 
 def open_checkpoints(config: TrainConfig, run: Run, corpus: Corpus, folder: Path) -> Checkpoints:
@@ -123,7 +154,7 @@ def train(
   resume: bool = False,
   checkpoint_every: int = 0,
   display: Display | None = None,
-) -> Result:
+) -> tuple[Result, Any]:
   """Trains one model.
 
   Args:
@@ -136,7 +167,8 @@ def train(
     display: is told what happens; None shows nothing.
 
   Returns:
-    The whole curve, also the part before a resumption, and how the run went.
+    The whole curve, also the part before a resumption, and how the run went; and the trained
+    variables.
   """
   display = display or Silent()
   sizes = {"batch_size": config.batch_size, "seq_len": config.seq_len}
@@ -150,6 +182,8 @@ def train(
       display.note(
         f"goes on after step {curve.step}" if curve.step else "no checkpoint: starts anew"
       )
+    if not curve.step:
+      state = calibrated(config, run, state, draw, display)
     compiled = compile_step(state, draw(step=0))
     display.note(f"compiled in {compiled[1]:.1f} s")
     while curve.step < config.steps:
@@ -160,4 +194,4 @@ def train(
       if due(stop, config.steps, checkpoint_every):
         checkpoints.save(state, curve)
       display.update(curve, validated=validated)
-  return summarize(run, state, curve, compiled)
+  return summarize(run, state, curve, compiled), state.params
