@@ -3,7 +3,7 @@
 What a contraction multiplies is known only while the model runs: the dtype that its kernel is cast
 to, the axes that it contracts. So freezing runs the model once, abstractly, and writes down each
 contraction; then each kernel is quantised, and its parameter is gone. The twin that serves them
-gives the model zeros for the parameter, which no contraction reads.
+gives the model NaN for the parameter, which no contraction reads.
 """
 
 from __future__ import annotations
