@@ -10,8 +10,10 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 # Compiling is most of what a test does, and most of compiling is LLVM optimising what then runs for
 # a millisecond. XLA's own passes, in which all arithmetic is decided, are as ever; scripts that are
 # tested in a process of their own run without these flags, as users run them.
-_FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "")
+  + " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+)
 
 import jax
 import pytest
