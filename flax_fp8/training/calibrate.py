@@ -78,8 +78,9 @@ def calibrate(
     infinite loss, is not recorded; a warning counts them. Without ``loss_fn``, the state of output
     gradients stays as it was, and so does that of layers behind a ``stop_gradient``. A percentile
     is that of the array at hand: of several devices or mapped copies, the largest counts. Metrics
-    beside state are those of the last batch, in FP8 at the new scales. Variables
-    that the model changes (``batch_stats``) are not changed. The deprecated
+    beside state are those of the last batch, in FP8 at the new scales, which takes another program:
+    ``add_metrics`` afterwards is quicker. Variables that the model changes (``batch_stats``) are not
+    changed. The deprecated
     ``fp8_ops.Fp8DotGeneralOp`` records as it does in training.
 
   Example:

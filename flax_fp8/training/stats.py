@@ -6,6 +6,7 @@ Nothing is run. Whatever holds state will do: variables, their gradients, ``Trai
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import io
 import math
 import shutil
@@ -51,6 +52,11 @@ class TensorStats:
   saturated: float
   flushed: float
   noise: float
+
+  @property
+  def path(self) -> str:
+    """The layer, and the role in it."""
+    return "/".join(filter(None, (self.layer, self.role)))
 
   @property
   def largest(self) -> float:
@@ -109,10 +115,28 @@ class Stats:
 
   rows: tuple[TensorStats, ...]
 
+  def select(self, pattern: str) -> Stats:
+    """Keeps the tensors that a glob matches; ``*`` crosses slashes, brackets are themselves.
+
+    Args:
+      pattern: of ``layer/role``: ``"layers[3]/*"``, ``"*/output_grad"``.
+
+    Raises:
+      ValueError: none matches.
+    """
+    glob = pattern.replace("[", "[[]")
+    kept = tuple(row for row in self.rows if fnmatch.fnmatchcase(row.path, glob))
+    if not kept:
+      raise ValueError(
+        f"Stats.select: the pattern must match a tensor; got {pattern!r}, which matches none of "
+        f"{len(self.rows)}, such as {self.rows[0].path!r}. Mend the pattern."
+      )
+    return Stats(kept)
+
   def scalars(self) -> dict[str, float]:
     """Every finite number as ``{"layers[3]/query/input/amax": ...}``, for any logger."""
     return {
-      "/".join(filter(None, (row.layer, row.role, name))): value
+      f"{row.path}/{name}": value
       for row in self.rows
       for name, value in row.figures().items()
       if math.isfinite(value)

@@ -97,6 +97,16 @@ def test_of_a_contraction_that_is_the_model():
   assert fp8.stats({OWG: stacked}).scalars()["[1]/input/amax"] == 2
 
 
+def test_select():
+  layers = {"layers": {"up": {"Fp8DotGeneral_0": tensor("input", [1.0, 2.0], 0.5, stack=(2,))}}}
+  stats = fp8.stats({OWG: layers | VARIABLES[OWG]})
+  paths = lambda pattern: [row.path for row in stats.select(pattern).rows]
+  assert paths("layers[1]/*") == ["layers[1]/up/input"]
+  assert paths("*/output_grad") == ["Dense_0/output_grad"]
+  with pytest.raises(ValueError, match=r"got 'layers/\*', which matches none of 4, such as '"):
+    stats.select("layers/*")
+
+
 def test_text(monkeypatch):
   monkeypatch.setenv("COLUMNS", "100")
   lines = str(fp8.stats(VARIABLES)).splitlines()
