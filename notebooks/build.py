@@ -72,9 +72,13 @@ def read(source: Path) -> nbformat.NotebookNode:
 
 
 def kernel_environment() -> dict[str, str]:
-  """Environment in which the kernel imports the checkout's package, and JAX starts in silence."""
+  """Environment in which the kernel imports the checkout's package, and JAX starts in silence.
+
+  XLA's flags stay out of it: a notebook runs as it would for its reader.
+  """
   search = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-  return os.environ | {
+  kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  return kept | {
     "PYTHONPATH": os.pathsep.join(search),
     # A CUDA plugin without the CUDA libraries is enough to compile for a described GPU, but would
     # otherwise print a traceback when JAX starts.

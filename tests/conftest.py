@@ -1,6 +1,7 @@
 """Every test runs strictly: four CPU devices, no implicit broadcasting of ranks."""
 
 import functools
+import gc
 import os
 from collections.abc import Callable
 
@@ -22,6 +23,8 @@ from jax.experimental import topologies
 from flax_fp8.explain.target import GpuTarget
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# What JAX keeps of programs lives on: going through all of it often finds nothing.
+gc.set_threshold(100_000, 50, 50)
 
 
 @pytest.fixture(scope="session")

@@ -79,9 +79,8 @@ def calibrate(
     gradients stays as it was, and so does that of layers behind a ``stop_gradient``. A percentile
     is that of the array at hand: of several devices or mapped copies, the largest counts. Metrics
     beside state are those of the last batch, in FP8 at the new scales, which takes another program:
-    ``add_metrics`` afterwards is quicker. Variables that the model changes (``batch_stats``) are not
-    changed. The deprecated
-    ``fp8_ops.Fp8DotGeneralOp`` records as it does in training.
+    ``add_metrics`` afterwards is quicker. Variables that the model changes (``batch_stats``) stay
+    as they are. The deprecated ``fp8_ops.Fp8DotGeneralOp`` records as it does in training.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp

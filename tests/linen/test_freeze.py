@@ -17,8 +17,9 @@ OWG = fp8.OVERWRITE_WITH_GRADIENT
 KEY = jax.random.key(0)
 RECIPES = {
   "delayed": fp8.DelayedScaling(amax_history_len=4),
-  "most_recent": fp8.DelayedScaling(amax_history_len=4, amax_compute_algo="most_recent", margin=1),
-  "interval": fp8.DelayedScaling(amax_history_len=4, interval=3, power_of_two=True),
+  "interval": fp8.DelayedScaling(
+    amax_history_len=4, amax_compute_algo="most_recent", interval=3, margin=1, power_of_two=True
+  ),
   "fprop_kept": fp8.DelayedScaling(amax_history_len=4, high_precision=("fprop",)),
   "current": fp8.Float8CurrentScaling(),
   "rowwise": fp8.Float8RowwiseScaling(),
@@ -63,7 +64,7 @@ def test_every_recipe_serves_the_same_bits(recipe):
   assert ("down" in frozen["params"]["layers"]["mlp"]) == (recipe == "fprop_kept")
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "shared", "moe", "vmapped"])
+@pytest.mark.parametrize("name", ["shared", "moe", "vmapped"])
 def test_every_kind_of_model_serves_the_same_bits(name):
   module, variables = trained(CASES[name], RECIPES["delayed"])
   _, frozen = assert_serves_the_same(module, variables, CASES[name].args)

@@ -147,7 +147,8 @@ def test_report_counts_the_bytes_that_jax_keeps_between_forward_and_backward(dty
   assert config.report(model, x).rows[0].bytes_saved == saved + 16
 
 
-def test_report_is_a_table():
+def test_report_is_a_table(monkeypatch):
+  monkeypatch.setenv("COLUMNS", "120")
   config = fp8.Fp8Config(functions="moe")
   text = str(config.report(MoeModel(), jax.ShapeDtypeStruct((2, 3, 16), jnp.float32)))
   assert re.search(r"moe/Fp8Einsum_1 +jnp\.einsum +4 x 32 x 16 +1 +delayed", text)
