@@ -152,10 +152,8 @@ def test_a_checkpoint_is_restored_by_shapes_alone(wide, tmp_path):
   abstract_x = jax.ShapeDtypeStruct(x.shape, x.dtype)
   same, target = fp8.freeze_for_inference(twin, shapes, abstract_x)
   assert same == served
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(tmp_path / "frozen", frozen)
-    checkpointer.wait_until_finished()
-    restored = checkpointer.restore(tmp_path / "frozen", target)
+  fp8.save_checkpoint(tmp_path / "frozen", frozen)
+  restored = fp8.restore_checkpoint(tmp_path / "frozen", target).tree
   jax.tree.map(np.testing.assert_array_equal, restored, frozen)
 
 
