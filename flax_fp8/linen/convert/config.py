@@ -163,7 +163,7 @@ class Fp8Config:
     Args:
       module: the model, unmodified.
       *init_args: what its ``init`` takes after the PRNG key; arrays or ShapeDtypeStructs.
-      **init_kwargs: the same by keyword; ``rngs`` for keys other than ``params``.
+      **init_kwargs: the same by keyword.
 
     Returns:
       A row a layer. ``print`` it.
@@ -204,11 +204,11 @@ class Fp8Config:
     """
     if rule := self._refuse(layer, order):
       return Decision(None, rule)
-    target = first_match(self.targets, layer)
     for pattern, recipe in self.recipes:
       if matches(pattern, layer):
         return Decision(recipe, f"recipe of {show(pattern)}")
-    return Decision(self.recipe, f"target {show(target)}" if target is not None else "")
+    target = next(pattern for pattern in self.targets if matches(pattern, layer))
+    return Decision(self.recipe, f"target {show(target)}")
 
   def _refuse(self, layer: Layer, order: tuple[str, ...] | None) -> str:
     """Returns the rule that keeps a layer out of FP8, or ``""``."""

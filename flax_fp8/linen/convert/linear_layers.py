@@ -14,10 +14,11 @@ from collections.abc import Generator, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import flax.traverse_util
 
 from flax_fp8.linen import state
 from flax_fp8.linen.convert.config import Decision, Fp8Config
-from flax_fp8.linen.convert.patterns import Layer
+from flax_fp8.linen.convert.patterns import Layer, at
 from flax_fp8.linen.convert.walk import Walk
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.linen.twin import Run, make_twin, original
@@ -146,10 +147,18 @@ class Fp8Conversion:
     with nn.intercept_methods(walk.intercept), state.among_params():
       yield
     if self.order is None and run.method is None:
-      self.config.check_matches(
-        [layer for layer, _ in seen.values()], complete=run.variables is None
-      )
-      self.require_some(decision for _, decision in seen.values())
+      self._check(run.variables, [layer for layer, _ in seen.values()])
+      if not has_state(run.variables):
+        self.require_some(decision for _, decision in seen.values())
+
+  def _check(self, variables: Any, layers: list[Layer]) -> None:
+    """Raises where a pattern can't have meant this model, of which a run may see a part."""
+    if variables is None:
+      self.config.check_matches(layers, complete=True)
+      return
+    modules = {path[:-1] for path in flax.traverse_util.flatten_dict(variables.get("params", {}))}
+    known = [at("/".join(path)) for path in modules if OVERWRITE_WITH_GRADIENT not in path]
+    self.config.check_matches([*layers, *known], complete=False)
 
   def require_some(self, decisions: Iterable[Decision]) -> None:
     """Raises ValueError where no layer becomes FP8."""
@@ -174,6 +183,12 @@ class Fp8Conversion:
       )
     report = self.config.report(run.module, *run.args, **run.kwargs)
     return tuple(row.layer.path for row in report.rows)
+
+
+def has_state(variables: Any) -> bool:
+  """Tells whether a model finds FP8 state among its parameters."""
+  params = (variables or {}).get("params", {})
+  return any(OVERWRITE_WITH_GRADIENT in path for path in flax.traverse_util.flatten_dict(params))
 
 
 def _merge(params: Any, state: Any, path: tuple[str, ...]) -> Any:

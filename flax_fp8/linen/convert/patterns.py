@@ -49,6 +49,12 @@ class Layer:
 
 FUNCTIONS = ("jnp.einsum", "lax.dot_general")
 
+
+def at(path: str) -> Layer:
+  """Makes a layer of which nothing but the path is known."""
+  return Layer(path=path, kind="", inputs=0, contracted=0, features=0)
+
+
 Pattern: TypeAlias = str | re.Pattern[str] | Callable[[Layer], bool]
 
 

@@ -20,7 +20,7 @@ from jax import lax
 
 from flax_fp8.contraction import plan_einsum
 from flax_fp8.linen.convert import functions
-from flax_fp8.linen.convert.patterns import Layer, Pattern, matches
+from flax_fp8.linen.convert.patterns import Layer, Pattern, at, first_match
 from flax_fp8.linen.dot_general import Fp8DotGeneral, Fp8Einsum
 from flax_fp8.ops.check import COMPUTE_DTYPES
 from flax_fp8.recipes.base import Recipe
@@ -95,9 +95,7 @@ class Walk:
     running = functions.current()
     if isinstance(running, _OwnContractions) and running.module is module:
       return running
-    path = join(module.path)
-    is_own = any(isinstance(p, str) or not callable(p) for p in self.own)
-    named = is_own and any(matches(p, _placeholder(path)) for p in self.own if not callable(p))
+    named = first_match(self.own, at(join(module.path))) is not None
     if isinstance(module, nn.Einsum) or named:
       return _OwnContractions(self, module)
     return None
@@ -170,10 +168,6 @@ class _OwnContractions:
 def join(path: tuple[str, ...]) -> str:
   """Writes the path of a module as patterns see it."""
   return "/".join(path)
-
-
-def _placeholder(path: str) -> Layer:
-  return Layer(path=path, kind="", inputs=0, contracted=0, features=0)
 
 
 def _describe(module: nn.Dense | nn.DenseGeneral, inputs: jax.Array) -> Layer:

@@ -184,6 +184,27 @@ def test_an_unmatched_pattern_is_found_by_apply_too():
     fp8.fp8_linear_layers(Mlp(), config).apply(variables, normal(4, 16))
 
 
+class Staged(nn.Module):
+  """A model that does not always run all of its layers."""
+
+  @nn.compact
+  def __call__(self, x, stages=2):
+    x = nn.Dense(20, name="narrow")(x)
+    return nn.Dense(32, name="wide")(nn.Dense(16, name="last")(x)) if stages == 2 else x
+
+
+def test_a_run_of_a_part_of_the_model_is_no_mistake():
+  config = fp8.Fp8Config(targets=("narrow", "wide"))
+  twin = fp8.fp8_linear_layers(Staged(), config)
+  variables = jax.jit(twin.init)(jax.random.key(0), normal(4, 16))
+  assert twin.apply(variables, normal(4, 16), stages=1).shape == (4, 20)
+
+
+def test_functions_are_chosen_by_functions_too():
+  config = fp8.Fp8Config(functions=lambda layer: layer.path == "moe")
+  assert "moe/Fp8Einsum_0" in taken(config, MoeModel(), normal(2, 3, 16))
+
+
 def test_functions_that_match_no_call():
   with pytest.raises(ValueError, match=r"must match a module that itself calls.*got 'heads'"):
     fp8.Fp8Config(functions="heads").report(MoeModel(), normal(2, 3, 16))
