@@ -14,47 +14,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-import flax_fp8 as fp8
 from flax_fp8.doctor import allow_missing_cuda
 from lm.report import environment
-from recipe_cost import FEATURES, RESULTS, TOKENS, WIDTH, emulated, figures
+from recipe_cost import FEATURES, RESULTS, TOKENS, WIDTH, explain_step, figures
 
 TARGET = "h100"
 RECIPES = ("delayed", "current", "rowwise", "mxfp8")
 COMPARED = ("kernels", "mib_outside_gemms", "temp_mib", "roofline_ms")
-
-
-def explain_step(name: str, with_metrics: bool, sizes: tuple[int, int, int]) -> fp8.Report:
-  """Reports on forward and backward of one layer.
-
-  Args:
-    name: of a recipe.
-    with_metrics: whether its state holds metrics.
-    sizes: tokens, width of the input, width of the output.
-
-  Returns:
-    The report.
-  """
-  tokens, width, features = sizes
-  cls = emulated(fp8.get_recipe(name))
-  layer = nn.Dense(features, use_bias=False, dtype=jnp.bfloat16, dot_general_cls=cls)
-  x = jax.ShapeDtypeStruct((tokens, width), jnp.bfloat16)
-  grad = jax.ShapeDtypeStruct((tokens, features), jnp.bfloat16)
-
-  def step(variables: Any, x: jax.Array, grad: jax.Array) -> Any:
-    out, pull_back = jax.vjp(layer.apply, variables, x)
-    return out, pull_back(grad)
-
-  variables = jax.eval_shape(layer.init, jax.random.key(0), x)
-  if with_metrics:
-    variables = fp8.add_metrics(layer, variables, x)
-  return fp8.explain(step, variables, x, grad, target=TARGET, name=name)
 
 
 def measure(
@@ -64,7 +33,9 @@ def measure(
   found: dict[str, dict[str, Any]] = {}
   for name in names:
     with console.status(name):
-      without, measured = (figures(explain_step(name, on, sizes)) for on in (False, True))
+      without, measured = (
+        figures(explain_step(name, TARGET, sizes, with_metrics=on)) for on in (False, True)
+      )
     assert measured["gemms"] == without["gemms"], name
     assert measured["fp8_gemms"] == without["fp8_gemms"], name
     extra = {key: measured[key] - without[key] for key in COMPARED}

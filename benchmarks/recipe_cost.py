@@ -52,7 +52,11 @@ VARIANTS: dict[str, Callable[..., Any] | None] = {
 
 
 def explain_step(
-  name: str, target: str, sizes: tuple[int, int, int] = (TOKENS, WIDTH, FEATURES)
+  name: str,
+  target: str,
+  sizes: tuple[int, int, int] = (TOKENS, WIDTH, FEATURES),
+  *,
+  with_metrics: bool = False,
 ) -> fp8.Report:
   """Reports on forward and backward of one layer.
 
@@ -60,6 +64,7 @@ def explain_step(
     name: of ``VARIANTS``.
     target: a GPU that ``fp8.explain`` knows.
     sizes: tokens, width of the input, width of the output.
+    with_metrics: measures in each step what FP8 does.
 
   Returns:
     The report.
@@ -74,6 +79,8 @@ def explain_step(
     return out, pull_back(grad)
 
   variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+  if with_metrics:
+    variables = fp8.add_metrics(layer, variables, x)
   return fp8.explain(step, variables, x, grad, target=target, name=name)
 
 

@@ -33,6 +33,6 @@ def test_nothing_where_absent(found, monkeypatch):
   calls = []
   monkeypatch.setattr(metrics, "split", lambda state: calls.append(1) or (dict(state), {}))
   monkeypatch.delattr(metrics, "measure")
-  out = metrics_cost.figures(metrics_cost.explain_step("delayed", False, SIZES))
+  out = metrics_cost.figures(metrics_cost.explain_step("delayed", "h100", SIZES))
   assert calls
   assert out == found["delayed"]["without"]

@@ -19,7 +19,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
-from flax_fp8.linen.arguments import fill
+from flax_fp8.linen.arguments import fill, require_variables
 from flax_fp8.linen.frozen import (
   CONTRACTIONS,
   FP8_FROZEN,
@@ -103,12 +103,7 @@ def _check_arguments(module: Any, variables: Any) -> None:
       f"freeze_for_inference: module must be an instance of a Linen module; got {module!r}. Pass "
       "the model that was trained."
     )
-  if not isinstance(variables, Mapping) or "params" not in variables:
-    raise ValueError(
-      "freeze_for_inference: variables must be a variables dict with the collection 'params'; got "
-      f"{sorted(variables) if isinstance(variables, Mapping) else type(variables)}. Pass the "
-      "variables of the FP8 model, as of TrainState.params."
-    )
+  require_variables("freeze_for_inference", variables)
 
 
 def _survey(module: nn.Module, variables: Any, args: Any, kwargs: Any) -> tuple[FrozenLayer, ...]:

@@ -20,11 +20,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from flax_fp8.linen.arguments import require_variables
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.ops.calibration import Calibration, calibrating
 from flax_fp8.recipes.base import Role
 from flax_fp8.training.max_grad import value_and_grad
-from flax_fp8.training.metrics import NAMES, add_metrics, check_variables, select
+from flax_fp8.training.metrics import NAMES, add_metrics, select
 from flax_fp8.training.state import merge, partition_for_grad_overwrite
 from flax_fp8.training.stats import stats
 
@@ -119,7 +120,7 @@ def calibrate(
 
 
 def _check(variables: Any, loss_fn: Loss | None, rngs: Any, percentile: float | None) -> None:
-  check_variables("calibrate", variables)
+  require_variables("calibrate", variables)
   if percentile is not None and not 0 < percentile <= 100:
     raise ValueError(
       f"calibrate: percentile must be within (0, 100]; got percentile={percentile!r}. A usual one "

@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.core
 
+from flax_fp8.linen.arguments import require_variables
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 
 
@@ -44,16 +45,6 @@ def downgrade_variables(variables: Any) -> Any:
   """
   require_variables("downgrade_variables", variables)
   return _without_state(variables)
-
-
-def require_variables(caller: str, variables: Any) -> None:
-  """Raises ValueError where ``variables`` is no variables dict."""
-  if not isinstance(variables, Mapping) or "params" not in variables:
-    raise ValueError(
-      f"{caller}: variables must be a variables dict with the collection 'params'; got "
-      f"{sorted(map(str, variables)) if isinstance(variables, Mapping) else type(variables)}. "
-      "Wrap bare parameters as {'params': params}; of a TrainState pass what its params hold."
-    )
 
 
 def _without_state(tree: Any) -> Any:

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flax_fp8.linen.arguments import require_variables
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.recipes.base import Role
-from flax_fp8.training.downgrade import require_variables
 from flax_fp8.training.paths import compare, leaves_by_path
 from flax_fp8.training.state import partition_for_grad_overwrite
 

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flax_fp8.linen.arguments import fill
+from flax_fp8.linen.arguments import fill, require_variables
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, declaring_metrics
 from flax_fp8.ops.metrics import METRICS
 from flax_fp8.recipes.base import Role
@@ -66,7 +66,7 @@ def add_metrics(module: nn.Module, variables: Any, *init_args: Any, **init_kwarg
   References:
     Micikevicius et al., FP8 Formats for Deep Learning, https://arxiv.org/abs/2209.05433, section 3.
   """
-  check_variables("add_metrics", variables)
+  require_variables("add_metrics", variables)
   plain = flax.core.unfreeze(drop_metrics(variables))
   made = _declared(module, init_args, init_kwargs)
   if not jax.tree.leaves(made):
@@ -100,7 +100,7 @@ def drop_metrics(variables: Any) -> Any:
   References:
     flax_fp8.add_metrics.
   """
-  check_variables("drop_metrics", variables)
+  require_variables("drop_metrics", variables)
   plain = flax.core.unfreeze(variables)
   if OVERWRITE_WITH_GRADIENT in plain:
     rest = select(plain[OVERWRITE_WITH_GRADIENT], metrics=False)
@@ -108,16 +108,6 @@ def drop_metrics(variables: Any) -> Any:
     if not rest:
       del plain[OVERWRITE_WITH_GRADIENT]
   return _like(variables, plain)
-
-
-def check_variables(name: str, variables: Any) -> None:
-  """Raises ValueError where the variables are no dict of collections."""
-  if not isinstance(variables, Mapping) or "params" not in variables:
-    got = sorted(variables) if isinstance(variables, Mapping) else type(variables)
-    raise ValueError(
-      f"{name}: variables must be a variables dict with the collection 'params'; got {got}. Wrap "
-      "bare parameters as {'params': params}."
-    )
 
 
 def select(state: Mapping[str, Any], *, metrics: bool) -> dict[str, Any]:

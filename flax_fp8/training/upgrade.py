@@ -10,11 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flax_fp8.linen.arguments import fill
+from flax_fp8.linen.arguments import fill, require_variables
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.meta_dtype import to_float32
 from flax_fp8.recipes.delayed import resize_history
-from flax_fp8.training.downgrade import downgrade_variables, require_variables
+from flax_fp8.training.downgrade import downgrade_variables
 from flax_fp8.training.paths import compare, leaves_by_path
 from flax_fp8.training.state import partition_for_grad_overwrite
 
