@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import io
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from flax_fp8 import tables
 from flax_fp8.formats import Format
 from flax_fp8.recipes.base import Role
+from flax_fp8.tables import Table
 from flax_fp8.training import histories
 from flax_fp8.training.layers import Layer, layers
 
@@ -144,13 +140,7 @@ class Stats:
 
   def __str__(self) -> str:
     """The table as text, as wide as the terminal, without the columns that are empty."""
-    width = max(60, shutil.get_terminal_size(fallback=(100, 24)).columns)
-    console = Console(
-      file=io.StringIO(), width=width, color_system=None, highlight=False, force_jupyter=False
-    )
-    with console.capture() as captured:
-      console.print(_table(self.rows))
-    return "\n".join(line.rstrip() for line in captured.get().splitlines()).strip("\n")
+    return tables.terminal((_table(self.rows),))
 
   def plot(self) -> Any:
     """Draws the amax history of each tensor, and the end of its range; a matplotlib figure.
@@ -269,17 +259,9 @@ _COLUMNS: dict[str, _Cell] = {
 
 
 def _table(rows: Sequence[TensorStats]) -> Table:
-  """A line for each layer, and one for each of its tensors."""
+  """A group for each layer, a line for each of its tensors."""
   cells = {name: [cell(row) for row in rows] for name, cell in _COLUMNS.items()}
   cells = {name: column for name, column in cells.items() if any(column)}
-  grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-  grid.add_column("tensor", min_width=13, overflow="fold")
-  for name in cells:
-    grid.add_column(name, justify="right", no_wrap=True)
-  last = None
-  for row, *values in zip(rows, *cells.values(), strict=True):
-    if row.layer != last:
-      last = row.layer
-      grid.add_row(Text(last or "(model)"))
-    grid.add_row(Text(f"  {row.role}"), *values)
-  return grid
+  heads = [(row.layer or "(model)", row.role) for row in rows]
+  lines = tuple((*head, *line) for head, *line in zip(heads, *cells.values(), strict=True))
+  return Table(("<layer", "<tensor", *cells), lines, grouped=True)

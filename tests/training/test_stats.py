@@ -113,9 +113,9 @@ def test_text(monkeypatch):
   assert lines[0].split() == [
     "tensor", "amax", "scale", "largest", "jump", "headroom", "saturated", "flushed", "SQNR", "dB",
   ]  # fmt: skip
-  assert lines[2].split() == ["Dense_0"]
-  assert lines[3].split() == ["input", "8", "0.00223", "8", "2", "-3"]
-  assert lines[4].split() == [
+  assert lines[1].split() == ["Dense_0"]
+  assert lines[2].split() == ["input", "8", "0.00223", "8", "2", "-3"]
+  assert lines[3].split() == [
     "output_grad", "1", "6.98e-05", "1", "2", "25", "%", "0", "%", "30.0",
   ]  # fmt: skip
   assert max(map(len, lines)) <= 100
