@@ -29,6 +29,7 @@ from flax_fp8.recipes import (
 from flax_fp8.training import (
   Stats,
   TrainState,
+  accumulate_gradients,
   add_metrics,
   apply_updates,
   as_max_grad,
@@ -76,6 +77,7 @@ __all__ = [
   "value_and_grad",
   # Training
   "TrainState",
+  "accumulate_gradients",
   "apply_updates",
   "partition_for_grad_overwrite",
   # Checkpoints

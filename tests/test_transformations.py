@@ -4,7 +4,6 @@ import pytest
 
 from tests import transformations
 
-
 # Fourteen seconds each: JAX runs an eager shard_map one operation at a time.
 SLOW = "shard_map, check_vma=True, eager"
 cases = [

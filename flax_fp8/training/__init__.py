@@ -1,5 +1,6 @@
 """The training loop's side: FP8 state is written over, parameters go to the optimiser."""
 
+from flax_fp8.training.accumulate import accumulate_gradients
 from flax_fp8.training.calibrate import calibrate
 from flax_fp8.training.checkpoint import restore_checkpoint, save_checkpoint
 from flax_fp8.training.downgrade import downgrade_variables
@@ -14,6 +15,7 @@ from flax_fp8.training.upgrade import upgrade_variables
 __all__ = [
   "Stats",
   "TrainState",
+  "accumulate_gradients",
   "add_metrics",
   "apply_updates",
   "as_max_grad",
