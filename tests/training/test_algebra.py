@@ -62,6 +62,18 @@ class Split:
 WHOLE = Split()
 
 
+@functools.cache
+def jax_maps_sums_over_devices():
+  """Whether JAX can map ``psum`` inside a checked shard_map: 0.8 raises."""
+  mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+  mapped = jax.vmap(lambda x: jax.lax.psum(x, "data"))
+  try:
+    jax.eval_shape(jax.shard_map(mapped, mesh=mesh, in_specs=P("data"), out_specs=P()), jnp.ones(1))
+  except TypeError:
+    return False
+  return True
+
+
 @st.composite
 def splits(draw):
   """Draws a way to cut the batch evenly."""
@@ -74,7 +86,9 @@ def splits(draw):
     whole //= sizes[name]
   loop = draw(st.sampled_from(["accumulate", "scan", "unrolled"]))
   hypothesis.assume(loop != "unrolled" or sizes["microbatches"] <= 4)  # compiles long
-  return Split(loop, mesh=draw(st.sampled_from(["shardings", "checked", "unchecked"])), **sizes)
+  mesh = draw(st.sampled_from(["shardings", "checked", "unchecked"]))
+  hypothesis.assume(mesh != "checked" or sizes["mapped"] == 1 or jax_maps_sums_over_devices())
+  return Split(loop, mesh=mesh, **sizes)
 
 
 def loss_of_part(mapped, variables, part):
@@ -178,7 +192,7 @@ def test_however_the_batch_is_split(split, seed):
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.settings(max_examples=100, deadline=None)
 @any_case
 def test_however_the_batch_is_split_at_length(split, seed):
   check(split, seed)
