@@ -33,6 +33,7 @@ _EArray: Any = require("jax._src.earray", "EArray")
 _global_result_handlers: Any = require("jax._src.interpreters.pxla", "global_result_handlers")
 _physical_aval: Any = require("jax._src.core", "physical_aval")
 _eager_adders: Any = require("jax._src.ad_util", "raw_jaxval_adders")
+ShardingTypeError: Any = require("jax._src.core", "ShardingTypeError")
 
 
 def wrapped_result_handler(aval: Any, sharding: Any, committed: bool) -> Callable[[Any], Any]:
