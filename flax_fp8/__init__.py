@@ -29,10 +29,12 @@ from flax_fp8.recipes import (
 from flax_fp8.training import (
   Stats,
   TrainState,
+  TrainStepReport,
   add_metrics,
   apply_updates,
   as_max_grad,
   calibrate,
+  check_train_step,
   downgrade_variables,
   drop_metrics,
   from_flax_fp8_ops,
@@ -91,6 +93,8 @@ __all__ = [
   "drop_metrics",
   "stats",
   # Proof
+  "TrainStepReport",
+  "check_train_step",
   "GpuTarget",
   "Report",
   "assert_fp8",

@@ -1,6 +1,8 @@
 """The training loop's side: FP8 state is written over, parameters go to the optimiser."""
 
 from flax_fp8.training.calibrate import calibrate
+from flax_fp8.training.check import check_train_step
+from flax_fp8.training.check_report import TrainStepReport
 from flax_fp8.training.checkpoint import restore_checkpoint, save_checkpoint
 from flax_fp8.training.downgrade import downgrade_variables
 from flax_fp8.training.from_flax import from_flax_fp8_ops
@@ -14,10 +16,12 @@ from flax_fp8.training.upgrade import upgrade_variables
 __all__ = [
   "Stats",
   "TrainState",
+  "TrainStepReport",
   "add_metrics",
   "apply_updates",
   "as_max_grad",
   "calibrate",
+  "check_train_step",
   "downgrade_variables",
   "drop_metrics",
   "from_flax_fp8_ops",
