@@ -115,7 +115,10 @@ class Row:
       return REPLACED
     right = self.old / _MAX[self.leaf.role]
     if not _follows(new[:, 0], right[:, 0]):
-      return KEPT if close(new, old) else judge(right, old, new)
+      if close(new, old):
+        return KEPT
+      margins = (judge(right * 2.0**margin, old, new) for margin in range(-8, 9))
+      return next((v for v in margins if v.kind == "averaged"), judge(right, old, new))
     if self.kernel:
       ratio = self.new[0, -1] / self.kernel
       return RIGHT if close(ratio, 1.0, 2.0**-7) else multiple(float(ratio))

@@ -51,6 +51,8 @@ class Model(nn.Module):
 
 MODEL = Model()
 VARIABLES = MODEL.init(jax.random.key(0), BATCH["x"])
+FLAX_MODEL = Model(FLAX)
+FLAX_VARIABLES = FLAX_MODEL.init(jax.random.key(0), BATCH["x"])
 SGD = optax.sgd(0.1)
 
 
@@ -150,15 +152,13 @@ def flax_train_state_apart() -> Any:
 @loop()
 def flax_train_state_whole() -> Any:
   """Flax's class with the whole variables, and Flax's own layers: the loop of its documentation."""
-  model = Model(FLAX)
-  variables = model.init(jax.random.key(0), BATCH["x"])
 
   @jax.jit
   def step(state, batch):
-    value, grads = jax.value_and_grad(loss_fn)(state.params, batch, model)
+    value, grads = jax.value_and_grad(loss_fn)(state.params, batch, FLAX_MODEL)
     return value, state.apply_gradients(grads=grads)
 
-  return step, train_state.TrainState.create(apply_fn=model.apply, params=variables, tx=SGD)
+  return step, train_state.TrainState.create(apply_fn=None, params=FLAX_VARIABLES, tx=SGD)
 
 
 @loop()
@@ -316,7 +316,7 @@ def shard_map_pmax_inside() -> Any:
 
 def _inside_shard_map(reduce: Callable[[Any], Any]) -> Any:
   def local(variables, batch):
-    return reduce(jax.grad(loss_fn)(variables, batch, Model(FLAX)))
+    return reduce(jax.grad(loss_fn)(variables, batch, FLAX_MODEL))
 
   @jax.jit
   def step(variables, batch):
@@ -325,7 +325,7 @@ def _inside_shard_map(reduce: Callable[[Any], Any]) -> Any:
     )(variables, batch)
     return update(variables, grads)[0]
 
-  return step, VARIABLES
+  return step, FLAX_VARIABLES
 
 
 @loop()
@@ -361,7 +361,7 @@ def scanned_layers_with_metrics() -> Any:
 def converted_with_an_interval() -> Any:
   """The twin of an unmodified model, of which one layer stays as it is; new scales at times."""
   recipe = fp8.DelayedScaling(amax_history_len=LENGTH, interval=3, margin=1, power_of_two=True)
-  model = fp8.fp8_linear_layers(Model(None), fp8.Fp8Config(recipe=recipe))
+  model = fp8.fp8_linear_layers(Model(None), fp8.Fp8Config(recipe=recipe, multiple_of=1))
   variables = model.init(jax.random.key(0), BATCH["x"])
 
   @jax.jit
@@ -504,7 +504,7 @@ def state_dropped() -> Any:
   @jax.jit
   def step(state, batch):
     grads = fp8.grad(loss_fn)(state.params, batch)
-    new, opt_state = update(state.params, grads)
+    new, _ = update(state.params, grads)
     return state.replace(step=state.step + 1, params={"params": new["params"]}), {"loss": 0.0}
 
   return step, our_train_state()
@@ -536,12 +536,12 @@ def weight_decay_after_the_update() -> Any:
 
 @loop("clipped")
 def global_norm_clipping() -> Any:
+  clip = optax.clip_by_global_norm(1.0)
+
   @jax.jit
   def step(state, batch):
     grads = fp8.grad(loss_fn)(state.params, batch)
-    norm = optax.global_norm(grads)
-    grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, 5.0 / norm), grads)
-    return state.apply_gradients(grads=grads)
+    return state.apply_gradients(grads=clip.update(grads, clip.init(grads))[0])
 
   return step, our_train_state()
 
@@ -566,19 +566,18 @@ def psum_under_shard_map() -> Any:
 @loop("psum")
 def flax_layers_in_shard_map() -> Any:
   """Differentiated around a shard_map, which is right but for Flax's layers."""
-  model = Model(FLAX)
 
   @jax.jit
   def step(variables, batch):
     def loss(variables):
-      local = lambda v, b: jax.lax.pmean(loss_fn(v, b, model), "data")
+      local = lambda v, b: jax.lax.pmean(loss_fn(v, b, FLAX_MODEL), "data")
       return jax.shard_map(
         local, mesh=data_mesh(), in_specs=(P(), P("data")), out_specs=P(), check_vma=False
       )(variables, batch)
 
     return update(variables, jax.grad(loss)(variables))[0]
 
-  return step, VARIABLES
+  return step, FLAX_VARIABLES
 
 
 @loop("mean")
