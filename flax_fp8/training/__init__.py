@@ -2,6 +2,8 @@
 
 from flax_fp8.training.accumulate import accumulate_gradients
 from flax_fp8.training.calibrate import calibrate
+from flax_fp8.training.check import check_train_step
+from flax_fp8.training.check_report import TrainStepReport
 from flax_fp8.training.checkpoint import restore_checkpoint, save_checkpoint
 from flax_fp8.training.downgrade import downgrade_variables
 from flax_fp8.training.from_flax import from_flax_fp8_ops
@@ -16,10 +18,12 @@ __all__ = [
   "Stats",
   "TrainState",
   "accumulate_gradients",
+  "TrainStepReport",
   "add_metrics",
   "apply_updates",
   "as_max_grad",
   "calibrate",
+  "check_train_step",
   "downgrade_variables",
   "drop_metrics",
   "from_flax_fp8_ops",

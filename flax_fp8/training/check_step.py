@@ -1,0 +1,259 @@
+"""A training step as a black box: put known FP8 state in, take the new state out.
+
+Nothing that belongs to the caller is changed or given away: each call gets copies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
+from flax_fp8.meta_dtype import is_max_grad, like, to_float32
+from flax_fp8.recipes.base import Role
+from flax_fp8.training import paths
+
+HISTORY, SCALE, STEPS = "amax_history", "scale", "steps_to_update"
+_OPTIMISERS = {"opt", "optim", "optimizer", "optimiser", "opt_state", "optimizer_state"}
+_DEPTH = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """A variable of an FP8 contraction, somewhere in a training state.
+
+  Attributes:
+    path: names that lead to it, joined by slashes.
+    group: the part of ``path`` down to the collection; copies of a collection differ in it.
+    role: "input", "kernel" or "output_grad"; empty if it is not one of a recipe's variables.
+    key: "amax_history", "scale" and so on.
+    in_optimiser: whether it lies in the state of an optimiser.
+    shape: of the array.
+  """
+
+  path: str
+  group: str
+  role: str
+  key: str
+  in_optimiser: bool
+  shape: tuple[int, ...]
+
+  @property
+  def tensor(self) -> str:
+    """Path of the tensor that it describes."""
+    return self.path.removesuffix("/value").removesuffix(f"_{self.key}")
+
+  @property
+  def history(self) -> str:
+    """Path of the history of the same tensor."""
+    return self.path.replace(f"{self.role}_{self.key}", f"{self.role}_{HISTORY}")
+
+  @property
+  def below(self) -> str:
+    """The tensor within the collection."""
+    return self.tensor.removeprefix(self.group).removeprefix("/")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What a call of the step returned.
+
+  Attributes:
+    state: the new training state.
+    fp8: its FP8 state by path; float64.
+    prints: a fingerprint of each of its other arrays, by path.
+  """
+
+  state: Any
+  fp8: Mapping[str, np.ndarray]
+  prints: Mapping[str, int]
+
+  def equals(self, other: Outcome) -> bool:
+    """Tells whether FP8 state and all else are the same."""
+    return self.prints == other.prints and not any(not same(path, self, other) for path in self.fp8)
+
+
+def same(path: str, one: Outcome, other: Outcome) -> bool:
+  """Tells whether a leaf of FP8 state is the same in two outcomes."""
+  return path in other.fp8 and np.array_equal(one.fp8[path], other.fp8[path], equal_nan=True)
+
+
+def find_state(state: Any) -> list[Leaf]:
+  """Finds the FP8 state of a training state.
+
+  It is what lies under a key ``_overwrite_with_gradient``; without one, what is named as the
+  variables of a contraction are.
+  """
+  found = jax.tree_util.tree_leaves_with_path(state)
+  named = [(path, [paths.name((entry,)) for entry in path]) for path, _ in found]
+  in_collection = any(OVERWRITE_WITH_GRADIENT in parts for _, parts in named)
+  leaves: list[Leaf] = []
+  for (path, leaf), (_, parts) in zip(found, named, strict=True):
+    own = parts[:-1] if parts[-1:] == ["value"] else parts
+    role, key = _role(own[-1]) if own else ("", "")
+    if OVERWRITE_WITH_GRADIENT in parts:
+      depth = parts.index(OVERWRITE_WITH_GRADIENT) + 1
+    elif role and not in_collection:
+      depth = 0
+    else:
+      continue
+    in_optimiser = _in_optimiser(state, path[: depth or len(path)])
+    group, shape = "/".join(parts[:depth]), np.shape(leaf)
+    leaves.append(Leaf("/".join(parts), group, role, key, in_optimiser, shape))
+  return leaves
+
+
+def _role(name: str) -> tuple[str, str]:
+  """Splits the name of a variable into role and key."""
+  for role in Role:
+    key = name.removeprefix(f"{role.value}_")
+    if key != name:
+      return role.value, key
+  return "", name
+
+
+def _in_optimiser(tree: Any, path: Any) -> bool:
+  for entry in path:
+    if type(tree).__module__.partition(".")[0] == "optax" or paths.name((entry,)) in _OPTIMISERS:
+      return True
+    tree = _child(tree, entry)
+  return False
+
+
+def _child(tree: Any, entry: Any) -> Any:
+  if hasattr(entry, "name"):
+    return getattr(tree, entry.name, None)
+  try:
+    return tree[getattr(entry, "key", getattr(entry, "idx", None))]
+  except (TypeError, KeyError, IndexError):
+    return None
+
+
+def copy(tree: Any) -> Any:
+  """Copies every array, so that it may be donated or written to."""
+  return jax.tree.map(_copy, tree)
+
+
+def _copy(leaf: Any) -> Any:
+  if isinstance(leaf, np.ndarray):
+    return leaf.copy()
+  if is_max_grad(leaf):
+    return like(jnp.copy(to_float32(leaf)), leaf)
+  return jax.device_put(leaf, may_alias=False) if isinstance(leaf, jax.Array) else leaf
+
+
+def plant(state: Any, values: Mapping[str, np.ndarray]) -> Any:
+  """Puts values in the place of leaves, in their dtype, on their devices."""
+
+  def one(path: Any, leaf: Any) -> Any:
+    value = values.get(paths.name(path))
+    return leaf if value is None else _like(np.reshape(value, np.shape(leaf)), leaf)
+
+  return jax.tree_util.tree_map_with_path(one, state)
+
+
+def _like(value: np.ndarray, leaf: Any) -> Any:
+  plain = to_float32(leaf)
+  value = value.astype(plain.dtype)
+  if not isinstance(plain, jax.Array):
+    return value
+  there = jax.device_put(value, plain.sharding if getattr(plain, "committed", True) else None)
+  return like(there, leaf)
+
+
+def number(leaf: Any) -> np.ndarray:
+  """Reads a leaf of FP8 state as float64."""
+  return np.asarray(to_float32(leaf)).astype(np.float64)
+
+
+class Step:
+  """A training step, counted and copied for.
+
+  Attributes:
+    leaves: the FP8 state of the training state.
+    own: of it, what lies outside of optimisers.
+    others: paths of all else.
+    calls: how often the step was called.
+  """
+
+  def __init__(self, step_fn: Callable[..., Any], state: Any, batch: Any) -> None:
+    self._step_fn, self._batch = step_fn, batch
+    self.leaves = find_state(state)
+    self._all = set(paths.leaves_by_path(state))
+    self._fp8 = {leaf.path for leaf in self.leaves}
+    self.own = [leaf for leaf in self.leaves if not leaf.in_optimiser] or self.leaves
+    self.others = frozenset(self._all - self._fp8)
+    self.calls = 0
+
+  def __call__(self, state: Any, batch: Any = None) -> Outcome:
+    """Takes the step from copies.
+
+    Raises:
+      ValueError: the step raised, or returned nothing like a training state.
+    """
+    self.calls += 1
+    batch = self._batch if batch is None else batch
+    try:
+      output = self._step_fn(copy(state), copy(batch))
+    except Exception as error:
+      raise ValueError(
+        f"check_train_step: step_fn must run on the state and the batch; got "
+        f"{type(error).__name__} in its call {self.calls}: {error} Call step_fn(state, batch) by "
+        "itself to see where."
+      ) from error
+    return self._outcome(self._new_state(output))
+
+  def _outcome(self, new: Any) -> Outcome:
+    leaves = paths.leaves_by_path(new)
+    fp8 = {path: number(leaves[path]) for path in sorted(self._fp8) if path in leaves}
+    prints = {p: _print(leaves[p]) for p in sorted(self.others) if _is_trained(leaves[p])}
+    return Outcome(new, fp8, prints)
+
+  def starting(self, state: Any) -> Outcome:
+    """The training state before a step, as if one had returned it."""
+    return self._outcome(state)
+
+  def _new_state(self, output: Any) -> Any:
+    """Finds the new state in what the step returned."""
+    candidates = list(_within(output, _DEPTH))
+    for wanted in (self._all, self._all - self._fp8):
+      for tree in candidates:
+        if wanted and wanted <= set(paths.leaves_by_path(tree)):
+          return tree
+    got = dict.fromkeys(paths.leaves_by_path(output))
+    difference = paths.compare(got, dict.fromkeys(sorted(self._all)), describe=lambda _: None)
+    raise ValueError(
+      "check_train_step: step_fn must return the new state, alone or as an element of a tuple, with"
+      f" all leaves of the old one; got, in what it returned, {difference}. Return the state "
+      "first, as in state, loss = step_fn(state, batch)."
+    )
+
+
+def _within(tree: Any, depth: int) -> Iterator[Any]:
+  """Yields a tree, then its elements, level by level."""
+  level = [tree]
+  for _ in range(depth):
+    yield from level
+    level = [child for node in level for child in _children(node)]
+
+
+def _children(node: Any) -> Iterator[Any]:
+  if isinstance(node, Mapping):
+    yield from node.values()
+  elif isinstance(node, (tuple, list)):
+    yield from node
+
+
+def _is_trained(leaf: Any) -> bool:
+  """Tells whether a leaf may be a parameter or a moment: no counter, key or loss scale."""
+  return np.ndim(leaf) > 0 and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def _print(leaf: Any) -> int:
+  return zlib.crc32(np.asarray(leaf).tobytes())

@@ -1,0 +1,694 @@
+"""Training steps as users write them: right ones, and wrong ones with what is wrong with them.
+
+All train the same small model on the same batch: ``BATCH`` has eight examples, the last of which
+are the smallest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.linen.fp8_ops as reference
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.training import dynamic_scale, train_state
+from jax.sharding import PartitionSpec as P
+
+import flax_fp8 as fp8
+
+OWG = fp8.OVERWRITE_WITH_GRADIENT
+LENGTH, WIDTH, PARTS = 4, 4, 2
+CLS = fp8.DelayedScaling(amax_history_len=LENGTH).dot_general_cls
+FLAX = functools.partial(reference.Fp8DirectDotGeneralOp, amax_history_length=LENGTH)
+
+_random = np.random.default_rng(0)
+_sizes = np.array([1, 3, 2, 4, 2, 1, 0.5, 0.25], np.float32)
+BATCH = {
+  "x": jnp.asarray(_random.normal(size=(8, WIDTH)).astype(np.float32) * _sizes[:, None]),
+  "y": jnp.asarray(_random.normal(size=(8, WIDTH)).astype(np.float32)),
+}
+
+
+class Model(nn.Module):
+  """Two FP8 layers."""
+
+  cls: Any = CLS
+  dropout: float = 0.0
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = jnp.tanh(nn.Dense(WIDTH, dot_general_cls=self.cls, name="up")(x))
+    if self.dropout:
+      x = nn.Dropout(self.dropout, deterministic=False)(x)
+    return nn.Dense(WIDTH, dot_general_cls=self.cls, name="down")(x)
+
+
+MODEL = Model()
+VARIABLES = MODEL.init(jax.random.key(0), BATCH["x"])
+FLAX_MODEL = Model(FLAX)
+FLAX_VARIABLES = FLAX_MODEL.init(jax.random.key(0), BATCH["x"])
+SGD = optax.sgd(0.1)
+
+
+def loss_fn(variables: Any, batch: Any, model: nn.Module = MODEL, **kwargs: Any) -> jax.Array:
+  return jnp.mean((model.apply(variables, batch["x"], **kwargs) - batch["y"]) ** 2)
+
+
+def microbatches(batch: Any, parts: int = PARTS) -> Any:
+  return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+
+
+def grads_of_parts(variables: Any, batch: Any) -> list[Any]:
+  split = microbatches(batch)
+  part = lambda i: jax.tree.map(lambda x: x[i], split)
+  return [fp8.grad(loss_fn)(variables, part(i)) for i in range(PARTS)]
+
+
+def update(variables: Any, grads: Any, tx: Any = SGD, opt_state: Any = None) -> Any:
+  """One right step on variables, by hand."""
+  overwrite, rest = fp8.partition_for_grad_overwrite(grads)
+  params = {"params": variables["params"]}
+  updates, opt_state = tx.update(rest, tx.init(params) if opt_state is None else opt_state, params)
+  return fp8.apply_updates(variables, updates, overwrite), opt_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+  """A training step.
+
+  Attributes:
+    name: of the function that wrote it.
+    make: makes step, state and batch.
+    kinds: what is wrong with it.
+  """
+
+  name: str
+  make: Callable[[], tuple[Any, Any, Any]]
+  kinds: frozenset[str] = frozenset()
+
+
+LOOPS: list[Loop] = []
+
+
+def loop(*kinds: str) -> Callable[[Any], Any]:
+  """Enters a function that returns ``(step, state)``, or those and a batch."""
+
+  def enter(make: Callable[[], Any]) -> Any:
+    def made() -> tuple[Any, Any, Any]:
+      step, state, *batch = make()
+      return step, state, batch[0] if batch else BATCH
+
+    LOOPS.append(Loop(make.__name__, made, frozenset(kinds)))
+    return make
+
+  return enter
+
+
+def our_train_state(variables: Any = VARIABLES, tx: Any = SGD, model: nn.Module = MODEL) -> Any:
+  return fp8.TrainState.create(apply_fn=model.apply, params=variables, tx=tx)
+
+
+# Right ones.
+
+
+@loop()
+def train_state_and_value_and_grad() -> Any:
+  """The README's; jitted, its state donated."""
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(state, batch):
+    loss = lambda v: jnp.mean((state.apply_fn(v, batch["x"]) - batch["y"]) ** 2)
+    value, grads = fp8.value_and_grad(loss)(state.params)
+    return state.apply_gradients(grads=grads), {"loss": value}
+
+  return step, our_train_state(tx=optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2)))
+
+
+@loop()
+def flax_train_state_apart() -> Any:
+  """Flax's class with parameters alone, the state in a field of its own."""
+
+  class State(train_state.TrainState):
+    fp8_state: Any
+
+  @jax.jit
+  def step(state, batch):
+    grads, new = jax.grad(
+      lambda params, own: loss_fn({"params": params, OWG: own}, batch), argnums=(0, 1)
+    )(state.params, state.fp8_state[OWG])
+    return state.apply_gradients(grads=grads, fp8_state={OWG: new})
+
+  return step, State.create(
+    apply_fn=None, params=VARIABLES["params"], tx=SGD, fp8_state={OWG: VARIABLES[OWG]}
+  )
+
+
+@loop()
+def flax_train_state_whole() -> Any:
+  """Flax's class with the whole variables, and Flax's own layers: the loop of its documentation."""
+
+  @jax.jit
+  def step(state, batch):
+    value, grads = jax.value_and_grad(loss_fn)(state.params, batch, FLAX_MODEL)
+    return value, state.apply_gradients(grads=grads)
+
+  return step, train_state.TrainState.create(apply_fn=None, params=FLAX_VARIABLES, tx=SGD)
+
+
+@loop()
+def optax_by_hand() -> Any:
+  """A tuple of variables and optimiser state, returned beside a loss."""
+  tx = optax.adafactor(1e-2)
+
+  @jax.jit
+  def step(state, batch):
+    variables, opt_state = state
+    value, grads = fp8.value_and_grad(loss_fn)(variables, batch)
+    return *update(variables, grads, tx, opt_state), value
+
+  return step, (VARIABLES, tx.init({"params": VARIABLES["params"]}))
+
+
+@loop()
+def not_jitted_without_names() -> Any:
+  """State under another key than the collection's, in NumPy."""
+
+  def step(state, batch):
+    variables = {"params": state["params"], OWG: state["fp8"]}
+    new, _ = update(variables, fp8.grad(loss_fn)(variables, batch))
+    return {"params": new["params"], "fp8": new[OWG]}
+
+  state = {"params": VARIABLES["params"], "fp8": VARIABLES[OWG]}
+  return jax.jit(step), jax.tree.map(np.asarray, state)
+
+
+@loop()
+def multi_steps() -> Any:
+  """Parameters move at every second step, state at each."""
+  tx = optax.MultiSteps(optax.lion(1e-2), 2)
+
+  @jax.jit
+  def step(state, batch):
+    return state.apply_gradients(grads=fp8.grad(loss_fn)(state.params, batch))
+
+  return step, our_train_state(tx=tx.gradient_transformation())
+
+
+@loop()
+def scan_over_steps() -> Any:
+  """Two steps a call: histories move by two slots."""
+
+  @jax.jit
+  def step(variables, batch):
+    one = lambda v, part: (update(v, fp8.grad(loss_fn)(v, part))[0], None)
+    return jax.lax.scan(one, variables, batch)[0]
+
+  return step, VARIABLES, microbatches(BATCH)
+
+
+@loop()
+def max_over_microbatches() -> Any:
+  """Accumulation in the loss: scanned, differentiated as a whole."""
+
+  @jax.jit
+  def step(state, batch):
+    def loss(variables):
+      one = lambda total, part: (total + loss_fn(variables, part) / PARTS, None)
+      return jax.lax.scan(one, jnp.float32(0), microbatches(batch))[0]
+
+    return state.apply_gradients(grads=fp8.grad(loss)(state.params))
+
+  return step, our_train_state()
+
+
+@loop()
+def ema_over_params() -> Any:
+  """An average of parameters alone beside the variables."""
+
+  @jax.jit
+  def step(state, batch):
+    new, _ = update(state["variables"], fp8.grad(loss_fn)(state["variables"], batch))
+    return {
+      "variables": new,
+      "ema": optax.incremental_update(new["params"], state["ema"], 0.1),
+      "target": state["target"],
+    }
+
+  return step, {"variables": VARIABLES, "ema": VARIABLES["params"], "target": VARIABLES}
+
+
+@loop()
+def frozen_layers() -> Any:
+  """A layer without updates; its state moves."""
+  labels = {"up": "frozen", "down": "trained"}
+  tx = optax.multi_transform({"frozen": optax.set_to_zero(), "trained": optax.adam(1e-2)}, labels)
+  step, _ = train_state_and_value_and_grad()
+  return step, our_train_state(tx=tx)
+
+
+@loop()
+def skipped_steps() -> Any:
+  """Float16's usual start: the first steps overflow, and are skipped."""
+
+  @jax.jit
+  def step(state, batch):
+    variables, scale = state["variables"], state["scale"]
+    grads = fp8.grad(loss_fn)(variables, batch)
+    fine = scale < 2.0**14
+    new, _ = update(variables, grads)
+    keep = lambda n, o: jnp.where(fine, n, o)
+    scale = jnp.where(fine, scale, scale / 2)
+    return {"variables": jax.tree.map(keep, new, variables), "scale": scale}
+
+  return step, {"variables": VARIABLES, "scale": jnp.float32(2.0**16)}
+
+
+def data_mesh(devices: int = 4) -> jax.sharding.Mesh:
+  return jax.make_mesh(
+    (devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
+  )
+
+
+def sharded_grads(check_vma: bool) -> Callable[[Any, Any], Any]:
+  """Differentiates around a shard_map."""
+
+  def loss(variables, batch):
+    local = lambda v, b: jax.lax.pmean(loss_fn(v, b), "data")
+    return jax.shard_map(
+      local, mesh=data_mesh(), in_specs=(P(), P("data")), out_specs=P(), check_vma=check_vma
+    )(variables, batch)
+
+  return jax.grad(loss)
+
+
+def _shard_map(check_vma: bool) -> Any:
+  @jax.jit
+  def step(state, batch):
+    return state.apply_gradients(grads=sharded_grads(check_vma)(state.params, batch))
+
+  return step, our_train_state()
+
+
+@loop()
+def shard_map_checked() -> Any:
+  return _shard_map(True)
+
+
+@loop()
+def shard_map_unchecked() -> Any:
+  return _shard_map(False)
+
+
+@loop()
+def shard_map_pmax_inside() -> Any:
+  """Differentiated inside, parameters averaged, state by maximum."""
+  return _inside_shard_map(lambda grads: {
+    "params": jax.lax.pmean(grads["params"], "data"),
+    OWG: jax.tree.map(lambda x: jax.lax.pmax(x, "data"), grads[OWG]),
+  })  # fmt: skip
+
+
+def _inside_shard_map(reduce: Callable[[Any], Any]) -> Any:
+  def local(variables, batch):
+    return reduce(jax.grad(loss_fn)(variables, batch, FLAX_MODEL))
+
+  @jax.jit
+  def step(variables, batch):
+    grads = jax.shard_map(
+      local, mesh=data_mesh(), in_specs=(P(), P("data")), out_specs=P(), check_vma=False
+    )(variables, batch)
+    return update(variables, grads)[0]
+
+  return step, FLAX_VARIABLES
+
+
+@loop()
+def scanned_layers_with_metrics() -> Any:
+  """Layers scanned, metrics on, dropout between them."""
+
+  class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+      x = nn.Dense(WIDTH, dot_general_cls=CLS, name="dense")(x)
+      return nn.Dropout(0.2, deterministic=False)(jnp.tanh(x)), None
+
+  class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      axes = {"params": 0, OWG: 0}
+      rngs = {"params": True, "dropout": True}
+      return nn.scan(Block, variable_axes=axes, split_rngs=rngs, length=2)(name="block")(x, None)[0]
+
+  model, keys = Scanned(), {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+  variables = fp8.add_metrics(model, model.init(keys, BATCH["x"]), BATCH["x"])
+
+  @jax.jit
+  def step(state, batch):
+    key = jax.random.fold_in(jax.random.key(0), state.step)
+    grads = fp8.grad(loss_fn)(state.params, batch, model, rngs={"dropout": key})
+    return state.apply_gradients(grads=grads)
+
+  return step, our_train_state(variables, optax.adam(1e-2), model)
+
+
+@loop()
+def converted_with_an_interval() -> Any:
+  """The twin of an unmodified model, of which one layer stays as it is; new scales at times."""
+  recipe = fp8.DelayedScaling(amax_history_len=LENGTH, interval=3, margin=1, power_of_two=True)
+  model = fp8.fp8_linear_layers(Model(None), fp8.Fp8Config(recipe=recipe, multiple_of=1))
+  variables = model.init(jax.random.key(0), BATCH["x"])
+
+  @jax.jit
+  def step(state, batch):
+    return state.apply_gradients(grads=fp8.grad(loss_fn)(state.params, batch, model))
+
+  return step, our_train_state(variables, model=model)
+
+
+@loop()
+def most_recent_after_the_first_step() -> Any:
+  """Another algorithm, output gradients of one layer in high precision, an unused layer."""
+
+  class Partly(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      recipe = fp8.DelayedScaling(
+        amax_history_len=LENGTH, amax_compute_algo="most_recent", first_step="current"
+      )
+      unseen = fp8.DelayedScaling(amax_history_len=LENGTH, high_precision=("dgrad", "wgrad"))
+      x = nn.Dense(WIDTH, dot_general_cls=recipe.dot_general_cls, name="up")(x)
+      aside = nn.Dense(WIDTH, dot_general_cls=CLS, name="aside")(x)
+      x = nn.Dense(WIDTH, dot_general_cls=unseen.dot_general_cls, name="down")(jnp.tanh(x))
+      return x + jax.lax.stop_gradient(aside)
+
+  model = Partly()
+
+  @jax.jit
+  def step(state, batch):
+    return state.apply_gradients(grads=fp8.grad(loss_fn)(state.params, batch, model))
+
+  return step, our_train_state(model.init(jax.random.key(0), BATCH["x"]), model=model)
+
+
+def short_model() -> tuple[nn.Module, Any]:
+  model = Model(fp8.DelayedScaling(amax_history_len=1, margin=2).dot_general_cls)
+  return model, model.init(jax.random.key(0), BATCH["x"])
+
+
+@loop()
+def histories_of_one_slot() -> Any:
+  model, variables = short_model()
+  step = lambda v, batch: update(v, fp8.grad(loss_fn)(v, batch, model))[0]
+  return jax.jit(step), variables
+
+
+@loop()
+def pipeline() -> Any:
+  """Microbatches through two stages, one scan of ticks; each stage has its own state."""
+
+  class Stage(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return jnp.tanh(nn.Dense(WIDTH, dot_general_cls=CLS)(x))
+
+  stages = nn.vmap(Stage, variable_axes={"params": 0, OWG: 0}, split_rngs={"params": True})()
+  variables = stages.init(jax.random.key(0), jnp.zeros((2, 4, WIDTH)))
+
+  def run(v, batch):
+    parts = microbatches(batch)
+
+    def tick(held, i):
+      fed = jnp.where(i < PARTS, parts["x"][i % PARTS], 0)
+      out = stages.apply(v, jnp.stack([fed, held]))
+      error = jnp.mean((out[1] - parts["y"][(i - 1) % PARTS]) ** 2)
+      return out[0], jnp.where(i > 0, error, 0)
+
+    return jnp.mean(jax.lax.scan(tick, jnp.zeros((4, WIDTH)), jnp.arange(PARTS + 1))[1])
+
+  step = lambda v, batch: update(v, fp8.grad(run)(v, batch))[0]
+  return jax.jit(step), variables
+
+
+# Wrong ones.
+
+
+@loop("summed")
+def sum_over_microbatches() -> Any:
+  @jax.jit
+  def step(state, batch):
+    grads = jax.tree.map(lambda *g: sum(g), *grads_of_parts(state.params, batch))
+    return state.apply_gradients(grads=grads)
+
+  return step, our_train_state()
+
+
+@loop("scaled")
+def division_by_the_loss_scale() -> Any:
+  @jax.jit
+  def step(state, batch):
+    scaler, finite, value, grads = state["scaler"].value_and_grad(loss_fn)(
+      state["train"].params, batch
+    )
+    new = state["train"].apply_gradients(grads=grads)
+    keep = lambda n, o: jnp.where(finite, n, o)
+    return {"train": jax.tree.map(keep, new, state["train"]), "scaler": scaler}, value
+
+  return step, {"train": our_train_state(), "scaler": dynamic_scale.DynamicScale()}
+
+
+@loop("averaged")
+def ema_over_state() -> Any:
+  """A second copy of the whole variables, averaged."""
+
+  @jax.jit
+  def step(state, batch):
+    new, _ = update(state["variables"], fp8.grad(loss_fn)(state["variables"], batch))
+    ema = jax.tree.map(lambda e, n: 0.99 * e + 0.01 * n, state["ema"], new)
+    return {"variables": new, "ema": ema}
+
+  return step, {"variables": VARIABLES, "ema": VARIABLES}
+
+
+@loop("averaged")
+def lookahead_over_state() -> Any:
+  """The state that trains is itself an average."""
+
+  @jax.jit
+  def step(variables, batch):
+    new, _ = update(variables, fp8.grad(loss_fn)(variables, batch))
+    return optax.incremental_update(new, variables, 0.5)
+
+  return step, VARIABLES
+
+
+@loop("kept")
+def old_state_over_new() -> Any:
+  """The merge is the wrong way round."""
+
+  @jax.jit
+  def step(state, batch):
+    new = state.apply_gradients(grads=fp8.grad(loss_fn)(state.params, batch))
+    return state.replace(step=new.step, params={**new.params, OWG: state.params[OWG]})
+
+  return step, our_train_state()
+
+
+@loop("dropped")
+def state_dropped() -> Any:
+  @jax.jit
+  def step(state, batch):
+    grads = fp8.grad(loss_fn)(state.params, batch)
+    new, _ = update(state.params, grads)
+    return state.replace(step=state.step + 1, params={"params": new["params"]}), {"loss": 0.0}
+
+  return step, our_train_state()
+
+
+@loop("decayed")
+def weight_decay() -> Any:
+  """Decay is added to the gradients of all variables."""
+  decay = optax.add_decayed_weights(1e-2)
+
+  @jax.jit
+  def step(state, batch):
+    grads = fp8.grad(loss_fn)(state.params, batch)
+    grads, _ = decay.update(grads, decay.init(state.params), state.params)
+    return state.apply_gradients(grads=grads)
+
+  return step, our_train_state()
+
+
+@loop("decayed")
+def weight_decay_after_the_update() -> Any:
+  @jax.jit
+  def step(variables, batch):
+    new, _ = update(variables, fp8.grad(loss_fn)(variables, batch))
+    return jax.tree.map(lambda x: x * (1 - 1e-4), new)
+
+  return step, VARIABLES
+
+
+@loop("clipped")
+def global_norm_clipping() -> Any:
+  clip = optax.clip_by_global_norm(1.0)
+
+  @jax.jit
+  def step(state, batch):
+    grads = fp8.grad(loss_fn)(state.params, batch)
+    return state.apply_gradients(grads=clip.update(grads, clip.init(grads))[0])
+
+  return step, our_train_state()
+
+
+@loop("clipped")
+def clipping_of_values() -> Any:
+  clip = optax.clip(1.0)
+
+  @jax.jit
+  def step(state, batch):
+    grads = fp8.grad(loss_fn)(state.params, batch)
+    return state.apply_gradients(grads=clip.update(grads, clip.init(grads))[0])
+
+  return step, our_train_state()
+
+
+@loop("psum")
+def psum_under_shard_map() -> Any:
+  return _inside_shard_map(lambda grads: jax.lax.psum(grads, "data"))
+
+
+@loop("psum")
+def flax_layers_in_shard_map() -> Any:
+  """Differentiated around a shard_map, which is right but for Flax's layers."""
+
+  @jax.jit
+  def step(variables, batch):
+    def loss(variables):
+      local = lambda v, b: jax.lax.pmean(loss_fn(v, b, FLAX_MODEL), "data")
+      return jax.shard_map(
+        local, mesh=data_mesh(), in_specs=(P(), P("data")), out_specs=P(), check_vma=False
+      )(variables, batch)
+
+    return update(variables, jax.grad(loss)(variables))[0]
+
+  return step, FLAX_VARIABLES
+
+
+@loop("mean")
+def pmean_under_shard_map() -> Any:
+  return _inside_shard_map(lambda grads: jax.lax.pmean(grads, "data"))
+
+
+@loop("mean")
+def mean_over_microbatches() -> Any:
+  @jax.jit
+  def step(state, batch):
+    grads = jax.tree.map(lambda *g: sum(g) / PARTS, *grads_of_parts(state.params, batch))
+    return state.apply_gradients(grads=grads)
+
+  return step, our_train_state()
+
+
+@loop("partial")
+def last_microbatch_wins() -> Any:
+  @jax.jit
+  def step(state, batch):
+    parts = grads_of_parts(state.params, batch)
+    params = jax.tree.map(lambda *g: sum(g) / PARTS, *(part["params"] for part in parts))
+    return state.apply_gradients(grads={"params": params, OWG: parts[-1][OWG]})
+
+  return step, our_train_state()
+
+
+@loop("optimiser")
+def state_in_adam() -> Any:
+  """State is written over, but Adam has moments of it."""
+  tx = optax.adam(1e-2)
+
+  @jax.jit
+  def step(state, batch):
+    variables, opt_state = state
+    grads = fp8.grad(loss_fn)(variables, batch)
+    updates, opt_state = tx.update(grads, opt_state, variables)
+    new = optax.apply_updates(variables, updates)
+    return {**new, OWG: grads[OWG]}, opt_state
+
+  return step, (VARIABLES, tx.init(VARIABLES))
+
+
+@loop("optimiser", "added")
+def state_as_parameters() -> Any:
+  """The optimiser gets everything."""
+  tx = optax.adamw(1e-2)
+
+  @jax.jit
+  def step(state, batch):
+    variables, opt_state = state
+    updates, opt_state = tx.update(fp8.grad(loss_fn)(variables, batch), opt_state, variables)
+    return optax.apply_updates(variables, updates), opt_state
+
+  return step, (VARIABLES, tx.init(VARIABLES))
+
+
+@loop("added")
+def sgd_on_state() -> Any:
+  @jax.jit
+  def step(variables, batch):
+    grads = fp8.grad(loss_fn)(variables, batch)
+    return jax.tree.map(lambda v, g: v - 0.1 * g, variables, grads)
+
+  return step, VARIABLES
+
+
+@loop("reset")
+def fresh_state_every_step() -> Any:
+  @jax.jit
+  def step(variables, batch):
+    new, _ = update(variables, fp8.grad(loss_fn)(variables, batch))
+    return {**new, OWG: VARIABLES[OWG]}
+
+  return step, VARIABLES
+
+
+@loop("rounded")
+def gradients_cast_to_bfloat16() -> Any:
+  @jax.jit
+  def step(state, batch):
+    grads = fp8.grad(loss_fn)(state.params, batch)
+    grads = jax.tree.map(lambda g: g.astype(jnp.bfloat16).astype(jnp.float32), grads)
+    return state.apply_gradients(grads=grads)
+
+  return step, our_train_state()
+
+
+@loop("summed")
+def sum_of_histories_of_one_slot() -> Any:
+  """Where a sum of two looks like a margin of one."""
+  model, variables = short_model()
+
+  @jax.jit
+  def step(variables, batch):
+    split = microbatches(batch)
+    parts = [jax.tree.map(lambda x, i=i: x[i], split) for i in range(PARTS)]
+    grads = [fp8.grad(loss_fn)(variables, part, model) for part in parts]
+    return update(variables, jax.tree.map(lambda *g: sum(g), *grads))[0]
+
+  return step, variables
+
+
+@loop("averaged")
+def average_of_histories_of_one_slot() -> Any:
+  model, variables = short_model()
+
+  @jax.jit
+  def step(variables, batch):
+    new, _ = update(variables, fp8.grad(loss_fn)(variables, batch, model))
+    return optax.incremental_update(new, variables, 0.5)
+
+  return step, variables
