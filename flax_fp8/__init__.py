@@ -29,8 +29,8 @@ from flax_fp8.recipes import (
 from flax_fp8.training import (
   Stats,
   TrainState,
-  accumulate_gradients,
   TrainStepReport,
+  accumulate_gradients,
   add_metrics,
   apply_updates,
   as_max_grad,
