@@ -25,17 +25,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from rich.console import Console
 
+from lm.checkpoints import read_newest
+from lm.config import PRESETS
 from lm.files import write_text
 from lm.launch import Group
 from lm.options import not_negative, positive
 from lm.report import environment
+from lm.step import step_shapes
 
 RESULTS = Path(__file__).resolve().parent / "results"
-RUN = "delayed"
+PRESET, RUN = "micro", "delayed"
 GRACE_SECONDS = 15.0
 CHECKPOINT_EVERY = 2
 STEPS_BETWEEN_KILLS = 8
@@ -138,7 +141,7 @@ class Runs:
   def start(self, name: str) -> Group:
     """Starts the processes on the folder of that name; from its checkpoint, if there is one."""
     out = self.folder / name
-    options = ["--preset", "micro", "--precision", "fp8", "--recipe", RUN, "--explain", "none"]
+    options = ["--preset", PRESET, "--precision", "fp8", "--recipe", RUN, "--explain", "none"]
     options += ["--steps", f"{self.steps}", "--checkpoint-every", f"{CHECKPOINT_EVERY}"]
     options += ["--out", str(out), "--resume"]
     return Group(options, out / "logs", processes=self.processes)
@@ -207,33 +210,27 @@ def require_resumed(group: Group, newest: int) -> None:
     raise RuntimeError(f"kill_and_resume: a run must not start anew; got {newest} on disk.")
 
 
-def final(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def final(out: Path, steps: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   """The last checkpoint's leaves, and the losses of ``results.json``."""
-  with ocp.CheckpointManager(checkpoints(out).absolute()) as manager:
-    step = manager.latest_step()
-    items = ocp.args.Composite(state=ocp.args.StandardRestore())
-    state = manager.restore(step, args=items)["state"]
-  leaves = ocp.tree.to_flat_dict(state, sep="/")
+  state, _ = step_shapes(dataclasses.replace(PRESETS[PRESET], steps=steps), RUN)
+  leaves = jax.tree_util.tree_leaves_with_path(read_newest(checkpoints(out), state))
   run = json.loads((out / "results.json").read_text())["runs"][RUN]
-  return leaves, {name: run[name] for name in ("train_curve", "validation_curve")}
+  curves = {name: run[name] for name in ("train_curve", "validation_curve")}
+  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}, curves
 
 
-def compare(folder: Path) -> dict[str, Any]:
+def compare(runs: Runs) -> dict[str, Any]:
   """Holds the end of the killed run against that of the unbroken one."""
-  (leaves, curves), (wanted, wanted_curves) = (final(folder / n) for n in ("killed", "unbroken"))
-  same = lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes()
-  differing = sorted(
-    name
-    for name in leaves.keys() | wanted.keys()
-    if not (name in leaves and name in wanted and same(leaves[name], wanted[name]))
+  (got, curves), (want, wanted) = (
+    final(runs.folder / name, runs.steps) for name in ("killed", "unbroken")
   )
   return {
-    "leaves": len(wanted),
-    "bytes": sum(np.asarray(leaf).nbytes for leaf in wanted.values()),
-    "differing_leaves": differing,
-    "losses_equal": curves == wanted_curves,
-    "final_step": int(np.asarray(leaves["step"])),
-    "final_loss": wanted_curves["validation_curve"][-1][1],
+    "leaves": len(want),
+    "bytes": sum(leaf.nbytes for leaf in want.values()),
+    "differing_leaves": [name for name in want if got[name].tobytes() != want[name].tobytes()],
+    "losses_equal": curves == wanted,
+    "final_step": int(got[".step"]),
+    "final_loss": wanted["validation_curve"][-1][1],
   }
 
 
@@ -260,7 +257,7 @@ def measure(arguments: argparse.Namespace, folder: Path, console: Console) -> di
     "kills_of_process_0": sum(found.kill.process == 0 for found in all_found),
     "ended_by_hand": sum(found.ended for found in all_found),
     "last_life_resumed_after": last,
-    "end": compare(folder),
+    "end": compare(runs),
   }
 
 
