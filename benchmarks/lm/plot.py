@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 import flax_fp8 as fp8
 from lm.curve import Result
+from lm.files import whole_file
 from lm.runs import BF16, BF16_AGAIN, Run, label, recipe_name
 
 # The points of the runs nearly coincide: marks of different shapes show each.
@@ -87,4 +88,5 @@ def write_png(results: list[Result], path: Path) -> None:
     curves = figure.subplots()
     curves.set_xlabel("steps")
   draw_curves(curves, results)
-  figure.savefig(path, dpi=120)
+  with whole_file(path) as beside:
+    figure.savefig(beside, dpi=120)

@@ -16,10 +16,13 @@ from rich.table import Table
 import flax_fp8 as fp8
 from lm.config import TrainConfig
 from lm.curve import Export, Result, gap_percent
+from lm.devices import Devices
 from lm.explain import Reports, missing_compiler
+from lm.files import write_text
 from lm.runs import BF16, Run, label
 from lm.text import Corpus
 
+NOT_ASKED = "--explain none asks for no program."
 EMULATED = (
   "FP8 is emulated on this CPU: the losses are what FP8 gives, but steps/s is no claim about speed."
 )
@@ -73,7 +76,7 @@ def show(results: list[Result], reports: Reports, config: TrainConfig, console: 
   """Prints the table, why it lacks a count, and on a CPU the line that keeps its steps/s honest."""
   console.print(table(results, reports, config))
   if not reports:
-    note = f"FP8 GEMMs are not counted: {missing_compiler()}"
+    note = f"FP8 GEMMs are not counted: {missing_compiler() or NOT_ASKED}"
     console.print(note, markup=False, highlight=False, soft_wrap=True)
   if emulated():
     console.print(EMULATED, highlight=False, soft_wrap=True)
@@ -147,6 +150,7 @@ def write_json(
   corpus: Corpus,
   path: Path,
   *,
+  devices: Devices,
   explained: bool,
 ) -> None:
   """Writes every number; the losses are exact, so two runs can be compared bit by bit.
@@ -157,15 +161,18 @@ def write_json(
     config: what was trained.
     corpus: on what.
     path: the file.
+    devices: that shared each batch.
     explained: write the whole reports too.
   """
   document = {
     "environment": environment(),
     "config": config.as_dict(),
     "text": describe_text(corpus),
+    "devices": len(devices.devices),
+    "processes": jax.process_count(),
     "gap_percent": find_gaps(results),
     "runs": {result.run: describe_result(result, reports.get(result.run)) for result in results},
   }
   if explained:
     document["explain"] = {name: report.to_dict() for name, report in reports.items()}
-  path.write_text(json.dumps(document, indent=1) + "\n")
+  write_text(path, json.dumps(document, indent=1) + "\n")

@@ -13,6 +13,7 @@ import optax
 import flax_fp8 as fp8
 from lm.config import TrainConfig
 from lm.convert import convert
+from lm.devices import Devices
 from lm.model import Transformer, fuse_params
 from lm.runs import BF16_AGAIN, Run, is_converted, is_fused, recipe_of
 
@@ -76,9 +77,10 @@ def initializer(config: TrainConfig, run: Run) -> Callable[[jax.Array], fp8.Trai
   return create
 
 
-def create_state(config: TrainConfig, run: Run) -> fp8.TrainState:
-  """Makes the training state of the configured seed."""
-  return initializer(config, run)(jax.random.key(config.seed))
+def create_state(config: TrainConfig, run: Run, devices: Devices | None = None) -> fp8.TrainState:
+  """Makes the training state of the configured seed, on all of ``devices`` where there are any."""
+  create, key = initializer(config, run), jax.random.key(config.seed)
+  return devices.create(create, key) if devices else create(key)
 
 
 def step_shapes(config: TrainConfig, run: Run) -> tuple[fp8.TrainState, jax.ShapeDtypeStruct]:
@@ -104,7 +106,7 @@ def train_step(state: fp8.TrainState, windows: jax.Array) -> tuple[fp8.TrainStat
 jitted_step = jax.jit(train_step, donate_argnums=0)
 
 
-def compile_step(state: fp8.TrainState, windows: np.ndarray) -> tuple[Any, float]:
+def compile_step(state: fp8.TrainState, windows: np.ndarray | jax.Array) -> tuple[Any, float]:
   """Compiles ``train_step`` ahead of time, so that no step pays for it.
 
   Args:
