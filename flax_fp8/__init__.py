@@ -30,6 +30,7 @@ from flax_fp8.training import (
   Stats,
   TrainState,
   TrainStepReport,
+  accumulate_gradients,
   add_metrics,
   apply_updates,
   as_max_grad,
@@ -78,6 +79,7 @@ __all__ = [
   "value_and_grad",
   # Training
   "TrainState",
+  "accumulate_gradients",
   "apply_updates",
   "partition_for_grad_overwrite",
   # Checkpoints

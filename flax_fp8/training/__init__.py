@@ -1,5 +1,6 @@
 """The training loop's side: FP8 state is written over, parameters go to the optimiser."""
 
+from flax_fp8.training.accumulate import accumulate_gradients
 from flax_fp8.training.calibrate import calibrate
 from flax_fp8.training.check import check_train_step
 from flax_fp8.training.check_report import TrainStepReport
@@ -17,6 +18,7 @@ __all__ = [
   "Stats",
   "TrainState",
   "TrainStepReport",
+  "accumulate_gradients",
   "add_metrics",
   "apply_updates",
   "as_max_grad",

@@ -49,12 +49,13 @@ def as_max_grad(variables: Any) -> Any:
   return jax.tree_util.tree_map_with_path(_cast_if_state, variables)
 
 
-def _is_state(path: Sequence[Any]) -> bool:
+def is_state(path: Sequence[Any]) -> bool:
+  """Tells by its path whether a leaf is FP8 state."""
   return any(getattr(entry, "key", None) == OVERWRITE_WITH_GRADIENT for entry in path)
 
 
 def _cast_if_state(path: Any, leaf: Any) -> Any:
-  if not _is_state(path) or is_max_grad(leaf):
+  if not is_state(path) or is_max_grad(leaf):
     return leaf
   if (dtype := jnp.result_type(leaf)) != jnp.float32:
     raise TypeError(
@@ -109,20 +110,13 @@ def value_and_grad(
   References:
     jax.value_and_grad.
   """
-  positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+  run = value_and_cotangents(fun, argnums, has_aux, holomorphic, allow_int)
 
   @functools.wraps(fun)
   def wrapped(*args: Any, **kwargs: Any) -> Any:
-    cast = list(args)
-    for i in positions:
-      _check_differentiable(args[i], allow_int)
-      cast[i] = as_max_grad(args[i])
-    # JAX counts extended dtypes as integers here; _check_differentiable kept real integers out.
-    run = jax.value_and_grad(fun, argnums, has_aux, holomorphic, allow_int=True)
-    with cast_here(), _explain_arithmetic_on_state():
-      value, grads = run(*cast, **kwargs)
-    old = args[argnums] if isinstance(argnums, int) else tuple(args[i] for i in positions)
-    return value, jax.tree_util.tree_map_with_path(_collect, grads, old)
+    value, cotangents = run(*args, **kwargs)
+    old = args[argnums] if isinstance(argnums, int) else tuple(args[i] for i in argnums)
+    return value, collect(cotangents, old)
 
   return wrapped
 
@@ -172,6 +166,43 @@ def grad(
   return wrapped
 
 
+def value_and_cotangents(
+  fun: Callable[..., Any],
+  argnums: int | Sequence[int] = 0,
+  has_aux: bool = False,
+  holomorphic: bool = False,
+  allow_int: bool = False,
+) -> Callable[..., Any]:
+  """Like ``value_and_grad``, but leaves state as autodiff does: to be joined, then ``collect``-ed.
+
+  State is fp32_max_grad; ``-inf`` where no path used it.
+  """
+  positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+  @functools.wraps(fun)
+  def wrapped(*args: Any, **kwargs: Any) -> Any:
+    cast = list(args)
+    for i in positions:
+      _check_differentiable(args[i], allow_int)
+      cast[i] = as_max_grad(args[i])
+    # JAX counts extended dtypes as integers here; _check_differentiable kept real integers out.
+    run = jax.value_and_grad(fun, argnums, has_aux, holomorphic, allow_int=True)
+    with cast_here(), _explain_arithmetic_on_state():
+      return run(*cast, **kwargs)
+
+  return wrapped
+
+
+def collect(cotangents: Any, old: Any) -> Any:
+  """Makes of cotangents what a training loop takes: gradients, and for state its new value.
+
+  Args:
+    cotangents: of ``value_and_cotangents``; state float32 or fp32_max_grad.
+    old: the tree that was differentiated with respect to.
+  """
+  return jax.tree_util.tree_map_with_path(_collect, cotangents, old)
+
+
 def _check_differentiable(argument: Any, allow_int: bool) -> None:
   for path, leaf in jax.tree_util.tree_leaves_with_path(argument):
     if (
@@ -188,7 +219,7 @@ def _check_differentiable(argument: Any, allow_int: bool) -> None:
 
 def _collect(path: Any, grad: Any, old: Any) -> Any:
   """Turns a leaf of a gradient into what the training loop takes: new state, or a gradient."""
-  if not _is_state(path):
+  if not is_state(path):
     return grad
   new = overwrite_leaf(old, grad)
   # Inside an unchecked shard_map all devices but the first emitted zero (flax_fp8.amax.emit_once).

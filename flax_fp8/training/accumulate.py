@@ -1,0 +1,137 @@
+"""Gradients of a batch that is too large for one pass, with one step of the FP8 state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flax_fp8 import _compat
+from flax_fp8.meta_dtype import to_float32
+from flax_fp8.training.max_grad import collect, is_state, value_and_cotangents
+
+Reduction: TypeAlias = Literal["mean", "sum"]
+
+
+def accumulate_gradients(
+  loss_fn: Callable[[Any, Any], Any],
+  variables: Any,
+  microbatches: Any,
+  has_aux: bool = False,
+  reduction: Reduction = "mean",
+) -> tuple[Any, Any]:
+  """Takes loss and gradients of a batch, one microbatch at a time.
+
+  ``value_and_grad(lambda v: reduction([loss_fn(v, m) for m in microbatches]))(variables)``, in the
+  memory of one microbatch: a ``lax.scan`` that adds gradients up.
+
+  Gradients of parameters are averaged or summed. FP8 state is the maximum: every microbatch is
+  quantised by the state of before, and all together they are one step of it, one slot of the amax
+  histories. The optimiser is called once, with what this returns.
+
+  With ``optax.MultiSteps`` as ``tx`` of ``TrainState`` instead, each microbatch is a call of
+  ``apply_gradients`` and a step of the FP8 state: right too, and ``amax_history_len`` then counts
+  microbatches.
+
+  Args:
+    loss_fn: ``loss_fn(variables, microbatch)`` returns a real scalar, or ``(loss, aux)``.
+    variables: what to differentiate with respect to: variables dict, or ``TrainState.params``.
+    microbatches: pytree of arrays, each ``[microbatches, ...]``; ``loss_fn`` gets a slice of each.
+      PRNG keys are arrays like any other: ``{"x": x, "key": jax.random.split(key, n)}``.
+    has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+    reduction: "mean" or "sum" of the microbatches' losses. The mean of means is the mean over the
+      batch where microbatches count alike; for tokens behind masks return sums, and divide.
+
+  Returns:
+    ``(loss, gradients)``, or ``((loss, aux), gradients)`` with ``aux`` stacked,
+    ``[microbatches, ...]``. State among the gradients is its new value, float32; it stays as it was
+    where no microbatch used it.
+
+  Raises:
+    ValueError: ``microbatches`` is empty or its leaves have no common leading axis, or
+      ``reduction`` is unknown.
+    TypeError: as ``value_and_grad``.
+
+  Numerics:
+    Each loss is differentiated as its share of the mean, so output gradients have the magnitude
+    that they have in the whole batch, and so have their amaxes. Sums of gradients are float32 or
+    wider, rounded at the end to the parameter's dtype. Scales and histories do not depend on the
+    order or the number of microbatches; with ``reduction="mean"`` exactly so for powers of two.
+
+  Example:
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> import flax_fp8 as fp8
+    >>> layer = nn.Dense(4, dot_general_cls=fp8.Fp8DotGeneral)
+    >>> microbatches = jnp.stack([jnp.ones((2, 4)), 3 * jnp.ones((2, 4)), jnp.zeros((2, 4))])
+    >>> variables = layer.init(jax.random.key(0), microbatches[0])
+    >>> loss_fn = lambda variables, x: jnp.mean(layer.apply(variables, x))
+    >>> loss, grads = fp8.accumulate_gradients(loss_fn, variables, microbatches)
+    >>> grads["_overwrite_with_gradient"]["Fp8DotGeneral_0"]["input_amax_history"][:2]
+    Array([3., 0.], dtype=float32)
+
+  References:
+    optax.MultiSteps; haliax.quantization, on accumulation by maximum.
+  """
+  count = _count(microbatches)
+  if reduction not in get_args(Reduction):
+    raise ValueError(
+      f"accumulate_gradients: reduction must be one of {get_args(Reduction)}; got {reduction=}. "
+      "Pass one of these strings."
+    )
+  share = 1 / count if reduction == "mean" else 1.0
+
+  def shared(variables: Any, microbatch: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+    value = loss_fn(variables, microbatch)
+    loss, aux = value if has_aux else (value, None)
+    return loss * share, (loss, aux)
+
+  run = value_and_cotangents(shared, has_aux=True)
+
+  def step(total: Any, microbatch: Any) -> tuple[Any, tuple[jax.Array, Any]]:
+    (_, seen), cotangents = run(variables, microbatch)
+    return jax.tree_util.tree_map_with_path(_add, total, cotangents), seen
+
+  nothing = jax.tree_util.tree_map_with_path(_nothing, variables)
+  total, (losses, aux) = lax.scan(step, nothing, microbatches)
+  loss = jnp.mean(losses) if reduction == "mean" else jnp.sum(losses)
+  rounded = jax.tree_util.tree_map_with_path(_round, total, variables)
+  return ((loss, aux) if has_aux else loss), collect(rounded, variables)
+
+
+def _count(microbatches: Any) -> int:
+  shapes = {
+    jax.tree_util.keystr(path) or "microbatches": jnp.shape(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(microbatches)
+  }
+  counts = {shape[:1] for shape in shapes.values()}
+  if len(counts) != 1 or not all(counts) or counts == {(0,)}:
+    raise ValueError(
+      "accumulate_gradients: the leaves of microbatches must have one leading axis in common, the "
+      f"number of microbatches, at least 1; got shapes {shapes}. Reshape a batch to "
+      "(microbatches, batch // microbatches, ...), and keys to jax.random.split(key, microbatches)."
+    )
+  return counts.pop()[0]
+
+
+def _wide(leaf: Any) -> Any:
+  return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
+
+
+def _nothing(path: Any, leaf: Any) -> jax.Array:
+  """What sums, or maxima where ``leaf`` is state, begin with."""
+  like = to_float32(leaf) if is_state(path) else leaf
+  empty = jnp.full_like(like, -jnp.inf if is_state(path) else 0, dtype=_wide(like))
+  return _compat.vary_as(empty, like)
+
+
+def _add(path: Any, total: jax.Array, cotangent: jax.Array) -> jax.Array:
+  if is_state(path):
+    return lax.max(total, to_float32(cotangent))
+  return total + cotangent.astype(total.dtype)
+
+
+def _round(path: Any, total: jax.Array, leaf: Any) -> jax.Array:
+  return total if is_state(path) else total.astype(jnp.result_type(leaf))

@@ -1,0 +1,176 @@
+"""Accumulated gradients are those of the whole batch; the state takes one step."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import flax_fp8 as fp8
+
+OWG = fp8.OVERWRITE_WITH_GRADIENT
+RECIPE = fp8.DelayedScaling(amax_history_len=4, power_of_two=True)
+MICROBATCHES, BATCH, WIDTH = 4, 2, 8
+
+
+class Model(nn.Module):
+  """Two layers; the first is called twice."""
+
+  @nn.compact
+  def __call__(self, x):
+    first = nn.Dense(WIDTH, dot_general_cls=RECIPE.dot_general_cls)
+    x = nn.relu(first(nn.relu(first(x))))
+    return nn.Dense(WIDTH, dot_general_cls=RECIPE.dot_general_cls)(x)
+
+
+model = Model()
+X = jax.random.normal(jax.random.key(0), (MICROBATCHES, BATCH, WIDTH))
+X *= jnp.array([1.0, 4.0, 2.0, 0.5]).reshape(-1, 1, 1)
+VARIABLES = model.init(jax.random.key(1), X[0])
+OLD = fp8.grad(lambda v: jnp.sum(model.apply(v, 2 * X[1]) ** 2))(VARIABLES)[OWG]
+VARIABLES = {**VARIABLES, OWG: OLD}
+
+
+def loss_fn(variables, x):
+  return jnp.mean(jnp.square(model.apply(variables, x)))
+
+
+def whole(variables, x):
+  return loss_fn(variables, x.reshape(-1, WIDTH))
+
+
+def assert_same(got, want, rtol=1e-5):
+  jax.tree.map(np.testing.assert_array_equal, got[OWG], want[OWG])
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6)
+  jax.tree.map(close, got["params"], want["params"])
+
+
+@pytest.fixture(scope="module")
+def of_the_whole():
+  return jax.jit(fp8.value_and_grad(whole))(VARIABLES, X)
+
+
+def test_is_the_whole_batch(of_the_whole):
+  got = jax.jit(lambda v: fp8.accumulate_gradients(loss_fn, v, X))(VARIABLES)
+  np.testing.assert_allclose(got[0], of_the_whole[0], rtol=1e-6)
+  assert_same(got[1], of_the_whole[1])
+
+
+def test_sums_and_stacks_auxiliary_outputs(of_the_whole):
+  with_aux = lambda v, x: (loss_fn(v, x) / MICROBATCHES, {"x": x[0]})
+  run = jax.jit(lambda v: fp8.accumulate_gradients(with_aux, v, X, has_aux=True, reduction="sum"))
+  (loss, aux), grads = run(VARIABLES)
+  np.testing.assert_allclose(loss, of_the_whole[0], rtol=1e-6)
+  np.testing.assert_array_equal(aux["x"], X[:, 0])
+  assert_same(grads, of_the_whole[1])
+
+
+def test_keys_are_sliced_like_data():
+  keys = jax.random.split(jax.random.key(2), MICROBATCHES)
+
+  def draws(variables, microbatch):
+    return jnp.sum(variables * jax.random.normal(microbatch["key"])), microbatch["x"]
+
+  run = lambda v: fp8.accumulate_gradients(draws, v, {"key": keys, "x": X}, has_aux=True)
+  (_, x), grad = run(jnp.float32(1.0))
+  np.testing.assert_allclose(grad, jnp.mean(jax.vmap(jax.random.normal)(keys)), rtol=1e-6)
+  np.testing.assert_array_equal(x, X)
+
+
+def test_a_state_that_no_microbatch_uses_stays():
+  unused = {"other": {"input_scale": jnp.full((1,), 3.0)}, **OLD}
+  variables = {**VARIABLES, OWG: unused}
+  _, grads = fp8.accumulate_gradients(loss_fn, variables, X)
+  assert float(grads[OWG]["other"]["input_scale"][0]) == 3.0
+
+
+def test_a_state_that_one_microbatch_uses_takes_its_step():
+  def sometimes(variables, microbatch):
+    x, used = microbatch
+    return jax.lax.cond(used, lambda: loss_fn(variables, x), lambda: jnp.float32(0))
+
+  used = jnp.arange(MICROBATCHES) == 2
+  run = jax.jit(lambda v: fp8.accumulate_gradients(sometimes, v, (X, used), reduction="sum")[1])
+  assert_same(run(VARIABLES), jax.jit(fp8.grad(loss_fn))(VARIABLES, X[2]))
+
+
+def test_a_microbatch_that_is_not_finite_leaves_the_state_finite(of_the_whole):
+  broken = X.at[2, 0, 0].set(jnp.nan)
+  loss, grads = jax.jit(lambda v: fp8.accumulate_gradients(loss_fn, v, broken))(VARIABLES)
+  assert jnp.isnan(loss)
+  assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads[OWG]))
+  # The largest amax is another microbatch's.
+  got, want = (g[OWG]["Dense_0"]["Fp8DotGeneral_0"] for g in (grads, of_the_whole[1]))
+  np.testing.assert_array_equal(got["input_amax_history"], want["input_amax_history"])
+
+
+def test_sums_are_float32_and_gradients_of_the_parameters_dtype():
+  w = jnp.bfloat16(1.0)
+  # 256 + 1 + 1 + ... in bfloat16 stays 256.
+  microbatches = jnp.array([256.0] + [1.0] * 64, jnp.bfloat16)
+  run = lambda v: fp8.accumulate_gradients(lambda w, x: w * x, v, microbatches, reduction="sum")
+  assert run(w)[1] == jnp.bfloat16(320)
+  assert run(w)[1].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_under_shard_map(of_the_whole, check_vma):
+  mesh = jax.make_mesh((BATCH,), ("data",), axis_types=(AxisType.Auto,))
+
+  def local(variables, x):
+    loss, grads = fp8.accumulate_gradients(loss_fn, variables, x)
+    if not check_vma:  # a checked shard_map sums the gradients of replicated parameters itself
+      grads = {**grads, "params": jax.lax.psum(grads["params"], "data")}
+    grads["params"] = jax.tree.map(lambda g: g / BATCH, grads["params"])
+    return jax.lax.pmean(loss, "data"), grads
+
+  specs = {"in_specs": (P(), P(None, "data")), "out_specs": P()}
+  run = jax.jit(jax.shard_map(local, mesh=mesh, check_vma=check_vma, **specs))
+  loss, grads = run(VARIABLES, X)
+  want = of_the_whole[1]
+  np.testing.assert_allclose(loss, of_the_whole[0], rtol=1e-6)
+  # Each device differentiates the mean of its own part: its output gradients are twice as large.
+  twice = lambda path, leaf: leaf.at[0].mul(BATCH) if "output_grad_amax" in str(path[-1]) else leaf
+  want = {**want, OWG: jax.tree_util.tree_map_with_path(twice, want[OWG])}
+  assert_same(grads, want)
+
+
+def test_with_multi_steps_each_microbatch_is_a_step_of_the_state():
+  tx = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=MICROBATCHES)
+  create = lambda tx: fp8.TrainState.create(apply_fn=model.apply, params=VARIABLES, tx=tx)
+  step = jax.jit(lambda s, x: s.apply_gradients(grads=fp8.grad(loss_fn)(s.params, x)))
+  state = create(tx.gradient_transformation())
+  for x in X:
+    before, state = state, step(state, x)
+  histories = lambda s: s.params[OWG]["Dense_0"]["Fp8DotGeneral_0"]["kernel_amax_history"]
+  # The kernel was the same in all microbatches: its amax fills the history.
+  kernel = jnp.abs(VARIABLES["params"]["Dense_0"]["kernel"]).max()
+  np.testing.assert_array_equal(histories(state), jnp.full(4, kernel))
+  unchanged = lambda a, b: np.testing.assert_array_equal(a, b)
+  jax.tree.map(unchanged, before.params["params"], VARIABLES["params"])
+  assert all(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(state.opt_state.acc_grads)) is False
+  at_once = create(optax.sgd(1.0))
+  grads = jax.jit(lambda v: fp8.accumulate_gradients(loss_fn, v, X)[1])(VARIABLES)
+  at_once = at_once.apply_gradients(grads=grads)
+  # Scales move within the accumulation, so that gradients agree to FP8's error only.
+  leaves = zip(*(jax.tree.leaves(s.params["params"]) for s in (state, at_once)), strict=True)
+  for got, want in leaves:
+    assert jnp.linalg.norm(got - want) < 0.2 * jnp.linalg.norm(want) + 1e-6
+
+
+@pytest.mark.parametrize(
+  ("microbatches", "reduction", "message"),
+  [
+    ((X, X[:2]), "mean", r"one leading axis in common.*\(4, 2, 8\).*\(2, 2, 8\).*Reshape a batch"),
+    ({"x": X, "rate": 1.0}, "mean", r"one leading axis in common.*'rate'.*\(\)"),
+    ({}, "mean", r"one leading axis in common.*got shapes \{\}"),
+    (X[:0], "mean", r"at least 1; got shapes \{'microbatches': \(0, 2, 8\)\}"),
+    (X, "max", r"reduction must be one of \('mean', 'sum'\); got reduction='max'"),
+  ],
+)
+def test_bad_input(microbatches, reduction, message):
+  with pytest.raises(ValueError, match=message):
+    fp8.accumulate_gradients(loss_fn, VARIABLES, microbatches, reduction=reduction)

@@ -1,0 +1,118 @@
+"""Pipelined stages see each microbatch once, and bubbles never: the state is as without pipeline.
+
+Data are multiples of powers of two, as in ``test_algebra.py``: no sum is rounded, so that states
+are compared bit for bit.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import flax_fp8 as fp8
+
+OWG = fp8.OVERWRITE_WITH_GRADIENT
+RECIPE = fp8.DelayedScaling(amax_history_len=3, power_of_two=True, margin=2)
+STAGES, MICROBATCHES, BATCH, WIDTH = 4, 6, 2, 4
+
+
+class Stage(nn.Module):
+  """Two layers; with biases, so that a bubble's zeros would not stay zeros."""
+
+  @nn.compact
+  def __call__(self, x):
+    for _ in range(2):
+      init = {"kernel_init": draw(1), "bias_init": draw(8)}
+      x = nn.relu(nn.Dense(WIDTH, dot_general_cls=RECIPE.dot_general_cls, **init)(x))
+    return x
+
+
+def draw(largest):
+  """Multiples of a half, at most ``largest / 2``; few, so that values stay small."""
+  return lambda key, shape, dtype: jax.random.randint(key, shape, 0, largest + 1).astype(dtype) / 2
+
+
+class Skipped(nn.Module):
+  """A stage that passes on what it gets where there is no microbatch."""
+
+  @nn.compact
+  def __call__(self, x, busy):
+    stage = Stage(name="stage")
+    if self.is_initializing():  # nn.cond makes no variables of a branch that the other lacks
+      return stage(x)
+    return nn.cond(busy, lambda stage, x: stage(x), lambda stage, x: x, stage, x)
+
+
+class Pipeline(nn.Module):
+  """At turn t, stage s has microbatch t - s; every stage passes its output on to the next."""
+
+  @nn.compact
+  def __call__(self, microbatches):
+    axes = {"params": 0, OWG: 0}
+    stages = nn.vmap(Skipped, variable_axes=axes, split_rngs={"params": True})(name="stages")
+
+    def turn(stages, held, turns):
+      arriving, t = turns
+      microbatch = t - jnp.arange(STAGES)
+      busy = (microbatch >= 0) & (microbatch < MICROBATCHES)
+      outputs = stages(held.at[0].set(arriving), busy)
+      return jnp.roll(outputs, 1, axis=0), outputs[-1]
+
+    scan = nn.scan(turn, variable_broadcast=["params", OWG], split_rngs={"params": False})
+    last, held = (jnp.zeros((n, *microbatches.shape[1:])) for n in (STAGES - 1, STAGES))
+    turns = (jnp.concatenate([microbatches, last]), jnp.arange(MICROBATCHES + STAGES - 1))
+    _, outputs = scan(stages, held, turns)
+    return outputs[STAGES - 1 :]
+
+
+class InOrder(nn.Module):
+  """The same stages one after the other, with the same variables."""
+
+  @nn.compact
+  def __call__(self, x):
+    axes = {"params": 0, OWG: 0}
+    step = lambda skipped, x, _: (skipped(x, True), None)
+    scan = nn.scan(step, variable_axes=axes, split_rngs={"params": True}, length=STAGES)
+    return scan(Skipped(name="stages"), x, None)[0]
+
+
+random = np.random.default_rng(0)
+X = random.integers(-2, 3, (MICROBATCHES, BATCH, WIDTH)).astype(np.float32)
+X *= np.array([1, 1, 2, 0.5, 1, 0.5], np.float32).reshape(-1, 1, 1)
+C = random.integers(-1, 2, X.shape).astype(np.float32) / 2
+
+
+@pytest.fixture(scope="module")
+def variables():
+  made = Pipeline().init(jax.random.key(0), X)
+  powers = lambda leaf: np.exp2(random.integers(0, 7, leaf.shape)).astype(np.float32)
+  return {**made, OWG: jax.tree.map(powers, made[OWG])}
+
+
+def pipelined(variables):
+  return jnp.sum(Pipeline().apply(variables, X) * C)
+
+
+def in_order(variables):
+  loss_fn = lambda v, microbatch: jnp.sum(InOrder().apply(v, microbatch[0]) * microbatch[1])
+  return fp8.accumulate_gradients(loss_fn, variables, (X, C), reduction="sum")
+
+
+def test_is_the_model_without_pipeline(variables):
+  loss, grads = jax.jit(fp8.value_and_grad(pipelined))(variables)
+  want_loss, want = jax.jit(in_order)(variables)
+  assert loss == want_loss
+  jax.tree.map(np.testing.assert_array_equal, grads, want)
+  assert any(map(jnp.any, jax.tree.leaves(grads["params"])))
+
+
+def test_with_each_stage_on_a_device_of_its_own(variables):
+  mesh = jax.make_mesh((STAGES,), ("stage",), axis_types=(AxisType.Auto,))
+  want = jax.jit(fp8.grad(pipelined))(variables)
+  placed = jax.device_put(variables, NamedSharding(mesh, P("stage")))
+  grads = jax.jit(fp8.grad(pipelined))(placed)
+  jax.tree.map(np.testing.assert_array_equal, grads, want)
+  assert {leaf.sharding.spec for leaf in jax.tree.leaves(grads[OWG])} == {P("stage")}
