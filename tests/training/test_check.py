@@ -16,7 +16,7 @@ def marked(loop):
   return pytest.param(loop, id=loop.name, marks=pytest.mark.slow if loop.slow else ())
 
 
-@pytest.mark.parametrize("loop", map(marked, loops.LOOPS))
+@pytest.mark.parametrize("loop", [marked(loop) for loop in loops.LOOPS])
 def test_loop(loop):
   report = loop.report
   assert report.kinds == loop.kinds, report
