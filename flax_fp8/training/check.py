@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.core
 import numpy as np
 
 from flax_fp8.training import paths
@@ -53,14 +52,15 @@ def check_train_step(step_fn: Callable[..., Any], state: Any, batch: Any) -> Tra
     The report. ``assert report.ok, report`` makes a test of it.
 
   Raises:
-    ValueError: ``state`` holds no FP8 state, ``step_fn`` raises or returns no state, or it changes
-      neither parameters nor FP8 state.
+    ValueError: ``state`` holds no FP8 state, ``step_fn`` raises or returns no state, it changes
+      neither parameters nor FP8 state, or one call moves histories by all of their slots.
 
   Numerics:
     The step is called about 15 times. State of delayed scaling is judged, that of ours and of
-    ``flax.linen.fp8_ops``; a recipe without state leaves nothing to judge. Not seen: what is done
-    to histories no longer than the steps of one call, and, to histories of one slot, a factor that
-    is a power of two, as a margin is, unless kernels are found as ``kernel`` beside the state.
+    ``flax.linen.fp8_ops``; a recipe without state leaves nothing to judge. Not seen: a factor
+    that is a power of two, as a margin is, in histories of one slot whose kernels are not found as
+    parameters ``kernel`` beside the state; means over parts of the batch that overlap its halves,
+    thirds and fifths.
     Tensors that do not move beside others that do are notes, not findings: the step may not use
     them.
 
@@ -96,6 +96,12 @@ def check_train_step(step_fn: Callable[..., Any], state: Any, batch: Any) -> Tra
   before, after = _plant_and_run(step, base, first)
   found = rows(step.own, before, after, _kernels(step, base))
   verdicts = judge_all(found)
+  if all(verdict == REPLACED for _, verdict in verdicts):
+    raise ValueError(
+      "check_train_step: a history must be longer than the steps of one call; got "
+      f"amax_history_len={found[0].length}, of which one call leaves nothing. Check with longer "
+      "histories, or fewer steps a call."
+    )
   findings = [*_findings(verdicts), *_in_optimiser(step, base, [first, *after])]
   if any(finding.kind == "summed" for finding in findings):
     findings = _name_psum(findings, _psum_sizes(step_fn, base, batch))
@@ -165,7 +171,7 @@ def _kernels(step: Step, state: Any) -> dict[str, np.ndarray]:
     if leaf.role != "kernel" or leaf.key != HISTORY:
       continue
     stack = leaf.shape[:-1]
-    for path in sorted(beside(leaf.below, others), key=len):
+    for path in sorted(beside(leaf.below, leaf.group, others), key=len):
       kernel = np.abs(np.asarray(others[path]).astype(np.float64))
       if kernel.shape[: len(stack)] == stack:
         found.setdefault(leaf.tensor, kernel.max(axis=tuple(range(len(stack), kernel.ndim))))
@@ -241,7 +247,7 @@ def _of_batch(step: Step, state: Any, batch: Any, right: Sequence[Row]) -> list[
     return {name: row.newest(outcome) for name, row in inputs.items()}
 
   def trained_by(name: str) -> frozenset[str]:
-    return beside(inputs[name].leaf.below, step.others)
+    return beside(inputs[name].leaf.below, inputs[name].leaf.group, step.others)
 
   return check_batch(batch, lambda b: step(state, b), newest, trained_by) if inputs else []
 
@@ -250,12 +256,8 @@ def _report(
   step: Step, findings: Sequence[Finding], verdicts: Sequence[tuple[Row, Verdict]] = ()
 ) -> TrainStepReport:
   tensors = tuple(dict.fromkeys(leaf.tensor for leaf in step.own if leaf.key == HISTORY))
-  notes: list[str] = []
-  for kind, text in (
-    ("unmoved", "did not move, beside others that did; right if the step does not use them"),
-    ("replaced", "not checked: one call replaces all their slots; take longer histories"),
-  ):
-    if names := [row.name for row, verdict in verdicts if verdict.kind == kind]:
-      notes.append(f"{text}: {paths.few(names)}.")
+  unmoved = [row.name for row, verdict in verdicts if verdict.kind == "unmoved"]
+  text = "Some did not move beside others that did, which is right if the step does not use them"
+  notes = (f"{text}: {paths.few(unmoved)}.",) if unmoved else ()
   rolls = max((row.rolled() or 0 for row, _ in verdicts), default=0)
-  return TrainStepReport(tuple(findings), tensors, rolls, tuple(notes))
+  return TrainStepReport(tuple(findings), tensors, rolls, notes)

@@ -1,8 +1,8 @@
 """Is the newest amax the largest of the whole batch? Batches of two elements tell.
 
-Every place of a batch is filled with its element of small amax, or with that of large amax, or one
-half with each. A maximum is then the large one wherever a half holds it. A mean adds up; the amax
-of a part does not change with the rest. Dropout does neither, and so raises no alarm.
+Every place of a batch is filled with its element of small amax, or with that of large amax, or a
+part of it with each. A maximum is then the large one wherever a part holds it. A mean adds up; the
+amax of a part does not change with the rest. Dropout does neither, and so raises no alarm.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flax_fp8.training.check_report import Finding
@@ -52,22 +53,31 @@ def check_batch(
   tensors = [t for t in amaxes[small] if _differ(amaxes[small][t], amaxes[large][t])]
   if not tensors:
     return []
-  for halves in _halves(size):
-    outcomes = [run(_take(batch, np.where(half, large, small))) for half in halves]
+  for split in _splits(size):
+    outcomes = [run(_take(batch, np.where(part, large, small))) for part in split]
     none, both, *parts = [amaxes[small], amaxes[large], *map(read, outcomes)]
-    for blind in (0, 1):
-      changed = _changed(alone[small], outcomes[blind])
-      judged = [t for t in tensors if not (own := trained_by(t)) or own & changed]
-      if not judged or not changed:
-        continue
-      where = f"elements {_describe(halves[1 - blind])} of {size}"
-      if all(_equal(parts[blind][t], none[t]) and _equal(parts[1 - blind][t], both[t])
-             for t in judged):  # fmt: skip
+    changed = [_changed(alone[small], outcome) for outcome in outcomes]
+    for half, other in ((0, 1), (1, 0)):
+      judged = [t for t in tensors if _depends(changed[half], trained_by(t))]
+      blind = (_equal(parts[half][t], none[t]) and _equal(parts[other][t], both[t]) for t in judged)
+      if judged and all(blind):
+        where = f"elements {_describe(split[other])} of {size}"
         return [Finding("partial", tuple(judged), f"the newest amax is that of {where} alone")]
-      if all(_equal(parts[0][t] + parts[1][t], none[t] + both[t]) for t in judged):
-        seen = "the newest amax is the mean or sum over parts of the batch, not the largest"
-        return [Finding("mean", tuple(judged), seen)]
+    adds_up = (
+      none[t] < min(parts[0][t], parts[1][t])
+      and max(parts[0][t], parts[1][t]) < both[t]
+      and _equal(parts[0][t] + parts[1][t], none[t] + both[t])
+      for t in tensors
+    )
+    if all(adds_up):
+      seen = "the newest amax is the mean or sum over parts of the batch, not the largest"
+      return [Finding("mean", tuple(tensors), seen)]
   return []
+
+
+def _depends(changed: set[str], trained: frozenset[str]) -> bool:
+  """Tells whether what is trained with a tensor changed; anything, if that is not known."""
+  return bool(changed & trained if trained else changed)
 
 
 def _size(batch: Any) -> int:
@@ -82,26 +92,27 @@ def _take(batch: Any, indices: np.ndarray) -> Any:
   def one(leaf: Any) -> Any:
     if np.ndim(leaf) == 0 or leaf.shape[0] != len(indices):
       return leaf
-    if isinstance(leaf, jax.Array) and getattr(leaf, "committed", False):
-      return jax.device_put(leaf[indices], leaf.sharding)
-    return leaf[indices]
+    if not isinstance(leaf, jax.Array):
+      return leaf[indices]
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    taken = leaf[indices] if is_key else np.asarray(leaf)[indices]
+    return jax.device_put(taken, leaf.sharding if getattr(leaf, "committed", True) else None)
 
   return jax.tree.map(one, batch)
 
 
-def _halves(size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Splits into first and second half, then into even and odd places."""
+def _splits(size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Splits at the borders of microbatches, in a row and in strides."""
   places = np.arange(size)
-  first = places < size // 2
-  yield first, ~first
-  if size > 2:
-    yield places % 2 == 0, places % 2 == 1
+  parts = [n for n in (2, 3, 5) if size % n == 0] or [2]
+  firsts = [places < size // n for n in parts] + [places % n == 0 for n in parts if size > n]
+  yield from ((first, ~first) for first in firsts)
 
 
-def _describe(half: np.ndarray) -> str:
-  places = np.flatnonzero(half)
-  if len(places) > 1 and places[1] - places[0] == 2:
-    return f"{places[0]}, {places[1]}, ..."
+def _describe(part: np.ndarray) -> str:
+  places = np.flatnonzero(part)
+  if places[-1] - places[0] >= len(places):
+    return ", ".join(map(str, places[:3])) + ", ..."
   return f"{places[0]} to {places[-1]}" if len(places) > 1 else f"{places[0]}"
 
 
@@ -122,14 +133,21 @@ def _changed(one: Outcome, other: Outcome) -> set[str]:
   return {path for path in one.prints if one.prints[path] != other.prints.get(path)}
 
 
-def beside(tensor: str, others: Mapping[str, Any]) -> frozenset[str]:
-  """Finds what is trained with a tensor: what lies below the same module, anywhere in the state.
+def beside(tensor: str, group: str, others: Iterable[str]) -> frozenset[str]:
+  """Finds what is trained with a tensor: what lies below the same module, nearest to the state.
 
   Args:
     tensor: path within the collection: ``block/dense/Fp8DotGeneral_0/input``.
+    group: path of the collection.
     others: paths of all else.
   """
-  *module, _contraction, _role = tensor.split("/")
-  inside = "/" + "/".join(module) + "/"
-  found = {path for path in others if inside in f"/{path}"} if module else set()
-  return frozenset(found)
+  inside = "/" + "".join(f"{part}/" for part in tensor.split("/")[:-2])
+  found = [path for path in others if inside in f"/{path}" and inside != "/"]
+  near = {path: _shared(path.split("/"), group.split("/")) for path in found}
+  return frozenset(path for path in found if near[path] == max(near.values()))
+
+
+def _shared(one: Sequence[str], other: Sequence[str]) -> int:
+  """Counts the parts that two paths begin with."""
+  pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+  return len(list(pairs))

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-Array: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+Array: TypeAlias = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 # Arithmetic on state in float32 is exact to some 1e-7; nothing that is done to it is as small.
 _EXACT = 2e-6

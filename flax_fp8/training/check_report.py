@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os.path
 
 from flax_fp8 import tables
 from flax_fp8.tables import Table
@@ -128,27 +129,26 @@ class TrainStepReport:
 
   def __str__(self) -> str:
     """The findings as text, as wide as the terminal."""
-    head = f"FP8 state of {_count(len(self.tensors), 'tensor')}: "
+    where = os.path.commonpath(self.tensors) if self.tensors else ""
+    head = f"FP8 state of {_count(len(self.tensors), 'tensor')}"
     if self.ok:
-      head += "right."
-    else:
-      head += f"{_count(len(self.findings), 'finding')}."
-    if self.ok and self.rolls:
-      head += f" It moves by {_count(self.rolls, 'slot')} a call."
-    parts: list[Table | str] = [head]
-    if self.findings:
-      rows = tuple((each.kind, each.seen, self._where(each)) for each in self.findings)
-      parts.append(Table(("<finding", "<seen", "<state of"), rows))
-      advice = {each.kind: each.advice for each in self.findings}
-      parts.extend(f"{kind}: {line}" for kind, line in advice.items())
+      moves = f" It moves by {_count(self.rolls, 'slot')} a call." if self.rolls else ""
+      return tables.terminal((f"{head}: right.{moves}", *self.notes))
+    head += f" in {where}" if where else ""
+    rows = tuple((each.kind, each.seen, self._tensors(each, where)) for each in self.findings)
+    advice = {each.kind: each.advice for each in self.findings}
+    parts: list[Table | str] = [f"{head}: {_count(len(self.findings), 'finding')}."]
+    parts.append(Table(("<finding", "<seen", "<state of"), rows))
+    parts.extend(f"{kind}: {line}" for kind, line in advice.items())
     return tables.terminal((*parts, *self.notes))
 
-  def _where(self, finding: Finding) -> str:
+  def _tensors(self, finding: Finding, where: str) -> str:
     """The first paths, and how many more there are."""
-    more = len(finding.paths) - _SHOWN
-    shown = "\n".join(finding.paths[:_SHOWN])
-    whole = " (all)" if set(finding.paths) == set(self.tensors) else ""
-    return f"{shown}\n... and {more} more{whole}" if more > 0 else shown
+    if set(finding.paths) == set(self.tensors):
+      return f"all {_count(len(self.tensors), 'tensor')}"
+    names = [path.removeprefix(where).removeprefix("/") for path in finding.paths]
+    more = [f"... and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+    return "\n".join(names[:_SHOWN] + more)
 
 
 def _count(number: int, what: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -37,7 +38,7 @@ class Row:
     new: what became of them.
     old_scale: planted scales; shape ``[runs, 1]``; None for a history without a scale.
     new_scale: what became of them.
-    kernel: the largest magnitude of the kernel, where that is known.
+    factor: of the newest amaxes of the kernels around it over what they should be, if known.
   """
 
   leaf: Leaf
@@ -46,7 +47,7 @@ class Row:
   new: np.ndarray
   old_scale: np.ndarray | None
   new_scale: np.ndarray | None
-  kernel: float | None
+  factor: float | None = None
 
   @property
   def name(self) -> str:
@@ -119,12 +120,11 @@ class Row:
         return KEPT
       margins = (judge(right * 2.0**margin, old, new) for margin in range(-8, 9))
       return next((v for v in margins if v.kind == "averaged"), judge(right, old, new))
-    if self.kernel:
-      ratio = self.new[0, -1] / self.kernel
-      return RIGHT if close(ratio, 1.0, 2.0**-7) else multiple(float(ratio))
+    if self.factor is not None:
+      return RIGHT if close(self.factor, 1.0, 2.0**-7) else multiple(self.factor)
     ratio = float(new[0, 0] / right[0, 0])
-    powers = np.log2([ratio / unit for unit in _RANGES])
-    return RIGHT if np.any(close_to_integer(powers)) else multiple(ratio)
+    is_margin = any(abs(math.remainder(math.log2(ratio / unit), 1)) < 1e-5 for unit in _RANGES)
+    return RIGHT if is_margin or _are_powers(new) else multiple(ratio)
 
   def beside(self, other: Row) -> Verdict | None:
     """Judges the tensor as a copy of another's; None if it is none."""
@@ -140,9 +140,9 @@ class Row:
     return None
 
 
-def close_to_integer(values: np.ndarray) -> np.ndarray:
-  """Tells which values are integers but for rounding."""
-  return np.abs(values - np.round(values)) < 1e-5
+def _are_powers(scales: np.ndarray) -> bool:
+  """Tells whether all scales are powers of two."""
+  return bool(np.all(np.log2(scales) % 1 == 0))
 
 
 def _steady(values: np.ndarray) -> bool:
@@ -155,8 +155,7 @@ def _follows(scale: np.ndarray, source: np.ndarray) -> bool:
   if not (np.all(np.isfinite(scale)) and np.all(scale > 0) and np.all(source > 0)):
     return False
   ratio = scale / source
-  is_power = bool(np.all(np.log2(scale) % 1 == 0))
-  return close(ratio, ratio[0]) or (is_power and ratio.max() < 2.0001 * ratio.min())
+  return close(ratio, ratio[0]) or (_are_powers(scale) and ratio.max() < 2.0001 * ratio.min())
 
 
 def rows(
@@ -186,7 +185,6 @@ def rows(
     scales: list[np.ndarray] = []
     if scale in paths:
       scales = [np.stack([run.fp8[scale] for run in runs]) for runs in (before, after)]
-    kernel = kernels.get(leaf.tensor)
     for index in np.ndindex(old.shape[1:-1]):
       at = (slice(None), *index)
       found.append(
@@ -197,10 +195,18 @@ def rows(
           new=np.roll(new[at], -1, axis=1),
           old_scale=scales[0][at].reshape(-1, 1) if scales else None,
           new_scale=scales[1][at].reshape(-1, 1) if scales else None,
-          kernel=None if kernel is None else float(kernel[index]),
         )
       )
-  return found
+  factors = {row.leaf.group: f for row in found if (f := _factor(row, kernels)) is not None}
+  return [dataclasses.replace(row, factor=factors.get(row.leaf.group)) for row in found]
+
+
+def _factor(row: Row, kernels: Mapping[str, np.ndarray]) -> float | None:
+  """Compares the newest amax of a kernel with the kernel's own."""
+  kernel = kernels.get(row.leaf.tensor)
+  if kernel is None or not kernel[row.index] > 0:
+    return None
+  return float(row.new[0, -1] / kernel[row.index])
 
 
 def judge_all(found: Sequence[Row]) -> list[tuple[Row, Verdict]]:
@@ -208,9 +214,12 @@ def judge_all(found: Sequence[Row]) -> list[tuple[Row, Verdict]]:
   alone = {id(row): row.verdict() for row in found}
   groups = {row.leaf.group for row in found}
   moves = {row.leaf.group for row in found if alone[id(row)].kind != "kept"}
+  replaced = {row.leaf.group for row in found if alone[id(row)] == REPLACED}
   verdicts: list[tuple[Row, Verdict]] = []
   for row in found:
     verdict = alone[id(row)]
+    if row.leaf.group in replaced and _steady(row.new):
+      verdict = REPLACED
     if verdict.kind not in _FINE and len(groups) > 1:
       twins = (o for o in found if o.place == row.place and o is not row and o.length == row.length)
       as_copy = (row.beside(twin) for twin in twins if alone[id(twin)].kind != "kept")

@@ -49,10 +49,16 @@ class Model(nn.Module):
     return nn.Dense(WIDTH, dot_general_cls=self.cls, name="down")(x)
 
 
+def init(model: nn.Module, *inputs: Any) -> Any:
+  """Initialises in one compiled function, which is quicker."""
+  keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+  return jax.jit(model.init)(keys, *(inputs or (BATCH["x"],)))
+
+
 MODEL = Model()
-VARIABLES = MODEL.init(jax.random.key(0), BATCH["x"])
+VARIABLES = init(MODEL)
 FLAX_MODEL = Model(FLAX)
-FLAX_VARIABLES = FLAX_MODEL.init(jax.random.key(0), BATCH["x"])
+FLAX_VARIABLES = init(FLAX_MODEL)
 SGD = optax.sgd(0.1)
 
 
@@ -78,7 +84,7 @@ def update(variables: Any, grads: Any, tx: Any = SGD, opt_state: Any = None) -> 
   return fp8.apply_updates(variables, updates, overwrite), opt_state
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Loop:
   """A training step.
 
@@ -86,25 +92,33 @@ class Loop:
     name: of the function that wrote it.
     make: makes step, state and batch.
     kinds: what is wrong with it.
+    slow: whether it is one more of a kind, for the long run of the tests.
   """
 
   name: str
   make: Callable[[], tuple[Any, Any, Any]]
-  kinds: frozenset[str] = frozenset()
+  kinds: frozenset[str]
+  slow: bool
+
+  @functools.cached_property
+  def report(self) -> fp8.TrainStepReport:
+    """What the check finds in it."""
+    return fp8.check_train_step(*self.make())
 
 
 LOOPS: list[Loop] = []
 
 
-def loop(*kinds: str) -> Callable[[Any], Any]:
+def loop(*kinds: str, slow: bool = False) -> Callable[[Any], Any]:
   """Enters a function that returns ``(step, state)``, or those and a batch."""
 
   def enter(make: Callable[[], Any]) -> Any:
+    @functools.cache
     def made() -> tuple[Any, Any, Any]:
       step, state, *batch = make()
       return step, state, batch[0] if batch else BATCH
 
-    LOOPS.append(Loop(make.__name__, made, frozenset(kinds)))
+    LOOPS.append(Loop(make.__name__, made, frozenset(kinds), slow))
     return make
 
   return enter
@@ -212,7 +226,7 @@ def scan_over_steps() -> Any:
   return step, VARIABLES, microbatches(BATCH)
 
 
-@loop()
+@loop(slow=True)
 def max_over_microbatches() -> Any:
   """Accumulation in the loss: scanned, differentiated as a whole."""
 
@@ -225,6 +239,23 @@ def max_over_microbatches() -> Any:
     return state.apply_gradients(grads=fp8.grad(loss)(state.params))
 
   return step, our_train_state()
+
+
+@loop()
+def accumulated() -> Any:
+  """Microbatches with PRNG keys of their own, dropout in the model."""
+  model = Model(dropout=0.3)
+  batch = {**microbatches(BATCH, 4), "key": jax.random.split(jax.random.key(2), 4)}
+
+  def loss(variables, part):
+    return loss_fn(variables, part, model, rngs={"dropout": part["key"]})
+
+  @jax.jit
+  def step(state, batch):
+    value, grads = fp8.accumulate_gradients(loss, state.params, batch)
+    return state.apply_gradients(grads=grads), value
+
+  return step, our_train_state(init(model), model=model), batch
 
 
 @loop()
@@ -305,7 +336,7 @@ def shard_map_unchecked() -> Any:
   return _shard_map(False)
 
 
-@loop()
+@loop(slow=True)
 def shard_map_pmax_inside() -> Any:
   """Differentiated inside, parameters averaged, state by maximum."""
   return _inside_shard_map(lambda grads: {
@@ -330,29 +361,26 @@ def _inside_shard_map(reduce: Callable[[Any], Any]) -> Any:
 
 @loop()
 def scanned_layers_with_metrics() -> Any:
-  """Layers scanned, metrics on, dropout between them."""
+  """Layers scanned, metrics on."""
 
   class Block(nn.Module):
     @nn.compact
     def __call__(self, x, _):
-      x = nn.Dense(WIDTH, dot_general_cls=CLS, name="dense")(x)
-      return nn.Dropout(0.2, deterministic=False)(jnp.tanh(x)), None
+      return jnp.tanh(nn.Dense(WIDTH, dot_general_cls=CLS, name="dense")(x)), None
 
   class Scanned(nn.Module):
     @nn.compact
     def __call__(self, x):
       axes = {"params": 0, OWG: 0}
-      rngs = {"params": True, "dropout": True}
+      rngs = {"params": True}
       return nn.scan(Block, variable_axes=axes, split_rngs=rngs, length=2)(name="block")(x, None)[0]
 
-  model, keys = Scanned(), {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-  variables = fp8.add_metrics(model, model.init(keys, BATCH["x"]), BATCH["x"])
+  model = Scanned()
+  variables = fp8.add_metrics(model, init(model), BATCH["x"])
 
   @jax.jit
   def step(state, batch):
-    key = jax.random.fold_in(jax.random.key(0), state.step)
-    grads = fp8.grad(loss_fn)(state.params, batch, model, rngs={"dropout": key})
-    return state.apply_gradients(grads=grads)
+    return state.apply_gradients(grads=fp8.grad(loss_fn)(state.params, batch, model))
 
   return step, our_train_state(variables, optax.adam(1e-2), model)
 
@@ -362,7 +390,7 @@ def converted_with_an_interval() -> Any:
   """The twin of an unmodified model, of which one layer stays as it is; new scales at times."""
   recipe = fp8.DelayedScaling(amax_history_len=LENGTH, interval=3, margin=1, power_of_two=True)
   model = fp8.fp8_linear_layers(Model(None), fp8.Fp8Config(recipe=recipe, multiple_of=1))
-  variables = model.init(jax.random.key(0), BATCH["x"])
+  variables = init(model)
 
   @jax.jit
   def step(state, batch):
@@ -371,7 +399,7 @@ def converted_with_an_interval() -> Any:
   return step, our_train_state(variables, model=model)
 
 
-@loop()
+@loop(slow=True)
 def most_recent_after_the_first_step() -> Any:
   """Another algorithm, output gradients of one layer in high precision, an unused layer."""
 
@@ -393,12 +421,12 @@ def most_recent_after_the_first_step() -> Any:
   def step(state, batch):
     return state.apply_gradients(grads=fp8.grad(loss_fn)(state.params, batch, model))
 
-  return step, our_train_state(model.init(jax.random.key(0), BATCH["x"]), model=model)
+  return step, our_train_state(init(model), model=model)
 
 
 def short_model() -> tuple[nn.Module, Any]:
   model = Model(fp8.DelayedScaling(amax_history_len=1, margin=2).dot_general_cls)
-  return model, model.init(jax.random.key(0), BATCH["x"])
+  return model, init(model)
 
 
 @loop()
@@ -418,7 +446,7 @@ def pipeline() -> Any:
       return jnp.tanh(nn.Dense(WIDTH, dot_general_cls=CLS)(x))
 
   stages = nn.vmap(Stage, variable_axes={"params": 0, OWG: 0}, split_rngs={"params": True})()
-  variables = stages.init(jax.random.key(0), jnp.zeros((2, 4, WIDTH)))
+  variables = init(stages, jnp.zeros((2, 4, WIDTH)))
 
   def run(v, batch):
     parts = microbatches(batch)
@@ -475,7 +503,7 @@ def ema_over_state() -> Any:
   return step, {"variables": VARIABLES, "ema": VARIABLES}
 
 
-@loop("averaged")
+@loop("averaged", slow=True)
 def lookahead_over_state() -> Any:
   """The state that trains is itself an average."""
 
@@ -524,7 +552,7 @@ def weight_decay() -> Any:
   return step, our_train_state()
 
 
-@loop("decayed")
+@loop("decayed", slow=True)
 def weight_decay_after_the_update() -> Any:
   @jax.jit
   def step(variables, batch):
@@ -546,7 +574,7 @@ def global_norm_clipping() -> Any:
   return step, our_train_state()
 
 
-@loop("clipped")
+@loop("clipped", slow=True)
 def clipping_of_values() -> Any:
   clip = optax.clip(1.0)
 
@@ -563,7 +591,7 @@ def psum_under_shard_map() -> Any:
   return _inside_shard_map(lambda grads: jax.lax.psum(grads, "data"))
 
 
-@loop("psum")
+@loop("psum", slow=True)
 def flax_layers_in_shard_map() -> Any:
   """Differentiated around a shard_map, which is right but for Flax's layers."""
 
@@ -585,7 +613,7 @@ def pmean_under_shard_map() -> Any:
   return _inside_shard_map(lambda grads: jax.lax.pmean(grads, "data"))
 
 
-@loop("mean")
+@loop("mean", slow=True)
 def mean_over_microbatches() -> Any:
   @jax.jit
   def step(state, batch):
@@ -622,7 +650,7 @@ def state_in_adam() -> Any:
   return step, (VARIABLES, tx.init(VARIABLES))
 
 
-@loop("optimiser", "added")
+@loop("optimiser", "added", slow=True)
 def state_as_parameters() -> Any:
   """The optimiser gets everything."""
   tx = optax.adamw(1e-2)
@@ -636,7 +664,7 @@ def state_as_parameters() -> Any:
   return step, (VARIABLES, tx.init(VARIABLES))
 
 
-@loop("added")
+@loop("added", slow=True)
 def sgd_on_state() -> Any:
   @jax.jit
   def step(variables, batch):
@@ -646,7 +674,7 @@ def sgd_on_state() -> Any:
   return step, VARIABLES
 
 
-@loop("reset")
+@loop("reset", slow=True)
 def fresh_state_every_step() -> Any:
   @jax.jit
   def step(variables, batch):
@@ -656,7 +684,7 @@ def fresh_state_every_step() -> Any:
   return step, VARIABLES
 
 
-@loop("rounded")
+@loop("rounded", slow=True)
 def gradients_cast_to_bfloat16() -> Any:
   @jax.jit
   def step(state, batch):
@@ -682,7 +710,7 @@ def sum_of_histories_of_one_slot() -> Any:
   return step, variables
 
 
-@loop("averaged")
+@loop("averaged", slow=True)
 def average_of_histories_of_one_slot() -> Any:
   model, variables = short_model()
 
@@ -692,3 +720,6 @@ def average_of_histories_of_one_slot() -> Any:
     return optax.incremental_update(new, variables, 0.5)
 
   return step, variables
+
+
+NAMED = {loop.name: loop for loop in LOOPS}
