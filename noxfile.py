@@ -62,10 +62,10 @@ NEWEST = next(filter(None, map(interpreter, reversed(PYTHONS))), PYTHONS[-1])
 
 
 def test(session: nox.Session, *requirements: str) -> None:
-  """Installs the requirements, says what was installed, and runs the plain test command."""
+  """Installs the requirements, says what was installed, and runs all tests, slow ones too."""
   session.install("--upgrade", "--upgrade-strategy=eager", *requirements)
   session.run("python", "-c", VERSIONS, log=False)
-  session.run("python", "-m", "pytest", *session.posargs)
+  session.run("python", "-m", "pytest", "-m", "slow or not slow", *session.posargs)
 
 
 @nox.session(python=OLDEST)

@@ -1,4 +1,4 @@
-"""Every test runs strictly: four CPU devices, no implicit broadcasting of ranks."""
+"""Every test runs strictly: eight CPU devices, no implicit broadcasting of ranks."""
 
 import functools
 import gc
@@ -13,7 +13,7 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 # tested in a process of their own run without these flags, as users run them.
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "")
-  + " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+  + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 
 import jax

@@ -29,6 +29,7 @@ def trained(tmp_path_factory):
   return out
 
 
+@pytest.mark.slow
 def test_what_a_sweep_leaves(trained):
   found = json.loads((trained / "recipe_loss.json").read_text())
   assert found["seeds"] == [0]
@@ -46,6 +47,7 @@ def test_what_a_sweep_leaves(trained):
   assert (trained / "recipe_loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_trained_again(trained, monkeypatch, capsys):
   before = (trained / "delayed_seed0.json").read_text()
   monkeypatch.setattr(recipe_loss, "train", None)
@@ -57,6 +59,7 @@ def test_finished_runs_are_not_trained_again(trained, monkeypatch, capsys):
   assert "FP8 delayed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_refusals(trained, tmp_path, capsys):
   assert main(tmp_path, "--report") == 2
   assert "--report: needs finished runs; got none in" in capsys.readouterr().err

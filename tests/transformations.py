@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flax_fp8 as fp8
-from tests import conftest as _four_devices  # noqa: F401 - for ``python -m``
+from tests import conftest as _devices  # noqa: F401 - for ``python -m``
 from tests import oracle
 
 OWG = fp8.OVERWRITE_WITH_GRADIENT
