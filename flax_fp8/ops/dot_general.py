@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import NamedSharding
 
 from flax_fp8 import _compat, contraction
@@ -294,7 +293,7 @@ class _Operand:
   def reduce(self, grad: jax.Array) -> jax.Array:
     """Sums a gradient over the mesh axes along which it varies and its operand does not."""
     axes = _compat.varying_axes(grad) - self.varying
-    return lax.psum(grad, tuple(sorted(axes))) if axes else grad
+    return _compat.psum(grad, tuple(sorted(axes))) if axes else grad
 
 
 _scaled_dot_general.defvjp(_forward, _backward)

@@ -86,9 +86,16 @@ OF_EACH_CLASS = [
   for layout in ("tensor parallel, rows", "FSDP and tensor parallel")
 ]
 OF_ONE = [(layout, "delayed") for layout in LAYOUTS]
+QUICK = ("FSDP, columns", "tensor parallel, rows")
 
 
-@pytest.mark.parametrize(("layout", "name"), sorted({*OF_EACH_CLASS, *OF_ONE}))
+def marked(layout, name):
+  return pytest.param(layout, name, marks=() if layout in QUICK else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+  ("layout", "name"), [marked(*case) for case in sorted({*OF_EACH_CLASS, *OF_ONE})]
+)
 def test_layouts(name, layout):
   """Ours needs ``out_sharding`` where ``lax.dot_general`` does, and shards as that does."""
   x_spec, w_spec, out = LAYOUTS[layout]
@@ -189,13 +196,13 @@ def test_a_layer_is_told_by_its_field():
   x, spec = place(X, P("data", "model")), P("data")
   ours = functools.partial(fp8.Fp8DotGeneral, out_sharding=spec)
   layer = nn.Dense(N, use_bias=False, dot_general_cls=ours)
-  variables = layer.init(jax.random.key(0), jnp.ones((M, K)))
+  variables = cases.quickly(layer.init)(jax.random.key(0), x)
   variables["params"]["kernel"] = place(W, P("model"))
-  np.testing.assert_array_equal(layer.apply(variables, x), X @ W)
+  np.testing.assert_array_equal(cases.quickly(layer.apply)(variables, x), X @ W)
   plain = functools.partial(jax.lax.dot_general, out_sharding=spec)
   layer = nn.Dense(N, use_bias=False, dot_general=plain)
   twin = fp8.fp8_linear_layers(layer, fp8.Fp8Config(multiple_of=1))
-  np.testing.assert_array_equal(twin.apply(variables, x), X @ W)
+  np.testing.assert_array_equal(cases.quickly(twin.apply)(variables, x), X @ W)
 
 
 def test_an_ambiguous_product_is_refused():
