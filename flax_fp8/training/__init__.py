@@ -17,8 +17,8 @@ from flax_fp8.training.upgrade import upgrade_variables
 __all__ = [
   "Stats",
   "TrainState",
-  "accumulate_gradients",
   "TrainStepReport",
+  "accumulate_gradients",
   "add_metrics",
   "apply_updates",
   "as_max_grad",
