@@ -27,6 +27,7 @@ from flax_fp8.recipes import (
   get_recipe,
 )
 from flax_fp8.training import (
+  DynamicScale,
   Stats,
   TrainState,
   add_metrics,
@@ -75,6 +76,7 @@ __all__ = [
   "grad",
   "value_and_grad",
   # Training
+  "DynamicScale",
   "TrainState",
   "apply_updates",
   "partition_for_grad_overwrite",

@@ -49,12 +49,13 @@ def as_max_grad(variables: Any) -> Any:
   return jax.tree_util.tree_map_with_path(_cast_if_state, variables)
 
 
-def _is_state(path: Sequence[Any]) -> bool:
+def is_state(path: Sequence[Any]) -> bool:
+  """Tells by its path whether a leaf is FP8 state."""
   return any(getattr(entry, "key", None) == OVERWRITE_WITH_GRADIENT for entry in path)
 
 
 def _cast_if_state(path: Any, leaf: Any) -> Any:
-  if not _is_state(path) or is_max_grad(leaf):
+  if not is_state(path) or is_max_grad(leaf):
     return leaf
   if (dtype := jnp.result_type(leaf)) != jnp.float32:
     raise TypeError(
@@ -188,7 +189,7 @@ def _check_differentiable(argument: Any, allow_int: bool) -> None:
 
 def _collect(path: Any, grad: Any, old: Any) -> Any:
   """Turns a leaf of a gradient into what the training loop takes: new state, or a gradient."""
-  if not _is_state(path):
+  if not is_state(path):
     return grad
   new = overwrite_leaf(old, grad)
   # Inside an unchecked shard_map all devices but the first emitted zero (flax_fp8.amax.emit_once).
