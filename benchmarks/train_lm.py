@@ -4,13 +4,15 @@
     python benchmarks/train_lm.py --recipe all         # BF16 once, and FP8 with every recipe
     python benchmarks/train_lm.py --preset h200 --text corpus.txt
     python benchmarks/train_lm.py --fused              # FP8 with one GEMM of q, k, v; of gate, up
+    python benchmarks/train_lm.py --dtype float16      # BF16, float16, and FP8 in float16
     python benchmarks/train_lm.py --convert --calibrate 4 --export served
     python benchmarks/train_lm.py --explain h200       # and shows the step as compiled for that GPU
 
 A Llama-like decoder learns Python's language reference byte by byte, in BF16 and in FP8: from the
 same seed, on the same batches, with the same optimiser. The models differ in one argument,
 ``dot_general_cls``; with ``--fused``, FP8 has fused projections and begins with the same parameters
-put together; with ``--convert`` it has BF16's model, converted. The answer is
+put together; with ``--convert`` it has BF16's model, converted. With ``--dtype float16``, FP8 and a
+run without it compute in float16, with loss scaling, beside BF16. The answer is
 ``gap = 100 * (loss FP8 / loss BF16 - 1)`` on held-out text; table, ``curves.png`` and
 ``results.json`` go to ``--out``. A killed run goes on with ``--resume``, bit for bit.
 
@@ -49,8 +51,10 @@ from lm.runs import (
   Run,
   converted,
   fused,
+  in_float16,
   label,
   named_recipes,
+  recipe_of,
   require_fp8_hardware,
 )
 from lm.text import Corpus, read_corpus
@@ -73,6 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
   store = functools.partial(made.add_argument, dest="made", action="store_const", default=str)
   store("--fused", const=fused, help="FP8 runs fuse q, k, v; and gate, up")
   store("--convert", const=converted, help="FP8 runs convert the plain model: fp8_linear_layers")
+  add("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of activations")
   add("--calibrate", type=not_negative, help="training batches that fill FP8 state before step 0")
   add("--preset", choices=PRESETS, default="tiny", help="size of model and run")
   add("--text", type=Path, help="file to learn; default: Python's language reference")
@@ -108,8 +113,10 @@ def configure(arguments: argparse.Namespace) -> TrainConfig:
 
 
 def choose_runs(arguments: argparse.Namespace) -> tuple[Run, ...]:
-  """The runs asked for: BF16, the recipes, or both."""
+  """The runs asked for: BF16, the recipes, or both; in float16 too, where that is asked for."""
   bf16, recipes = (BF16,), tuple(map(arguments.made, named_recipes(arguments.recipe)))
+  if arguments.dtype == "float16":
+    bf16, recipes = (BF16, in_float16(BF16)), tuple(map(in_float16, recipes))
   return {"bf16": bf16, "fp8": recipes, "both": bf16 + recipes}[arguments.precision]
 
 
@@ -176,7 +183,7 @@ def run(
         devices=devices,
         display=display,
       )
-    if arguments.export and name != BF16:
+    if arguments.export and recipe_of(name) is not None:
       exported = export_run(config, name, corpus, variables, arguments.export / name)
       result = dataclasses.replace(result, export=exported)
     results.append(result)

@@ -20,7 +20,7 @@ from lm.config import TrainConfig
 from lm.errors import UsageError
 from lm.files import whole_file, write_text
 from lm.model import FUSED_PROJECTIONS, PROJECTIONS
-from lm.runs import BF16, Run, label, recipe_name
+from lm.runs import BF16, FLOAT16, Run, label, recipe_name
 from lm.step import jitted_step, step_shapes
 
 Reports: TypeAlias = dict[Run, fp8.Report]
@@ -120,13 +120,13 @@ def projection_flops(config: TrainConfig) -> int:
 
 
 def require_fp8_gemms(config: TrainConfig, run: Run, report: fp8.Report) -> None:
-  """Raises unless FP8 has every GEMM of each projection in FP8, and BF16 has none.
+  """Raises unless FP8 has every GEMM of each projection in FP8, and a run without FP8 has none.
 
   FLOPs are compared, for the compiler may merge GEMMs that share an input; recomputing (remat) adds
   to them. On a GPU that multiplies no FP8 there is nothing to check but BF16: its report says so
   itself. Nor is there of recipes that promise no GEMM in one piece.
   """
-  if run == BF16:
+  if run in (BF16, FLOAT16):
     wanted, wrong = 0, [gemm for gemm in report.gemms if gemm.is_fp8]
   elif recipe_name(run) not in ONE_GEMM_EACH or not multiplies_fp8(report):
     return

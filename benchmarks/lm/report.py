@@ -81,6 +81,9 @@ def show(results: list[Result], reports: Reports, config: TrainConfig, console: 
   if emulated():
     console.print(EMULATED, highlight=False, soft_wrap=True)
   for result in results:
+    if result.loss_scale is not None:
+      note = f"{label(result.run)}: loss scale {result.loss_scale:g} at the end, "
+      console.out(f"{note}{result.skipped_steps} steps skipped", highlight=False)
     if result.export:
       console.print(describe_export(result, result.export), highlight=False, soft_wrap=True)
 
@@ -104,6 +107,7 @@ def describe_export(result: Result, export: Export) -> str:
 
 def describe_result(result: Result, report: fp8.Report | None) -> dict[str, Any]:
   """All numbers of one run; those of its GEMMs are null where nothing could count them."""
+  scaled = result.loss_scale is not None
   return {
     "validation_loss": result.loss,
     "steps_per_second": result.steps_per_second,
@@ -118,6 +122,7 @@ def describe_result(result: Result, report: fp8.Report | None) -> dict[str, Any]
     "train_curve": result.curve.train,
     "validation_curve": result.curve.validation,
     "stretch_rates": result.curve.rates,
+    **({"loss_scale": result.loss_scale, "skipped_steps": result.skipped_steps} if scaled else {}),
     **({"export": dataclasses.asdict(result.export)} if result.export else {}),
   }
 

@@ -21,7 +21,7 @@ from lm.curve import Curve, Result
 from lm.devices import Devices, whole
 from lm.progress import Display, Silent
 from lm.runs import Run, recipe_of
-from lm.step import compile_step, create_state, make_model, mean_loss
+from lm.step import ScaledTrainState, compile_step, create_state, make_model, mean_loss
 from lm.text import Corpus, training_batch, validation_batches
 
 STRETCH = 10
@@ -89,6 +89,7 @@ def summarize(
   """Gathers what a finished run is reported by; ``compiled`` is what ``compile_step`` gave."""
   step_fn, compile_seconds = compiled
   params = state.params["params"]
+  scaled = isinstance(state, ScaledTrainState)
   return Result(
     run=run,
     curve=curve,
@@ -97,6 +98,8 @@ def summarize(
     fp8_state_bytes=tree_bytes(state.params.get(fp8.OVERWRITE_WITH_GRADIENT, {})),
     temp_bytes=step_fn.memory_analysis().temp_size_in_bytes,
     compile_seconds=compile_seconds,
+    loss_scale=float(state.dynamic_scale.scale) if scaled else None,
+    skipped_steps=None if state.skipped_steps is None else int(state.skipped_steps),
   )
 
 
