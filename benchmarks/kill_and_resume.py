@@ -136,7 +136,8 @@ class Runs:
 
   def __init__(self, processes: int, kills: int, folder: Path) -> None:
     """Keeps what does not change."""
-    self.processes, self.steps, self.folder = processes, total_steps(kills), folder
+    self.processes, self.devices = processes, 1
+    self.steps, self.folder = total_steps(kills), folder
 
   def start(self, name: str) -> Group:
     """Starts the processes on the folder of that name; from its checkpoint, if there is one."""
@@ -144,7 +145,7 @@ class Runs:
     options = ["--preset", PRESET, "--precision", "fp8", "--recipe", RUN, "--explain", "none"]
     options += ["--steps", f"{self.steps}", "--checkpoint-every", f"{CHECKPOINT_EVERY}"]
     options += ["--out", str(out), "--resume"]
-    return Group(options, out / "logs", processes=self.processes)
+    return Group(options, out / "logs", processes=self.processes, devices=self.devices)
 
   def unbroken(self) -> Pace:
     """Runs without a kill."""

@@ -19,6 +19,7 @@ import train_lm
 from lm.config import PRESETS
 from lm.convert import show_dry_runs
 from lm.curve import Curve, Export, Result
+from lm.devices import Devices
 from lm.errors import UsageError
 from lm.export import PROGRAM, VARIABLES, export_forward, export_run, freeze, window
 from lm.model import ModelShape
@@ -88,7 +89,8 @@ def served(tmp_path_factory):
   try:
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(train_lm, "export_run", export_and_keep)
-      [result] = train_lm.run(arguments, CONFIG, read_corpus(), Console(file=shown))
+      console, first = Console(file=shown), Devices.first()
+      [result] = train_lm.run(arguments, CONFIG, read_corpus(), console, first)
   finally:
     jax.config.update("jax_disable_most_optimizations", False)
   [trained] = exported
