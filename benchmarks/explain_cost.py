@@ -58,7 +58,7 @@ class Unrolled(nn.Module):
     for index in range(self.shape.layers):
       x, _ = Block(self.shape, dot_general_cls=self.dot_general_cls, name=f"layer_{index}")(x, None)
     head = nn.Dense(vocabulary, use_bias=False, dtype=jnp.bfloat16, name="head")
-    return head(norm("final_norm")(x)).astype(jnp.float32)
+    return head(norm("final_norm", jnp.bfloat16)(x)).astype(jnp.float32)
 
 
 def step_arguments(layers: int, *, unrolled: bool) -> tuple[fp8.TrainState, jax.ShapeDtypeStruct]:

@@ -4,13 +4,15 @@
     python benchmarks/train_lm.py --recipe all         # BF16 once, and FP8 with every recipe
     python benchmarks/train_lm.py --preset h200 --text corpus.txt
     python benchmarks/train_lm.py --fused              # FP8 with one GEMM of q, k, v; of gate, up
+    python benchmarks/train_lm.py --dtype float16      # BF16, float16, and FP8 in float16
     python benchmarks/train_lm.py --convert --calibrate 4 --export served
     python benchmarks/train_lm.py --explain h200       # and shows the step as compiled for that GPU
 
 A Llama-like decoder learns Python's language reference byte by byte, in BF16 and in FP8: from the
 same seed, on the same batches, with the same optimiser. The models differ in one argument,
 ``dot_general_cls``; with ``--fused``, FP8 has fused projections and begins with the same parameters
-put together; with ``--convert`` it has BF16's model, converted. The answer is
+put together; with ``--convert`` it has BF16's model, converted. With ``--dtype float16``, FP8 and a
+run without it compute in float16, with loss scaling, beside BF16. The answer is
 ``gap = 100 * (loss FP8 / loss BF16 - 1)`` on held-out text; table, ``curves.png`` and
 ``results.json`` go to ``--out``. A killed run goes on with ``--resume``, bit for bit.
 
@@ -34,11 +36,13 @@ from flax_fp8.explain.target import NAMES
 from lm.config import PRESETS, TrainConfig
 from lm.convert import show_dry_runs
 from lm.curve import Result
+from lm.devices import Devices
 from lm.errors import UsageError
-from lm.explain import Reports, explain_steps, write_reports
+from lm.explain import NONE, Reports, explain_steps, write_reports
 from lm.export import export_run
 from lm.options import not_negative, positive
 from lm.plot import write_png
+from lm.processes import add_options, connect, ending_at_once, require_alone, require_same, speaks
 from lm.progress import ConsoleDisplay
 from lm.report import show, write_json
 from lm.runs import (
@@ -47,14 +51,17 @@ from lm.runs import (
   Run,
   converted,
   fused,
+  in_float16,
   label,
   named_recipes,
+  recipe_of,
   require_fp8_hardware,
 )
 from lm.text import Corpus, read_corpus
 from lm.train import require_startable, train
 
 PRECISIONS = ("bf16", "fp8", "both")
+SAME_IN_EACH_PROCESS = ("out", "export", "explain", "resume", "checkpoint_every")
 TRAINING = ("steps", "batch_size", "seed", "calibrate")
 
 
@@ -70,6 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
   store = functools.partial(made.add_argument, dest="made", action="store_const", default=str)
   store("--fused", const=fused, help="FP8 runs fuse q, k, v; and gate, up")
   store("--convert", const=converted, help="FP8 runs convert the plain model: fp8_linear_layers")
+  add("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of activations")
   add("--calibrate", type=not_negative, help="training batches that fill FP8 state before step 0")
   add("--preset", choices=PRESETS, default="tiny", help="size of model and run")
   add("--text", type=Path, help="file to learn; default: Python's language reference")
@@ -78,12 +86,18 @@ def make_parser() -> argparse.ArgumentParser:
   add("--seed", type=not_negative, help="of parameters and batches")
   add("--remat", action="store_true", default=None, help="recompute blocks in backward")
   add("--attention", choices=("xla", "cudnn"), help="attention kernel; cudnn needs a GPU")
-  add("--explain", choices=NAMES, help="report on the step as compiled for this GPU, then train")
+  add("--explain", choices=(*NAMES, NONE), help="report on the step as compiled for this GPU first")
   add("--out", type=Path, default=Path("runs/train_lm"), help="folder of all results")
   add("--export", type=Path, help="folder: FP8 runs frozen, and forward passes by jax.export")
   add("--resume", action="store_true", help="go on from the checkpoints in --out")
   add("--checkpoint-every", type=not_negative, default=100, help="steps; 0 writes none")
+  add_options(parser)
   return parser
+
+
+def explains(arguments: argparse.Namespace) -> bool:
+  """Whether whole reports are asked for, and not the one line that there is without asking."""
+  return arguments.explain not in (None, NONE)
 
 
 def configure(arguments: argparse.Namespace) -> TrainConfig:
@@ -99,8 +113,10 @@ def configure(arguments: argparse.Namespace) -> TrainConfig:
 
 
 def choose_runs(arguments: argparse.Namespace) -> tuple[Run, ...]:
-  """The runs asked for: BF16, the recipes, or both."""
+  """The runs asked for: BF16, the recipes, or both; in float16 too, where that is asked for."""
   bf16, recipes = (BF16,), tuple(map(arguments.made, named_recipes(arguments.recipe)))
+  if arguments.dtype == "float16":
+    bf16, recipes = (BF16, in_float16(BF16)), tuple(map(in_float16, recipes))
   return {"bf16": bf16, "fp8": recipes, "both": bf16 + recipes}[arguments.precision]
 
 
@@ -112,6 +128,17 @@ def require_attention(config: TrainConfig) -> None:
     )
 
 
+def require_shared(
+  arguments: argparse.Namespace, config: TrainConfig, corpus: Corpus, devices: Devices
+) -> None:
+  """Raises where the devices can't share the work, or the processes were told different things."""
+  asked = {name: str(getattr(arguments, name)) for name in SAME_IN_EACH_PROCESS}
+  require_same([choose_runs(arguments), config.as_dict(), corpus.digest, asked])
+  devices.require_even(config.batch_size)
+  if arguments.export:
+    require_alone("--export")
+
+
 def folders(arguments: argparse.Namespace) -> Iterator[tuple[Run, Path]]:
   """The runs asked for, each with the folder of its checkpoints."""
   for name in choose_runs(arguments):
@@ -121,19 +148,26 @@ def folders(arguments: argparse.Namespace) -> Iterator[tuple[Run, Path]]:
 def prove(
   arguments: argparse.Namespace, config: TrainConfig, corpus: Corpus, console: Console
 ) -> Reports:
-  """Reports on each run's step, before any array of the model's size is made."""
+  """Reports on each run's step, before any array of the model's size is made.
+
+  Each process does so for itself, and stops where the others do: none is left waiting.
+  """
   for name, folder in folders(arguments):
     require_startable(config, name, corpus, folder=folder, resume=arguments.resume)
   show_dry_runs(config, choose_runs(arguments), console)
   reports = explain_steps(config, choose_runs(arguments), arguments.explain, console)
-  if arguments.explain:
+  if explains(arguments) and speaks():
     write_reports(reports, arguments.out)
     console.print(f"Wrote explain_*.md and explain_*.png to {arguments.out}", highlight=False)
   return reports
 
 
 def run(
-  arguments: argparse.Namespace, config: TrainConfig, corpus: Corpus, console: Console
+  arguments: argparse.Namespace,
+  config: TrainConfig,
+  corpus: Corpus,
+  console: Console,
+  devices: Devices,
 ) -> list[Result]:
   """Trains what is asked for, one run after the other."""
   results = []
@@ -146,9 +180,10 @@ def run(
         folder=folder,
         resume=arguments.resume,
         checkpoint_every=arguments.checkpoint_every,
+        devices=devices,
         display=display,
       )
-    if arguments.export and name != BF16:
+    if arguments.export and recipe_of(name) is not None:
       exported = export_run(config, name, corpus, variables, arguments.export / name)
       result = dataclasses.replace(result, export=exported)
     results.append(result)
@@ -164,21 +199,26 @@ def main(argv: list[str] | None = None) -> int:
   Returns:
     0, or 2 where the command line asked for what cannot be.
   """
-  arguments, console = make_parser().parse_args(argv), Console()
+  arguments = make_parser().parse_args(argv)
   allow_missing_cuda()  # of the GPU compiler, JAX wants to know where its CUDA is
   try:
+    connect(arguments)
+    console, devices = Console(quiet=not speaks()), Devices.every()
     require_fp8_hardware(choose_runs(arguments))
     config, corpus = configure(arguments), read_corpus(arguments.text)
+    require_shared(arguments, config, corpus, devices)
     reports = prove(arguments, config, corpus, console)
     require_attention(config)
-    results = run(arguments, config, corpus, console)
+    with ending_at_once():
+      results = run(arguments, config, corpus, console, devices)
   except UsageError as error:
     print(f"train_lm: {error}", file=sys.stderr)
     return 2
   show(results, reports, config, console)
-  write_png(results, arguments.out / "curves.png")
-  path = arguments.out / "results.json"
-  write_json(results, reports, config, corpus, path, explained=arguments.explain is not None)
+  if speaks():
+    write_png(results, arguments.out / "curves.png")
+    explained, path = explains(arguments), arguments.out / "results.json"
+    write_json(results, reports, config, corpus, path, devices=devices, explained=explained)
   console.print(f"Wrote curves.png and results.json to {arguments.out}", highlight=False)
   return 0
 

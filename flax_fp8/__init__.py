@@ -27,6 +27,7 @@ from flax_fp8.recipes import (
   get_recipe,
 )
 from flax_fp8.training import (
+  DynamicScale,
   Stats,
   TrainState,
   TrainStepReport,
@@ -78,6 +79,7 @@ __all__ = [
   "grad",
   "value_and_grad",
   # Training
+  "DynamicScale",
   "TrainState",
   "accumulate_gradients",
   "apply_updates",

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 
 
 def require(module: str, attribute: str) -> Any:
@@ -33,6 +34,7 @@ _EArray: Any = require("jax._src.earray", "EArray")
 _global_result_handlers: Any = require("jax._src.interpreters.pxla", "global_result_handlers")
 _physical_aval: Any = require("jax._src.core", "physical_aval")
 _eager_adders: Any = require("jax._src.ad_util", "raw_jaxval_adders")
+ShardingTypeError: Any = require("jax._src.core", "ShardingTypeError")
 
 
 def wrapped_result_handler(aval: Any, sharding: Any, committed: bool) -> Callable[[Any], Any]:
@@ -94,6 +96,21 @@ def vary_as(x: jax.Array, *others: jax.Array) -> jax.Array:
   lax: Any = jax.lax  # which has one of the two, by version
   names = tuple(sorted(axes))
   return lax.pcast(x, names, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, names)
+
+
+def psum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+  """``lax.psum`` that may be mapped: in a checked shard_map, older JAX fails to map its own."""
+
+  @custom_vmap
+  def add(x: jax.Array) -> jax.Array:
+    return jax.lax.psum(x, axes)
+
+  @add.def_vmap
+  def rule(axis_size: int, in_batched: Any, x: jax.Array) -> tuple[jax.Array, bool]:
+    del axis_size  # each element is added up by itself, whichever axis is mapped
+    return psum(x, axes), in_batched[0]
+
+  return add(x)
 
 
 def unchecked_manual_axes() -> tuple[str, ...]:

@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
+
+from flax_fp8.sharding import MeshAxes, mesh_axes, transposed
 
 Axes: TypeAlias = tuple[int, ...]
 DimensionNumbers: TypeAlias = tuple[tuple[Axes, Axes], tuple[Axes, Axes]]
@@ -33,9 +36,21 @@ class View:
 
   def matrices(self, x: jax.Array) -> jax.Array:
     """Returns a tensor as ``[batch, kept, contracted]``, each group of axes made one."""
+    axes = self.batch + self.kept + self.contracting
+    return lax.transpose(x, axes).reshape(self.sizes(x.shape))
+
+  def sizes(self, shape: Sequence[int]) -> tuple[int, int, int]:
+    """Returns the shape of ``matrices`` of a tensor."""
     groups = (self.batch, self.kept, self.contracting)
-    sizes = [math.prod(x.shape[axis] for axis in axes) for axes in groups]
-    return lax.transpose(x, self.batch + self.kept + self.contracting).reshape(sizes)
+    batch, kept, contracted = (math.prod(shape[axis] for axis in axes) for axes in groups)
+    return batch, kept, contracted
+
+  def mesh_axes(self, sharding: NamedSharding) -> tuple[MeshAxes, MeshAxes, MeshAxes]:
+    """Returns the mesh axes over which a tensor's batch, kept and contracted axes are sharded."""
+    groups = (self.batch, self.kept, self.contracting)
+    named = mesh_axes(sharding, sum(map(len, groups)))
+    batch, kept, contracting = (sum((named[axis] for axis in axes), ()) for axes in groups)
+    return batch, kept, contracting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +63,7 @@ class Gemm:
     rhs: how it sees its right operand; contracted axes are in one order in both views.
     shape: of its result, ``[*batch, *lhs kept, *rhs kept]``.
     permutation: axes for ``lax.transpose`` of its result.
+    sharding: of the transposed result, on a mesh with explicit axes; else None.
   """
 
   dimension_numbers: DimensionNumbers
@@ -55,6 +71,16 @@ class Gemm:
   rhs: View
   shape: Axes
   permutation: Axes
+  sharding: NamedSharding | None = None
+
+  @property
+  def dot_sharding(self) -> NamedSharding | None:
+    """The sharding before the transposition, for ``lax.dot_general``."""
+    return transposed(self.sharding, np.argsort(self.permutation).tolist())
+
+  def sharded(self, sharding: NamedSharding | None) -> Gemm:
+    """Returns the same GEMM with a sharding of its transposed result."""
+    return dataclasses.replace(self, sharding=sharding)
 
 
 def forward_gemm(

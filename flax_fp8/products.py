@@ -35,7 +35,8 @@ def dot_high_precision(lhs: jax.Array, rhs: jax.Array, gemm: Gemm, dtype: Any) -
     The product in ``dtype``.
   """
   both = jnp.promote_types(lhs.dtype, rhs.dtype)
-  out = lax.dot_general(lhs.astype(both), rhs.astype(both), gemm.dimension_numbers)
+  operands = lhs.astype(both), rhs.astype(both)
+  out = lax.dot_general(*operands, gemm.dimension_numbers, out_sharding=gemm.dot_sharding)
   return lax.transpose(out, gemm.permutation).astype(dtype)
 
 
@@ -98,9 +99,12 @@ def dot_per_row(
   n_batch, n_lhs = len(gemm.lhs.batch), len(gemm.lhs.kept)
   lhs_axes = tuple(range(n_batch + n_lhs))
   rhs_axes = (*range(n_batch), *range(n_batch + n_lhs, out.ndim))
+  along = lambda scale, axes: lax.broadcast_in_dim(
+    scale, out.shape, axes, out_sharding=gemm.dot_sharding
+  )
   scale = product(
-    lax.broadcast_in_dim(_without_contracted(lhs.scale, gemm.lhs), out.shape, lhs_axes),
-    lax.broadcast_in_dim(_without_contracted(rhs.scale, gemm.rhs), out.shape, rhs_axes),
+    along(_without_contracted(lhs.scale, gemm.lhs), lhs_axes),
+    along(_without_contracted(rhs.scale, gemm.rhs), rhs_axes),
   )
   return lax.transpose(dequantize(out, scale, dtype), gemm.permutation)
 
@@ -108,7 +112,12 @@ def dot_per_row(
 def _dot(lhs: jax.Array, rhs: jax.Array, gemm: Gemm, fast_accumulation: bool) -> jax.Array:
   precision = lax.Precision.DEFAULT if fast_accumulation else lax.Precision.HIGHEST
   return lax.dot_general(
-    lhs, rhs, gemm.dimension_numbers, precision=precision, preferred_element_type=jnp.float32
+    lhs,
+    rhs,
+    gemm.dimension_numbers,
+    precision=precision,
+    preferred_element_type=jnp.float32,
+    out_sharding=gemm.dot_sharding,
   )
 
 

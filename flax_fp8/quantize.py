@@ -94,6 +94,8 @@ def quantize(
   float8: Float8,
   inverse: jax.Array | None = None,
   key: jax.Array | None = None,
+  *,
+  stale: bool = False,
 ) -> QTensor:
   """Quantises with a given scale.
 
@@ -107,12 +109,15 @@ def quantize(
     inverse: ``1 / scale``, of the shape of ``scale``, where it is known without another rounding;
       then ``x`` is multiplied by it.
     key: PRNG key; if given, values are rounded stochastically.
+    stale: whether the scale is that of other values than ``x``, so that infinities must be made NaN
+      here. The scale of values with an infinity among them is NaN already.
 
   Returns:
     The ``QTensor`` of data and scale.
 
   Numerics:
-    The quotient is float32, rounded once to FP8: see ``saturating_cast``.
+    The quotient is float32, rounded once to FP8: see ``saturating_cast``. Where the scale is stale,
+    finite values beyond the range saturate, and infinite ones become NaN.
 
   Example:
     >>> import jax.numpy as jnp
@@ -127,6 +132,10 @@ def quantize(
     quotient = x.astype(jnp.float32) / jnp.broadcast_to(scale, x.shape)
   else:
     quotient = x.astype(jnp.float32) * jnp.broadcast_to(inverse, x.shape)
+  if stale:
+    # Zero times infinity is NaN. Zero times the value, since the quotient of a finite one may
+    # overflow; and no select, since XLA would write what it hangs on by a kernel of its own.
+    quotient += x.astype(jnp.float32) * 0.0
   return QTensor(saturating_cast(quotient, float8, key), scale)
 
 

@@ -13,8 +13,8 @@ from flax_fp8 import fp8_ops
 
 ROOT = Path(__file__).parents[1]
 NAMES = {
-  "ConversionReport", "DelayedScaling", "Float8BlockScaling", "Float8CurrentScaling",
-  "Float8RowwiseScaling", "Format",
+  "ConversionReport", "DelayedScaling", "DynamicScale", "Float8BlockScaling",
+  "Float8CurrentScaling", "Float8RowwiseScaling", "Format",
   "Fp8Config", "Fp8DotGeneral", "Fp8Einsum", "Fp8FusedQKV", "Fp8SwiGLU", "GpuTarget",
   "MXFP8BlockScaling", "OVERWRITE_WITH_GRADIENT", "RECIPES", "Recipe", "Report", "Stats",
   "TrainState", "TrainStepReport", "add_metrics", "apply_updates", "as_max_grad", "assert_fp8",

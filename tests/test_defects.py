@@ -129,6 +129,25 @@ def nan_batch(ops):
   assert scale == pytest.approx(2 * AMAX / 448, rel=1e-6)
 
 
+def inf_in_an_activation(ops):
+  """An infinity in an activation reaches the output, from which a loss scaler sees it."""
+  module = layer(ops)
+  out = module.apply(variables_of(module), X.at[1, 2, 3].set(jnp.inf))
+  spoiled = ~np.all(np.isfinite(out), axis=-1)
+  assert spoiled.sum() == 1
+  assert spoiled[1, 2]
+
+
+def inf_in_an_output_gradient(ops):
+  """An infinity in an output gradient, float16 that overflowed say, reaches the kernel's."""
+  module = layer(ops)
+  variables = variables_of(module)
+  out, vjp = jax.vjp(lambda v: module.apply(v, X), variables)
+  grads = vjp(jnp.ones_like(out).at[1, 2, 3].set(jnp.inf))[0]
+  spoiled = ~np.all(np.isfinite(grads["params"]["kernel"]), axis=0)
+  np.testing.assert_array_equal(spoiled, np.arange(8) == 3)
+
+
 def gain_error(ops):
   """Gain of a bf16 GEMM against the same FP8 GEMM in float64, at worst over 40 draws."""
   module = layer(ops, 64).clone(dtype=jnp.bfloat16)
@@ -224,8 +243,8 @@ def scalar_result(ops):
 
 CHECKS = [
   reuse, shared_under_vmap, cast_shared_under_vmap, cast_without_jit, shard_map_checked,
-  shard_map_unchecked, nan_batch, bf16_gain, fp16_overflow, fnuz, fnuz_only_forward, tiny_amax,
-  mislabelled_einsum, scalar_result,
+  shard_map_unchecked, nan_batch, inf_in_an_activation, inf_in_an_output_gradient, bf16_gain,
+  fp16_overflow, fnuz, fnuz_only_forward, tiny_amax, mislabelled_einsum, scalar_result,
 ]  # fmt: skip
 BY_NAME = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 

@@ -58,6 +58,19 @@ def test_quantize_and_dequantize_equal_the_oracle(fmt, scale):
   np.testing.assert_array_equal(back, oracle.qdq(x, np.float32(scale), fmt.name).astype(np.float32))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.name)
+@pytest.mark.parametrize("given", ["scale", "inverse", "key"])
+def test_an_infinity_becomes_nan_and_overflow_saturates(given, fmt, dtype):
+  """Of a finite value the quotient may well be infinite: that is overflow."""
+  x = jnp.array([np.inf, -np.inf, np.nan, 60000.0, -60000.0, 0.0], dtype)
+  scale = jnp.float32(2.0**-126)
+  options = {"inverse": {"inverse": 1 / scale}, "key": {"key": jax.random.key(0)}}.get(given, {})
+  got = quantize.quantize(x, scale, fmt, **options, stale=True).data
+  want = [np.nan, np.nan, np.nan, fmt.max, -fmt.max, 0.0]
+  np.testing.assert_array_equal(np.asarray(got, np.float32), want)
+
+
 class TestScaleFromAmax:
   def scale(self, amax, fmt=formats.E4M3, fallback=3.0, **options):
     arrays = jnp.float32(amax), jnp.float32(fallback)

@@ -12,6 +12,14 @@ cases = [
 ]
 
 
+# Fourteen seconds each: JAX runs an eager shard_map one operation at a time.
+SLOW = "shard_map, check_vma=True, eager"
+cases = [
+  pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name == SLOW else ())
+  for case in transformations.CASES
+]
+
+
 @pytest.mark.parametrize("column", transformations.COLUMNS)
 @pytest.mark.parametrize("case", cases)
 def test_cell(case, column):

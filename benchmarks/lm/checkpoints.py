@@ -104,6 +104,20 @@ class Checkpoints:
     return self.manager.restore(curve.step, args=items)["state"], curve
 
 
+def read_newest(folder: Path, shapes: Any) -> Any:
+  """Reads the newest checkpoint's state onto this process's first device, whoever wrote it.
+
+  Args:
+    folder: of a run's checkpoints.
+    shapes: the state's shapes and dtypes.
+  """
+  sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  items = ocp.args.Composite(state=ocp.args.StandardRestore(jax.tree.map(place, shapes)))
+  with ocp.CheckpointManager(folder.absolute(), item_names=("state", "progress")) as manager:
+    return manager.restore(manager.latest_step(), args=items)["state"]
+
+
 def check_identity(identity: dict[str, Any], saved: dict[str, Any], *, what: str) -> None:
   """Raises when what was saved is of a run with another curve, naming what differs.
 

@@ -1,4 +1,4 @@
-"""What is trained: everything that decides the curve, and the three sizes on offer."""
+"""What is trained: everything that decides the curve, and the sizes on offer."""
 
 import dataclasses
 from typing import Any
@@ -43,6 +43,16 @@ class TrainConfig:
 
 
 PRESETS = {
+  # For asking how a run goes rather than where to: a few seconds, most of them compilation.
+  "micro": TrainConfig(
+    shape=ModelShape(d_model=32, d_ff=64, layers=2, heads=2, kv_heads=1),
+    steps=100,
+    batch_size=8,
+    seq_len=32,
+    learning_rate=4e-3,
+    validate_every=50,
+    validation_batches=4,
+  ),
   # Small enough to settle in a few minutes: where the loss still falls fast, a few steps' lead is
   # a percent, and rounding that only reorders the run would look like a gap.
   "tiny": TrainConfig(

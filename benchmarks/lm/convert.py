@@ -1,5 +1,7 @@
 """FP8 without a change of the model: the twin of the plain ``Transformer``, and its dry run."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,9 @@ from lm.model import ModelShape, Transformer
 from lm.runs import Run, is_converted, label, recipe_of
 
 
-def convert(shape: ModelShape, recipe: fp8.Recipe) -> nn.Module:
-  """Makes the FP8 twin of BF16's model."""
-  return fp8.fp8_linear_layers(Transformer(shape), fp8.Fp8Config(recipe=recipe))
+def convert(shape: ModelShape, recipe: fp8.Recipe, dtype: Any = jnp.bfloat16) -> nn.Module:
+  """Makes the FP8 twin of the model without FP8."""
+  return fp8.fp8_linear_layers(Transformer(shape, dtype=dtype), fp8.Fp8Config(recipe=recipe))
 
 
 def show_dry_runs(config: TrainConfig, runs: tuple[Run, ...], console: Console) -> None:

@@ -73,6 +73,8 @@ class Result:
     temp_bytes: what the compiled step needs besides its arguments and results.
     compile_seconds: tracing and compiling the step.
     export: what of it can be served; None where nothing was asked for.
+    loss_scale: at the end; None where the loss was not scaled.
+    skipped_steps: that were not taken, for a gradient was not finite; None where all are.
   """
 
   run: Run
@@ -83,6 +85,8 @@ class Result:
   temp_bytes: int
   compile_seconds: float
   export: Export | None = None
+  loss_scale: float | None = None
+  skipped_steps: int | None = None
 
   @property
   def loss(self) -> float:

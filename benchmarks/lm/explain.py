@@ -18,13 +18,15 @@ from flax_fp8.explain.gemms import Gemm
 from flax_fp8.explain.plugin import require_compiler
 from lm.config import TrainConfig
 from lm.errors import UsageError
+from lm.files import whole_file, write_text
 from lm.model import FUSED_PROJECTIONS, PROJECTIONS
-from lm.runs import BF16, Run, label, recipe_name
+from lm.runs import BF16, FLOAT16, Run, label, recipe_name
 from lm.step import jitted_step, step_shapes
 
 Reports: TypeAlias = dict[Run, fp8.Report]
 
 DEFAULT_TARGET = "h200"
+NONE = "none"  # instead of a GPU: looks at no program
 # The recipes that promise each GEMM as one FP8 GEMM on every GPU that multiplies FP8. Blocks may be
 # multiplied one by one, and MX blocks need Blackwell: of those the count is shown, and not judged.
 ONE_GEMM_EACH = frozenset({"delayed", "current", "rowwise"})
@@ -73,12 +75,15 @@ def explain_steps(
     console: where to show them.
 
   Returns:
-    The report of each step; nothing where ``asked`` is None and no compiler is installed.
+    The report of each step; nothing where ``asked`` is None and no compiler is installed, or where
+    it is ``"none"``.
 
   Raises:
     UsageError: ``asked`` names a GPU, and no compiler is installed.
     RuntimeError: a GEMM is not what its run promises.
   """
+  if asked == NONE:
+    return {}
   target = choose_target(asked)
   if target is not None and (missing := missing_compiler()):
     if asked is not None:
@@ -115,13 +120,13 @@ def projection_flops(config: TrainConfig) -> int:
 
 
 def require_fp8_gemms(config: TrainConfig, run: Run, report: fp8.Report) -> None:
-  """Raises unless FP8 has every GEMM of each projection in FP8, and BF16 has none.
+  """Raises unless FP8 has every GEMM of each projection in FP8, and a run without FP8 has none.
 
   FLOPs are compared, for the compiler may merge GEMMs that share an input; recomputing (remat) adds
   to them. On a GPU that multiplies no FP8 there is nothing to check but BF16: its report says so
   itself. Nor is there of recipes that promise no GEMM in one piece.
   """
-  if run == BF16:
+  if run in (BF16, FLOAT16):
     wanted, wrong = 0, [gemm for gemm in report.gemms if gemm.is_fp8]
   elif recipe_name(run) not in ONE_GEMM_EACH or not multiplies_fp8(report):
     return
@@ -150,9 +155,9 @@ def lines(gemms: list[Gemm]) -> Iterator[str]:
 
 def write_reports(reports: Reports, folder: Path) -> None:
   """Writes a Markdown file and a picture of each report: where bytes and time go, beside BF16."""
-  folder.mkdir(parents=True, exist_ok=True)
   bf16 = reports.get(BF16)
   for run, report in reports.items():
-    (folder / f"explain_{run}.md").write_text(report.to_markdown())
+    write_text(folder / f"explain_{run}.md", report.to_markdown())
     drawn = report.compare(bf16) if bf16 and run != BF16 else report
-    drawn.plot().savefig(folder / f"explain_{run}.png", dpi=120)
+    with whole_file(folder / f"explain_{run}.png") as beside:
+      drawn.plot().savefig(beside, dpi=120)

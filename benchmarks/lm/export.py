@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import flax_fp8 as fp8
 from lm.config import TrainConfig
 from lm.curve import Export
+from lm.files import whole_file
 from lm.runs import Run
 from lm.step import make_model, mean_loss
 from lm.text import Corpus, validation_batches
@@ -108,7 +109,8 @@ def export_run(
   fp8.save_checkpoint(folder / VARIABLES, frozen, overwrite=True)
   program = export_forward(config, run, variables, frozen)
   serialized = program.serialize()
-  (folder / PROGRAM).write_bytes(serialized)
+  with whole_file(folder / PROGRAM) as beside:
+    beside.write_bytes(serialized)
   sizes = {"batch_size": config.batch_size, "seq_len": config.seq_len}
   batches = validation_batches(corpus, limit=config.validation_batches, **sizes)
   loss_of = jax.jit(functools.partial(mean_loss, module.apply))

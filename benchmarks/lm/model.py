@@ -6,7 +6,8 @@
 ``nn.Dense`` takes that argument as it is. ``fused=recipe`` makes one GEMM of query, key and value,
 and one of gate and up; ``fuse_params`` takes the parameters there. In FP8 run the projections of
 each layer (q, k, v, o; gate, up, down), forward and backward; the embedding, the norms, the
-attention scores and the output head stay BF16. Parameters are float32.
+attention scores and the output head stay BF16, or float16 with ``dtype=jnp.float16``. Parameters
+are float32.
 """
 
 import dataclasses
@@ -92,27 +93,31 @@ def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:
   return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def norm(name: str) -> nn.RMSNorm:
-  """RMSNorm: statistics in float32, result in BF16."""
-  return nn.RMSNorm(dtype=jnp.bfloat16, name=name)
+def norm(name: str, dtype: Any) -> nn.RMSNorm:
+  """RMSNorm: statistics in float32."""
+  return nn.RMSNorm(dtype=dtype, name=name)
 
 
-def fused_qkv(shape: ModelShape, recipe: fp8.Recipe, name: str | None = None) -> fp8.Fp8FusedQKV:
+def fused_qkv(
+  shape: ModelShape, recipe: fp8.Recipe, name: str | None = None, dtype: Any = jnp.bfloat16
+) -> fp8.Fp8FusedQKV:
   """Query, key and value in one."""
   return fp8.Fp8FusedQKV(
     num_heads=shape.heads,
     num_kv_heads=shape.kv_heads,
     head_dim=shape.head_dim,
     use_bias=False,
-    dtype=jnp.bfloat16,
+    dtype=dtype,
     recipe=recipe,
     name=name,
   )
 
 
-def fused_swiglu(shape: ModelShape, recipe: fp8.Recipe, name: str | None = None) -> fp8.Fp8SwiGLU:
+def fused_swiglu(
+  shape: ModelShape, recipe: fp8.Recipe, name: str | None = None, dtype: Any = jnp.bfloat16
+) -> fp8.Fp8SwiGLU:
   """Gate and up in one, and down."""
-  return fp8.Fp8SwiGLU(hidden_features=shape.d_ff, dtype=jnp.bfloat16, recipe=recipe, name=name)
+  return fp8.Fp8SwiGLU(hidden_features=shape.d_ff, dtype=dtype, recipe=recipe, name=name)
 
 
 def fuse_params(params: Mapping[str, Any], shape: ModelShape, recipe: fp8.Recipe) -> dict[str, Any]:
@@ -131,18 +136,20 @@ class Block(nn.Module):
     shape: the sizes.
     dot_general_cls: None for BF16, or what makes the projections' GEMMs.
     fused: the recipe of fused projections; None for separate layers.
+    dtype: of activations.
   """
 
   shape: ModelShape
   dot_general_cls: Any = None
   fused: fp8.Recipe | None = None
+  dtype: Any = jnp.bfloat16
 
   def project(self, x: jax.Array, features: int, name: str) -> jax.Array:
     """Multiplies by a ``[D, features]`` kernel: the only place where FP8 enters."""
     return nn.Dense(
       features,
       use_bias=False,
-      dtype=jnp.bfloat16,
+      dtype=self.dtype,
       dot_general_cls=self.dot_general_cls,
       name=name,
     )(x)
@@ -150,7 +157,7 @@ class Block(nn.Module):
   def project_heads(self, x: jax.Array) -> tuple[jax.Array, ...]:
     """Query, key and value ``[B, T, heads, head_dim]``."""
     if self.fused is not None:
-      return fused_qkv(self.shape, self.fused, "qkv")(x)
+      return fused_qkv(self.shape, self.fused, "qkv", self.dtype)(x)
     heads = {"query": self.shape.heads, "key": self.shape.kv_heads, "value": self.shape.kv_heads}
     return tuple(
       self.project(x, count * self.shape.head_dim, name).reshape(*x.shape[:2], count, -1)
@@ -160,19 +167,20 @@ class Block(nn.Module):
   def attend(self, x: jax.Array) -> jax.Array:
     """Causal grouped-query attention over ``[B, T, D]``."""
     query, key, value = self.project_heads(x)
+    heads = (rotate(query), rotate(key), value)
+    if self.dtype == jnp.float16 and self.shape.attention == "xla":
+      # What JAX asks of XLA for float16 heads, no CPU has: F16_F16_F32.
+      heads = tuple(head.astype(jnp.float32) for head in heads)
     mixed = jax.nn.dot_product_attention(
-      rotate(query),
-      rotate(key),
-      value,
-      is_causal=True,
-      implementation=self.shape.attention,
+      *heads, is_causal=True, implementation=self.shape.attention
     )
-    return self.project(mixed.reshape(*x.shape), self.shape.d_model, "out")
+    mixed = mixed.astype(self.dtype).reshape(*x.shape)
+    return self.project(mixed, self.shape.d_model, "out")
 
   def swiglu(self, x: jax.Array) -> jax.Array:
     """``(silu(x @ gate) * (x @ up)) @ down`` over ``[B, T, D]``."""
     if self.fused is not None:
-      return fused_swiglu(self.shape, self.fused, "swiglu")(x)
+      return fused_swiglu(self.shape, self.fused, "swiglu", self.dtype)(x)
     gate = self.project(x, self.shape.d_ff, "gate")
     up = self.project(x, self.shape.d_ff, "up")
     return self.project(nn.silu(gate) * up, self.shape.d_model, "down")
@@ -180,8 +188,8 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
     """Takes and gives the residual stream, in the form that ``nn.scan`` carries."""
-    x = x + self.attend(norm("attention_norm")(x))
-    x = x + self.swiglu(norm("swiglu_norm")(x))
+    x = x + self.attend(norm("attention_norm", self.dtype)(x))
+    x = x + self.swiglu(norm("swiglu_norm", self.dtype)(x))
     return x, None
 
 
@@ -192,20 +200,22 @@ class Transformer(nn.Module):
     shape: the sizes.
     dot_general_cls: None for BF16; ``recipe.dot_general_cls`` puts every projection in FP8.
     fused: the same recipe where projections of one input are to be one GEMM.
+    dtype: of activations; logits are float32.
   """
 
   shape: ModelShape
   dot_general_cls: Any = None
   fused: fp8.Recipe | None = None
+  dtype: Any = jnp.bfloat16
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """Runs the decoder; the logits are float32."""
     vocabulary, d_model = self.shape.vocabulary, self.shape.d_model
-    x = nn.Embed(vocabulary, d_model, dtype=jnp.bfloat16, name="embedding")(tokens)
+    x = nn.Embed(vocabulary, d_model, dtype=self.dtype, name="embedding")(tokens)
     x, _ = self.layers()(x, None)
-    x = norm("final_norm")(x)
-    head = nn.Dense(vocabulary, use_bias=False, dtype=jnp.bfloat16, name="head")
+    x = norm("final_norm", self.dtype)(x)
+    head = nn.Dense(vocabulary, use_bias=False, dtype=self.dtype, name="head")
     return head(x).astype(jnp.float32)
 
   def layers(self) -> nn.Module:
@@ -216,4 +226,4 @@ class Transformer(nn.Module):
       variable_axes={"params": 0, fp8.OVERWRITE_WITH_GRADIENT: 0},
       split_rngs={"params": True},
       length=self.shape.layers,
-    )(self.shape, dot_general_cls=self.dot_general_cls, fused=self.fused, name="layers")
+    )(self.shape, self.dot_general_cls, self.fused, self.dtype, name="layers")

@@ -8,16 +8,17 @@ from matplotlib.figure import Figure
 
 import flax_fp8 as fp8
 from lm.curve import Result
-from lm.runs import BF16, BF16_AGAIN, Run, label, recipe_name
+from lm.files import whole_file
+from lm.runs import BF16, BF16_AGAIN, FLOAT16, Run, label, recipe_name
 
 # The points of the runs nearly coincide: marks of different shapes show each.
-MARKERS = "ox+^vsd"
+MARKERS = "ox+^vsd*"
 SMOOTHED_PERCENT = 3
 
 
 def place(run: Run) -> int:
   """The run's place among all there are, which gives it the same looks in every picture."""
-  return (BF16, *fp8.RECIPES, BF16_AGAIN).index(recipe_name(run))
+  return (BF16, *fp8.RECIPES, BF16_AGAIN, FLOAT16).index(recipe_name(run))
 
 
 def color(run: Run) -> str:
@@ -87,4 +88,5 @@ def write_png(results: list[Result], path: Path) -> None:
     curves = figure.subplots()
     curves.set_xlabel("steps")
   draw_curves(curves, results)
-  figure.savefig(path, dpi=120)
+  with whole_file(path) as beside:
+    figure.savefig(beside, dpi=120)

@@ -23,8 +23,8 @@ class Display(Protocol):
   def note(self, text: str) -> None:
     """Says one thing that happened."""
 
-  def update(self, curve: Curve, *, validated: bool) -> None:
-    """Shows the curve after a stretch of steps."""
+  def update(self, curve: Curve, *, validated: bool, saved: bool = False) -> None:
+    """Shows the curve after a stretch of steps, of which a checkpoint stands if ``saved``."""
 
 
 class Silent:
@@ -33,7 +33,7 @@ class Silent:
   def note(self, text: str) -> None:
     """Ignores it."""
 
-  def update(self, curve: Curve, *, validated: bool) -> None:
+  def update(self, curve: Curve, *, validated: bool, saved: bool = False) -> None:
     """Ignores it."""
 
 
@@ -56,7 +56,7 @@ class ConsoleDisplay:
       TextColumn("{task.fields[numbers]}"),
       TimeRemainingColumn(),
       console=console,
-      disable=not console.is_terminal,
+      disable=console.quiet or not console.is_terminal,
     )
     self.task = self.bar.add_task(name, total=steps, numbers="compiling")
 
@@ -78,8 +78,9 @@ class ConsoleDisplay:
     """Prints a line, above the bar where there is one."""
     self.console.print(f"{self.name}: {text}", highlight=False, soft_wrap=True)
 
-  def update(self, curve: Curve, *, validated: bool) -> None:
-    """Moves the bar; without a bar, prints a line where a validation ended."""
+  def update(self, curve: Curve, *, validated: bool, saved: bool = False) -> None:
+    """Moves the bar; without a bar, prints a line of every validation and every checkpoint."""
     self.bar.update(self.task, completed=curve.step, numbers=describe(curve))
-    if validated and not self.console.is_terminal:
-      self.note(f"step {curve.step}/{self.steps}: {describe(curve)}")
+    if (validated or saved) and not self.console.is_terminal:
+      end = ", saved" if saved else ""
+      self.note(f"step {curve.step}/{self.steps}: {describe(curve)}{end}")

@@ -16,10 +16,13 @@ from rich.table import Table
 import flax_fp8 as fp8
 from lm.config import TrainConfig
 from lm.curve import Export, Result, gap_percent
+from lm.devices import Devices
 from lm.explain import Reports, missing_compiler
+from lm.files import write_text
 from lm.runs import BF16, Run, label
 from lm.text import Corpus
 
+NOT_ASKED = "--explain none asks for no program."
 EMULATED = (
   "FP8 is emulated on this CPU: the losses are what FP8 gives, but steps/s is no claim about speed."
 )
@@ -73,11 +76,14 @@ def show(results: list[Result], reports: Reports, config: TrainConfig, console: 
   """Prints the table, why it lacks a count, and on a CPU the line that keeps its steps/s honest."""
   console.print(table(results, reports, config))
   if not reports:
-    note = f"FP8 GEMMs are not counted: {missing_compiler()}"
+    note = f"FP8 GEMMs are not counted: {missing_compiler() or NOT_ASKED}"
     console.print(note, markup=False, highlight=False, soft_wrap=True)
   if emulated():
     console.print(EMULATED, highlight=False, soft_wrap=True)
   for result in results:
+    if result.loss_scale is not None:
+      note = f"{label(result.run)}: loss scale {result.loss_scale:g} at the end, "
+      console.out(f"{note}{result.skipped_steps} steps skipped", highlight=False)
     if result.export:
       console.print(describe_export(result, result.export), highlight=False, soft_wrap=True)
 
@@ -101,6 +107,7 @@ def describe_export(result: Result, export: Export) -> str:
 
 def describe_result(result: Result, report: fp8.Report | None) -> dict[str, Any]:
   """All numbers of one run; those of its GEMMs are null where nothing could count them."""
+  scaled = result.loss_scale is not None
   return {
     "validation_loss": result.loss,
     "steps_per_second": result.steps_per_second,
@@ -115,6 +122,7 @@ def describe_result(result: Result, report: fp8.Report | None) -> dict[str, Any]
     "train_curve": result.curve.train,
     "validation_curve": result.curve.validation,
     "stretch_rates": result.curve.rates,
+    **({"loss_scale": result.loss_scale, "skipped_steps": result.skipped_steps} if scaled else {}),
     **({"export": dataclasses.asdict(result.export)} if result.export else {}),
   }
 
@@ -147,6 +155,7 @@ def write_json(
   corpus: Corpus,
   path: Path,
   *,
+  devices: Devices,
   explained: bool,
 ) -> None:
   """Writes every number; the losses are exact, so two runs can be compared bit by bit.
@@ -157,15 +166,18 @@ def write_json(
     config: what was trained.
     corpus: on what.
     path: the file.
+    devices: that shared each batch.
     explained: write the whole reports too.
   """
   document = {
     "environment": environment(),
     "config": config.as_dict(),
     "text": describe_text(corpus),
+    "devices": len(devices.devices),
+    "processes": jax.process_count(),
     "gap_percent": find_gaps(results),
     "runs": {result.run: describe_result(result, reports.get(result.run)) for result in results},
   }
   if explained:
     document["explain"] = {name: report.to_dict() for name, report in reports.items()}
-  path.write_text(json.dumps(document, indent=1) + "\n")
+  write_text(path, json.dumps(document, indent=1) + "\n")

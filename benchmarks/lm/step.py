@@ -1,5 +1,6 @@
 """One optimiser step: the same loss, optimiser and update for every run."""
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +14,22 @@ import optax
 import flax_fp8 as fp8
 from lm.config import TrainConfig
 from lm.convert import convert
+from lm.devices import Devices
 from lm.model import Transformer, fuse_params
-from lm.runs import BF16_AGAIN, Run, is_converted, is_fused, recipe_of
+from lm.runs import BF16_AGAIN, Run, is_converted, is_float16, is_fused, recipe_of
+
+# Finite steps before the loss scale doubles: few, so that a short run sees it happen.
+GROWTH_INTERVAL = 200
+
+
+class ScaledTrainState(fp8.TrainState):
+  """A training state of float16.
+
+  Attributes:
+    dynamic_scale: what multiplies the loss.
+  """
+
+  dynamic_scale: fp8.DynamicScale
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -41,13 +56,13 @@ def is_kernel(tree: Any) -> Any:
 
 def make_model(config: TrainConfig, run: Run) -> nn.Module:
   """Builds the model; ``dot_general_cls`` is all that differs between runs, or who sets it."""
-  recipe = recipe_of(run)
+  recipe, dtype = recipe_of(run), jnp.float16 if is_float16(run) else jnp.bfloat16
   if recipe is None:
-    return Transformer(config.shape)
+    return Transformer(config.shape, dtype=dtype)
   if is_converted(run):
-    return convert(config.shape, recipe)
+    return convert(config.shape, recipe, dtype)
   fused = recipe if is_fused(run) else None
-  return Transformer(config.shape, dot_general_cls=recipe.dot_general_cls, fused=fused)
+  return Transformer(config.shape, recipe.dot_general_cls, fused, dtype)
 
 
 def initializer(config: TrainConfig, run: Run) -> Callable[[jax.Array], fp8.TrainState]:
@@ -70,15 +85,21 @@ def initializer(config: TrainConfig, run: Run) -> Callable[[jax.Array], fp8.Trai
       variables = {**variables, "params": fuse_params(separate["params"], config.shape, fused)}
     if run == BF16_AGAIN:
       variables = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), variables)
-    state = fp8.TrainState.create(apply_fn=model.apply, params=variables, tx=tx)
+    of: dict[str, Any] = {"apply_fn": model.apply, "params": variables, "tx": tx}
+    if is_float16(run):
+      scale = fp8.DynamicScale(growth_interval=GROWTH_INTERVAL)
+      state = ScaledTrainState.create(**of, dynamic_scale=scale, skip_nonfinite=True)
+    else:
+      state = fp8.TrainState.create(**of)
     return state.replace(step=jnp.zeros((), jnp.int32))
 
   return create
 
 
-def create_state(config: TrainConfig, run: Run) -> fp8.TrainState:
-  """Makes the training state of the configured seed."""
-  return initializer(config, run)(jax.random.key(config.seed))
+def create_state(config: TrainConfig, run: Run, devices: Devices | None = None) -> fp8.TrainState:
+  """Makes the training state of the configured seed, on all of ``devices`` where there are any."""
+  create, key = initializer(config, run), jax.random.key(config.seed)
+  return devices.create(create, key) if devices else create(key)
 
 
 def step_shapes(config: TrainConfig, run: Run) -> tuple[fp8.TrainState, jax.ShapeDtypeStruct]:
@@ -96,7 +117,11 @@ def mean_loss(apply_fn: Callable[..., Any], variables: Any, windows: jax.Array) 
 
 def train_step(state: fp8.TrainState, windows: jax.Array) -> tuple[fp8.TrainState, jax.Array]:
   """Takes one step; the FP8 state's "gradient" is its next value, written over the old one."""
-  loss, grads = fp8.value_and_grad(lambda v: mean_loss(state.apply_fn, v, windows))(state.params)
+  loss_fn = functools.partial(mean_loss, state.apply_fn, windows=windows)
+  if isinstance(state, ScaledTrainState):
+    scale, _, loss, grads = state.dynamic_scale.value_and_grad(loss_fn)(state.params)
+    return state.apply_gradients(grads=grads, dynamic_scale=scale), loss
+  loss, grads = fp8.value_and_grad(loss_fn)(state.params)
   return state.apply_gradients(grads=grads), loss
 
 
@@ -104,7 +129,7 @@ def train_step(state: fp8.TrainState, windows: jax.Array) -> tuple[fp8.TrainStat
 jitted_step = jax.jit(train_step, donate_argnums=0)
 
 
-def compile_step(state: fp8.TrainState, windows: np.ndarray) -> tuple[Any, float]:
+def compile_step(state: fp8.TrainState, windows: np.ndarray | jax.Array) -> tuple[Any, float]:
   """Compiles ``train_step`` ahead of time, so that no step pays for it.
 
   Args:

@@ -16,6 +16,7 @@ from rich.table import Table
 from lm.checkpoints import check_identity
 from lm.config import TrainConfig
 from lm.curve import Result
+from lm.files import write_text
 from lm.plot import color, marker
 from lm.report import EMULATED, describe_result, describe_text, emulated, environment
 from lm.runs import BF16, Run, label
@@ -68,16 +69,12 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 def write_run(folder: Path, name: str, config: TrainConfig, result: Result, corpus: Corpus) -> None:
   """Writes the file of a finished run, whole or not at all."""
-  folder.mkdir(parents=True, exist_ok=True)
   saved = {
     "identity": identify(config, result.run, corpus),
     "environment": environment(),
     **describe_result(result, None),
   }
-  path = folder / f"{name}.json"
-  beside = path.with_suffix(".part")
-  beside.write_text(json.dumps(saved, indent=1) + "\n")
-  beside.replace(path)
+  write_text(folder / f"{name}.json", json.dumps(saved, indent=1) + "\n")
 
 
 def read_run(
@@ -154,7 +151,7 @@ def write_json(sweep: Sweep, config: TrainConfig, corpus: Corpus, path: Path) ->
       for run, of_run in sweep.runs.items()
     },
   }
-  path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+  write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def draw(sweep: Sweep) -> Figure:

@@ -54,7 +54,13 @@ def split(name: str, text: bytes) -> Corpus:
 
 
 def training_batch(
-  corpus: Corpus, *, batch_size: int, seq_len: int, seed: int, step: int
+  corpus: Corpus,
+  *,
+  batch_size: int,
+  seq_len: int,
+  seed: int,
+  step: int,
+  rows: slice = slice(None),
 ) -> np.ndarray:
   """Draws the windows of one step.
 
@@ -64,13 +70,15 @@ def training_batch(
     seq_len: bytes the model reads in each.
     seed: with ``step``, all that decides the draw.
     step: the number of steps taken before this one.
+    rows: those to read; whoever reads them, row i is the same.
 
   Returns:
-    uint8 ``[batch_size, seq_len + 1]``: the inputs, and the targets one place further.
+    uint8 ``[batch_size, seq_len + 1]``, or its ``rows``: the inputs, and the targets one place
+    further.
   """
   last = len(corpus.train) - seq_len
   starts = np.random.default_rng((seed, step)).integers(last, size=batch_size)
-  return corpus.train[starts[:, None] + np.arange(seq_len + 1)]
+  return corpus.train[starts[rows, None] + np.arange(seq_len + 1)]
 
 
 def validation_batches(

@@ -6,7 +6,7 @@ once at the end: the device does not wait for Python, and the time between is th
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from flax_fp8.recipes.base import Role
 from lm.checkpoints import Checkpoints
 from lm.config import TrainConfig
 from lm.curve import Curve, Result
+from lm.devices import Devices, whole
 from lm.progress import Display, Silent
 from lm.runs import Run, recipe_of
-from lm.step import compile_step, create_state, make_model, mean_loss
+from lm.step import ScaledTrainState, compile_step, create_state, make_model, mean_loss
 from lm.text import Corpus, training_batch, validation_batches
 
 STRETCH = 10
@@ -40,7 +41,7 @@ def run_stretch(
   step_fn: Callable[..., tuple[fp8.TrainState, jax.Array]],
   state: fp8.TrainState,
   curve: Curve,
-  draw: Callable[..., np.ndarray],
+  draw: Callable[..., jax.Array | np.ndarray],
   stop: int,
 ) -> fp8.TrainState:
   """Trains until ``stop``, and adds the losses and the rate to ``curve``.
@@ -66,7 +67,9 @@ def run_stretch(
 
 
 def validate(
-  loss_of: Callable[[Any, np.ndarray], jax.Array], variables: Any, batches: list[np.ndarray]
+  loss_of: Callable[[Any, Any], jax.Array],
+  variables: Any,
+  batches: Sequence[jax.Array | np.ndarray],
 ) -> float:
   """Mean loss over the validation batches."""
   return float(np.mean([float(loss_of(variables, batch)) for batch in batches]))
@@ -86,6 +89,7 @@ def summarize(
   """Gathers what a finished run is reported by; ``compiled`` is what ``compile_step`` gave."""
   step_fn, compile_seconds = compiled
   params = state.params["params"]
+  scaled = isinstance(state, ScaledTrainState)
   return Result(
     run=run,
     curve=curve,
@@ -94,6 +98,8 @@ def summarize(
     fp8_state_bytes=tree_bytes(state.params.get(fp8.OVERWRITE_WITH_GRADIENT, {})),
     temp_bytes=step_fn.memory_analysis().temp_size_in_bytes,
     compile_seconds=compile_seconds,
+    loss_scale=float(state.dynamic_scale.scale) if scaled else None,
+    skipped_steps=None if state.skipped_steps is None else int(state.skipped_steps),
   )
 
 
@@ -107,7 +113,7 @@ def calibrated(
   config: TrainConfig,
   run: Run,
   state: fp8.TrainState,
-  draw: Callable[..., np.ndarray],
+  draw: Callable[..., jax.Array],
   display: Display,
 ) -> fp8.TrainState:
   """Fills the FP8 state from the batches of the first steps, as many as are configured."""
@@ -145,6 +151,22 @@ def require_startable(
     checkpoints.find(resume=resume)
 
 
+def feeder(config: TrainConfig, corpus: Corpus, devices: Devices) -> Callable[..., jax.Array]:
+  """Gives what draws the batch of a step, ``draw(step=...)``: of each process, its own rows."""
+  rows, size = devices.rows(config.batch_size), config.batch_size
+  sizes = {"batch_size": size, "seq_len": config.seq_len}
+  read = functools.partial(training_batch, corpus, seed=config.seed, rows=rows, **sizes)
+  return lambda *, step: devices.put(read(step=step), size)
+
+
+def held_out(config: TrainConfig, corpus: Corpus, devices: Devices) -> list[jax.Array]:
+  """The validation batches, shared out as those of training."""
+  rows, size = devices.rows(config.batch_size), config.batch_size
+  sizes = {"batch_size": size, "seq_len": config.seq_len}
+  batches = validation_batches(corpus, limit=config.validation_batches, **sizes)
+  return [devices.put(batch[rows], size) for batch in batches]
+
+
 def train(
   config: TrainConfig,
   run: Run,
@@ -153,6 +175,7 @@ def train(
   folder: Path,
   resume: bool = False,
   checkpoint_every: int = 0,
+  devices: Devices | None = None,
   display: Display | None = None,
 ) -> tuple[Result, Any]:
   """Trains one model.
@@ -164,17 +187,16 @@ def train(
     folder: where this run's checkpoints are.
     resume: go on from the newest checkpoint there, if there is one.
     checkpoint_every: steps between checkpoints; 0 writes none.
+    devices: that share each batch; None is this process's first.
     display: is told what happens; None shows nothing.
 
   Returns:
     The whole curve, also the part before a resumption, and how the run went; and the trained
-    variables.
+    variables, on this process's first device.
   """
-  display = display or Silent()
-  sizes = {"batch_size": config.batch_size, "seq_len": config.seq_len}
-  draw = functools.partial(training_batch, corpus, seed=config.seed, **sizes)
-  batches = validation_batches(corpus, limit=config.validation_batches, **sizes)
-  state = create_state(config, run)
+  display, devices = display or Silent(), devices or Devices.first()
+  draw, batches = feeder(config, corpus, devices), held_out(config, corpus, devices)
+  state = create_state(config, run, devices)
   loss_of = jax.jit(functools.partial(mean_loss, state.apply_fn))
   with open_checkpoints(config, run, corpus, folder) as checkpoints:
     state, curve = checkpoints.start(state, resume=resume)
@@ -191,7 +213,7 @@ def train(
       state = run_stretch(compiled[0], state, curve, draw, stop)
       if validated := due(stop, config.steps, config.validate_every):
         curve.validation.append((stop, validate(loss_of, state.params, batches)))
-      if due(stop, config.steps, checkpoint_every):
+      if saved := due(stop, config.steps, checkpoint_every):
         checkpoints.save(state, curve)
-      display.update(curve, validated=validated)
-  return summarize(run, state, curve, compiled), state.params
+      display.update(curve, validated=validated, saved=saved)
+  return summarize(run, state, curve, compiled), whole(state.params)

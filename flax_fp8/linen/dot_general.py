@@ -23,6 +23,8 @@ class Fp8DotGeneral(nn.Module):
     recipe: how tensors are scaled.
     emulate: lets a device without the recipe's FP8 multiply in a wider type: right, and slow. A CPU
       does so unasked.
+    out_sharding: of the result, where a call names none; a ``PartitionSpec``. Needed on a mesh with
+      explicit axes alone, where the sharding is ambiguous, as when what is summed over is sharded.
 
   Variables (collection ``_overwrite_with_gradient``, for the default recipe):
     input_scale, kernel_scale, output_grad_scale: float32 ``(1,)``, dequantisation multipliers.
@@ -65,6 +67,7 @@ class Fp8DotGeneral(nn.Module):
 
   recipe: Recipe = DelayedScaling()
   emulate: bool = False
+  out_sharding: Any = None
 
   @nn.compact
   def __call__(
@@ -74,6 +77,7 @@ class Fp8DotGeneral(nn.Module):
     dimension_numbers: Any,
     precision: Any = None,
     preferred_element_type: Any = None,
+    out_sharding: Any = None,
   ) -> jax.Array:
     """Contracts; arguments as ``lax.dot_general``, ``lhs`` the input and ``rhs`` the kernel."""
     check.precision(name := type(self).__name__, precision)
@@ -85,6 +89,7 @@ class Fp8DotGeneral(nn.Module):
       recipe=self.recipe,
       state=read_state(self, self.recipe),
       preferred_element_type=preferred_element_type,
+      out_sharding=self.out_sharding if out_sharding is None else out_sharding,
       key=read_key(self, self.recipe),
       name=name,
     )
@@ -99,6 +104,8 @@ class Fp8Einsum(nn.Module):
     recipe: how tensors are scaled.
     emulate: lets a device without the recipe's FP8 multiply in a wider type: right, and slow. A CPU
       does so unasked.
+    out_sharding: of the result, where a call names none; a ``PartitionSpec``. Needed on a mesh with
+      explicit axes alone, where the sharding is ambiguous, as when what is summed over is sharded.
 
   Variables:
     As ``Fp8DotGeneral``. The left operand is always the input, the right one the kernel.
@@ -128,6 +135,7 @@ class Fp8Einsum(nn.Module):
 
   recipe: Recipe = DelayedScaling()
   emulate: bool = False
+  out_sharding: Any = None
 
   @nn.compact
   def __call__(
@@ -137,6 +145,7 @@ class Fp8Einsum(nn.Module):
     rhs: jax.Array,
     precision: Any = None,
     preferred_element_type: Any = None,
+    out_sharding: Any = None,
   ) -> jax.Array:
     """Contracts; arguments as ``jnp.einsum``, ``lhs`` the input and ``rhs`` the kernel."""
     check.precision(name := type(self).__name__, precision)
@@ -148,6 +157,7 @@ class Fp8Einsum(nn.Module):
       recipe=self.recipe,
       state=read_state(self, self.recipe),
       preferred_element_type=preferred_element_type,
+      out_sharding=self.out_sharding if out_sharding is None else out_sharding,
       key=read_key(self, self.recipe),
       name=name,
     )

@@ -74,6 +74,7 @@ class Call:
   rhs: jax.Array
   contraction: Contraction
   dtype: Any
+  out_sharding: Any = None
 
   @classmethod
   def of(cls, module: Any, args: Any, kwargs: Any) -> Call:
@@ -91,7 +92,9 @@ class Call:
     if isinstance(module, Fp8DotGeneralBase):
       preferred = preferred or rhs.dtype
     dtype = check.result_dtype(type(module).__name__, lhs, rhs, preferred)
-    return cls(lhs, rhs, contraction, dtype)
+    asked = given.get("out_sharding")
+    sharding = getattr(module, "out_sharding", None) if asked is None else asked
+    return cls(lhs, rhs, contraction, dtype, sharding)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +161,9 @@ def _serve(module: Any, layers: Mapping[Path, FrozenLayer], call: Call) -> jax.A
       "that reach all of the model."
     )
   if layer.recipe.is_high_precision(GemmKind.FPROP):
-    return call.contraction.contract_as_is(call.lhs, call.rhs, dtype=call.dtype)
+    return call.contraction.contract_as_is(
+      call.lhs, call.rhs, dtype=call.dtype, out_sharding=call.out_sharding
+    )
   scope = module.scope.push(FP8_FROZEN, reuse=True)
   leaves = dict(scope.variables().get("params", {}))
   if layer.stored and "kernel" not in leaves:
@@ -173,7 +178,13 @@ def _serve(module: Any, layers: Mapping[Path, FrozenLayer], call: Call) -> jax.A
     else call.contraction.quantize_kernel(call.rhs, call.lhs.shape, recipe=recipe, state=state)
   )
   return call.contraction.contract(
-    call.lhs, kernel, call.rhs, recipe=recipe, state=state, dtype=call.dtype
+    call.lhs,
+    kernel,
+    call.rhs,
+    recipe=recipe,
+    state=state,
+    dtype=call.dtype,
+    out_sharding=call.out_sharding,
   )
 
 

@@ -9,12 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
+from flax_fp8 import _compat
 from flax_fp8.capability import capability
 from flax_fp8.contraction import DimensionNumbers
 from flax_fp8.meta_dtype import entered_since_cast, is_max_grad
 from flax_fp8.ops.metrics import METRICS, init_metrics
 from flax_fp8.recipes.base import Recipe, Role
+from flax_fp8.sharding import explicit_sharding
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -54,6 +57,53 @@ def dimension_numbers(name: str, numbers: Any, lhs: jax.Array, rhs: jax.Array) -
       "Mend the axes or the shapes."
     ) from error
   return dims
+
+
+def canonical_sharding(name: str, value: Any, ndim: int) -> NamedSharding | None:
+  """Returns ``out_sharding`` on the current mesh; None where none is given or none is explicit."""
+  if value is None:
+    return None
+  if isinstance(value, PartitionSpec):
+    value = NamedSharding(jax.sharding.get_abstract_mesh(), value)
+  if not isinstance(value, NamedSharding) or len(value.spec) > ndim:
+    raise ValueError(
+      f"{name}: out_sharding must be a PartitionSpec or NamedSharding of at most {ndim} axes, as "
+      f"the product has; got out_sharding={value!r}. Name the mesh axes of each axis, or None."
+    )
+  return value if value.mesh.abstract_mesh.explicit_axes else None
+
+
+def sharding_of_product(
+  name: str, dims: DimensionNumbers, lhs: jax.Array, rhs: jax.Array, out_sharding: Any
+) -> NamedSharding | None:
+  """Returns how the product is sharded on a mesh with explicit axes, by the rule of JAX.
+
+  Args:
+    name: what error messages call the operation.
+    dims: canonical dimension numbers.
+    lhs: left operand.
+    rhs: right operand.
+    out_sharding: as the caller gave it.
+
+  Returns:
+    The sharding; None on any other mesh.
+
+  Raises:
+    ValueError: ``lax.dot_general`` would find it ambiguous.
+  """
+  ndim = lhs.ndim + rhs.ndim - 2 * len(dims[0][0]) - len(dims[1][0])
+  wanted = canonical_sharding(name, out_sharding, ndim)
+  if explicit_sharding(lhs) is None and explicit_sharding(rhs) is None:
+    return None
+  try:
+    out = jax.eval_shape(lambda x, y: lax.dot_general(x, y, dims, out_sharding=wanted), lhs, rhs)
+  except _compat.ShardingTypeError as error:
+    raise ValueError(
+      f"{name}: on a mesh with explicit axes the sharding of the product must be clear; got lhs of "
+      f"type {jax.typeof(lhs)} and rhs of type {jax.typeof(rhs)}: {error} Pass out_sharding; to a "
+      "layer by dot_general_cls=functools.partial(Fp8DotGeneral, out_sharding=PartitionSpec(...))."
+    ) from error
+  return out.sharding
 
 
 def precision(name: str, value: Any) -> None:

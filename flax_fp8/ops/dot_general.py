@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax.sharding import NamedSharding
 
 from flax_fp8 import _compat, contraction
 from flax_fp8.amax import emit_once
@@ -24,6 +24,7 @@ from flax_fp8.ops.calibration import Calibration
 from flax_fp8.products import dot_high_precision
 from flax_fp8.quantize import QTensor
 from flax_fp8.recipes.base import GemmKind, Recipe, Role, TensorState
+from flax_fp8.sharding import explicit_sharding, in_auto, replicated_as
 
 State: TypeAlias = Mapping[str, TensorState]
 Roles: TypeAlias = tuple[Role, Role]
@@ -38,6 +39,7 @@ def dot_general(
   recipe: Recipe,
   state: State,
   preferred_element_type: Any = None,
+  out_sharding: Any = None,
   key: jax.Array | None = None,
   roles: Roles = (Role.INPUT, Role.KERNEL),
   name: str = "dot_general",
@@ -56,6 +58,8 @@ def dot_general(
       Beside them there may be the metrics ``amax``, ``saturated``, ``flushed`` and ``noise``, all
       four, ``(1,)``: where they are there, they are measured.
     preferred_element_type: dtype of the result; the promoted dtype of the operands if None.
+    out_sharding: of the result, a ``PartitionSpec`` or ``NamedSharding``; needed on a mesh with
+      explicit axes alone, and there where ``lax.dot_general`` needs it.
     key: PRNG key, by which a recipe that asks for it rounds output gradients stochastically; needed
       for differentiation alone.
     roles: what ``lhs`` and ``rhs`` are; exchanged for a GEMM that takes the kernel first.
@@ -68,7 +72,8 @@ def dot_general(
     TypeError: an operand is not float32, bfloat16 or float16; a leaf of the state is not float32
       or fp32_max_grad; ``recipe`` is no recipe.
     ValueError: dimension numbers do not fit the shapes; the state is not the recipe's; the gradient
-      is taken without the key that the recipe asks for.
+      is taken without the key that the recipe asks for; on a mesh with explicit axes, the sharding
+      of the result is ambiguous.
 
   Numerics:
     GEMMs accumulate and are scaled in float32, then cast to the result's dtype. Where the state is
@@ -97,7 +102,8 @@ def dot_general(
   dims = check.dimension_numbers(name, dimension_numbers, lhs, rhs)
   check.recipe(name, recipe)
   check.state(name, recipe, state)
-  call = _Call(recipe, dims, dtype, roles, name, calibration.current())
+  sharding = check.sharding_of_product(name, dims, lhs, rhs, out_sharding)
+  call = _Call(recipe, dims, dtype, sharding, roles, name, calibration.current())
   used = {role.value: state.get(role.value, {}) for role in Role}
   return _scaled_dot_general(call, lhs, rhs, used, key if recipe.rounds_by_key else None)
 
@@ -130,6 +136,7 @@ class _Call:
   recipe: Recipe
   dimension_numbers: DimensionNumbers
   dtype: Any
+  sharding: NamedSharding | None
   roles: Roles
   name: str
   calibration: Calibration | None
@@ -163,7 +170,7 @@ def _forward(
   (q_rhs, kept_rhs), rhs_seen = _quantize(
     call, rhs, state, call.roles[1], (fprop, lhs_kind), (gemm.rhs, to_lhs.rhs)
   )
-  out = _contract(call.recipe, q_lhs, q_rhs, gemm, fprop, call.dtype)
+  out = _contract(call.recipe, q_lhs, q_rhs, gemm.sharded(call.sharding), fprop, call.dtype)
   operands = (_Operand.of(lhs), _Operand.of(rhs))
   return out, (kept_lhs, kept_rhs, (lhs_seen, rhs_seen), state, key, operands)
 
@@ -180,6 +187,7 @@ def _backward(
   (by_rhs, by_lhs), grad_seen = _quantize(
     call, grad, state, Role.OUTPUT_GRAD, (lhs_kind, rhs_kind), (to_lhs.lhs, to_rhs.lhs), key
   )
+  to_lhs, to_rhs = to_lhs.sharded(lhs.sharding), to_rhs.sharded(rhs.sharding)
   grad_lhs = _contract(call.recipe, by_rhs, q_rhs, to_lhs, lhs_kind, lhs.dtype)
   grad_rhs = _contract(call.recipe, by_lhs, q_lhs, to_rhs, rhs_kind, rhs.dtype)
   observed = dict(zip((*call.roles, Role.OUTPUT_GRAD), (*seen, grad_seen), strict=True))
@@ -208,7 +216,7 @@ def _quantize(
   settles = how is not None and how.settles
   if all(whole) or (settles and not old_metrics):
     return (x, x), ()
-  clipped = x if how is None else how.clip(x)
+  clipped = x if how is None else in_auto(how.clip, explicit_sharding(x), x)
   pair, seen = recipe.quantize(clipped, own_state, role, views, key)
   measured: TensorState = {}
   if old_metrics:
@@ -226,8 +234,14 @@ def _measure(
   """Measures the metrics of a tensor; once, where both GEMMs take the same values."""
   if used[0][0] is used[-1][0]:
     used = used[:1]
-  seen_as = [(recipe.in_matrices(q, view, x.shape), view) for q, view in used]
-  return metrics.measure(x, seen_as, recipe.float8(role), old)
+
+  def measure(x: jax.Array, tensors: list[QTensor], old: TensorState) -> TensorState:
+    views = [view for _, view in used]
+    matrices = [recipe.in_matrices(q, v, x.shape) for q, v in zip(tensors, views, strict=True)]
+    return metrics.measure(x, list(zip(matrices, views, strict=True)), recipe.float8(role), old)
+
+  sharding = replicated_as(explicit_sharding(x))
+  return in_auto(measure, sharding, x, [q for q, _ in used], old)
 
 
 def _contract(
@@ -269,15 +283,17 @@ class _Operand:
   shape: tuple[int, ...]
   dtype: Any
   varying: frozenset[str]
+  sharding: NamedSharding | None
 
   @classmethod
   def of(cls, operand: jax.Array) -> _Operand:
-    return cls(operand.shape, operand.dtype, _compat.varying_axes(operand))
+    varying, sharding = _compat.varying_axes(operand), explicit_sharding(operand)
+    return cls(operand.shape, operand.dtype, varying, sharding)
 
   def reduce(self, grad: jax.Array) -> jax.Array:
     """Sums a gradient over the mesh axes along which it varies and its operand does not."""
     axes = _compat.varying_axes(grad) - self.varying
-    return lax.psum(grad, tuple(sorted(axes))) if axes else grad
+    return _compat.psum(grad, tuple(sorted(axes))) if axes else grad
 
 
 _scaled_dot_general.defvjp(_forward, _backward)

@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from flax_fp8.contraction import plan_einsum
 from flax_fp8.ops import check
 from flax_fp8.ops.dot_general import State, dot_general
 from flax_fp8.recipes.base import Recipe, Role
+from flax_fp8.sharding import transposed
 
 
 def einsum(
@@ -22,6 +24,7 @@ def einsum(
   recipe: Recipe,
   state: State,
   preferred_element_type: Any = None,
+  out_sharding: Any = None,
   key: jax.Array | None = None,
   name: str = "einsum",
 ) -> jax.Array:
@@ -37,6 +40,7 @@ def einsum(
     recipe: how to scale.
     state: as for ``dot_general``.
     preferred_element_type: dtype of the result; the promoted dtype of the operands if None.
+    out_sharding: as for ``dot_general``.
     key: as for ``dot_general``.
     name: what error messages call the operation.
 
@@ -74,6 +78,7 @@ def einsum(
   second = jnp.einsum(plan.rhs_reduction, rhs), Role.KERNEL
   if plan.swap:
     first, second = second, first
+  sharding = check.canonical_sharding(name, out_sharding, len(plan.permutation))
   out = dot_general(
     first[0],
     second[0],
@@ -81,6 +86,7 @@ def einsum(
     recipe=recipe,
     state=state,
     preferred_element_type=dtype,
+    out_sharding=transposed(sharding, np.argsort(plan.permutation).tolist()),
     key=key,
     roles=(first[1], second[1]),
     name=name,

@@ -15,7 +15,7 @@ from flax_fp8.formats import E5M2, Format
 from flax_fp8.meta_dtype import to_float32
 from flax_fp8.ops.dot_general import dot_general
 from flax_fp8.ops.in_out import emit
-from flax_fp8.ops.quantization import dequantize, quantize, update_fp8_meta
+from flax_fp8.ops.quantization import delayed_step, dequantize
 from flax_fp8.quantize import product
 from flax_fp8.recipes.delayed import DelayedScaling
 
@@ -167,9 +167,8 @@ def quantized_dot_bwd(
   """Backward rule of ``quantized_dot``."""
   lhs, q_lhs, lhs_scale, rhs, q_rhs, rhs_scale, scale, history = res
   dtype = preferred_element_type or jnp.float32
-  new_scale, new_history = update_fp8_meta(g, E5M2.dtype, scale, history)
-  g_scale = to_float32(new_scale)
-  q_g = quantize(g, E5M2.dtype, g_scale, jnp.float32)
+  q, new_scale, new_history = delayed_step(g, E5M2.dtype, scale, history)
+  q_g, g_scale = q.data, to_float32(new_scale)
   how: Any = {
     "dimension_numbers": dimension_numbers,
     "precision": lax.Precision.HIGHEST,

@@ -13,14 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
 
 from flax_fp8 import contraction
-from flax_fp8.contraction import DimensionNumbers, View, plan_einsum
+from flax_fp8.contraction import DimensionNumbers, Gemm, View, plan_einsum
 from flax_fp8.ops import check
 from flax_fp8.ops.dot_general import State
 from flax_fp8.products import dot_high_precision
 from flax_fp8.quantize import QTensor
 from flax_fp8.recipes.base import GemmKind, Recipe, Role
+from flax_fp8.sharding import transposed
 
 Shape = tuple[int, ...]
 
@@ -88,6 +90,7 @@ class Contraction:
     recipe: Recipe,
     state: State,
     dtype: Any,
+    out_sharding: Any = None,
   ) -> jax.Array:
     """Contracts an input with a quantised kernel.
 
@@ -98,6 +101,7 @@ class Contraction:
       recipe: how to scale the input.
       state: of the contraction.
       dtype: of the result.
+      out_sharding: of the result, as for ``ops.dot_general``.
 
     Returns:
       The product; shape as of the JAX function.
@@ -113,20 +117,30 @@ class Contraction:
     gemm = contraction.forward_gemm(
       self.dimension_numbers, *self._shapes(x.shape, kernel_shape), kernel=self.kernel
     )
+    gemm = gemm.sharded(self._sharding(gemm, out_sharding))
     out = recipe.contract(*operands, gemm, GemmKind.FPROP, jnp.dtype(dtype))
     return out if self.permutation is None else lax.transpose(out, self.permutation)
 
-  def contract_as_is(self, x: jax.Array, kernel: jax.Array, *, dtype: Any) -> jax.Array:
+  def contract_as_is(
+    self, x: jax.Array, kernel: jax.Array, *, dtype: Any, out_sharding: Any = None
+  ) -> jax.Array:
     """Contracts in the dtype of the operands, where the recipe leaves the forward GEMM in it."""
     x, kernel = jnp.einsum(self.reductions[0], x), self._reduce(kernel)
     operands = (kernel, x) if self.kernel == 0 else (x, kernel)
     shapes = self._shapes(x.shape, kernel.shape)
     gemm = contraction.forward_gemm(self.dimension_numbers, *shapes, kernel=self.kernel)
+    gemm = gemm.sharded(self._sharding(gemm, out_sharding))
     out = dot_high_precision(*operands, gemm, dtype)
     return out if self.permutation is None else lax.transpose(out, self.permutation)
 
   def _reduce(self, kernel: jax.Array) -> jax.Array:
     return jnp.einsum(self.reductions[1], kernel)
+
+  def _sharding(self, gemm: Gemm, out_sharding: Any) -> NamedSharding | None:
+    """Returns the sharding of the GEMM's result, where one was asked for."""
+    sharding = check.canonical_sharding("freeze_for_inference", out_sharding, len(gemm.shape))
+    order = range(len(gemm.shape)) if self.permutation is None else self.permutation
+    return transposed(sharding, np.argsort(order).tolist())
 
   def _shapes(self, x: Shape, kernel: Shape) -> tuple[Shape, Shape]:
     return (kernel, x) if self.kernel == 0 else (x, kernel)

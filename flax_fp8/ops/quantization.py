@@ -34,7 +34,8 @@ def quantize(x: jax.Array, q_dtype: Any, scale: jax.Array, compute_dtype: Any) -
     ValueError: ``q_dtype`` is no FP8 dtype.
 
   Numerics:
-    See ``flax_fp8.quantize.saturating_cast``.
+    See ``flax_fp8.quantize.saturating_cast``: infinities saturate, as in Flax. Whatever keeps state
+    (``quantize_dequantize_update``, ``in_q``, the contractions) makes NaN of them instead.
 
   Example:
     >>> import jax.numpy as jnp
@@ -151,7 +152,7 @@ def delayed_step(
   """Quantises by delayed scaling; returns the values, the new scale and the new history."""
   float8_format = float8(q_dtype)
   new_scale, inverse = next_scale(to_float32(scale), to_float32(amax_history), float8_format)
-  q = _quantize(x, _fit(new_scale, x), float8_format, _fit(inverse, x))
+  q = _quantize(x, _fit(new_scale, x), float8_format, _fit(inverse, x), stale=True)
   seen = _amax.amax(x, (scale, amax_history))
   new_history = roll_history(to_float32(amax_history), seen)
   return q, like(new_scale, scale), like(new_history, amax_history)
@@ -162,7 +163,7 @@ def quantize_dequantize_update(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Quantises and dequantises by delayed scaling, and returns the new state.
 
-  ``qdq(x, new_scale), new_scale, new_history``
+  ``qdq(x, new_scale), new_scale, new_history``, but infinities become NaN
 
   Args:
     x: values; any shape; float32, bfloat16 or float16.

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 
 from flax_fp8.capability import Needs
 from flax_fp8.contraction import Gemm, View, in_blocks
@@ -16,6 +17,7 @@ from flax_fp8.formats import Format
 from flax_fp8.products import dot_chunks
 from flax_fp8.quantize import QTensor, current_scale, quantize
 from flax_fp8.recipes.base import GemmKind, Role, StatelessRecipe, TensorState, split_key
+from flax_fp8.sharding import evenly, explicit_sharding, in_auto
 
 BLOCK = 128
 
@@ -80,10 +82,15 @@ class Float8BlockScaling(StatelessRecipe):
       Data ``[chunks, batch, rows, 128]`` and scales ``[chunks, batch, rows]``; and no observation.
     """
     del state
+    first, second = (_sharding(x, view) for view in views)
     if role is Role.KERNEL:
-      return self._tiles(x, views, key), None
-    first, second = split_key(key)
-    return (self._strips(x, role, views[0], first), self._strips(x, role, views[1], second)), None
+      tiles = lambda x, key: self._tiles(x, views, key)
+      return in_auto(tiles, (first, second), x, key), None
+    strips = lambda x, keys: (
+      self._strips(x, role, views[0], keys[0]),
+      self._strips(x, role, views[1], keys[1]),
+    )
+    return in_auto(strips, (first, second), x, split_key(key)), None
 
   def _strips(self, x: jax.Array, role: Role, view: View, key: jax.Array | None) -> QTensor:
     """Quantises in blocks of 1×128."""
@@ -117,13 +124,26 @@ class Float8BlockScaling(StatelessRecipe):
   ) -> jax.Array:
     """A GEMM for each block of the contracted axis, added in float32."""
     del kind
-    out = dot_chunks(lhs, rhs).reshape(gemm.shape)
-    return lax.transpose(out, gemm.permutation).astype(dtype)
+
+    def multiply(lhs: QTensor, rhs: QTensor) -> jax.Array:
+      out = dot_chunks(lhs, rhs).reshape(gemm.shape)
+      return lax.transpose(out, gemm.permutation).astype(dtype)
+
+    return in_auto(multiply, gemm.sharding, lhs, rhs)
 
   @property
   def needs(self) -> Needs:
     """The formats; products are scaled in float32."""
     return Needs(self.fp8_format)
+
+
+def _sharding(x: jax.Array, view: View) -> NamedSharding | None:
+  """Returns how chunks and their scales are sharded: as the tensor, where they divide evenly."""
+  if (sharding := explicit_sharding(x)) is None:
+    return None
+  batch, kept, columns = view.sizes(x.shape)
+  by_batch, by_kept, by_columns = view.mesh_axes(sharding)
+  return evenly(sharding, (-(-columns // BLOCK), batch, kept), (by_columns, by_batch, by_kept))
 
 
 def _chunks(blocks: QTensor, rows: int) -> QTensor:

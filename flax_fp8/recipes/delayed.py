@@ -129,7 +129,7 @@ class DelayedScaling(Recipe):
     TypeError: ``fp8_format`` is no ``Format``.
 
   Numerics:
-    An amax beyond the scale's range saturates. A NaN or infinity reaches the output as NaN or ±max
+    A finite value beyond the scale's range saturates. NaN or an infinity reaches the output as NaN
     and is never recorded, so the state stays finite. The scale is never zero, infinite or NaN. A
     tensor whose GEMMs are all in high precision is not observed.
 
@@ -199,7 +199,7 @@ class DelayedScaling(Recipe):
     del views
     seen = amax(x, state)
     scale, inverse = (value.reshape(()) for value in self._scale(state, seen, role))
-    q = quantize(x, scale, self.float8(role), inverse, key)
+    q = quantize(x, scale, self.float8(role), inverse, key, stale=True)
     return (q, q), seen
 
   def update(self, state: TensorState, observation: Any, role: Role) -> TensorState:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
 
 from flax_fp8.amax import largest_magnitude
 from flax_fp8.capability import Needs
@@ -18,6 +19,7 @@ from flax_fp8.formats import Float8, Format
 from flax_fp8.products import dot_microscaled
 from flax_fp8.quantize import QTensor, quantize
 from flax_fp8.recipes.base import GemmKind, Role, StatelessRecipe, TensorState, split_key
+from flax_fp8.sharding import evenly, explicit_sharding, in_auto
 
 BLOCK = 32
 ScaleRounding = Literal["up", "down"]
@@ -137,8 +139,12 @@ class MXFP8BlockScaling(StatelessRecipe):
       Data ``[batch, rows, K]`` and scales ``[batch, rows, K / 32]``; and no observation.
     """
     del state
-    first, second = split_key(key)
-    return (self._blocks(x, role, views[0], first), self._blocks(x, role, views[1], second)), None
+    shardings = tuple(_sharding(x, view) for view in views)
+    blocks = lambda x, keys: (
+      self._blocks(x, role, views[0], keys[0]),
+      self._blocks(x, role, views[1], keys[1]),
+    )
+    return in_auto(blocks, shardings, x, split_key(key)), None
 
   def _blocks(self, x: jax.Array, role: Role, view: View, key: jax.Array | None) -> QTensor:
     float8 = self.float8(role)
@@ -161,10 +167,22 @@ class MXFP8BlockScaling(StatelessRecipe):
   ) -> jax.Array:
     """One GEMM that scales blocks; full accumulation."""
     del kind
-    out = dot_microscaled(lhs, rhs, dtype).reshape(gemm.shape)
-    return lax.transpose(out, gemm.permutation)
+
+    def multiply(lhs: QTensor, rhs: QTensor) -> jax.Array:
+      out = dot_microscaled(lhs, rhs, dtype).reshape(gemm.shape)
+      return lax.transpose(out, gemm.permutation)
+
+    return in_auto(multiply, gemm.sharding, lhs, rhs)
 
   @property
   def needs(self) -> Needs:
     """The formats, and matrix units that scale blocks by E8M0."""
     return Needs(self.fp8_format, block_scales=jnp.float8_e8m0fnu)
+
+
+def _sharding(x: jax.Array, view: View) -> NamedSharding | None:
+  """Returns how blocks and their scales are sharded: as the tensor, where they divide evenly."""
+  if (sharding := explicit_sharding(x)) is None:
+    return None
+  batch, kept, columns = view.sizes(x.shape)
+  return evenly(sharding, (batch, kept, -(-columns // BLOCK)), view.mesh_axes(sharding))

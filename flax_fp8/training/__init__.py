@@ -7,6 +7,7 @@ from flax_fp8.training.check_report import TrainStepReport
 from flax_fp8.training.checkpoint import restore_checkpoint, save_checkpoint
 from flax_fp8.training.downgrade import downgrade_variables
 from flax_fp8.training.from_flax import from_flax_fp8_ops
+from flax_fp8.training.loss_scale import DynamicScale
 from flax_fp8.training.max_grad import as_max_grad, grad, value_and_grad
 from flax_fp8.training.metrics import add_metrics, drop_metrics
 from flax_fp8.training.state import apply_updates, partition_for_grad_overwrite
@@ -15,6 +16,7 @@ from flax_fp8.training.train_state import TrainState
 from flax_fp8.training.upgrade import upgrade_variables
 
 __all__ = [
+  "DynamicScale",
   "Stats",
   "TrainState",
   "TrainStepReport",

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.core
+import flax.struct
 import jax
+import jax.numpy as jnp
 from flax.training import train_state
 
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.meta_dtype import cast_here
-from flax_fp8.training.max_grad import as_max_grad
+from flax_fp8.training.loss_scale import all_finite
+from flax_fp8.training.max_grad import as_max_grad, is_state
+from flax_fp8.training.metrics import NAMES
 from flax_fp8.training.state import apply_updates
 
 
@@ -31,6 +36,8 @@ class TrainState(train_state.TrainState):
     params: bare parameters or variables dict.
     tx: optimiser.
     opt_state: its state, of the parameters alone.
+    skipped_steps: counts the steps that were not taken, with ``create(..., skip_nonfinite=True)``;
+      else None, and no field.
 
   Raises:
     ValueError: from ``apply_gradients``, where the gradients are not of the structure of
@@ -39,6 +46,13 @@ class TrainState(train_state.TrainState):
   Numerics:
     Parameters are updated exactly as by Flax's class. State that no path of the step used keeps
     its value.
+
+    FP8 state stays finite whatever a step holds. With ``skip_nonfinite=True``, a step whose
+    gradients of parameters are not all finite leaves parameters, optimiser and FP8 state as they
+    were, bit for bit: the next step is as if the bad batch had not come, and there is nothing to
+    recover from. ``step`` counts on, and ``skipped_steps`` with it. The metrics of
+    ``flax_fp8.add_metrics`` are still written, so that ``stats`` tells in which tensors it was.
+    What you ``replace`` yourself, statistics of batches say, is yours to guard.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -57,12 +71,32 @@ class TrainState(train_state.TrainState):
     flax.training.train_state.TrainState.
   """
 
+  # No field here, where it would be a leaf, or a None that Orbax writes down, of every checkpoint.
+  skipped_steps: ClassVar[int | jax.Array | None] = None
+
   @classmethod
   def create(
-    cls, *, apply_fn: Callable[..., Any], params: Any, tx: Any, **kwargs: Any
+    cls,
+    *,
+    apply_fn: Callable[..., Any],
+    params: Any,
+    tx: Any,
+    skip_nonfinite: bool = False,
+    **kwargs: Any,
   ) -> TrainState:
-    """Makes the state of step 0; arguments as Flax's."""
-    return cls(
+    """Makes the state of step 0.
+
+    Args:
+      apply_fn: as Flax's.
+      params: bare parameters or variables dict.
+      tx: as Flax's.
+      skip_nonfinite: does not take a step whose gradients of parameters are not all finite. The
+        state is then of a subclass with one leaf more, ``skipped_steps``. A checkpoint from before
+        goes into it by ``restore_checkpoint(..., allow_missing=["skipped_steps"])``.
+      **kwargs: other fields.
+    """
+    made = _skipping(cls) if skip_nonfinite and cls.skipped_steps is None else cls
+    return made(
       step=0,
       apply_fn=_MaxGradApply(apply_fn),
       params=params,
@@ -87,12 +121,38 @@ class TrainState(train_state.TrainState):
         structure.
     """
     if not _is_variables(self.params):
-      return super().apply_gradients(grads=grads, **kwargs)
+      new: TrainState = super().apply_gradients(grads=grads, **kwargs)
+      return self._unless_nonfinite(new, grads)
     _check_collections(grads, self.params)
     updates, opt_state = self.tx.update(grads["params"], self.opt_state, self.params["params"])
     overwrite = {k: grads[k] for k in (OVERWRITE_WITH_GRADIENT,) if k in self.params}
     params = apply_updates(self.params, {"params": updates}, overwrite)
-    return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **kwargs)
+    new = self.replace(step=self.step + 1, params=params, opt_state=opt_state, **kwargs)
+    return self._unless_nonfinite(new, grads["params"])
+
+  def _unless_nonfinite(self, new: TrainState, grads: Any) -> TrainState:
+    """Takes back what a step did, but its count and the metrics, where gradients are not finite."""
+    if self.skipped_steps is None:
+      return new
+    finite = all_finite(grads)
+    keep = lambda path, new, old: new if _is_metric(path) else jnp.where(finite, new, old)
+    return new.replace(
+      params=jax.tree_util.tree_map_with_path(keep, new.params, self.params),
+      opt_state=jax.tree_util.tree_map_with_path(keep, new.opt_state, self.opt_state),
+      skipped_steps=jnp.where(finite, self.skipped_steps, self.skipped_steps + 1),
+    )
+
+
+@functools.cache
+def _skipping(cls: Any) -> Any:
+  """Makes the subclass that counts skipped steps; one for each class, so that states compare."""
+
+  class Skipping(cls):
+    skipped_steps: Any = flax.struct.field(default=0, kw_only=True)
+
+  Skipping.__name__, Skipping.__qualname__ = cls.__name__, cls.__qualname__
+  Skipping.__doc__ = cls.__doc__
+  return Skipping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +164,10 @@ class _MaxGradApply:
   def __call__(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
     with cast_here():
       return self.apply_fn(as_max_grad(variables), *args, **kwargs)
+
+
+def _is_metric(path: Any) -> bool:
+  return is_state(path) and getattr(path[-1], "key", None) in NAMES
 
 
 def _is_variables(params: Any) -> bool:

@@ -138,6 +138,17 @@ def test_under_shard_map(of_the_whole, check_vma):
   assert_same(grads, want)
 
 
+def test_on_a_mesh_with_explicit_axes(of_the_whole):
+  mesh = jax.make_mesh((BATCH, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+  by_columns = lambda leaf: P(None, "model") if leaf.shape == (WIDTH, WIDTH) else P()
+  with jax.set_mesh(mesh):
+    v = jax.tree.map(lambda a: jax.device_put(a, by_columns(a)), VARIABLES)
+    x = jax.device_put(X, P(None, "data"))
+    loss, grads = jax.jit(lambda v, x: fp8.accumulate_gradients(loss_fn, v, x))(v, x)
+  np.testing.assert_allclose(loss, of_the_whole[0], rtol=1e-6)
+  assert_same(grads, of_the_whole[1])
+
+
 def test_with_multi_steps_each_microbatch_is_a_step_of_the_state():
   tx = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=MICROBATCHES)
   create = lambda tx: fp8.TrainState.create(apply_fn=model.apply, params=VARIABLES, tx=tx)

@@ -180,3 +180,133 @@ class TestRefusals:
       ValueError, match=rf"apply_gradients: .*structure of params.*'{collection}'"
     ):
       create().apply_gradients(grads={**self.grads, collection: inner})
+
+
+class TestSkipNonfinite:
+  """A step with a gradient that is not finite is as if it had not been."""
+
+  NAN = X.at[0, 0].set(jnp.nan)
+
+  @staticmethod
+  @jax.jit
+  def step(state, x):
+    loss = lambda variables: jnp.mean(jnp.sin(state.apply_fn(variables, x)))
+    return state.apply_gradients(grads=fp8.grad(loss)(state.params))
+
+  def test_leaves_all_as_it_was(self):
+    before = self.step(create(skip_nonfinite=True), X)
+    after = self.step(before, self.NAN)
+    equal((after.params, after.opt_state), (before.params, before.opt_state))
+    assert (int(before.skipped_steps), int(after.skipped_steps), int(after.step)) == (0, 1, 2)
+
+  @pytest.mark.parametrize("spoil", ["params", OWG])
+  def test_parameters_decide_alone(self, spoil):
+    """An infinity among the gradients of parameters; in state there is none, and none is sought."""
+    grads = jax.tree.map(jnp.ones_like, VARIABLES)
+    first = jax.tree.leaves(grads[spoil])[0]
+    grads[spoil] = jax.tree.map(
+      lambda leaf: leaf.at[0].set(jnp.inf) if leaf is first else leaf, grads[spoil]
+    )
+    assert int(create(skip_nonfinite=True).apply_gradients(grads=grads).skipped_steps) == (
+      spoil == "params"
+    )
+
+  def test_in_a_scan_with_donation(self):
+    """Good, bad, good: parameters, optimiser and state of two good steps, bit for bit."""
+    other = X[::-1] * 2
+    run = jax.jit(
+      lambda state, xs: jax.lax.scan(lambda s, x: (self.step(s, x), None), state, xs)[0],
+      donate_argnums=0,
+    )
+    copied = jax.tree.map(jnp.array, create(skip_nonfinite=True))
+    got = run(copied, jnp.stack([X, self.NAN, other]))
+    want = run(jax.tree.map(jnp.array, create(skip_nonfinite=True)), jnp.stack([X, other, X])[:2])
+    equal((got.params, got.opt_state), (want.params, want.opt_state))
+    assert (int(got.skipped_steps), int(got.step)) == (1, 3)
+
+  def test_metrics_move_on(self):
+    """So that one can see in which tensors it was; the layer's input has a NaN in this step."""
+    state = create(skip_nonfinite=True, params=fp8.add_metrics(MODEL, VARIABLES, X))
+    before = self.step(state, X)
+    after = self.step(before, self.NAN)
+    old, new = (s.params[OWG]["Dense_0"]["Fp8DotGeneral_0"] for s in (before, after))
+    moved = {name for name in new if not np.array_equal(new[name], old[name])}
+    assert "output_grad_amax" in moved
+    assert not any(name.endswith(("_scale", "_history")) for name in moved)
+
+  def test_bare_parameters(self):
+    params = nn.Dense(4).init(jax.random.key(0), X)["params"]
+    grads = jax.tree.map(jnp.ones_like, params)
+    state = create(params=params, skip_nonfinite=True).apply_gradients(grads=grads)
+    after = state.apply_gradients(grads={**grads, "bias": grads["bias"] * jnp.inf})
+    equal((after.params, after.opt_state), (state.params, state.opt_state))
+    assert int(after.skipped_steps) == 1
+
+  def test_off_it_has_no_leaf(self):
+    """Orbax would miss any field, None too, in a checkpoint from before."""
+    theirs = reference.TrainState.create(apply_fn=None, params=VARIABLES, tx=TX)
+    names = lambda state: {
+      jax.tree_util.keystr(path[:1]) for path, _ in jax.tree_util.tree_leaves_with_path(state)
+    }
+    assert names(create()) == names(theirs)
+    assert names(create(skip_nonfinite=True)) == names(theirs) | {".skipped_steps"}
+    assert create().skipped_steps is None
+    assert serialization.to_state_dict(create()).keys() == {"step", "params", "opt_state"}
+
+  def test_subclasses(self):
+    """Fields without a default too, as in Flax's examples; equal states are of one class."""
+
+    class State(fp8.TrainState):
+      rng: jax.Array
+
+    made = [create(State, skip_nonfinite=True, rng=jax.random.key(1)) for _ in range(2)]
+    assert jax.tree.structure(made[0]) == jax.tree.structure(made[1])
+    assert isinstance(made[0], State)
+    assert type(made[0]).__name__ == "State"
+    again = create(type(made[0]), skip_nonfinite=True, rng=jax.random.key(1))
+    assert type(again) is type(made[0])
+
+  def test_a_checkpoint_from_before(self, tmp_path):
+    old = step(create())
+    fp8.save_checkpoint(tmp_path / "old", old)
+    with pytest.raises(ValueError, match=r"missing: \['skipped_steps'\]"):
+      fp8.restore_checkpoint(tmp_path / "old", create(skip_nonfinite=True))
+    new = fp8.restore_checkpoint(
+      tmp_path / "old", create(skip_nonfinite=True), allow_missing=["skipped_steps"]
+    ).tree
+    equal((new.params, new.opt_state, new.skipped_steps), (old.params, old.opt_state, 0))
+    fp8.save_checkpoint(tmp_path / "new", new.replace(skipped_steps=jnp.int32(3)))
+    assert int(fp8.restore_checkpoint(tmp_path / "new", new).tree.skipped_steps) == 3
+
+
+def finite(tree):
+  return all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(tree))
+
+
+def test_optax_apply_if_finite():
+  """Parameters stay; the state takes its step, without what was not finite, and stays finite."""
+  tx = optax.apply_if_finite(TX, max_consecutive_errors=5)
+  state = fp8.TrainState.create(apply_fn=MODEL.apply, params=VARIABLES, tx=tx)
+  before = TestSkipNonfinite.step(state, X)
+  after = TestSkipNonfinite.step(before, TestSkipNonfinite.NAN)
+  equal(after.params["params"], before.params["params"])
+  equal(after.opt_state.inner_state, before.opt_state.inner_state)
+  assert int(after.opt_state.total_notfinite) == 1
+  dot = after.params[OWG]["Dense_0"]["Fp8DotGeneral_0"]
+  assert finite(dot)
+  amax = float(jnp.abs(X).max())
+  np.testing.assert_array_equal(dot["input_amax_history"], np.float32([0, 0, 0, amax]))
+  assert finite(TestSkipNonfinite.step(after, X).params)
+
+
+def test_flax_idiom_of_where():
+  """``where(is_fin, new, old)`` over ``params`` and ``opt_state``, as Flax's examples have it."""
+  before = TestSkipNonfinite.step(create(), X)
+  new = TestSkipNonfinite.step(before, TestSkipNonfinite.NAN)
+  assert finite(new.params[OWG])
+  keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(False, a, b), new, old)
+  after = new.replace(
+    params=keep(new.params, before.params), opt_state=keep(new.opt_state, before.opt_state)
+  )
+  equal((after.params, after.opt_state), (before.params, before.opt_state))
+  assert finite(TestSkipNonfinite.step(after, X).params)

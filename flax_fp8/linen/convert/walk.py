@@ -77,7 +77,9 @@ class Walk:
       yield
       return
     contracted = self.contracted
-    made_by = functools.partial(Fp8DotGeneral, recipe=recipe, emulate=self.emulate)
+    made_by = functools.partial(
+      Fp8DotGeneral, recipe=recipe, emulate=self.emulate, out_sharding=_out_sharding(module)
+    )
     object.__setattr__(module, "dot_general_cls", made_by)
     try:
       yield
@@ -155,7 +157,7 @@ class _OwnContractions:
     if (recipe := self.walk.decide(layer, scope.root)) is None:
       return None
     left = {key: value for key, value in options.items() if value is not None}
-    if unknown := sorted(left.keys() - {"precision", "preferred_element_type"}):
+    if unknown := sorted(left.keys() - {"precision", "preferred_element_type", "out_sharding"}):
       raise ValueError(
         f"fp8_linear_layers: {kind} in FP8 takes no {', '.join(unknown)}; got a call at {path!r}. "
         f"Exclude {layer.path!r}, or leave the argument out."
@@ -191,7 +193,16 @@ def _describe(module: nn.Dense | nn.DenseGeneral, inputs: jax.Array) -> Layer:
 
 def _own_dot_general(module: nn.Dense | nn.DenseGeneral) -> str:
   names = ("dot_general_cls", "dot_general")
+  if _out_sharding(module) is not None:  # JAX's own, told how to shard: ours is told the same
+    names = names[:1]
   return next((f"has its own {n}" for n in names if getattr(module, n) is not None), "")
+
+
+def _out_sharding(module: nn.Dense | nn.DenseGeneral) -> Any:
+  """Returns what ``partial(lax.dot_general, out_sharding=...)`` holds, if a layer has that."""
+  held: Any = module.dot_general
+  plain = isinstance(held, functools.partial) and held.func is lax.dot_general and not held.args
+  return held.keywords["out_sharding"] if plain and {*held.keywords} == {"out_sharding"} else None
 
 
 def _refuse(precision: Any, *dtypes: Any) -> str:

@@ -1,0 +1,160 @@
+"""Loss scaling for float16 that divides gradients, and leaves FP8 state what it is: no gradient."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.training import dynamic_scale
+from jax import lax
+
+from flax_fp8.training.max_grad import is_state, value_and_grad
+
+DynamicScaleResult = dynamic_scale.DynamicScaleResult
+
+
+class DynamicScale(dynamic_scale.DynamicScale):
+  """Flax's ``DynamicScale``, right for FP8 state.
+
+  The loss is multiplied by the scale before it is differentiated, and gradients are divided by it
+  after; but the "gradient" of FP8 state is its new value, and stays. Whether a step was finite is
+  asked of the gradients of parameters alone::
+
+      scale = min(scale * growth_factor, max(float32))  # after growth_interval + 1 finite steps
+      scale = max(scale * backoff_factor, minimum_scale)  # after a step that was not finite
+
+  Use it with ``TrainState.create(..., skip_nonfinite=True)``, which does not take such a step.
+
+  Attributes:
+    growth_factor: by which the scale grows.
+    backoff_factor: by which it shrinks.
+    growth_interval: finite steps in a row, and the one after them grows the scale; as in Flax.
+    fin_steps: finite steps in a row so far.
+    scale: multiplies the loss.
+    minimum_scale: below which the scale does not shrink; None for no bound.
+
+  Numerics:
+    Scale and steps are Flax's, bit for bit. The loss is scaled in float32, and returned unscaled;
+    let it be float32, since in float16 the first scale, 65536, is infinite.
+    FP8 state is that of the *scaled* output gradients: it follows the scale by itself. When the
+    scale doubles, so do they, and for one step a delayed scale is too small for them: what was
+    above half of the old amax saturates. ``DelayedScaling(margin=1)`` has the headroom.
+
+  Example:
+    >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
+    >>> import flax_fp8 as fp8
+    >>> model = nn.Dense(4, dtype=jnp.float16, dot_general_cls=fp8.Fp8DotGeneral)
+    >>> x = jnp.ones((2, 4))
+    >>> state = fp8.TrainState.create(
+    ...   apply_fn=model.apply,
+    ...   params=model.init(jax.random.key(0), x),
+    ...   tx=optax.sgd(0.1),
+    ...   skip_nonfinite=True,
+    ... )
+    >>> loss_fn = lambda v: jnp.mean(state.apply_fn(v, x).astype(jnp.float32) ** 2)
+    >>> dynamic_scale = fp8.DynamicScale()
+    >>> dynamic_scale, finite, loss, grads = dynamic_scale.value_and_grad(loss_fn)(state.params)
+    >>> state = state.apply_gradients(grads=grads)
+    >>> bool(finite), int(state.skipped_steps)
+    (True, 0)
+
+  References:
+    flax.training.dynamic_scale.DynamicScale; Micikevicius et al., Mixed Precision Training,
+    https://arxiv.org/abs/1710.03740, section 3.2.
+  """
+
+  def value_and_grad(
+    self,
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    axis_name: str | None = None,
+  ) -> Callable[..., DynamicScaleResult]:
+    """Like ``flax_fp8.value_and_grad``, of the scaled loss; the gradients are unscaled.
+
+    Args:
+      fun: function of arrays and pytrees, returning a real scalar, or a pair if ``has_aux``.
+      argnums: which positional arguments to differentiate with respect to.
+      has_aux: whether ``fun`` returns ``(value, aux)``.
+      axis_name: axis of ``pmap`` or ``shard_map`` over which gradients of parameters are averaged,
+        and FP8 state becomes the maximum.
+
+    Returns:
+      A function of the same arguments that returns ``(dynamic_scale, finite, aux, grad)``: the
+      dynamic scale for the next step; whether all gradients of parameters are finite; the value of
+      ``fun``; and the gradients, in which state is its new value.
+    """
+
+    @functools.wraps(fun)
+    def scaled(*args: Any) -> tuple[jax.Array, Any]:
+      value = fun(*args)
+      loss = value[0] if has_aux else value
+      return loss * jnp.asarray(self.scale, jnp.float32), value
+
+    run = value_and_grad(scaled, argnums, has_aux=True)
+
+    def wrapped(*args: Any) -> DynamicScaleResult:
+      (_, value), grads = run(*args)
+      following, finite, grads = self.unscale(grads, axis_name)
+      return DynamicScaleResult(following, finite, value, grads)
+
+    return wrapped
+
+  def unscale(
+    self, grads: Any, axis_name: str | None = None
+  ) -> tuple[DynamicScale, jax.Array, Any]:
+    """Divides gradients of a loss that was multiplied by ``scale``; for a loop of your own.
+
+    ``value_and_grad`` is this after ``flax_fp8.value_and_grad``. With microbatches it is this after
+    ``flax_fp8.accumulate_gradients`` of ``dynamic_scale.scale * loss``.
+
+    Args:
+      grads: any pytree of gradients; its state is what lies under a key
+        ``_overwrite_with_gradient``.
+      axis_name: as for ``value_and_grad``.
+
+    Returns:
+      ``(dynamic_scale, finite, grads)``, as ``value_and_grad``; float32.
+    """
+    grads = jax.tree_util.tree_map_with_path(self._unscale_leaf, grads)
+    if axis_name is not None:
+      across = lambda path, leaf: (lax.pmax if is_state(path) else lax.pmean)(leaf, axis_name)
+      grads = jax.tree_util.tree_map_with_path(across, grads)
+    finite = all_finite(grads)
+    return self._after(finite), finite, grads
+
+  def _unscale_leaf(self, path: Any, leaf: Any) -> jax.Array:
+    return leaf if is_state(path) else jnp.asarray(leaf, jnp.float32) / self.scale
+
+  def _after(self, finite: jax.Array) -> DynamicScale:
+    """The scale of the next step. As Flax's: a test holds the two together."""
+    grown = jnp.minimum(self.scale * self.growth_factor, np.finfo(np.float32).max)
+    shrunk = self.scale * self.backoff_factor
+    if self.minimum_scale is not None:
+      shrunk = jnp.maximum(shrunk, self.minimum_scale)
+    grows = self.fin_steps == self.growth_interval
+    return self.replace(
+      fin_steps=jnp.where(grows | ~finite, 0, self.fin_steps + 1),
+      scale=jnp.where(finite, jnp.where(grows, grown, self.scale), shrunk),
+    )
+
+
+def all_finite(grads: Any) -> jax.Array:
+  """Tells whether the gradients of parameters are finite; FP8 state among them is not asked.
+
+  Args:
+    grads: any pytree of gradients.
+
+  Returns:
+    bool scalar.
+  """
+  checks = [
+    jnp.all(jnp.isfinite(leaf))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
+    if not is_state(path)
+  ]
+  return functools.reduce(jnp.logical_and, checks, jnp.array(True))
