@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, TypeAlias
 
+import ml_dtypes
 import numpy as np
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 # Arithmetic on state in float32 is exact to some 1e-7; nothing that is done to it is as small.
 _EXACT = 2e-6
-_FITS = 3e-5
+_FITS = 5e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +60,6 @@ def judge(right: Array, old: Array, got: Array) -> Verdict:
       return verdict
   if np.all(got == 0):
     return Verdict("reset", "is 0, whatever it was before")
-  ratio = got / right
-  if close(got, right, 2.0**-7) and np.ptp(ratio) > _FITS:
-    error = np.max(np.abs(ratio - 1))
-    return Verdict("rounded", f"differs from the right value by up to {error:.1g} of it")
   return _linear(right, old, got) or _clipped(right, got) or _affine(right, old, got)
 
 
@@ -103,6 +100,7 @@ def _clipped(right: Array, got: Array) -> Verdict | None:
   factors = ratio.mean(axis=1)
   same = np.all(np.abs(ratio - factors[:, None]) <= _FITS * np.abs(factors[:, None]))
   shrinks = np.all(factors > 0) and factors[-1] < 0.9 * factors.max()
+  shrinks &= right.shape[1] > 1 or factors.max() < 1 + _EXACT
   if same and shrinks:
     seen = f"{factors.max():.3g} to {factors[-1]:.3g} times the right value, less the larger it is"
     return Verdict("clipped", seen)
@@ -110,15 +108,18 @@ def _clipped(right: Array, got: Array) -> Verdict | None:
 
 
 def _affine(right: Array, old: Array, got: Array) -> Verdict:
-  """Tries laws with a constant, such as the sign of a gradient, and what is left."""
+  """Tries laws with a constant, such as the sign of a gradient, rounding, and what is left."""
   one = np.ones_like(old)
   for terms in ([old, one], [right, old, one]):
     fit = _fit(terms, got, right)
     if fit is not None and abs(fit[-2] - 1) < 0.02:
       return Verdict("added", f"the old value and {fit[-1]:+.3g}")
+  ratio = got / right
+  for dtype in (ml_dtypes.bfloat16, np.float16):
+    if close(got, right, 2.0**-7) and np.all(got.astype(dtype).astype(got.dtype) == got):
+      return Verdict("rounded", f"is rounded to {np.dtype(dtype).name}")
   if np.all(np.abs(got - old) < 0.1 * old):
     return Verdict("added", f"the old value to within {np.max(np.abs(got / old - 1)):.1g} of it")
-  ratio = got / right
   return Verdict("unexplained", f"{ratio.min():.3g} to {ratio.max():.3g} times the right value")
 
 

@@ -100,6 +100,8 @@ class Row:
       return RIGHT
     if close(new, old):
       return dataclasses.replace(KEPT, seen="the scale came back as it went in")
+    if np.ptp(new) == 0:
+      return Verdict("reset", f"the scale is {new[0, 0]:.4g}, whatever the history was")
     verdict = judge(self.old.max(axis=1, keepdims=True) / _MAX[self.leaf.role], old, new)
     return dataclasses.replace(verdict, seen=f"the scale: {verdict.seen}")
 
@@ -209,9 +211,22 @@ def _factor(row: Row, kernels: Mapping[str, np.ndarray]) -> float | None:
   return float(row.new[0, -1] / kernel[row.index])
 
 
+def _together(found: Sequence[Row]) -> Verdict:
+  """Judges the histories of several tensors by one law, which shows where one alone is short."""
+  pairs = [(row.old[:, 1:], row.old[:, :-1], row.new[:, :-1]) for row in found]
+  right, old, got = (np.concatenate(values, axis=1) for values in zip(*pairs, strict=True))
+  return judge(right, old, got)
+
+
 def judge_all(found: Sequence[Row]) -> list[tuple[Row, Verdict]]:
   """Judges every tensor, by itself and as a copy of one of the same name elsewhere."""
   alone = {id(row): row.verdict() for row in found}
+  for group in {row.leaf.group for row in found}:
+    wrong = [row for row in found if row.leaf.group == group and row.length > 1]
+    wrong = [row for row in wrong if alone[id(row)].kind not in {*_FINE, "kept", "not finite"}]
+    wrong = [row for row in wrong if row.rolled() is None]
+    if wrong and (together := _together(wrong)).kind != "unexplained":
+      alone |= {id(row): together for row in wrong}
   groups = {row.leaf.group for row in found}
   moves = {row.leaf.group for row in found if alone[id(row)].kind != "kept"}
   replaced = {row.leaf.group for row in found if alone[id(row)] == REPLACED}

@@ -74,10 +74,6 @@ class Outcome:
   fp8: Mapping[str, np.ndarray]
   prints: Mapping[str, int]
 
-  def equals(self, other: Outcome) -> bool:
-    """Tells whether FP8 state and all else are the same."""
-    return self.prints == other.prints and not any(not same(path, self, other) for path in self.fp8)
-
 
 def same(path: str, one: Outcome, other: Outcome) -> bool:
   """Tells whether a leaf of FP8 state is the same in two outcomes."""
@@ -208,6 +204,13 @@ class Step:
         "itself to see where."
       ) from error
     return self._outcome(self._new_state(output))
+
+  def skipped(self, before: Outcome, after: Outcome) -> bool:
+    """Tells whether a call changed neither parameters nor scales and histories."""
+    state = [leaf.path for leaf in self.own if leaf.key in (HISTORY, SCALE, STEPS)]
+    return before.prints == after.prints and all(
+      path in after.fp8 and same(path, before, after) for path in state
+    )
 
   def _outcome(self, new: Any) -> Outcome:
     leaves = paths.leaves_by_path(new)

@@ -300,6 +300,40 @@ def skipped_steps() -> Any:
   return step, {"variables": VARIABLES, "scale": jnp.float32(2.0**16)}
 
 
+@loop()
+def float16_with_a_loss_scale() -> Any:
+  """The first steps overflow, and are skipped; metrics move all the same."""
+
+  class Half(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      half = functools.partial(nn.Dense, WIDTH, dtype=jnp.float16, dot_general_cls=CLS)
+      return half(name="down")(jnp.tanh(half(name="up")(x))).astype(jnp.float32)
+
+  model = Half()
+
+  @jax.jit
+  def step(state, batch):
+    scaler, _, value, grads = state["scaler"].value_and_grad(loss_fn)(
+      state["train"].params, batch, model
+    )
+    return {"train": state["train"].apply_gradients(grads=grads), "scaler": scaler}, value
+
+  train = fp8.TrainState.create(
+    apply_fn=model.apply,
+    params=fp8.add_metrics(model, init(model), BATCH["x"]),
+    tx=SGD,
+    skip_nonfinite=True,
+  )
+  return step, {"train": train, "scaler": fp8.DynamicScale(scale=2.0**23)}
+
+
+@loop(slow=True)
+def apply_if_finite() -> Any:
+  step, _ = train_state_and_value_and_grad()
+  return step, our_train_state(tx=optax.apply_if_finite(optax.adam(1e-2), 3))
+
+
 def data_mesh(devices: int = 4) -> jax.sharding.Mesh:
   return jax.make_mesh(
     (devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
