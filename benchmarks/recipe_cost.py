@@ -43,6 +43,7 @@ VARIANTS: dict[str, Callable[..., Any] | None] = {
   "BF16": None,
   "flax.linen.fp8_ops": flax_fp8_ops.Fp8DotGeneral,
   "delayed": emulated(fp8.DelayedScaling()),
+  "delayed, overflow": emulated(fp8.DelayedScaling(overflow="current")),
   "current": emulated(fp8.Float8CurrentScaling()),
   "rowwise": emulated(fp8.Float8RowwiseScaling()),
   "rowwise, BF16 wgrad": emulated(fp8.Float8RowwiseScaling(high_precision=("wgrad",))),

@@ -69,7 +69,8 @@ def freeze_for_inference(
 
   Numerics:
     Outputs are those of ``module.apply(variables, ...)``, bit for bit under jit. Recipes without
-    state scale inputs by themselves, as in training.
+    state scale inputs by themselves, as in training. Under ``overflow="current"`` scales are static
+    all the same: what is beyond their range saturates.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp

@@ -24,6 +24,7 @@ from flax_fp8.recipes.base import GemmKind, Recipe, Role, TensorState
 
 AmaxComputeAlgo = Literal["max", "most_recent"]
 FirstStep = Literal["stored", "current"]
+Overflow = Literal["saturate", "current"]
 
 
 def roll_history(history: jax.Array, newest: jax.Array) -> jax.Array:
@@ -112,6 +113,9 @@ class DelayedScaling(Recipe):
     interval: steps from one new scale to the next; amaxes are recorded at each step.
     first_step: what scales a tensor while its history is empty: the "stored" scale, which is 1 in
       fresh state, or the tensor's "current" amax.
+    overflow: what becomes of a tensor whose amax is beyond the range of its scale: its largest
+      values "saturate", or its "current" amax scales it in this step, with the margin, and no value
+      saturates.
     power_of_two: rounds scales up to powers of two, so that scaling itself is exact.
     fp8_format: formats of values and of gradients.
     high_precision: which of "fprop", "dgrad" and "wgrad" are left in the dtype of their operands.
@@ -123,9 +127,9 @@ class DelayedScaling(Recipe):
     ``steps_to_update``, float32 ``(1,)``.
 
   Raises:
-    ValueError: ``amax_history_len`` or ``interval`` is below 1, ``amax_compute_algo`` or
-      ``first_step`` is unknown, ``margin`` is not within ±64, or ``high_precision`` or
-      ``grad_rounding`` is unknown.
+    ValueError: ``amax_history_len`` or ``interval`` is below 1, ``amax_compute_algo``,
+      ``first_step`` or ``overflow`` is unknown, ``margin`` is not within ±64, or ``high_precision``
+      or ``grad_rounding`` is unknown.
     TypeError: ``fp8_format`` is no ``Format``.
 
   Numerics:
@@ -149,6 +153,7 @@ class DelayedScaling(Recipe):
   margin: float = 0
   interval: int = 1
   first_step: FirstStep = "stored"
+  overflow: Overflow = "saturate"
   power_of_two: bool = False
 
   def __post_init__(self) -> None:
@@ -164,7 +169,12 @@ class DelayedScaling(Recipe):
         "DelayedScaling: interval must be an integer of at least 1; got "
         f"interval={self.interval!r}. 1 makes a new scale at each step."
       )
-    for field, choices in (("amax_compute_algo", AmaxComputeAlgo), ("first_step", FirstStep)):
+    choices_of = {
+      "amax_compute_algo": AmaxComputeAlgo,
+      "first_step": FirstStep,
+      "overflow": Overflow,
+    }
+    for field, choices in choices_of.items():
       if (value := getattr(self, field)) not in get_args(choices):
         raise ValueError(
           f"DelayedScaling: {field} must be one of {get_args(choices)}; got {field}={value!r}. "
@@ -217,7 +227,9 @@ class DelayedScaling(Recipe):
   @property
   def frozen(self) -> DelayedScaling:
     """A history of one amax, and no reason to look at the tensor."""
-    return dataclasses.replace(self, amax_history_len=1, interval=1, first_step="stored")
+    return dataclasses.replace(
+      self, amax_history_len=1, interval=1, first_step="stored", overflow="saturate"
+    )
 
   def freeze(self, state: TensorState, role: Role) -> TensorState:
     """Keeps of the history the one amax that the scale comes from."""
@@ -259,13 +271,21 @@ class DelayedScaling(Recipe):
       due = self._is_due(state)
       scale, inverse = jnp.where(due, scale, stored), jnp.where(due, inverse, 1.0 / stored)
     if self.first_step == "current":
-      seen = jnp.broadcast_to(seen, stored.shape)
-      first, first_inverse = scale_from_amax(
-        seen, stored, float8.max, self.margin, self.power_of_two
-      )
-      empty = self._is_empty(state)
-      scale, inverse = jnp.where(empty, first, scale), jnp.where(empty, first_inverse, inverse)
+      scale, inverse = self._scale_of(seen, self._is_empty(state), scale, inverse, role)
+    if self.overflow == "current":
+      beyond = seen > jnp.float32(float8.max) * scale
+      scale, inverse = self._scale_of(seen, beyond, scale, inverse, role)
     return scale, inverse
+
+  def _scale_of(
+    self, seen: jax.Array, where: jax.Array, scale: jax.Array, inverse: jax.Array, role: Role
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns the scale that an amax implies, and its inverse, where that is to be used."""
+    seen = jnp.broadcast_to(seen, scale.shape)
+    now, now_inverse = scale_from_amax(
+      seen, scale, self.float8(role).max, self.margin, self.power_of_two
+    )
+    return jnp.where(where, now, scale), jnp.where(where, now_inverse, inverse)
 
   def _scale_of_history(self, state: TensorState, role: Role) -> tuple[jax.Array, jax.Array]:
     """Returns the scale that the history implies, and its inverse."""

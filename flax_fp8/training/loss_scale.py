@@ -42,7 +42,8 @@ class DynamicScale(dynamic_scale.DynamicScale):
     let it be float32, since in float16 the first scale, 65536, is infinite.
     FP8 state is that of the *scaled* output gradients: it follows the scale by itself. When the
     scale doubles, so do they, and for one step a delayed scale is too small for them: what was
-    above half of the old amax saturates. ``DelayedScaling(margin=1)`` has the headroom.
+    above half of the old amax saturates. ``DelayedScaling(margin=1)`` has the headroom, and
+    ``DelayedScaling(overflow="current")`` notices.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp, optax

@@ -9,15 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import flax_fp8 as fp8
-from flax_fp8 import formats
+from flax_fp8 import formats, ops
 from flax_fp8.contraction import View
 from flax_fp8.recipes import Role
 from flax_fp8.recipes.delayed import next_scale, resize_history, roll_history
 from tests import oracle
 from tests.recipes import cases
+from tests.transformations import mesh
 
+OWG = fp8.OVERWRITE_WITH_GRADIENT
+ARRAYS = (jnp.ones((4, 8)), jnp.ones((8, 2)), jnp.ones((4, 2)))
 VIEWS = (View(batch=(), kept=(), contracting=(0,)),) * 2
 AMAXES = [3.0, 0.5, np.nan, 7.0, 0.0, 2.0, np.inf, 1e-3, 9.0, 0.25, 0.25, 0.25]
 
@@ -144,6 +148,109 @@ def test_first_step_uses_margin_and_power_of_two():
   assert run(recipe, amaxes=[500.0])[0][0] == 4.0
 
 
+OVERFLOWING = [2.0, 1.9, 2.5, np.nan, 300.0, 1.0, np.inf, 299.0, 600.0, 0.0, 0.1]
+
+
+@pytest.mark.parametrize("margin", [0, 1])
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("length", [2, 8])
+def test_overflow_follows_the_oracle(length, interval, margin):
+  """Where an amax is beyond the range, its own scale; else, and in the history, all as ever."""
+  fields = {"amax_history_len": length, "interval": interval, "margin": margin}
+  seen = run(fp8.DelayedScaling(overflow="current", **fields), amaxes=OVERFLOWING)
+  plain = run(fp8.DelayedScaling(**fields), amaxes=OVERFLOWING)
+  scale, history, overflows = 1.0, np.zeros(length), []
+  steps = due(OVERFLOWING, interval)
+  for i, (amax, (got, got_history)) in enumerate(zip(OVERFLOWING, seen, strict=True)):
+    if i in steps:
+      scale = oracle.scale(history, scale, "float8_e4m3fn", margin)
+    if np.isfinite(amax) and np.float32(amax) > 448 * scale * (1 + 1e-6):
+      scale = float(np.float32(amax)) / 448 * 2.0**margin
+      overflows.append(i)
+    history = oracle.roll(history, np.float32(amax))
+    assert got == pytest.approx(scale, rel=3e-7), i
+    np.testing.assert_array_equal(got_history, plain[i][1])
+  assert {4} <= set(overflows) <= {2, 4, 7, 8, 10}
+
+
+@pytest.mark.parametrize("role", Role, ids=lambda r: r.value)
+def test_overflow_gives_what_current_scaling_gives(role):
+  """Bit for bit; and a tensor within the range is left to its history."""
+  recipe = fp8.DelayedScaling(amax_history_len=2, overflow="current")
+  state = {"scale": jnp.ones(1), "amax_history": jnp.array([3.0, 2.0])}
+  x = cases.normal(0, 8, 16)
+  name = recipe.float8(role).name
+  for amax, scale in ((50.0, 50.0), (2.9, 3.0)):
+    tensor = x / np.abs(x).max() * np.float32(amax)
+    (q, _), _ = recipe.quantize(jnp.asarray(tensor), state, role, VIEWS, None)
+    want, _ = oracle.quantize_by_amax(tensor, name)
+    assert float(q.scale) == pytest.approx(scale / oracle.magnitudes(name)[-1], rel=1e-6)
+    if amax == scale:
+      np.testing.assert_array_equal(np.asarray(q.data, np.float64), want)
+
+
+class TestOverflowUnderTransformations:
+  """One part of four is beyond the range: all see it, as the whole batch does, bit for bit."""
+
+  recipe = fp8.DelayedScaling(amax_history_len=4, overflow="current")
+  x = cases.integers(0, 4, 8, 16) * np.array([1, 1, 64, 1], np.float32)[:, None, None]
+  w = cases.integers(1, 16, 8)
+
+  @property
+  def state(self):
+    leaves = {"scale": jnp.ones(1), "amax_history": jnp.array([8.0, 0, 0, 0])}
+    return {role.value: leaves for role in Role}
+
+  def loss(self, state, x):
+    dims = (((x.ndim - 1,), (0,)), ((), ()))
+    out = ops.dot_general(x, jnp.asarray(self.w), dims, recipe=self.recipe, state=state)
+    return jnp.sum(out * jnp.sign(out)), out
+
+  def mapped(self, state, x):
+    losses, out = jax.vmap(self.loss, in_axes=(None, 0))(state, x)
+    return jnp.sum(losses), out
+
+  def sharded(self, state, x):
+    local = lambda state, x: (jax.lax.psum(self.loss(state, x)[0], "data"), self.loss(state, x)[1])
+    specs = {"in_specs": (P(), P("data")), "out_specs": (P(), P("data"))}
+    return jax.shard_map(local, mesh=mesh(), **specs)(state, x)
+
+  def new_state(self, loss):
+    (_, out), state = cases.quickly(jax.value_and_grad(loss, has_aux=True))(self.state, self.x)
+    return out, state
+
+  @pytest.mark.parametrize("how", ["mapped", "sharded"])
+  def test_equals_the_whole(self, how):
+    out, state = self.new_state(self.loss)
+    assert float(state["input"]["scale"][0]) == np.float32(7 * 64) / 448
+    cases.equal(self.new_state(getattr(self, how)), (out, state))
+
+  def test_in_a_scan(self):
+    """Each microbatch is quantised by its own; the state is the maximum, scale and history."""
+
+    def looped(variables, x):
+      state = variables[OWG]
+      step = lambda total, part: (total + self.loss(state, part)[0], None)
+      return jax.lax.scan(step, 0.0, x)[0]
+
+    got = cases.quickly(fp8.grad(looped))({OWG: self.state}, self.x)[OWG]
+    cases.equal(got, self.new_state(self.loss)[1])
+
+
+def test_overflow_costs_nothing_where_it_saturates(monkeypatch):
+  """With the making of that scale taken out, the default traces to the same program."""
+  trace = lambda recipe: str(jax.make_jaxpr(lambda *a: cases.step(recipe, *a))(*ARRAYS))
+  before = trace(fp8.DelayedScaling())
+  monkeypatch.delattr(fp8.DelayedScaling, "_scale_of")
+  assert trace(fp8.DelayedScaling()) == before
+  with pytest.raises(AttributeError):
+    trace(fp8.DelayedScaling(overflow="current"))
+
+
+def test_frozen_scales_do_not_follow():
+  assert fp8.DelayedScaling(overflow="current").frozen.overflow == "saturate"
+
+
 def flax_steps(inputs):
   """Output and state of each step of ``flax.linen.fp8_ops``."""
   module = reference.Fp8DotGeneral(amax_history_length=4)
@@ -203,9 +310,10 @@ class TestAgainstFlax:
   [
     ({"interval": 0}, r"interval must be an integer of at least 1; got interval=0"),
     ({"interval": 1.5}, r"interval must be an integer of at least 1; got interval=1.5"),
+    ({"overflow": "bf16"}, r"overflow must be one of \('saturate', 'current'\); got .*'bf16'"),
     ({"first_step": "one"}, r"first_step must be one of \('stored', 'current'\); got .*'one'"),
   ],
-  ids=["interval=0", "interval=1.5", "first_step"],
+  ids=["interval=0", "interval=1.5", "overflow", "first_step"],
 )
 def test_bad_interval_and_first_step(fields, message):
   with pytest.raises(ValueError, match=f"DelayedScaling: {message}"):

@@ -227,11 +227,13 @@ def saturated_after_growth(recipe):
     yield float(grads[OWG]["Fp8DotGeneral_0"]["output_grad_saturated"][0])
 
 
-@pytest.mark.parametrize(("margin", "saturates"), [(0, True), (1, False)])
-def test_the_step_after_growth(margin, saturates):
-  """For that one step a delayed scale is too small by half, unless there is a margin."""
-  _, before, grown, after = saturated_after_growth(
-    fp8.DelayedScaling(amax_history_len=4, margin=margin)
-  )
+@pytest.mark.parametrize(
+  ("fields", "saturates"),
+  [({}, True), ({"margin": 1}, False), ({"overflow": "current"}, False)],
+  ids=["plain", "margin", "overflow"],
+)
+def test_the_step_after_growth(fields, saturates):
+  """For that one step a delayed scale is too small by half, unless something is done."""
+  _, before, grown, after = saturated_after_growth(fp8.DelayedScaling(amax_history_len=4, **fields))
   assert (before, after) == (0.0, 0.0)
   assert (grown > 0.1) == saturates
