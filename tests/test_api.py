@@ -17,7 +17,7 @@ NAMES = {
   "Float8CurrentScaling", "Float8RowwiseScaling", "Format",
   "Fp8Config", "Fp8DotGeneral", "Fp8Einsum", "Fp8FusedQKV", "Fp8SwiGLU", "GpuTarget",
   "MXFP8BlockScaling", "OVERWRITE_WITH_GRADIENT", "RECIPES", "Recipe", "Report", "Stats",
-  "TrainState", "TrainStepReport", "add_metrics", "apply_updates", "as_max_grad", "assert_fp8",
+  "TrainState", "TrainStepReport", "accumulate_gradients", "add_metrics", "apply_updates", "as_max_grad", "assert_fp8",
   "calibrate", "capability", "check_train_step", "downgrade_variables", "drop_metrics", "explain",
   "fp32_max_grad",
   "fp8_linear_layers", "fp8_ops", "freeze_for_inference", "from_flax_fp8_ops", "get_recipe",
