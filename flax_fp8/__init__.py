@@ -13,6 +13,8 @@ from flax_fp8.linen import (
   Fp8SwiGLU,
   fp8_linear_layers,
   freeze_for_inference,
+  scan,
+  vmap,
 )
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.meta_dtype import fp32_max_grad
@@ -57,6 +59,8 @@ __all__ = [
   "Fp8Einsum",
   "Fp8FusedQKV",
   "Fp8SwiGLU",
+  "scan",
+  "vmap",
   # Models
   "ConversionReport",
   "Fp8Config",

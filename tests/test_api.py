@@ -21,8 +21,8 @@ NAMES = {
   "calibrate", "capability", "check_train_step", "downgrade_variables", "drop_metrics", "explain",
   "fp32_max_grad",
   "fp8_linear_layers", "fp8_ops", "freeze_for_inference", "from_flax_fp8_ops", "get_recipe",
-  "grad", "ops", "partition_for_grad_overwrite", "restore_checkpoint", "save_checkpoint",
-  "stats", "upgrade_variables", "value_and_grad",
+  "grad", "ops", "partition_for_grad_overwrite", "restore_checkpoint", "save_checkpoint", "scan",
+  "stats", "upgrade_variables", "value_and_grad", "vmap",
 }  # fmt: skip
 MODULES = sorted(m.name for m in pkgutil.walk_packages(fp8.__path__, "flax_fp8."))
 RULES = ("_fwd", "_bwd", "_jvp")  # differentiation rules, which Flax's namespace exports

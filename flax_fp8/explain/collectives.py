@@ -27,6 +27,7 @@ class Collective:
     group: devices that take part.
     times: how often a step runs it.
     path: the module it comes from; empty if the compiler lost it.
+    reduction: how it adds up, ``add`` or ``maximum``, say; empty where it only moves.
   """
 
   kind: str
@@ -35,6 +36,7 @@ class Collective:
   group: int
   times: int
   path: str
+  reduction: str = ""
 
   @property
   def sent(self) -> float:
@@ -66,8 +68,15 @@ def _collectives(module: Module, launch: Launch, devices: int) -> Iterator[Colle
     for array in arrays(operand.shape):
       sizes[array.dtype] = sizes.get(array.dtype, 0) + gathers * array.bytes
   path = names.model_path(instruction.op_name)
+  reduction = next((_reduction(module, name) for name in instruction.called("to_apply")), "")
   for dtype, size in sizes.items():
-    yield Collective(kind, dtype, size, group, launch.times, path)
+    yield Collective(kind, dtype, size, group, launch.times, path, reduction)
+
+
+def _reduction(module: Module, name: str) -> str:
+  """Returns what a collective's computation does with two values."""
+  computation = module.computations.get(name)
+  return computation.root.opcode if computation else ""
 
 
 def group_size(instruction: Instruction, devices: int) -> int:

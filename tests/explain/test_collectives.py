@@ -54,6 +54,11 @@ def test_forms(collective, expected):
   assert [(c.kind, c.dtype, c.bytes, c.group) for c in found(collective)] == expected
 
 
+def test_reduction():
+  assert [c.reduction for c in found(FORMS["named_mesh"][0])] == ["add"]
+  assert [c.reduction for c in found(FORMS["gather"][0])] == [""]
+
+
 @pytest.mark.parametrize(
   ("kind", "sent"),
   [("all-gather", 75), ("reduce-scatter", 75), ("all-reduce", 150), ("collective-permute", 100)],
