@@ -53,8 +53,8 @@ def dot_general(
     dimension_numbers: of ``lax.dot_general``.
     recipe: how to scale.
     state: for each role, the leaves of ``recipe.init_state(role)``, float32 or fp32_max_grad.
-      Beside them there may be the metrics ``amax``, ``saturated``, ``flushed`` and ``noise``, all
-      four, ``(1,)``: where they are there, they are measured.
+      Beside them there may be the metrics ``amax``, ``saturated``, ``flushed``, ``noise`` and
+      ``nonfinite``, all five, ``(1,)``: where they are there, they are measured.
     preferred_element_type: dtype of the result; the promoted dtype of the operands if None.
     key: PRNG key, by which a recipe that asks for it rounds output gradients stochastically; needed
       for differentiation alone.
