@@ -55,8 +55,8 @@ def dot_general(
     dimension_numbers: of ``lax.dot_general``.
     recipe: how to scale.
     state: for each role, the leaves of ``recipe.init_state(role)``, float32 or fp32_max_grad.
-      Beside them there may be the metrics ``amax``, ``saturated``, ``flushed`` and ``noise``, all
-      four, ``(1,)``: where they are there, they are measured.
+      Beside them there may be the metrics ``amax``, ``saturated``, ``flushed``, ``noise`` and
+      ``nonfinite``, all five, ``(1,)``: where they are there, they are measured.
     preferred_element_type: dtype of the result; the promoted dtype of the operands if None.
     out_sharding: of the result, a ``PartitionSpec`` or ``NamedSharding``; needed on a mesh with
       explicit axes alone, and there where ``lax.dot_general`` needs it.

@@ -1,7 +1,7 @@
 """What FP8 does to a tensor, measured where it is quantised, as optional leaves of its state.
 
-Where a role's state holds ``amax``, ``saturated``, ``flushed`` and ``noise``, their new values
-leave the backward pass as their gradients, like all state. Else nothing is computed.
+Where a role's state holds ``amax``, ``saturated``, ``flushed``, ``noise`` and ``nonfinite``, their
+new values leave the backward pass as their gradients, like all state. Else nothing is computed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flax_fp8.formats import Float8
 from flax_fp8.quantize import QTensor, dequantize, scale_from_amax
 from flax_fp8.recipes.base import TensorState
 
-METRICS = ("amax", "saturated", "flushed", "noise")
+METRICS = ("amax", "saturated", "flushed", "noise", "nonfinite")
 # How far beyond the largest value counts as saturated: more than scales and products are rounded.
 _SLACK = np.float32(1 + 2.0**-20)
 
@@ -42,7 +42,8 @@ def measure(
 ) -> TensorState:
   """Measures what quantisation made of a tensor.
 
-  With ``x_hat = data * scale``, over the elements for which both are finite::
+  ``nonfinite = count(x is not finite) / size(x)``; and with ``x_hat = data * scale``, over the
+  elements for which both are finite::
 
       amax = max(|x|)
       saturated = count(|x| > max(float8) * scale) / count(x)
@@ -72,7 +73,8 @@ def measure(
 def _compare(x: jax.Array, q: QTensor, float8: Float8) -> dict[str, jax.Array]:
   """Measures one quantisation."""
   x, x_hat = x.astype(jnp.float32), dequantize(q.data, q.scale, jnp.float32)
-  counted = jnp.isfinite(x) & jnp.isfinite(x_hat)
+  finite = jnp.isfinite(x)
+  counted = finite & jnp.isfinite(x_hat)
   x, x_hat = jnp.where(counted, x, 0.0), jnp.where(counted, x_hat, 0.0)
   clamped = jnp.abs(q.data.astype(jnp.float32)) == jnp.float32(float8.max)
   saturated = clamped & (jnp.abs(x) > jnp.abs(x_hat) * _SLACK)
@@ -85,6 +87,7 @@ def _compare(x: jax.Array, q: QTensor, float8: Float8) -> dict[str, jax.Array]:
     "saturated": _ratio(_count(saturated), _count(counted)),
     "flushed": _ratio(_count(nonzero & (x_hat == 0)), _count(nonzero)),
     "noise": _ratio(power(x - x_hat), power(x)),
+    "nonfinite": _ratio(_count(~finite), jnp.float32(finite.size)),
   }
 
 

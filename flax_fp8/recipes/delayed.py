@@ -115,7 +115,7 @@ class DelayedScaling(Recipe):
       fresh state, or the tensor's "current" amax.
     overflow: what becomes of a tensor whose amax is beyond the range of its scale: its largest
       values "saturate", or its "current" amax scales it in this step, with the margin, and no value
-      saturates.
+      saturates. Then the cast waits for the amax, as in current scaling.
     power_of_two: rounds scales up to powers of two, so that scaling itself is exact.
     fp8_format: formats of values and of gradients.
     high_precision: which of "fprop", "dgrad" and "wgrad" are left in the dtype of their operands.

@@ -22,12 +22,13 @@ NAMES = frozenset(f"{role.value}_{metric}" for role in Role for metric in METRIC
 def add_metrics(module: nn.Module, variables: Any, *init_args: Any, **init_kwargs: Any) -> Any:
   """Lets every FP8 contraction of a model measure what FP8 does to its tensors.
 
-  For each role there are four more leaves, float32 ``(1,)``, whose gradients are their new values::
+  For each role there are five more leaves, float32 ``(1,)``, whose gradients are their new values::
 
       {role}_amax        max(|x|)
       {role}_saturated   part of the values that are beyond the range at their scale
       {role}_flushed     part of the nonzero values that became zero
       {role}_noise       sum((x - x_hat)**2) / sum(x**2)     # SQNR = -10 log10(noise) dB
+      {role}_nonfinite   part of the values that are NaN or infinite
 
   Whatever moves state moves them: ``value_and_grad``, ``TrainState``, ``nn.scan``, checkpoints.
   ``stats`` reads them. They are measured as long as they are there; see ``drop_metrics``.
@@ -47,10 +48,11 @@ def add_metrics(module: nn.Module, variables: Any, *init_args: Any, **init_kwarg
       ``nn.scan`` or ``nn.vmap`` in it does not map the collection.
 
   Numerics:
-    Values that are not finite, and those whose scale is NaN, are left out. Of a tensor used on
-    several paths, or shared by mapped axes or devices, each figure is the largest of the parts. Of
-    a tensor quantised differently for its two GEMMs, the worse. Tensors that no FP8 GEMM takes stay
-    at zero. The deprecated ``fp8_ops.Fp8DotGeneralOp`` has no metrics.
+    ``nonfinite`` counts values that are not finite, and the others leave them out, with those whose
+    scale is NaN: after a step that gave NaN, it tells in which tensors there was one. Of a tensor
+    used on several paths, or shared by mapped axes or devices, each figure is the largest of the
+    parts. Of a tensor quantised differently for its two GEMMs, the worse. Tensors that no FP8 GEMM
+    takes stay at zero. The deprecated ``fp8_ops.Fp8DotGeneralOp`` has no metrics.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp

@@ -37,6 +37,7 @@ class TensorStats:
     saturated: part of the values that were beyond the range.
     flushed: part of the nonzero values that became zero.
     noise: power of the error over that of the values.
+    nonfinite: part of the values that were NaN or infinite.
   """
 
   layer: str
@@ -48,6 +49,7 @@ class TensorStats:
   saturated: float
   flushed: float
   noise: float
+  nonfinite: float = math.nan
 
   @property
   def path(self) -> str:
@@ -81,8 +83,8 @@ class TensorStats:
 
   def figures(self) -> dict[str, float]:
     """The numbers by name; those that the state does not have are NaN."""
-    names = ("amax", "scale", "largest", "jump", "headroom", "saturated", "flushed", "sqnr")
-    return {name: getattr(self, name) for name in names}
+    names = ("amax", "scale", "largest", "jump", "headroom", "saturated", "flushed", "nonfinite")
+    return {name: getattr(self, name) for name in (*names, "sqnr")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +164,7 @@ def stats(variables: Any, *, fp8_format: Format = Format.HYBRID) -> Stats:
       amax, largest = history[0], max(history)
       jump = amax / max(history[1:])                       # how far it outgrew its past
       headroom = log2(max(float8) * scale / amax)          # below 0: beyond the range
-      sqnr = -10 log10(noise)                              # with metrics; as saturated, flushed
+      sqnr = -10 log10(noise)                              # with metrics; as the others
 
   Args:
     variables: variables dict, their gradients, or ``TrainState.params``, outside of ``jit``; of
@@ -230,6 +232,7 @@ def _rows(layer: Layer, fp8_format: Format) -> Iterator[TensorStats]:
       saturated=known.get("saturated", math.nan),
       flushed=known.get("flushed", math.nan),
       noise=known.get("noise", math.nan),
+      nonfinite=known.get("nonfinite", math.nan),
     )
 
 
@@ -254,6 +257,8 @@ def _percent(name: str) -> _Cell:
 _COLUMNS: dict[str, _Cell] = {
   **{name: _number(name) for name in ("amax", "scale", "largest", "jump", "headroom")},
   **{name: _percent(name) for name in ("saturated", "flushed")},
+  # Seen only after a step in which there was one.
+  "nonfinite": lambda row: _percent("nonfinite")(row) if row.nonfinite > 0 else "",
   "SQNR dB": lambda row: "" if math.isnan(row.sqnr) else f"{row.sqnr:.1f}",
 }
 

@@ -24,7 +24,14 @@ def tensor(role, amaxes, scale, stack=(), **metrics):
 
 
 STATE = tensor("input", [8.0, 2.0, 4.0, 1.0], 1 / 448) | tensor(
-  "output_grad", [1.0, 0.0], 4 / 57344, saturated=0.25, flushed=0.0, noise=0.001, amax=1.0
+  "output_grad",
+  [1.0, 0.0],
+  4 / 57344,
+  saturated=0.25,
+  flushed=0.0,
+  noise=0.001,
+  amax=1.0,
+  nonfinite=0.0,
 )
 VARIABLES = {"params": {}, OWG: {"Dense_0": {"Fp8DotGeneral_0": STATE}}}
 
@@ -119,6 +126,10 @@ def test_text(monkeypatch):
     "output_grad", "1", "6.98e-05", "1", "2", "25", "%", "0", "%", "30.0",
   ]  # fmt: skip
   assert max(map(len, lines)) <= 100
+  assert fp8.stats(VARIABLES).scalars()["Dense_0/output_grad/nonfinite"] == 0
+  spoiled = {OWG: {"layer": tensor("input", [1.0, 1.0], 1.0, nonfinite=0.125)}}
+  assert "nonfinite" in str(fp8.stats(spoiled))
+  assert "12.5 %" in str(fp8.stats(spoiled))
   without = {OWG: {"layer": tensor("input", [1.0, 1.0], 1.0)}}
   assert "saturated" not in str(fp8.stats(without))
 

@@ -233,6 +233,11 @@ class TestSkipNonfinite:
     moved = {name for name in new if not np.array_equal(new[name], old[name])}
     assert "output_grad_amax" in moved
     assert not any(name.endswith(("_scale", "_history")) for name in moved)
+    seen = fp8.stats(after.params).scalars()
+    assert seen["Dense_0/input/nonfinite"] == 1 / X.size
+    assert seen["Dense_0/kernel/nonfinite"] == 0
+    assert not any(value for name, value in fp8.stats(before.params).scalars().items()
+                   if name.endswith("nonfinite"))  # fmt: skip
 
   def test_bare_parameters(self):
     params = nn.Dense(4).init(jax.random.key(0), X)["params"]
