@@ -8,11 +8,11 @@ batches. Compared are the losses of every step and the last state, bit for bit, 
 
     off = max over steps of |loss / loss of one device - 1|
 
-That devices are of one process or of several should change nothing: the program is the same, only
-who carries the numbers differs. That a batch is cut into more parts changes the order in which
-gradients are summed, so there the losses are equal up to rounding; except that of step 0, to which
-no sum over devices has come back yet but the mean itself, and the FP8 state after it: amaxes are
-reduced by max, which has no order.
+The program is the same for the same number of devices, whoever has them; only who carries the
+numbers between them differs. Two devices have one way to add two numbers, so there all bits must be
+the same; of four, one process and several add in another order. A batch that is cut into more parts
+is added up in more parts: equal up to rounding, here that of bfloat16. What has no order has
+the same bits everywhere: the FP8 state after the first step, for amaxes are reduced by max.
 """
 
 import argparse
