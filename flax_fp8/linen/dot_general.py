@@ -31,6 +31,7 @@ class Fp8DotGeneral(nn.Module):
     input_amax_history, kernel_amax_history, output_grad_amax_history: float32
     ``(amax_history_len,)``, in the units of the tensor.
     None at all for a recipe without state. The metrics of ``flax_fp8.add_metrics``, once added.
+    In a layer with boxed parameters (``nn.with_partitioning``) they are boxed too, no axis named.
 
   PRNG keys (collection ``sr_rng``):
     One a call, where the recipe rounds gradients stochastically; only the gradient needs it.

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_fp8.linen.arguments import fill, require_variables
+from flax_fp8.linen.boxes import unbox
 from flax_fp8.linen.frozen import (
   CONTRACTIONS,
   FP8_FROZEN,
@@ -176,7 +177,7 @@ def _parameter_name(module: Any, kernel: jax.Array) -> str | None:
 def _freeze(variables: Any, *, layers: tuple[FrozenLayer, ...]) -> dict[str, Any]:
   """Quantises the kernels, and keeps of the state what forward passes need."""
   params: Flat = flax.traverse_util.flatten_dict(nn.meta.unbox(variables["params"]))
-  state: Flat = flax.traverse_util.flatten_dict(variables.get(OVERWRITE_WITH_GRADIENT, {}))
+  state: Flat = flax.traverse_util.flatten_dict(unbox(variables.get(OVERWRITE_WITH_GRADIENT, {})))
   made: dict[Path, Any] = {}
   for layer in layers:
     kernel = None if layer.parameter is None else params[layer.parameter]

@@ -12,6 +12,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from flax_fp8.linen.boxes import box_as, unbox
 from flax_fp8.meta_dtype import to_max_grad
 from flax_fp8.ops import check
 from flax_fp8.ops.metrics import init_metrics
@@ -104,7 +105,9 @@ def _home(module: nn.Module) -> tuple[Any, str]:
 
 
 def _variable(module: nn.Module, name: str, fresh: np.ndarray) -> Any | None:
-  """Returns a variable of a module's state, creating it where that is allowed.
+  """Returns what a variable of a module's state holds, creating it where that is allowed.
+
+  Where parameters of the layer that the module is in are boxed, the variable is boxed too.
 
   Args:
     module: bound module.
@@ -112,12 +115,21 @@ def _variable(module: nn.Module, name: str, fresh: np.ndarray) -> Any | None:
     fresh: its first value.
 
   Returns:
-    Linen's variable; None where there is none and none may be made.
+    An array, without its box; None where there is none and none may be made.
   """
   scope, collection = _home(module)
-  if not (scope.has_variable(collection, name) or scope.is_mutable_collection(collection)):
-    return None
-  return scope.variable(collection, name, lambda: jnp.asarray(fresh))
+  if not scope.has_variable(collection, name):
+    if not scope.is_mutable_collection(collection):
+      return None
+    own = _parameters_beside(module)
+    scope.variable(collection, name, lambda: box_as(jnp.asarray(fresh), own))
+  return unbox(scope.get_variable(collection, name))
+
+
+def _parameters_beside(module: nn.Module) -> list[Any]:
+  """Returns the parameters, boxed or not, of the layer that a module is in."""
+  layer: Any = module.scope and module.scope.parent
+  return [] if layer is None else list(layer.variables().get("params", {}).values())
 
 
 def _read(module: nn.Module, name: str, fresh: np.ndarray) -> jax.Array:
@@ -128,7 +140,7 @@ def _read(module: nn.Module, name: str, fresh: np.ndarray) -> jax.Array:
       f"{'/'.join(module.path)!r}. Pass the whole variables dict, and for a checkpoint that was "
       "trained without FP8 add fresh state with upgrade_variables(model, variables, *inputs)."
     )
-  return _cast_once(module, found.value)
+  return _cast_once(module, found)
 
 
 # For each apply (its root scope), the float32 tracers that were cast and what they were cast to.

@@ -169,7 +169,7 @@ class _Run:
     sound = (sound & ~_has_nan(gradients)) | how.settles
 
     def record(path: Any, new: jax.Array, old: jax.Array) -> jax.Array:
-      name = path[-1].key
+      name = _variable_name(path)
       if self._loss_fn is None and name.startswith(_NOT_FORWARD):
         return old
       worst = name in NAMES and not how.settles
@@ -254,12 +254,17 @@ def _with_metrics(variables: Any, module: nn.Module, batch: Any, has_loss: bool)
   return add_metrics(module, variables, *_arguments(batch))
 
 
+def _variable_name(path: Any) -> str:
+  """Returns the name of a variable, the last key on the path to its leaf: a box has only fields."""
+  return next(entry.key for entry in reversed(path) if isinstance(entry, jax.tree_util.DictKey))
+
+
 def _zero_metrics(variables: Any, has_loss: bool) -> Any:
   """Starts the maximum over batches anew."""
   state, rest = partition_for_grad_overwrite(variables)
 
   def zero(path: Any, leaf: jax.Array) -> jax.Array:
-    name = path[-1].key
+    name = _variable_name(path)
     fresh = name in NAMES and (has_loss or not name.startswith(_NOT_FORWARD))
     return jnp.zeros_like(leaf) if fresh else leaf
 

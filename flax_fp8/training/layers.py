@@ -15,6 +15,7 @@ import jax
 import jax.core
 import numpy as np
 
+from flax_fp8.linen.boxes import unbox
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.meta_dtype import to_float32
 from flax_fp8.ops.metrics import METRICS
@@ -88,6 +89,7 @@ def _modules(tree: Any, path: Path, inside: bool) -> Iterator[tuple[Path, dict[s
 
 
 def _concrete(leaf: Any, path: Path) -> Any:
+  leaf = unbox(leaf)
   if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, (jax.Array, np.ndarray)):
     raise TypeError(
       f"stats: state must be arrays with values; got {'/'.join(path)} of {type(leaf)}. Call stats "

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_fp8.linen.arguments import fill, require_variables
+from flax_fp8.linen.boxes import has_boxes, unbox
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, declaring_metrics
 from flax_fp8.ops.metrics import METRICS
 from flax_fp8.recipes.base import Role
@@ -76,6 +77,7 @@ def add_metrics(module: nn.Module, variables: Any, *init_args: Any, **init_kwarg
       f"add_metrics: the model must have FP8 contractions; got {type(module).__name__} with none. "
       "Give its layers dot_general_cls=flax_fp8.Fp8DotGeneral."
     )
+  made = made if has_boxes(plain) else unbox(made)
   state = merge(plain.pop(OVERWRITE_WITH_GRADIENT, {}), made)
   return _like(variables, {**plain, OVERWRITE_WITH_GRADIENT: state})
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flax_fp8.linen.boxes import rebox, unbox
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.meta_dtype import to_float32
 from flax_fp8.recipes.base import Role
@@ -146,7 +147,8 @@ def keep_unused(old: Any, new: Any) -> Any:
     return overwrite_leaf(old, new)
   if any(isinstance(value, Mapping) for value in old.values()):
     return {key: keep_unused(value, new[key]) for key, value in old.items()}
-  return {key: _keep_unused_variable(key, old, new) for key in old}
+  plain = unbox(dict(old)), unbox(dict(new))
+  return {key: rebox(_keep_unused_variable(key, *plain), old[key]) for key in old}
 
 
 def _keep_unused_variable(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> jax.Array:

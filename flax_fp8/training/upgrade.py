@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_fp8.linen.arguments import fill, require_variables
+from flax_fp8.linen.boxes import has_boxes, is_box, rebox, unbox
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.meta_dtype import to_float32
 from flax_fp8.recipes.delayed import resize_history
@@ -36,8 +37,9 @@ def upgrade_variables(
   Returns:
     ``variables`` with the state that ``module.init`` makes, its values taken from ``variables``
     where these have a leaf of the same path and shape, or an amax history that differs in its
-    length alone. Other collections stay as they are. What the model has no state for is left out:
-    under a recipe without state, the whole collection.
+    length alone. It is boxed as ``module.init`` boxes it, where ``variables`` are boxed at all.
+    Other collections stay as they are. What the model has no state for is left out: under a recipe
+    without state, the whole collection.
 
   Raises:
     ValueError: ``variables`` is no variables dict, or its parameters are not of the paths and
@@ -68,7 +70,8 @@ def upgrade_variables(
   new = downgrade_variables(variables)
   if not fresh:
     return new
-  state = {OVERWRITE_WITH_GRADIENT: _take(variables.get(OVERWRITE_WITH_GRADIENT), fresh)}
+  state = _take(unbox(variables.get(OVERWRITE_WITH_GRADIENT)), unbox(fresh))
+  state = {OVERWRITE_WITH_GRADIENT: rebox(state, fresh) if has_boxes(variables) else state}
   return new.copy(state) if isinstance(new, flax.core.FrozenDict) else {**new, **state}
 
 
@@ -95,17 +98,12 @@ def _check_parameters(variables: Any, made: Any) -> None:
 def _parameters(variables: Any) -> dict[str, Any]:
   """The parameters by path, those in a box of metadata as one leaf."""
   _, params = partition_for_grad_overwrite(variables.get("params", {}))
-  return leaves_by_path(params, is_leaf=_is_box)
-
-
-def _is_box(x: Any) -> bool:
-  return isinstance(x, nn.meta.AxisMetadata)
+  return leaves_by_path(params, is_leaf=is_box)
 
 
 def _shape(leaf: Any) -> tuple[int, ...]:
-  """The shape of a leaf, or of the one leaf in a box: unboxing could ask for a mesh."""
-  (value,) = jax.tree.leaves(leaf) if _is_box(leaf) else (leaf,)
-  return jnp.shape(value)
+  """The shape of a leaf, or of the one leaf in a box."""
+  return jnp.shape(unbox(leaf))
 
 
 def _take(old: Any, fresh: Any) -> Any:
