@@ -112,7 +112,7 @@ class Decoder(nn.Module):
       for index in range(self.shape.layers):
         x, _ = Split(self.shape, self.dot_general_cls, name=f"layer_{index}")(x, None)
     head = nn.Dense(vocabulary, use_bias=False, dtype=jnp.bfloat16, name="head")
-    return head(norm("final_norm")(x)).astype(jnp.float32)
+    return head(norm("final_norm", jnp.bfloat16)(x)).astype(jnp.float32)
 
 
 def explain(model: Decoder, layout: Layout, batch: int, length: int) -> fp8.Report:

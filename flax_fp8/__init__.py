@@ -11,6 +11,7 @@ from flax_fp8.linen import (
   Fp8Einsum,
   Fp8FusedQKV,
   Fp8SwiGLU,
+  cond,
   fp8_linear_layers,
   freeze_for_inference,
   scan,
@@ -59,6 +60,7 @@ __all__ = [
   "Fp8Einsum",
   "Fp8FusedQKV",
   "Fp8SwiGLU",
+  "cond",
   "scan",
   "vmap",
   # Models

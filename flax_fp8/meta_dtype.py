@@ -55,8 +55,10 @@ class MaxGradRules:
 
   @staticmethod
   def full(shape: Any, fill_value: Any, dtype: MaxGradDType) -> jax.Array:
-    """As ``lax.full``."""
-    if jnp.issubdtype(jax.typeof(fill_value).dtype, jax.dtypes.extended):
+    """As ``lax.full``; the integer 0, with which JAX transposes a select, is ``zero``."""
+    if type(fill_value) is int and fill_value == 0:
+      fill_value = -np.inf
+    elif jnp.issubdtype(jax.typeof(fill_value).dtype, jax.dtypes.extended):
       fill_value = to_float32(fill_value)
     return _wrap(lax.full(shape, fill_value, dtype.float_dtype), dtype)
 

@@ -74,6 +74,20 @@ class TestRules:
     np.testing.assert_array_equal(meta_dtype.to_float32(got), np.full((2, 3), 7.0))
 
   @RUNS
+  def test_what_a_select_leaves_out_came_on_no_path(self, run):
+    """Neither the state that was not selected, nor where it was not."""
+    which = np.array([True, False])
+
+    def new(x):
+      states = [meta_dtype.to_max_grad(jnp.zeros(2))] * 2
+      pull = jax.vjp(lambda a, b: lax.select(which, a, b), *states)[1]
+      return list(map(meta_dtype.to_float32, pull(meta_dtype.to_max_grad(x))))
+
+    first, second = run(new)(jnp.asarray([5.0, 6.0]))
+    np.testing.assert_array_equal(first, [5, -np.inf])
+    np.testing.assert_array_equal(second, [-np.inf, 6])
+
+  @RUNS
   def test_full_of_its_own_kind(self, run):
     got = run(lambda x: lax.full((2,), meta_dtype.to_max_grad(x), fp32_max_grad))(jnp.float32(4))
     np.testing.assert_array_equal(meta_dtype.to_float32(got), [4.0, 4.0])

@@ -1,18 +1,23 @@
-"""``nn.scan`` and ``nn.vmap`` in which FP8 state goes where the parameters go.
+"""``nn.scan``, ``nn.vmap`` and ``nn.cond`` that know of FP8 state.
 
 A lifted transformation hides every collection that it is not told of. State that is hidden can't be
-read, and what is forgotten once is easily forgotten again, so here it need not be named.
+read, and what is forgotten once is easily forgotten again, so here it need not be named. And a
+branch that was not taken must leave no amax behind, though under ``vmap`` it runs all the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from flax.core.scope import in_filter, union_filters
+from jax import lax
 
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, STOCHASTIC_ROUNDING
+from flax_fp8.meta_dtype import to_float32, to_max_grad
 
 
 def scan(
@@ -120,6 +125,86 @@ def vmap(
   if not any(in_filter(each, OVERWRITE_WITH_GRADIENT) for each in axes):
     axes = _follow_params(axes)
   return nn.vmap(target, axes, _split(split_rngs), *args, **kwargs)
+
+
+def cond(
+  pred: Any,
+  true_fun: Callable[..., Any],
+  false_fun: Callable[..., Any],
+  mdl: nn.Module,
+  *operands: Any,
+  **kwargs: Any,
+) -> Any:
+  """Takes one of two branches as ``nn.cond``; the other leaves the FP8 state alone.
+
+  ``true_fun(mdl, *operands) if pred else false_fun(mdl, *operands)``. Under ``vmap`` JAX runs both
+  branches and selects, so that with ``nn.cond`` the amaxes of what was not taken, a pipeline's
+  bubbles say, enter the histories. Here they do not. And where variables are made, in ``init``,
+  both branches make theirs.
+
+  Args:
+    pred: bool scalar.
+    true_fun: takes ``mdl`` and the operands.
+    false_fun: the same; its outputs have the same structure, shapes and dtypes.
+    mdl: the module whose variables, or whose submodules' variables, the branches use.
+    *operands: arrays.
+    **kwargs: ``variables`` and ``rngs`` of ``nn.cond``.
+
+  Returns:
+    What the branch returns.
+
+  Numerics:
+    A branch not taken is a path that did not come: state that no taken branch uses keeps its value
+    under ``flax_fp8.value_and_grad``.
+
+  Example:
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> import flax_fp8 as fp8
+    >>> class Stage(nn.Module):
+    ...   @nn.compact
+    ...   def __call__(self, busy, x):
+    ...     dense = nn.Dense(8, dot_general_cls=fp8.Fp8DotGeneral)
+    ...     return fp8.cond(busy, lambda dense, x: dense(x), lambda dense, x: x, dense, x)
+    >>> stages = fp8.vmap(Stage, {"params": 0}, {"params": True})()
+    >>> busy, x = jnp.array([True, False]), jnp.full((2, 4, 8), 3.0)
+    >>> variables = stages.init(jax.random.key(0), busy, x)
+    >>> loss = lambda variables: jnp.sum(stages.apply(variables, busy, x) ** 2)
+    >>> state = fp8.grad(loss)(variables)["_overwrite_with_gradient"]["Dense_0"]["Fp8DotGeneral_0"]
+    >>> print(state["input_amax_history"][:, 0])
+    [3. 0.]
+
+  References:
+    flax.linen.cond.
+  """
+  if mdl.is_mutable_collection(OVERWRITE_WITH_GRADIENT):
+    taken, other = true_fun(mdl, *operands), false_fun(mdl, *operands)
+    return lax.cond(pred, lambda: taken, lambda: other)
+  branches = _where(pred, true_fun), _where(jnp.logical_not(pred), false_fun)
+  return nn.cond(pred, *branches, mdl, *operands, **kwargs)
+
+
+def _where(taken: Any, fun: Callable[..., Any]) -> Callable[..., Any]:
+  """Runs a function whose state gets no cotangent where it is not taken."""
+  silence = lambda state: jax.tree.map(lambda leaf: _silence(to_max_grad(leaf), taken), state)
+  return nn.map_variables(fun, OVERWRITE_WITH_GRADIENT, trans_in_fn=silence)
+
+
+@jax.custom_vjp
+def _silence(leaf: jax.Array, taken: jax.Array) -> jax.Array:
+  """Returns state as it is; its cotangent is that of a path that did not come, unless taken."""
+  del taken
+  return leaf
+
+
+def _silence_fwd(leaf: jax.Array, taken: jax.Array) -> tuple[jax.Array, jax.Array]:
+  return leaf, taken
+
+
+def _silence_bwd(taken: jax.Array, new: jax.Array) -> tuple[jax.Array, None]:
+  return to_max_grad(jnp.where(taken, to_float32(new), -jnp.inf)), None
+
+
+_silence.defvjp(_silence_fwd, _silence_bwd)
 
 
 def _follow_params(axes: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -2,8 +2,7 @@
 
 from flax_fp8.training.accumulate import accumulate_gradients
 from flax_fp8.training.calibrate import calibrate
-from flax_fp8.training.check import check_train_step
-from flax_fp8.training.check_report import TrainStepReport
+from flax_fp8.training.check import TrainStepReport, check_train_step
 from flax_fp8.training.checkpoint import restore_checkpoint, save_checkpoint
 from flax_fp8.training.downgrade import downgrade_variables
 from flax_fp8.training.from_flax import from_flax_fp8_ops

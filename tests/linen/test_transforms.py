@@ -164,3 +164,85 @@ def test_keys_of_stochastic_rounding_are_split(lift):
     return [jax.grad(loss(model))(variables) for model in (ours, theirs)]
 
   cases.equal(*gradient(jnp.asarray(cases.normal(1, 3, 8, 8))))
+
+
+class Either(nn.Module):
+  """One of two layers, by a condition."""
+
+  recipe: fp8.Recipe = RECIPE
+  lift: bool = True
+
+  def setup(self):
+    self.layer_0, self.layer_1 = dense(self.recipe), dense(self.recipe)
+
+  def __call__(self, pred, x):
+    cond = fp8.cond if self.lift else nn.cond
+    return cond(pred, lambda m, x: m.layer_0(x), lambda m, x: 2 * m.layer_1(x), self, x)
+
+
+TAKEN = jnp.array([True, False, True])
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_cond_leaves_what_was_not_taken_alone(mapped):
+  """Under vmap, too, where both branches run; each of them is the layer without condition."""
+  model = fp8.vmap(Either, {"params": 0}, {"params": True})() if mapped else Either()
+  pred, x = (TAKEN, X) if mapped else (TAKEN[0], X[0])
+  variables = model.init(KEY, pred, x)
+  alone = fp8.vmap(lambda m, x: m(x), {"params": 0}, {"params": True})
+
+  class Alone(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return alone(dense(), x) if mapped else dense()(x)
+
+  def loss(model, *args):
+    return lambda v: jnp.sum(model.apply(v, *args) ** 2)
+
+  @cases.quickly
+  def gradients(variables):
+    layers = [{name: tree[f"layer_{i}"] for name, tree in variables.items()} for i in (0, 1)]
+    inside = lambda layer: {name: {"Dense_0": tree} for name, tree in layer.items()}
+    doubled = lambda v: 4 * loss(Alone(), x)(v)
+    alone = [
+      fp8.grad(f)(inside(v)) for f, v in zip((loss(Alone(), x), doubled), layers, strict=True)
+    ]
+    return fp8.grad(loss(model, pred, x))(variables), alone
+
+  got, wants = gradients(variables)
+  for index, want in enumerate(wants):
+    taken = np.array(pred) ^ (index == 1)
+    for name, old, fresh in (("params", 0, want["params"]), (OWG, variables[OWG], want[OWG])):
+      kept = jax.tree.map(jnp.zeros_like, variables["params"]) if old == 0 else old
+      for a, b, c in zip(
+        *map(jax.tree.leaves, (got[name][f"layer_{index}"], fresh, kept[f"layer_{index}"])),
+        strict=True,
+      ):
+        choose = taken.reshape(-1, *(1,) * (a.ndim - 1)) if mapped else taken
+        np.testing.assert_array_equal(a, np.where(choose, b, c))
+
+
+def test_linens_cond_does_not():
+  """The reason for ours."""
+  model = fp8.vmap(Either, {"params": 0}, {"params": True})
+  variables = model().init(KEY, TAKEN, X)
+  loss = lambda lift: lambda v: jnp.sum(model(lift=lift).apply(v, TAKEN, X))
+  ours, theirs = (fp8.grad(loss(lift))(variables)[OWG]["layer_0"] for lift in (True, False))
+  amaxes = [m["Fp8DotGeneral_0"]["input_amax_history"][1, 0] for m in (ours, theirs)]
+  assert amaxes == [0, np.abs(X[1]).max()]
+
+
+@pytest.mark.parametrize("recipe", [fp8.Float8CurrentScaling(), fp8.Float8BlockScaling()])
+def test_cond_without_state_is_linens(recipe):
+  ours, theirs = Either(recipe), Either(recipe, lift=False)
+  variables = ours.init(KEY, True, X[0])
+  for pred in (True, False):
+    loss = lambda model: lambda v: jnp.sum(model.apply(v, pred, X[0]) ** 2)  # noqa: B023
+    cases.equal(*(fp8.value_and_grad(loss(model))(variables) for model in (ours, theirs)))
+
+
+def test_cond_of_a_frozen_model():
+  variables = Either().init(KEY, True, X[0])
+  model, frozen = fp8.freeze_for_inference(Either(), variables, True, X[0])
+  want = Either().apply(variables, True, X[0])
+  np.testing.assert_array_equal(model.apply(frozen, True, X[0]), want)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import flax_fp8 as fp8
-from flax_fp8.training.check_fit import judge
-from flax_fp8.training.check_report import _ADVICE, Finding
+from flax_fp8.training.check.fit import judge
+from flax_fp8.training.check.report import _ADVICE, Finding
 from tests.training import loops
 from tests.training.loops import BATCH, OWG, VARIABLES
 

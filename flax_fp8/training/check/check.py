@@ -16,11 +16,11 @@ import jax
 import numpy as np
 
 from flax_fp8.training import paths
-from flax_fp8.training.check_batch import beside, check_batch
-from flax_fp8.training.check_fit import Verdict
-from flax_fp8.training.check_report import Finding, TrainStepReport
-from flax_fp8.training.check_rows import REPLACED, RIGHT, Row, judge_all, rows
-from flax_fp8.training.check_step import HISTORY, SCALE, STEPS, Leaf, Outcome, Step, plant, same
+from flax_fp8.training.check.batch import beside, check_batch
+from flax_fp8.training.check.fit import Verdict
+from flax_fp8.training.check.report import Finding, TrainStepReport
+from flax_fp8.training.check.rows import REPLACED, RIGHT, Row, judge_all, rows
+from flax_fp8.training.check.step import HISTORY, SCALE, STEPS, Leaf, Outcome, Step, plant, same
 
 # Planted histories are 2 to 4 times these times the amaxes of the step.
 _FACTORS = (1.0, 1.0, 8.0, 64.0)

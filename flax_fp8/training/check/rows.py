@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from flax_fp8.training.check_fit import (
+from flax_fp8.training.check.fit import (
   KEPT,
   RIGHT,
   Verdict,
@@ -17,7 +17,7 @@ from flax_fp8.training.check_fit import (
   judge,
   multiple,
 )
-from flax_fp8.training.check_step import HISTORY, SCALE, Leaf, Outcome
+from flax_fp8.training.check.step import HISTORY, SCALE, Leaf, Outcome
 
 _MAX = {"input": 448.0, "kernel": 448.0, "output_grad": 57344.0}
 # The range of float8_e4m3fnuz is no power of two from those of the others.

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_fp8.training.check_report import Finding
-from flax_fp8.training.check_step import Outcome
+from flax_fp8.training.check.report import Finding
+from flax_fp8.training.check.step import Outcome
 
 _TRIED = 4
 _CONTRAST = 1.05

@@ -1,0 +1,6 @@
+"""Does a training step treat FP8 state rightly?"""
+
+from flax_fp8.training.check.check import check_train_step
+from flax_fp8.training.check.report import TrainStepReport
+
+__all__ = ["TrainStepReport", "check_train_step"]
