@@ -121,6 +121,21 @@ def test_both_precisions_and_what_they_leave(whole):
   assert fp8["train_curve"][-1] < fp8["train_curve"][0]
 
 
+@pytest.mark.slow
+def test_float16_beside_bf16(tmp_path):
+  """float16 with FP8 and without, both with a loss scale, and near BF16's loss."""
+  finished = run(tmp_path, "--dtype", "float16", "--explain", "none")
+  assert finished.returncode == 0, finished.stderr
+  found = results(tmp_path)
+  assert set(found["runs"]) == {"bf16", "float16", "delayed-float16"}
+  assert set(found["gap_percent"]) == {"float16", "delayed-float16"}
+  assert all(abs(gap) < 0.5 for gap in found["gap_percent"].values())
+  for name, of in found["runs"].items():
+    assert ("loss_scale" in of) == ("skipped_steps" in of) == (name != "bf16")
+    if name != "bf16":
+      assert (of["loss_scale"], of["skipped_steps"]) == (65536, 0)
+
+
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 def test_the_steps_are_explained(whole):
   out, finished = whole

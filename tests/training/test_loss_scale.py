@@ -208,6 +208,36 @@ def test_a_run_that_overflows_backs_off_and_grows_again():
   assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
 
 
+def test_microbatches_are_unscaled_once():
+  """``unscale`` after ``accumulate_gradients``, as documented: the whole batch's, in both modes."""
+  scale, halves = fp8.DynamicScale(scale=SCALE), X.reshape(2, -1, X.shape[-1])
+
+  @jax.jit
+  def step(variables):
+    loss, grads = fp8.accumulate_gradients(
+      lambda v, x: scale.scale * loss_fn(v, x), variables, halves
+    )
+    return loss / scale.scale, *scale.unscale(grads)
+
+  loss, following, finite, grads = step(VARIABLES)
+  whole = scaled(fp8.DynamicScale)
+  assert bool(finite)
+  assert int(following.fin_steps) == int(whole.dynamic_scale.fin_steps) == 1
+  np.testing.assert_allclose(loss, whole.aux, rtol=1e-3)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3),
+    grads["params"],
+    whole.grad["params"],
+  )
+  state = [tree[OWG]["Fp8DotGeneral_0"] for tree in (grads, whole.grad)]
+  for name in ("input", "kernel"):
+    equal(*(each[f"{name}_amax_history"] for each in state))
+  got, want = (each["output_grad_amax_history"][0] for each in state)
+  np.testing.assert_allclose(got, want, rtol=1e-2)
+  infinite = jax.jit(lambda v: fp8.DynamicScale().unscale(jax.tree.map(lambda x: x + jnp.inf, v)))
+  assert not bool(infinite({"params": VARIABLES["params"]})[1])
+
+
 def test_round_trips(tmp_path):
   """State dict and checkpoint: the scale, its steps, and the count of skipped steps."""
   state = train_step(train_step(create(scale=2.0**24), X)[0], X)[0]
