@@ -77,7 +77,7 @@ def test_gradients_flow_and_state_is_new(case, pair):
   for path, leaf in flat(nn.meta.unbox(wanted["params"])).items():
     got = flat(nn.meta.unbox(grads["params"]))[path]
     assert (np.abs(leaf).max() == 0) == (np.abs(got).max() == 0), path
-  for path, leaf in flat(grads[OWG]).items():
+  for path, leaf in flat(nn.meta.unbox(grads[OWG])).items():
     unused = "narrow" in path or "wide" in path  # one of two branches runs
     if path.endswith("amax_history") and not unused:
       assert np.all(leaf[..., 0] > 0), path
