@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from jax.custom_batching import custom_vmap
 from flax_fp8 import _compat
 from flax_fp8.contraction import Gemm, View
 from flax_fp8.quantize import QTensor, dequantize, product
+
+Product: TypeAlias = Callable[[QTensor, QTensor], jax.Array]
 
 
 def dot_high_precision(lhs: jax.Array, rhs: jax.Array, gemm: Gemm, dtype: Any) -> jax.Array:
@@ -62,19 +64,66 @@ def dot_per_tensor(
   ``transpose(dot_general(lhs.data, rhs.data)) * (lhs.scale * rhs.scale)``, in this order, so that
   the compiler sees the transposition beside the GEMM and can make the GEMM write it.
 
+  For a bfloat16 product on NVIDIA's GPUs ``transpose(dot_general(lhs.data * lhs.scale, rhs.data *
+  rhs.scale))``, which XLA compiles to one FP8 GEMM that takes the scales and writes bfloat16. A
+  product that is scaled after it is written in float32, read again, and summed over devices so.
+
   Args:
     lhs: left operand, scale of shape ``()``.
     rhs: right operand, scale of shape ``()``.
     gemm: dimension numbers, and the transposition of the result.
-    dtype: of the result; the product is scaled in float32 before it is cast.
+    dtype: of the result.
     fast_accumulation: lets the tensor core keep partial sums in less than float32 (Hopper keeps
       about 14 bits), which is faster. On other hardware it changes nothing.
 
   Returns:
     The product in ``dtype``.
+
+  Numerics:
+    The sums are scaled in float32 and rounded once, to ``dtype``. Where XLA makes no FP8 GEMM of a
+    bfloat16 product on a GPU, each scale and each dequantised value is rounded to bfloat16; each
+    scale alone where ``--xla_allow_excess_precision=false``.
   """
-  out = _dot(lhs.data, rhs.data, gemm, fast_accumulation)
-  return dequantize(lax.transpose(out, gemm.permutation), product(lhs.scale, rhs.scale), dtype)
+
+  def outside(lhs: QTensor, rhs: QTensor) -> jax.Array:
+    out = _dot(lhs.data, rhs.data, gemm, jnp.float32, fast_accumulation)
+    return dequantize(lax.transpose(out, gemm.permutation), product(lhs.scale, rhs.scale), dtype)
+
+  def inside(lhs: QTensor, rhs: QTensor) -> jax.Array:
+    # The scales are the GEMM's own: those of several kernels with one input, XLA would merge into a
+    # GEMM of several scales, which is not FP8.
+    scales = lax.optimization_barrier((lhs.scale, rhs.scale))
+    wide = [q.data.astype(dtype) * s.astype(dtype) for q, s in zip((lhs, rhs), scales, strict=True)]
+    return lax.transpose(_dot(wide[0], wide[1], gemm, dtype, fast_accumulation), gemm.permutation)
+
+  if dtype != jnp.bfloat16:
+    return outside(lhs, rhs)
+
+  def by_platform(lhs: QTensor, rhs: QTensor) -> jax.Array:
+    return cast(jax.Array, lax.platform_dependent(lhs, rhs, cuda=inside, default=outside))
+
+  return _unless_scales_are_mapped(by_platform, outside)(lhs, rhs)
+
+
+def _unless_scales_are_mapped(multiply: Product, otherwise: Product) -> Product:
+  """Makes a product that is ``otherwise`` under a vmap that maps a scale.
+
+  A GEMM of several experts takes one scale for all of them.
+  """
+
+  @custom_vmap
+  def either(lhs: QTensor, rhs: QTensor) -> jax.Array:
+    return multiply(lhs, rhs)
+
+  @either.def_vmap
+  def rule(axis_size: int, in_batched: Any, lhs: QTensor, rhs: QTensor) -> tuple[jax.Array, bool]:
+    axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, tuple(in_batched))
+    over = lambda product: jax.vmap(product, axes, axis_size=axis_size)
+    if any(q.scale for q in in_batched):
+      return over(otherwise)(lhs, rhs), True
+    return _unless_scales_are_mapped(over(multiply), over(otherwise))(lhs, rhs), True
+
+  return either
 
 
 def dot_per_row(
@@ -95,7 +144,7 @@ def dot_per_row(
   Returns:
     The product in ``dtype``.
   """
-  out = _dot(lhs.data, rhs.data, gemm, fast_accumulation)
+  out = _dot(lhs.data, rhs.data, gemm, jnp.float32, fast_accumulation)
   n_batch, n_lhs = len(gemm.lhs.batch), len(gemm.lhs.kept)
   lhs_axes = tuple(range(n_batch + n_lhs))
   rhs_axes = (*range(n_batch), *range(n_batch + n_lhs, out.ndim))
@@ -109,14 +158,16 @@ def dot_per_row(
   return lax.transpose(dequantize(out, scale, dtype), gemm.permutation)
 
 
-def _dot(lhs: jax.Array, rhs: jax.Array, gemm: Gemm, fast_accumulation: bool) -> jax.Array:
+def _dot(
+  lhs: jax.Array, rhs: jax.Array, gemm: Gemm, dtype: Any, fast_accumulation: bool
+) -> jax.Array:
   precision = lax.Precision.DEFAULT if fast_accumulation else lax.Precision.HIGHEST
   return lax.dot_general(
     lhs,
     rhs,
     gemm.dimension_numbers,
     precision=precision,
-    preferred_element_type=jnp.float32,
+    preferred_element_type=dtype,
     out_sharding=gemm.dot_sharding,
   )
 

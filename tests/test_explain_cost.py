@@ -5,6 +5,9 @@ import pytest
 from explain_cost import draw, measure, table
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def case():
   return measure(1, unrolled=True)

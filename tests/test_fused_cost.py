@@ -11,6 +11,9 @@ SIZES = fused_cost.Sizes(tokens=256, width=128, heads=4, kv_heads=2, head_dim=32
 NAMES = ("BF16", "current, three layers", "current, fused, separate scales")
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def found():
   return fused_cost.measure(SIZES, NAMES, Console(quiet=True))

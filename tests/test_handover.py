@@ -16,6 +16,7 @@ def nudge(state, windows):
   return state.replace(step=state.step + 1, params=params), jnp.mean(windows) / 100
 
 
+@pytest.mark.slow
 def test_a_short_run(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(handover, "compile_step", lambda *_: (nudge, 0.0))
   assert handover.main(["--steps", "6", "--batch-size", "2", "--out", str(tmp_path)]) == 0

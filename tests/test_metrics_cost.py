@@ -11,6 +11,9 @@ from flax_fp8.ops import metrics
 SIZES = (256, 128, 128)
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def found():
   return metrics_cost.measure(("delayed",), SIZES, Console(quiet=True))

@@ -27,14 +27,8 @@ def cells(notebook: nbformat.NotebookNode) -> list[tuple[str, str, str]]:
   return [(cell.id, cell.cell_type, cell.source) for cell in notebook.cells]
 
 
-# The tutorial always; the others, a minute each, where slow tests run.
-executed = [
-  pytest.param(path, id=path.stem, marks=() if path.stem == "fp8_basics" else pytest.mark.slow)
-  for path in build.SOURCES
-]
-
-
-@pytest.mark.parametrize("source", executed)
+@pytest.mark.slow
+@pytest.mark.parametrize("source", build.SOURCES, ids=lambda source: source.stem)
 def test_runs_without_errors_and_warnings(source: Path):
   build.execute(source)
 

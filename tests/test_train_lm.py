@@ -155,6 +155,7 @@ def test_the_steps_are_explained(whole):
   assert "ratio" in finished.stdout
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_identical(whole, tmp_path):
   kill_after_a_checkpoint(tmp_path)
   resumed = run(tmp_path, "--precision", "fp8", "--resume")

@@ -204,19 +204,24 @@ class DelayedScaling(Recipe):
     role: Role,
     views: tuple[View, View],
     key: jax.Array | None,
-  ) -> tuple[tuple[QTensor, QTensor], jax.Array]:
-    """Quantises once for both GEMMs; observes the amax."""
+  ) -> tuple[tuple[QTensor, QTensor], tuple[jax.Array, jax.Array]]:
+    """Quantises once for both GEMMs; observes the scale and the amax."""
     del views
     seen = amax(x, state)
-    scale, inverse = (value.reshape(()) for value in self._scale(state, seen, role))
+    scale, inverse = self._scale({**state, "scale": state["scale"].reshape(())}, seen, role)
     q = quantize(x, scale, self.float8(role), inverse, key, stale=True)
-    return (q, q), seen
+    if not self._waits_for_amax:
+      # One kernel then casts and finds the amax. Without the barrier, XLA makes it a kernel that
+      # casts and transposes, and reads the tensor again for the amax.
+      q = dataclasses.replace(q, data=lax.optimization_barrier(q.data))
+    return (q, q), (scale, seen)
 
   def update(self, state: TensorState, observation: Any, role: Role) -> TensorState:
     """Keeps the scale that this step used, and records its amax."""
+    scale, seen = observation
     new = {
-      "scale": self._scale(state, observation, role)[0],
-      "amax_history": roll_history(state["amax_history"], observation),
+      "scale": scale.reshape(state["scale"].shape),
+      "amax_history": roll_history(state["amax_history"], seen),
     }
     if self.interval > 1:
       due, empty = self._is_due(state), self._is_empty(state)
@@ -298,8 +303,13 @@ class DelayedScaling(Recipe):
       power_of_two=self.power_of_two,
     )
 
+  @property
+  def _waits_for_amax(self) -> bool:
+    """Whether a scale may be that of the tensor's own amax."""
+    return self.first_step == "current" or self.overflow == "current"
+
   def _is_due(self, state: TensorState) -> jax.Array:
-    return state["steps_to_update"] == 0.0
+    return state["steps_to_update"].reshape(()) == 0.0
 
   def _is_empty(self, state: TensorState) -> jax.Array:
     return jnp.max(state["amax_history"], axis=0) == 0.0
