@@ -75,14 +75,14 @@ class LlamaBlock(nn.Module):
 
 
 class Mlp(nn.Module):
-  """``x + down(gelu(up(norm(x))))``, as a step of a scan."""
+  """``x + down(relu(up(norm(x))))``, as a step of a scan."""
 
   cls: Any
 
   @nn.compact
   def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
     """Takes and gives the residual stream."""
-    y = nn.gelu(dense(8192, self.cls, "up")(norm()(x)))
+    y = nn.relu(dense(8192, self.cls, "up")(norm()(x)))
     return x + dense(2048, self.cls, "down")(y), None
 
 

@@ -4,7 +4,6 @@ import pytest
 
 from explain_cost import draw, measure, table
 
-
 pytestmark = pytest.mark.slow
 
 
