@@ -11,6 +11,9 @@ SIZES = (256, 128, 128)
 NAMES = ("BF16", "delayed", "mxfp8")
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def found():
   return recipe_cost.measure(("h100",), NAMES, SIZES, Console(quiet=True))

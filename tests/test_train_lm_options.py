@@ -131,6 +131,7 @@ def test_a_model_is_fused_or_converted(capsys):
   assert "argument --convert: not allowed with argument --fused" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_calibration_fills_the_state_before_the_first_step(served):
   """Three batches and two steps: five entries of every history."""
   result, trained, _, shown = served

@@ -169,8 +169,8 @@ def cond(
     >>> busy, x = jnp.array([True, False]), jnp.full((2, 4, 8), 3.0)
     >>> variables = stages.init(jax.random.key(0), busy, x)
     >>> loss = lambda variables: jnp.sum(stages.apply(variables, busy, x) ** 2)
-    >>> state = fp8.grad(loss)(variables)["_overwrite_with_gradient"]["Dense_0"]["Fp8DotGeneral_0"]
-    >>> print(state["input_amax_history"][:, 0])
+    >>> state = jax.jit(fp8.grad(loss))(variables)["_overwrite_with_gradient"]["Dense_0"]
+    >>> print(state["Fp8DotGeneral_0"]["input_amax_history"][:, 0])
     [3. 0.]
 
   References:
