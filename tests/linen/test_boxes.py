@@ -166,7 +166,8 @@ def test_diagnostics(variables):
   plain = boxes.unbox(variables)
   calibrated = fp8.calibrate(Model(), variables, [X], progress=False)
   same(calibrated, fp8.calibrate(Model(None), plain, [X], progress=False))
-  assert fp8.stats(calibrated) == fp8.stats(boxes.unbox(calibrated))
+  # By text: what was not measured is NaN, which is unequal to itself.
+  assert repr(fp8.stats(calibrated)) == repr(fp8.stats(boxes.unbox(calibrated)))
   assert len(fp8.stats(calibrated).rows) == 3 * (1 + EXPERTS)
 
 
