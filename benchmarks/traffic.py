@@ -26,6 +26,7 @@ from rich.table import Table
 
 import flax_fp8 as fp8
 from flax_fp8.doctor import allow_missing_cuda
+from flax_fp8.meta_dtype import to_float32
 from lm.files import write_text
 from lm.report import environment
 from recipe_cost import figures
@@ -157,13 +158,9 @@ def explain_case(case: Case, variant: str, target: str) -> fp8.Report:
   def step(variables: Any, x: jax.Array, grad: jax.Array) -> Any:
     state = fp8.as_max_grad(variables) if variant == "flax_fp8" else variables
     out, pull_back = jax.vjp(model.apply, state, x)
-    return out, jax.tree.map(_plain, pull_back(grad))
+    return out, jax.tree.map(to_float32, pull_back(grad))
 
   return fp8.explain(step, variables, x, grad, target=target, name=variant)
-
-
-def _plain(leaf: jax.Array) -> jax.Array:
-  return leaf.astype(jnp.float32) if leaf.dtype == fp8.fp32_max_grad else leaf
 
 
 def measure(case: Case, target: str) -> dict[str, Any]:

@@ -91,7 +91,8 @@ def dot_per_tensor(
 
   def inside(lhs: QTensor, rhs: QTensor) -> jax.Array:
     # The scales are the GEMM's own: those of several kernels with one input, XLA would merge into a
-    # GEMM of several scales, which is not FP8.
+    # GEMM of several scales, which is not FP8. Nor does a reshape get between a scale and its cast,
+    # after which XLA would not leave out the rounding.
     scales = lax.optimization_barrier((lhs.scale, rhs.scale))
     wide = [q.data.astype(dtype) * s.astype(dtype) for q, s in zip((lhs, rhs), scales, strict=True)]
     return lax.transpose(_dot(wide[0], wide[1], gemm, dtype, fast_accumulation), gemm.permutation)

@@ -1,10 +1,14 @@
 """Products of quantised tensors against float64."""
 
+import re
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import flax_fp8 as fp8
 from flax_fp8 import contraction, products
 from flax_fp8.explain.compile import compile_program
 from flax_fp8.quantize import QTensor
@@ -89,6 +93,26 @@ def test_a_gpu_gets_one_fp8_gemm_with_exact_scales():
   assert "bf16[]" not in hlo
 
 
+@pytest.mark.parametrize(
+  "recipe",
+  [
+    fp8.DelayedScaling(),
+    fp8.DelayedScaling(interval=2, first_step="current"),
+    fp8.Float8CurrentScaling(),
+  ],
+  ids=["delayed", "interval", "current"],
+)
+def test_no_scale_of_a_layer_is_rounded(recipe):
+  """A reshape between its two casts would be enough for XLA to keep the rounding."""
+  layer = nn.Dense(64, dtype=jnp.bfloat16, dot_general_cls=recipe.dot_general_cls)
+  x = jax.ShapeDtypeStruct((32, 48), jnp.bfloat16)
+  variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+  loss = lambda variables, x: jnp.mean(jnp.sin(layer.apply(variables, x).astype(jnp.float32)))
+  hlo = compiled_for_h100(fp8.value_and_grad(loss, argnums=(0, 1)), variables, x)
+  assert hlo.count('custom_call_target="__cublas$lt$matmul$f8"') == 3
+  assert not re.search(r"= bf16\[1?\]\S* convert\(", hlo)
+
+
 def test_a_gpu_gets_fp8_gemms_of_experts():
   """With a scale for all of them, or one for each."""
   for scales in (None, 4):
@@ -118,8 +142,6 @@ def test_dot_microscaled_under_vmap(axes):
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)], ids=["lhs", "rhs", "both"])
 def test_dot_microscaled_under_vmap_compiles_for_cuda(axes):
   pytest.importorskip("jax_plugins.xla_cuda13", reason="the CUDA plugin exists for Linux alone")
-  import flax_fp8 as fp8
-
   shape = lambda rows, mapped: (*[3][:mapped], 2, rows)
   spec = lambda rows, mapped: QTensor(
     jax.ShapeDtypeStruct((*shape(rows, mapped), 128), jnp.float8_e4m3fn),

@@ -208,7 +208,7 @@ class DelayedScaling(Recipe):
     """Quantises once for both GEMMs; observes the scale and the amax."""
     del views
     seen = amax(x, state)
-    scale, inverse = self._scale({**state, "scale": state["scale"].reshape(())}, seen, role)
+    scale, inverse = (value.reshape(()) for value in self._scale(state, seen, role))
     q = quantize(x, scale, self.float8(role), inverse, key, stale=True)
     if not self._waits_for_amax:
       # One kernel then casts and finds the amax. Without the barrier, XLA makes it a kernel that
@@ -309,7 +309,7 @@ class DelayedScaling(Recipe):
     return self.first_step == "current" or self.overflow == "current"
 
   def _is_due(self, state: TensorState) -> jax.Array:
-    return state["steps_to_update"].reshape(()) == 0.0
+    return state["steps_to_update"] == 0.0
 
   def _is_empty(self, state: TensorState) -> jax.Array:
     return jnp.max(state["amax_history"], axis=0) == 0.0
