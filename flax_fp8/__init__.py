@@ -1,9 +1,10 @@
 """Train Flax Linen models in FP8."""
 
-from flax_fp8 import fp8_ops, ops
+from flax_fp8 import fp8_ops, ops, remat_policies
 from flax_fp8.capability import capability
 from flax_fp8.explain import GpuTarget, Report, assert_fp8, explain
 from flax_fp8.formats import Format
+from flax_fp8.kernels.choice import use_kernels
 from flax_fp8.linen import (
   ConversionReport,
   Fp8Config,
@@ -78,6 +79,8 @@ __all__ = [
   "RECIPES",
   "Recipe",
   "get_recipe",
+  # Kernels
+  "use_kernels",
   # State
   "OVERWRITE_WITH_GRADIENT",
   "as_max_grad",
@@ -113,4 +116,5 @@ __all__ = [
   # Namespaces
   "fp8_ops",
   "ops",
+  "remat_policies",
 ]

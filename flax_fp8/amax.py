@@ -89,8 +89,7 @@ def amax(x: jax.Array, state: Any) -> jax.Array:
   References:
     JAX, jax.custom_batching.custom_vmap; JAX, shard_map and varying manual axes.
   """
-  largest = _reduce_all_but(0)(x, state)
-  return _across_devices(largest, state)
+  return across_devices(_reduce_all_but(0)(x, state), state)
 
 
 @functools.cache
@@ -115,7 +114,16 @@ def _reduce_all_but(kept: int) -> Callable[[jax.Array, Any], jax.Array]:
   return reduce
 
 
-def _across_devices(largest: jax.Array, state: Any) -> jax.Array:
+def across_devices(largest: jax.Array, state: Any) -> jax.Array:
+  """Reduces an amax over the devices of a shard_map among which ``state`` does not differ.
+
+  Args:
+    largest: float32 scalar, of each device's part.
+    state: as for ``amax``.
+
+  Returns:
+    float32 scalar, the largest of them.
+  """
   if unchecked := _compat.unchecked_manual_axes():
     return lax.pmax(largest, unchecked)
   axes = _compat.varying_axes(largest).difference(

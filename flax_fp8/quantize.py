@@ -216,7 +216,7 @@ def scale_from_amax(
   if power_of_two:
     scale = _round_up_to_power_of_two(scale)
     inverse = 1.0 / scale
-  usable = jnp.isfinite(amax) & (amax > 0.0)
+  usable = (amax > 0.0) & (amax < jnp.inf)
   return jnp.where(usable, scale, fallback), jnp.where(usable, inverse, 1.0 / fallback)
 
 

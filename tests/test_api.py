@@ -24,7 +24,7 @@ NAMES = {
   "fp32_max_grad",
   "fp8_linear_layers", "fp8_ops", "freeze_for_inference", "from_flax_fp8_ops", "get_recipe",
   "grad", "ops", "partition_for_grad_overwrite", "restore_checkpoint", "save_checkpoint", "scan",
-  "stats", "upgrade_variables", "value_and_grad", "vmap",
+  "remat_policies", "stats", "upgrade_variables", "use_kernels", "value_and_grad", "vmap",
 }  # fmt: skip
 MODULES = sorted(m.name for m in pkgutil.walk_packages(fp8.__path__, "flax_fp8."))
 RULES = ("_fwd", "_bwd", "_jvp")  # differentiation rules, which Flax's namespace exports

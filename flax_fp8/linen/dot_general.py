@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 
 from flax_fp8 import ops
-from flax_fp8.linen.state import read_key, read_state
+from flax_fp8.linen.state import is_stored, read_key, read_state
 from flax_fp8.ops import check
 from flax_fp8.recipes.base import Recipe, register_module
 from flax_fp8.recipes.delayed import DelayedScaling
@@ -88,10 +88,11 @@ class Fp8DotGeneral(nn.Module):
       rhs,
       dimension_numbers,
       recipe=self.recipe,
-      state=read_state(self, self.recipe),
+      state=read_state(self, self.recipe, lhs),
       preferred_element_type=preferred_element_type,
       out_sharding=self.out_sharding if out_sharding is None else out_sharding,
       key=read_key(self, self.recipe),
+      kernel_is_stored=is_stored(self, rhs),
       name=name,
     )
 
@@ -156,10 +157,11 @@ class Fp8Einsum(nn.Module):
       lhs,
       rhs,
       recipe=self.recipe,
-      state=read_state(self, self.recipe),
+      state=read_state(self, self.recipe, lhs),
       preferred_element_type=preferred_element_type,
       out_sharding=self.out_sharding if out_sharding is None else out_sharding,
       key=read_key(self, self.recipe),
+      kernel_is_stored=is_stored(self, rhs),
       name=name,
     )
 

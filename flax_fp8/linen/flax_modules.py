@@ -94,7 +94,7 @@ class Fp8DirectDotGeneralOp(Fp8DotGeneralBase):
       rhs,
       dimension_numbers,
       recipe=self.recipe,
-      state=read_state(self, self.recipe),
+      state=read_state(self, self.recipe, lhs),
       preferred_element_type=preferred_element_type or rhs.dtype,
       name=name,
     )
@@ -149,7 +149,7 @@ class Fp8Einsum(Fp8DotGeneralBase):
       lhs,
       rhs,
       recipe=self.recipe,
-      state=read_state(self, self.recipe),
+      state=read_state(self, self.recipe, lhs),
       preferred_element_type=preferred_element_type or rhs.dtype,
       name=name,
     )

@@ -22,13 +22,15 @@ OVERWRITE_WITH_GRADIENT = "_overwrite_with_gradient"
 STOCHASTIC_ROUNDING = "sr_rng"
 
 
-def read_state(module: nn.Module, recipe: Recipe) -> dict[str, TensorState]:
+def read_state(module: nn.Module, recipe: Recipe, x: Any) -> dict[str, TensorState]:
   """Reads a module's state, creating it while the module is being initialised.
 
   Args:
     module: bound module; its variables are ``{role}_{key}`` of the collection
       ``_overwrite_with_gradient``.
     recipe: declares the keys.
+    x: the module's input; what another module with this recipe has read of the same array stands
+      for this module's own, and its new value becomes the new value of both.
 
   Returns:
     For each role the leaves, ready for ``ops.dot_general``; with metrics where there are any.
@@ -38,6 +40,7 @@ def read_state(module: nn.Module, recipe: Recipe) -> dict[str, TensorState]:
     ValueError: the module is applied without its state.
   """
   state = read_recipe_state(module, recipe)
+  state[Role.INPUT.value] = _share(module, recipe, x, state[Role.INPUT.value])
   return {role: leaves | _read_metrics(module, role) for role, leaves in state.items()}
 
 
@@ -126,6 +129,17 @@ def _variable(module: nn.Module, name: str, fresh: np.ndarray) -> Any | None:
   return unbox(scope.get_variable(collection, name))
 
 
+def is_stored(module: nn.Module, kernel: jax.Array) -> bool:
+  """Tells whether a kernel is a parameter of the layer that a module is in, of the same dtype."""
+  return is_among(_parameters_beside(module), kernel)
+
+
+def is_among(params: Any, kernel: jax.Array) -> bool:
+  """Tells whether parameters hold a kernel, judged by its dtype and size."""
+  leaves = jax.tree.leaves(params)
+  return any(leaf.dtype == kernel.dtype and leaf.size == kernel.size for leaf in leaves)
+
+
 def _parameters_beside(module: nn.Module) -> list[Any]:
   """Returns the parameters, boxed or not, of the layer that a module is in."""
   layer: Any = module.scope and module.scope.parent
@@ -161,3 +175,44 @@ def _cast_once(module: nn.Module, value: Any) -> Any:
   if id(value) not in casts:
     casts[id(value)] = (value, to_max_grad(value))  # holding the tracer keeps its id from reuse
   return casts[id(value)][1]
+
+
+# For each apply, what was read for the input that a tracer is, by that tracer and the recipe.
+_inputs: weakref.WeakKeyDictionary[Any, dict[tuple[int, Recipe], tuple[Any, TensorState]]]
+_inputs = weakref.WeakKeyDictionary()
+
+
+def _share(module: nn.Module, recipe: Recipe, x: Any, own: TensorState) -> TensorState:
+  """Lets layers with one input quantise it by one state, so that XLA does it once.
+
+  They see the same amaxes, so their states are the same unless they were made apart.
+  """
+  if not isinstance(x, jax.core.Tracer):
+    return own
+  assert module.scope is not None
+  inputs = _inputs.setdefault(module.scope.root, {})
+  _, first = inputs.setdefault((id(x), recipe), (x, own))  # holding x keeps its id from reuse
+  kinds = lambda state: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
+  return jax.tree.map(_instead, first, own) if kinds(first) == kinds(own) else own
+
+
+@jax.custom_vjp
+def _instead(first: jax.Array, own: jax.Array) -> jax.Array:
+  """Returns the first; its cotangent, which is its new value, is that of the second alone.
+
+  The first has its own from where it was read.
+  """
+  del own
+  return first
+
+
+def _instead_fwd(first: jax.Array, own: jax.Array) -> tuple[jax.Array, None]:
+  del own
+  return first, None
+
+
+def _instead_bwd(_: None, new: jax.Array) -> tuple[None, jax.Array]:
+  return None, new
+
+
+_instead.defvjp(_instead_fwd, _instead_bwd)

@@ -19,7 +19,7 @@ from flax_fp8 import _compat, contraction
 from flax_fp8.amax import emit_once
 from flax_fp8.contraction import DimensionNumbers, Gemm, View
 from flax_fp8.meta_dtype import like, to_float32
-from flax_fp8.ops import calibration, check, metrics
+from flax_fp8.ops import calibration, check, metrics, saved
 from flax_fp8.ops.calibration import Calibration
 from flax_fp8.products import dot_high_precision
 from flax_fp8.quantize import QTensor
@@ -42,6 +42,7 @@ def dot_general(
   out_sharding: Any = None,
   key: jax.Array | None = None,
   roles: Roles = (Role.INPUT, Role.KERNEL),
+  kernel_is_stored: bool = False,
   name: str = "dot_general",
 ) -> jax.Array:
   """Contracts two arrays in FP8; ``lax.dot_general`` with state.
@@ -63,6 +64,8 @@ def dot_general(
     key: PRNG key, by which a recipe that asks for it rounds output gradients stochastically; needed
       for differentiation alone.
     roles: what ``lhs`` and ``rhs`` are; exchanged for a GEMM that takes the kernel first.
+    kernel_is_stored: whether the kernel is read from memory as it is, a parameter that nothing
+      casts or computes: then a Pallas kernel may quantise it (``flax_fp8.use_kernels``).
     name: what error messages call the operation.
 
   Returns:
@@ -103,7 +106,8 @@ def dot_general(
   check.recipe(name, recipe)
   check.state(name, recipe, state)
   sharding = check.sharding_of_product(name, dims, lhs, rhs, out_sharding)
-  call = _Call(recipe, dims, dtype, sharding, roles, name, calibration.current())
+  how = calibration.current()
+  call = _Call(recipe, dims, dtype, sharding, roles, kernel_is_stored, name, how)
   used = {role.value: state.get(role.value, {}) for role in Role}
   return _scaled_dot_general(call, lhs, rhs, used, key if recipe.rounds_by_key else None)
 
@@ -138,6 +142,7 @@ class _Call:
   dtype: Any
   sharding: NamedSharding | None
   roles: Roles
+  kernel_is_stored: bool
   name: str
   calibration: Calibration | None
 
@@ -145,6 +150,17 @@ class _Call:
   def backward_kinds(self) -> tuple[GemmKind, GemmKind]:
     """The GEMMs that give the gradients of the left and of the right operand."""
     return _GRADIENT_OF[self.roles[0]], _GRADIENT_OF[self.roles[1]]
+
+  def forward_gemm(self, operands: tuple[_Operand, _Operand]) -> Gemm:
+    """The GEMM that gives the result."""
+    kernel = self.roles.index(Role.KERNEL)
+    shapes = [operand.shape for operand in operands]
+    return contraction.forward_gemm(self.dimension_numbers, *shapes, kernel=kernel)
+
+  def backward_gemms(self, operands: tuple[_Operand, _Operand]) -> tuple[Gemm, Gemm]:
+    """The GEMMs that give the gradients of the left and of the right operand."""
+    shapes = [operand.shape for operand in operands]
+    return contraction.backward_gemms(self.dimension_numbers, *shapes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -158,34 +174,49 @@ def _forward(
   call: _Call, lhs: jax.Array, rhs: jax.Array, state: State, key: jax.Array | None
 ) -> tuple[jax.Array, Any]:
   """Quantises both operands and multiplies; keeps what the backward pass takes of them."""
-  kernel = call.roles.index(Role.KERNEL)
-  dims = call.dimension_numbers
-  gemm = contraction.forward_gemm(dims, lhs.shape, rhs.shape, kernel=kernel)
-  to_lhs, to_rhs = contraction.backward_gemms(dims, lhs.shape, rhs.shape)
-  lhs_kind, rhs_kind = call.backward_kinds
-  fprop = GemmKind.FPROP
-  (q_lhs, kept_lhs), lhs_seen = _quantize(
-    call, lhs, state, call.roles[0], (fprop, rhs_kind), (gemm.lhs, to_rhs.rhs)
-  )
-  (q_rhs, kept_rhs), rhs_seen = _quantize(
-    call, rhs, state, call.roles[1], (fprop, lhs_kind), (gemm.rhs, to_lhs.rhs)
-  )
-  out = _contract(call.recipe, q_lhs, q_rhs, gemm.sharded(call.sharding), fprop, call.dtype)
   operands = (_Operand.of(lhs), _Operand.of(rhs))
-  return out, (kept_lhs, kept_rhs, (lhs_seen, rhs_seen), state, key, operands)
+  prepared = _prepare(call, state)
+  (q_lhs, kept_lhs), lhs_seen = _quantize_operand(call, 0, lhs, operands, state, prepared)
+  (q_rhs, kept_rhs), rhs_seen = _quantize_operand(call, 1, rhs, operands, state, prepared)
+  gemm = call.forward_gemm(operands).sharded(call.sharding)
+  out = _contract(call.recipe, q_lhs, q_rhs, gemm, GemmKind.FPROP, call.dtype)
+  out = saved.name(out, saved.BATCHED_OUTPUT if gemm.lhs.batch else saved.OUTPUT)
+  names = {Role.INPUT: saved.INPUT, Role.KERNEL: saved.KERNEL}
+  kept = [
+    saved.name(q, names[role]) for q, role in zip((kept_lhs, kept_rhs), call.roles, strict=True)
+  ]
+  again = [Role.OUTPUT_GRAD]
+  if call.kernel_is_stored:  # and stays so: in a loop, keeping it in FP8 would take memory
+    kept[call.roles.index(Role.KERNEL)] = (lhs, rhs)[call.roles.index(Role.KERNEL)]
+    again.append(Role.KERNEL)
+  added = {role.value: _added(prepared[role], state[role.value]) for role in again}
+  seen, added = saved.name(((lhs_seen, rhs_seen), added), saved.SCALARS)
+  return out, (tuple(kept), seen, state, added, key, operands)
 
 
 def _backward(
   call: _Call, residuals: Any, grad: jax.Array
 ) -> tuple[jax.Array, jax.Array, State, None]:
   """Quantises the gradient and multiplies it with both kept operands; updates the state."""
-  q_lhs, q_rhs, seen, state, key, (lhs, rhs) = residuals
+  (q_lhs, q_rhs), seen, state, added, key, (lhs, rhs) = residuals
+  prepared = {role: {**_own(state, role), **added.get(role.value, {})} for role in Role}
+  if call.kernel_is_stored and call.roles[0] is Role.KERNEL:
+    (_, q_lhs), _ = _quantize_operand(call, 0, q_lhs, (lhs, rhs), state, prepared)
+  elif call.kernel_is_stored:
+    (_, q_rhs), _ = _quantize_operand(call, 1, q_rhs, (lhs, rhs), state, prepared)
   if call.calibration is None:
     check.key(call.name, call.recipe, key)
-  to_lhs, to_rhs = contraction.backward_gemms(call.dimension_numbers, lhs.shape, rhs.shape)
+  to_lhs, to_rhs = call.backward_gemms((lhs, rhs))
   lhs_kind, rhs_kind = call.backward_kinds
   (by_rhs, by_lhs), grad_seen = _quantize(
-    call, grad, state, Role.OUTPUT_GRAD, (lhs_kind, rhs_kind), (to_lhs.lhs, to_rhs.lhs), key
+    call,
+    grad,
+    state,
+    prepared,
+    Role.OUTPUT_GRAD,
+    (lhs_kind, rhs_kind),
+    (to_lhs.lhs, to_rhs.lhs),
+    key,
   )
   to_lhs, to_rhs = to_lhs.sharded(lhs.sharding), to_rhs.sharded(rhs.sharding)
   grad_lhs = _contract(call.recipe, by_rhs, q_rhs, to_lhs, lhs_kind, lhs.dtype)
@@ -195,10 +226,47 @@ def _backward(
   return lhs.reduce(grad_lhs), rhs.reduce(grad_rhs), new_state, None
 
 
+def _quantize_operand(
+  call: _Call,
+  index: int,
+  x: jax.Array,
+  operands: tuple[_Operand, _Operand],
+  state: State,
+  prepared: Mapping[Role, TensorState],
+) -> tuple[tuple[Quantized, Quantized], tuple[Any, ...]]:
+  """Prepares the left operand, 0, or the right one, 1, for its two GEMMs."""
+  gemm, backward = call.forward_gemm(operands), call.backward_gemms(operands)[1 - index]
+  kinds = GemmKind.FPROP, call.backward_kinds[1 - index]
+  views = (gemm.lhs, gemm.rhs)[index], backward.rhs
+  return _quantize(call, x, state, prepared, call.roles[index], kinds, views)
+
+
+def _prepare(call: _Call, state: State) -> dict[Role, TensorState]:
+  """Prepares the state of each tensor without its metrics, for quantising it.
+
+  The input's by itself: several contractions may share an input and its state, and computed alone
+  this is one computation to XLA.
+  """
+  own = {role: _own(state, role) for role in Role}
+  alone = {Role.INPUT: own.pop(Role.INPUT)}
+  return {**call.recipe.prepare(alone), **call.recipe.prepare(own)}
+
+
+def _added(prepared: TensorState, own: Mapping[str, Any]) -> TensorState:
+  """Returns what preparing has added to a state."""
+  return {key: leaf for key, leaf in prepared.items() if key not in own}
+
+
+def _own(state: State, role: Role) -> TensorState:
+  """Returns the state of a tensor, float32, without its metrics."""
+  return metrics.split(jax.tree.map(to_float32, state[role.value]))[0]
+
+
 def _quantize(
   call: _Call,
   x: jax.Array,
   state: State,
+  prepared: Mapping[Role, TensorState],
   role: Role,
   kinds: tuple[GemmKind, GemmKind],
   views: tuple[View, View],
@@ -212,12 +280,13 @@ def _quantize(
   """
   recipe, how = call.recipe, call.calibration
   whole = [recipe.is_high_precision(kind) for kind in kinds]
-  own_state, old_metrics = metrics.split(jax.tree.map(to_float32, state[role.value]))
+  _, old_metrics = metrics.split(jax.tree.map(to_float32, state[role.value]))
   settles = how is not None and how.settles
   if all(whole) or (settles and not old_metrics):
     return (x, x), ()
   clipped = x if how is None else in_auto(how.clip, explicit_sharding(x), x)
-  pair, seen = recipe.quantize(clipped, own_state, role, views, key)
+  opaque = role is Role.KERNEL and call.kernel_is_stored
+  pair, seen = recipe.quantize(clipped, prepared[role], role, views, key, opaque=opaque)
   measured: TensorState = {}
   if old_metrics:
     used = [(q, v) for is_whole, q, v in zip(whole, pair, views, strict=True) if not is_whole]

@@ -26,6 +26,7 @@ def einsum(
   preferred_element_type: Any = None,
   out_sharding: Any = None,
   key: jax.Array | None = None,
+  kernel_is_stored: bool = False,
   name: str = "einsum",
 ) -> jax.Array:
   """Contracts two arrays in FP8 by an einsum equation; ``jnp.einsum`` with state.
@@ -42,6 +43,7 @@ def einsum(
     preferred_element_type: dtype of the result; the promoted dtype of the operands if None.
     out_sharding: as for ``dot_general``.
     key: as for ``dot_general``.
+    kernel_is_stored: as for ``dot_general``.
     name: what error messages call the operation.
 
   Returns:
@@ -89,6 +91,7 @@ def einsum(
     out_sharding=transposed(sharding, np.argsort(plan.permutation).tolist()),
     key=key,
     roles=(first[1], second[1]),
+    kernel_is_stored=kernel_is_stored,
     name=name,
   )
   return lax.transpose(out, plan.permutation)

@@ -11,7 +11,7 @@ import abc
 import dataclasses
 import enum
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias, final, get_args
 
 import jax
@@ -98,6 +98,17 @@ class Recipe(abc.ABC):
     """
 
   @abc.abstractmethod
+  def prepare(self, states: Mapping[Role, TensorState]) -> Mapping[Role, TensorState]:
+    """Returns states with what ``quantize`` computes of them alone, for several tensors at once.
+
+    Args:
+      states: of tensors, float32, by role.
+
+    Returns:
+      For each role a state that ``quantize`` takes for the one given.
+    """
+
+  @abc.abstractmethod
   def quantize(
     self,
     x: jax.Array,
@@ -105,17 +116,20 @@ class Recipe(abc.ABC):
     role: Role,
     views: tuple[View, View],
     key: jax.Array | None,
+    *,
+    opaque: bool = False,
   ) -> tuple[tuple[QTensor, QTensor], Any]:
     """Quantises a tensor for the two GEMMs that take it.
 
     Args:
       x: float32, bfloat16 or float16; any shape.
-      state: of this tensor, float32.
+      state: of this tensor, float32, as it is or prepared.
       role: what ``x`` is.
       views: how each of its two GEMMs sees ``x``. Input and kernel: fprop, then the backward GEMM
         (wgrad for the input, dgrad for the kernel). Output gradient: the GEMM that gives the left
         operand's gradient, then the right one's. Where one GEMM keeps axes, the other contracts.
       key: PRNG key to round by, or None to round to nearest.
+      opaque: whether ``x`` is read from memory whatever quantises it: see ``kernels.choice``.
 
     Returns:
       One ``QTensor`` for each of these GEMMs, and an observation: a pytree of small arrays that
@@ -219,6 +233,11 @@ class StatelessRecipe(Recipe):
     """No state."""
     del role
     return {}
+
+  @final
+  def prepare(self, states: Mapping[Role, TensorState]) -> Mapping[Role, TensorState]:
+    """No state."""
+    return states
 
   @final
   def update(self, state: TensorState, observation: Any, role: Role) -> TensorState:

@@ -75,13 +75,15 @@ class Float8BlockScaling(StatelessRecipe):
     role: Role,
     views: tuple[View, View],
     key: jax.Array | None,
+    *,
+    opaque: bool = False,
   ) -> tuple[tuple[QTensor, QTensor], None]:
     """Quantises kernels once for both GEMMs; other tensors once for each, along what it contracts.
 
     Returns:
       Data ``[chunks, batch, rows, 128]`` and scales ``[chunks, batch, rows]``; and no observation.
     """
-    del state
+    del state, opaque
     first, second = (_sharding(x, view) for view in views)
     if role is Role.KERNEL:
       tiles = lambda x, key: self._tiles(x, views, key)

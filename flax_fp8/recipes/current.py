@@ -62,9 +62,11 @@ class Float8CurrentScaling(StatelessRecipe):
     role: Role,
     views: tuple[View, View],
     key: jax.Array | None,
+    *,
+    opaque: bool = False,
   ) -> tuple[tuple[QTensor, QTensor], None]:
     """Quantises once for both GEMMs."""
-    del state, views
+    del state, views, opaque
     float8 = self.float8(role)
     scale, inverse = current_scale(x, float8, power_of_two=self.power_of_two)
     q = quantize(x, scale, float8, inverse, key)

@@ -7,6 +7,7 @@ scale and a history of amaxes.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -17,12 +18,12 @@ from jax import lax
 from flax_fp8.amax import amax
 from flax_fp8.capability import Needs
 from flax_fp8.contraction import Gemm, View
-from flax_fp8.formats import Float8
+from flax_fp8.kernels.cast import cast_for_both
+from flax_fp8.kernels.scales import AmaxComputeAlgo, Rule, next_scale, next_scales
 from flax_fp8.products import dot_per_tensor, scaled_matrices
 from flax_fp8.quantize import QTensor, quantize, scale_from_amax
 from flax_fp8.recipes.base import GemmKind, Recipe, Role, TensorState
 
-AmaxComputeAlgo = Literal["max", "most_recent"]
 FirstStep = Literal["stored", "current"]
 Overflow = Literal["saturate", "current"]
 
@@ -64,36 +65,6 @@ def resize_history(history: jax.Array, length: int, axis: int = -1) -> jax.Array
   padding = [(0, 0)] * history.ndim
   padding[axis] = (length - kept, 0)
   return jnp.roll(jnp.pad(newest, padding), 1, axis)
-
-
-def next_scale(
-  scale: jax.Array,
-  history: jax.Array,
-  float8: Float8,
-  *,
-  algo: AmaxComputeAlgo = "max",
-  margin: float = 0,
-  power_of_two: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-  """Computes the scale of this step from the history of the steps before it.
-
-  ``scale_from_amax(max(history), fallback=scale)``
-
-  Args:
-    scale: of the step before; float32; shape ``()`` or ``(1,)``.
-    history: float32; shape ``(length,)``.
-    float8: the format that the scale is for.
-    algo: "max" over the history, or its "most_recent" amax.
-    margin: headroom in powers of two.
-    power_of_two: rounds scales up to powers of two.
-
-  Returns:
-    The scale and its inverse; float32; shape of ``scale``. The old scale where the history is
-    empty.
-  """
-  largest = jnp.max(history, axis=0) if algo == "max" else history[0]
-  largest = jnp.broadcast_to(largest, scale.shape)
-  return scale_from_amax(largest, scale, float8.max, margin, power_of_two)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,6 +168,17 @@ class DelayedScaling(Recipe):
       state["steps_to_update"] = np.zeros((1,), np.float32)
     return state
 
+  def prepare(self, states: Mapping[Role, TensorState]) -> dict[Role, TensorState]:
+    """Adds the scales that the histories imply."""
+    scales = [state["scale"] for state in states.values()]
+    histories = [state["amax_history"] for state in states.values()]
+    maxima = [self.float8(role).max for role in states]
+    found = next_scales(scales, histories, maxima, self._rule)
+    return {
+      role: {**state, "next_scale": scale, "next_inverse": inverse}
+      for (role, state), (scale, inverse) in zip(states.items(), found, strict=True)
+    }
+
   def quantize(
     self,
     x: jax.Array,
@@ -204,17 +186,19 @@ class DelayedScaling(Recipe):
     role: Role,
     views: tuple[View, View],
     key: jax.Array | None,
+    *,
+    opaque: bool = False,
   ) -> tuple[tuple[QTensor, QTensor], tuple[jax.Array, jax.Array]]:
     """Quantises once for both GEMMs; observes the scale and the amax."""
-    del views
-    seen = amax(x, state)
-    scale, inverse = (value.reshape(()) for value in self._scale(state, seen, role))
-    q = quantize(x, scale, self.float8(role), inverse, key, stale=True)
-    if not self._waits_for_amax:
-      # One kernel then casts and finds the amax. Without the barrier, XLA makes it a kernel that
-      # casts and transposes, and reads the tensor again for the amax.
-      q = dataclasses.replace(q, data=lax.optimization_barrier(q.data))
-    return (q, q), (scale, seen)
+    float8, own = self.float8(role), {"scale": state["scale"], "history": state["amax_history"]}
+    if self._waits_for_amax:
+      seen = amax(x, own)
+      scale, inverse = (value.reshape(()) for value in self._scale(state, seen, role))
+      q = quantize(x, scale, float8, inverse, key, stale=True)
+      return (q, q), (scale, seen)
+    scale, inverse = (value.reshape(()) for value in self._scale(state, None, role))
+    *data, seen = cast_for_both(x, scale, inverse, own, float8, views, key, opaque=opaque)
+    return (QTensor(data[0], scale), QTensor(data[1], scale)), (scale, seen)
 
   def update(self, state: TensorState, observation: Any, role: Role) -> TensorState:
     """Keeps the scale that this step used, and records its amax."""
@@ -268,13 +252,17 @@ class DelayedScaling(Recipe):
     """The formats; products are scaled in float32."""
     return Needs(self.fp8_format)
 
-  def _scale(self, state: TensorState, seen: jax.Array, role: Role) -> tuple[jax.Array, jax.Array]:
-    """Returns the scale of this step and its inverse."""
+  def _scale(
+    self, state: TensorState, seen: jax.Array | None, role: Role
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns the scale of this step and its inverse; they may depend on the amax, if given."""
     stored, float8 = state["scale"], self.float8(role)
     scale, inverse = self._scale_of_history(state, role)
     if self.interval > 1:
       due = self._is_due(state)
       scale, inverse = jnp.where(due, scale, stored), jnp.where(due, inverse, 1.0 / stored)
+    if seen is None:
+      return scale, inverse
     if self.first_step == "current":
       scale, inverse = self._scale_of(seen, self._is_empty(state), scale, inverse, role)
     if self.overflow == "current":
@@ -294,14 +282,13 @@ class DelayedScaling(Recipe):
 
   def _scale_of_history(self, state: TensorState, role: Role) -> tuple[jax.Array, jax.Array]:
     """Returns the scale that the history implies, and its inverse."""
-    return next_scale(
-      state["scale"],
-      state["amax_history"],
-      self.float8(role),
-      algo=self.amax_compute_algo,
-      margin=self.margin,
-      power_of_two=self.power_of_two,
-    )
+    if "next_scale" in state:
+      return state["next_scale"], state["next_inverse"]
+    return next_scale(state["scale"], state["amax_history"], self.float8(role).max, self._rule)
+
+  @property
+  def _rule(self) -> Rule:
+    return Rule(algo=self.amax_compute_algo, margin=self.margin, power_of_two=self.power_of_two)
 
   @property
   def _waits_for_amax(self) -> bool:

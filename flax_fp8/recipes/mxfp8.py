@@ -132,13 +132,15 @@ class MXFP8BlockScaling(StatelessRecipe):
     role: Role,
     views: tuple[View, View],
     key: jax.Array | None,
+    *,
+    opaque: bool = False,
   ) -> tuple[tuple[QTensor, QTensor], None]:
     """Quantises once for each GEMM, along what it contracts.
 
     Returns:
       Data ``[batch, rows, K]`` and scales ``[batch, rows, K / 32]``; and no observation.
     """
-    del state
+    del state, opaque
     shardings = tuple(_sharding(x, view) for view in views)
     blocks = lambda x, keys: (
       self._blocks(x, role, views[0], keys[0]),

@@ -66,9 +66,11 @@ class Float8RowwiseScaling(StatelessRecipe):
     role: Role,
     views: tuple[View, View],
     key: jax.Array | None,
+    *,
+    opaque: bool = False,
   ) -> tuple[tuple[QTensor, QTensor], None]:
     """Quantises once for each GEMM, along what it contracts."""
-    del state
+    del state, opaque
     float8 = self.float8(role)
 
     def along(view: View, key: jax.Array | None) -> QTensor:

@@ -12,10 +12,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import flax_fp8 as fp8
-from flax_fp8 import formats, ops
+from flax_fp8 import ops
 from flax_fp8.contraction import View
 from flax_fp8.recipes import Role
-from flax_fp8.recipes.delayed import next_scale, resize_history, roll_history
+from flax_fp8.recipes.delayed import resize_history, roll_history
 from tests import oracle
 from tests.recipes import cases
 from tests.transformations import mesh
@@ -73,11 +73,6 @@ def test_power_of_two():
 def test_slots():
   history = jnp.array([4.0, 1.0, 2.0, 3.0])  # newest 4, then 3, 2, 1 is the oldest
   np.testing.assert_array_equal(roll_history(history, jnp.float32(5)), [5.0, 2.0, 3.0, 4.0])
-
-
-def test_non_finite_history_keeps_the_scale():
-  history = jnp.array([1.0, np.inf])
-  assert float(next_scale(jnp.ones(1) * 3, history, formats.E4M3)[0][0]) == 3.0
 
 
 class TestConfig:

@@ -22,6 +22,7 @@ class Layer:
     features: size of the kernel's own axes, N.
     batch: size of the batch axes that the kernel has.
     itemsize: bytes of an element in the dtype of the GEMM.
+    stored: whether the kernel is a parameter of that dtype, which stays in memory in any case.
     refusal: why it can't be FP8 whatever is asked for, or ``""``.
   """
 
@@ -32,6 +33,7 @@ class Layer:
   features: int
   batch: int = 1
   itemsize: int = 4
+  stored: bool = False
   refusal: str = ""
 
   @property

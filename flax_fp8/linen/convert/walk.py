@@ -22,6 +22,7 @@ from flax_fp8.contraction import plan_einsum
 from flax_fp8.linen.convert import functions
 from flax_fp8.linen.convert.patterns import Layer, Pattern, at, first_match
 from flax_fp8.linen.dot_general import Fp8DotGeneral, Fp8Einsum
+from flax_fp8.linen.state import is_among
 from flax_fp8.ops.check import COMPUTE_DTYPES
 from flax_fp8.recipes.base import Recipe
 
@@ -150,6 +151,7 @@ class _OwnContractions:
       kind="Einsum" if is_layer else kind,
       inputs=lhs.size,
       itemsize=jnp.promote_types(lhs.dtype, rhs.dtype).itemsize,
+      stored=is_among(self.module.variables.get("params", {}), rhs),
       refusal=_refuse(options.get("precision"), lhs.dtype, rhs.dtype),
       **sizes(),
     )
@@ -187,6 +189,7 @@ def _describe(module: nn.Dense | nn.DenseGeneral, inputs: jax.Array) -> Layer:
     features=math.prod(_tuple(features)),
     batch=sizes[1],
     itemsize=jnp.dtype(dtype).itemsize,
+    stored=jnp.dtype(dtype) == module.param_dtype,
     refusal=_own_dot_general(module) or _refuse(module.precision, jnp.dtype(dtype)),
   )
 

@@ -1,0 +1,16 @@
+"""Kernels as if a GPU were there: chosen as for one, and interpreted on the CPU."""
+
+import pytest
+from jax.experimental import pallas as pl
+
+from flax_fp8 import _compat
+from flax_fp8.kernels import choice
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """Has kernels chosen, and run by Pallas' interpreter."""
+  call = pl.pallas_call
+  monkeypatch.setattr(choice, "_is_fp8_gpu", lambda: True)
+  monkeypatch.setattr(_compat, "kernel_or_plain", lambda kernel, plain, *args: kernel(*args))
+  monkeypatch.setattr(pl, "pallas_call", lambda *a, **k: call(*a, **{**k, "interpret": True}))
