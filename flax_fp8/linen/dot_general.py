@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 
 from flax_fp8 import ops
-from flax_fp8.linen.state import is_stored, read_key, read_state
+from flax_fp8.linen.state import is_lifted, is_stored, read_key, read_state
 from flax_fp8.ops import check
 from flax_fp8.recipes.base import Recipe, register_module
 from flax_fp8.recipes.delayed import DelayedScaling
@@ -93,6 +93,7 @@ class Fp8DotGeneral(nn.Module):
       out_sharding=self.out_sharding if out_sharding is None else out_sharding,
       key=read_key(self, self.recipe),
       kernel_is_stored=is_stored(self, rhs),
+      in_loop=is_lifted(self),
       name=name,
     )
 
@@ -162,6 +163,7 @@ class Fp8Einsum(nn.Module):
       out_sharding=self.out_sharding if out_sharding is None else out_sharding,
       key=read_key(self, self.recipe),
       kernel_is_stored=is_stored(self, rhs),
+      in_loop=is_lifted(self),
       name=name,
     )
 

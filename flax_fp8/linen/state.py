@@ -134,6 +134,12 @@ def is_stored(module: nn.Module, kernel: jax.Array) -> bool:
   return is_among(_parameters_beside(module), kernel)
 
 
+def is_lifted(module: nn.Module) -> bool:
+  """Tells whether a bound module stands inside a lifted transformation, ``nn.scan`` for one."""
+  scope: Any = module.scope
+  return bool(scope.root.path)
+
+
 def is_among(params: Any, kernel: jax.Array) -> bool:
   """Tells whether parameters hold a kernel, judged by its dtype and size."""
   leaves = jax.tree.leaves(params)

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from flax_fp8 import _compat, contraction
 from flax_fp8.amax import emit_once
 from flax_fp8.contraction import DimensionNumbers, Gemm, View
+from flax_fp8.kernels import choice
 from flax_fp8.meta_dtype import like, to_float32
 from flax_fp8.ops import calibration, check, metrics, saved
 from flax_fp8.ops.calibration import Calibration
@@ -43,6 +44,7 @@ def dot_general(
   key: jax.Array | None = None,
   roles: Roles = (Role.INPUT, Role.KERNEL),
   kernel_is_stored: bool = False,
+  in_loop: bool = False,
   name: str = "dot_general",
 ) -> jax.Array:
   """Contracts two arrays in FP8; ``lax.dot_general`` with state.
@@ -65,7 +67,9 @@ def dot_general(
       for differentiation alone.
     roles: what ``lhs`` and ``rhs`` are; exchanged for a GEMM that takes the kernel first.
     kernel_is_stored: whether the kernel is read from memory as it is, a parameter that nothing
-      casts or computes: then a Pallas kernel may quantise it (``flax_fp8.use_kernels``).
+      casts or computes: then it is kept for the backward pass as it is, and a Pallas kernel may
+      quantise it (``flax_fp8.use_kernels``).
+    in_loop: whether operands and state are slices, as in the body of a scan.
     name: what error messages call the operation.
 
   Returns:
@@ -107,7 +111,7 @@ def dot_general(
   check.state(name, recipe, state)
   sharding = check.sharding_of_product(name, dims, lhs, rhs, out_sharding)
   how = calibration.current()
-  call = _Call(recipe, dims, dtype, sharding, roles, kernel_is_stored, name, how)
+  call = _Call(recipe, dims, dtype, sharding, roles, kernel_is_stored, in_loop, name, how)
   used = {role.value: state.get(role.value, {}) for role in Role}
   return _scaled_dot_general(call, lhs, rhs, used, key if recipe.rounds_by_key else None)
 
@@ -143,6 +147,7 @@ class _Call:
   sharding: NamedSharding | None
   roles: Roles
   kernel_is_stored: bool
+  in_loop: bool
   name: str
   calibration: Calibration | None
 
@@ -249,7 +254,8 @@ def _prepare(call: _Call, state: State) -> dict[Role, TensorState]:
   """
   own = {role: _own(state, role) for role in Role}
   alone = {Role.INPUT: own.pop(Role.INPUT)}
-  return {**call.recipe.prepare(alone), **call.recipe.prepare(own)}
+  with choice.in_loop(call.in_loop):
+    return {**call.recipe.prepare(alone), **call.recipe.prepare(own)}
 
 
 def _added(prepared: TensorState, own: Mapping[str, Any]) -> TensorState:
@@ -286,7 +292,8 @@ def _quantize(
     return (x, x), ()
   clipped = x if how is None else in_auto(how.clip, explicit_sharding(x), x)
   opaque = role is Role.KERNEL and call.kernel_is_stored
-  pair, seen = recipe.quantize(clipped, prepared[role], role, views, key, opaque=opaque)
+  with choice.in_loop(call.in_loop):
+    pair, seen = recipe.quantize(clipped, prepared[role], role, views, key, opaque=opaque)
   measured: TensorState = {}
   if old_metrics:
     used = [(q, v) for is_whole, q, v in zip(whole, pair, views, strict=True) if not is_whole]

@@ -27,6 +27,7 @@ def einsum(
   out_sharding: Any = None,
   key: jax.Array | None = None,
   kernel_is_stored: bool = False,
+  in_loop: bool = False,
   name: str = "einsum",
 ) -> jax.Array:
   """Contracts two arrays in FP8 by an einsum equation; ``jnp.einsum`` with state.
@@ -44,6 +45,7 @@ def einsum(
     out_sharding: as for ``dot_general``.
     key: as for ``dot_general``.
     kernel_is_stored: as for ``dot_general``.
+    in_loop: as for ``dot_general``.
     name: what error messages call the operation.
 
   Returns:
@@ -92,6 +94,7 @@ def einsum(
     key=key,
     roles=(first[1], second[1]),
     kernel_is_stored=kernel_is_stored,
+    in_loop=in_loop,
     name=name,
   )
   return lax.transpose(out, plan.permutation)
