@@ -11,10 +11,14 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 # Compiling is most of what a test does, and most of compiling is LLVM optimising what then runs for
 # a millisecond. XLA's own passes, in which all arithmetic is decided, are as ever; scripts that are
 # tested in a process of their own run without these flags, as users run them.
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "")
-  + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+if os.environ["JAX_PLATFORMS"] == "cpu":
+  os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+  )
+else:
+  # Workers share a GPU.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import pytest
