@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import re
 from typing import Any, Literal, get_args
 
@@ -19,8 +20,20 @@ _chosen: Any = jax.make_user_context("auto")
 # Whether what is traced stands in a loop, for which it is a slice of something larger.
 _in_loop: Any = jax.make_user_context(False)
 
+
+class Gpu(enum.Enum):
+  """What a GPU is to these kernels."""
+
+  OTHER = "not NVIDIA's, or without FP8 matrix units"
+  ROWS_ONLY = "FP8 GEMMs read operands along the axes that they contract, Ada and Hopper"
+  ANY_LAYOUT = "FP8 GEMMs read operands as they lie, Blackwell"
+
+
 # What drivers call NVIDIA's GPUs with FP8 matrix units.
-_FP8_KINDS = re.compile(r"\b(G?[HB][1-3]00|L4|L40S?|RTX (40|50|PRO))")
+_KINDS = {
+  Gpu.ROWS_ONLY: re.compile(r"\b(G?H[12]00|L4|L40S?|RTX 40)"),
+  Gpu.ANY_LAYOUT: re.compile(r"\b(G?B[1-3]00|RTX (50|PRO))"),
+}
 
 
 def use_kernels(which: Kernels) -> contextlib.AbstractContextManager[Any]:
@@ -33,11 +46,12 @@ def use_kernels(which: Kernels) -> contextlib.AbstractContextManager[Any]:
   write FP8, which a kernel would prevent.
 
   Args:
-    which: "auto", as without this context: scales; and tensors that are read from memory as they
-      are, that is, kernels of layers whose parameters have the dtype of the computation. Neither
-      inside lifted transformations of Linen: under ``nn.scan`` parameters and state are slices,
-      which XLA's code reads where they are and a kernel only as copies. "all": every tensor that a
-      kernel can take, everywhere. "off": plain JAX everywhere.
+    which: "auto", as without this context: scales; and, before Blackwell, whose GEMMs need one
+      layout alone, tensors that are read from memory as they are, that is, kernels of layers whose
+      parameters have the dtype of the computation. Neither inside lifted transformations of Linen:
+      under ``nn.scan`` parameters and state are slices, which XLA's code reads where they are and
+      a kernel only as copies. "all": every tensor that a kernel can take, everywhere. "off": plain
+      JAX everywhere.
 
   Returns:
     A context manager.
@@ -71,7 +85,9 @@ def takes(*, opaque: bool) -> bool:
     opaque: whether the tensor is read from memory, whatever casts it: nothing elementwise makes it
       that XLA could make write FP8 at once.
   """
-  return available() and (opaque or _chosen.value == "all")
+  if not available():
+    return False
+  return _chosen.value == "all" or (opaque and _gpu() is Gpu.ROWS_ONLY)
 
 
 def in_loop(is_in_loop: bool) -> contextlib.AbstractContextManager[Any]:
@@ -82,17 +98,24 @@ def in_loop(is_in_loop: bool) -> contextlib.AbstractContextManager[Any]:
 def available() -> bool:
   """Tells whether kernels run on the GPU that is traced for, as far as that is known."""
   wanted = _chosen.value == "all" or (_chosen.value == "auto" and not _in_loop.value)
-  return wanted and _compat.HAS_TRITON and _is_fp8_gpu()
+  return wanted and _compat.HAS_TRITON and _gpu() is not Gpu.OTHER
 
 
-def _is_fp8_gpu() -> bool:
+def _gpu() -> Gpu:
   """Looks at the device that a context describes, as for ahead-of-time compilation, or has."""
   described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-  if described is not None and _FP8_KINDS.search(described.device_kind):
-    return True
-  return jax.default_backend() == "gpu" and _attached_multiplies_fp8()
+  if described is not None and (gpu := _by_name(described.device_kind)) is not Gpu.OTHER:
+    return gpu
+  return _attached() if jax.default_backend() == "gpu" else Gpu.OTHER
 
 
-def _attached_multiplies_fp8() -> bool:
+def _by_name(kind: str) -> Gpu:
+  return next((gpu for gpu, names in _KINDS.items() if names.search(kind)), Gpu.OTHER)
+
+
+def _attached() -> Gpu:
   device: Any = jax.local_devices(backend="gpu")[0]
-  return device.device_kind.startswith("NVIDIA") and capability(device)[0]
+  if not device.device_kind.startswith("NVIDIA") or not capability(device)[0]:
+    return Gpu.OTHER
+  major = int(str(device.compute_capability).split(".", maxsplit=1)[0])
+  return Gpu.ANY_LAYOUT if major >= 10 else Gpu.ROWS_ONLY

@@ -307,8 +307,8 @@ def _quantize(
 def _measure(
   recipe: Recipe, x: jax.Array, used: list[tuple[QTensor, View]], role: Role, old: TensorState
 ) -> TensorState:
-  """Measures the metrics of a tensor; once, where both GEMMs take the same values."""
-  if used[0][0] is used[-1][0]:
+  """Measures the metrics of a tensor; once, where both GEMMs take values of one scale."""
+  if used[0][0].scale is used[-1][0].scale:
     used = used[:1]
 
   def measure(x: jax.Array, tensors: list[QTensor], old: TensorState) -> TensorState:

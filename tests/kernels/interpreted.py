@@ -11,6 +11,6 @@ from flax_fp8.kernels import choice
 def interpreted(monkeypatch):
   """Has kernels chosen, and run by Pallas' interpreter."""
   call = pl.pallas_call
-  monkeypatch.setattr(choice, "_is_fp8_gpu", lambda: True)
+  monkeypatch.setattr(choice, "_gpu", lambda: choice.Gpu.ROWS_ONLY)
   monkeypatch.setattr(_compat, "kernel_or_plain", lambda kernel, plain, *args: kernel(*args))
   monkeypatch.setattr(pl, "pallas_call", lambda *a, **k: call(*a, **{**k, "interpret": True}))
