@@ -1,0 +1,75 @@
+"""Policies of rematerialisation: the same gradients, and what is computed again."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flax_fp8 as fp8
+from flax_fp8 import remat_policies
+
+RECIPE = fp8.DelayedScaling(amax_history_len=3)
+JAX = jax.checkpoint_policies
+# GEMMs of a block's forward and backward pass: three of each layer, and what is computed again.
+POLICIES = {
+  "none": (None, 6),
+  "nothing": (JAX.nothing_saveable, 7),
+  "JAX's dots": (JAX.dots_saveable, 7),
+  "dots": (remat_policies.dots_saveable, 6),
+  "dots, no batch": (remat_policies.dots_with_no_batch_dims_saveable, 6),
+  "inputs": (remat_policies.save_fp8_inputs, 7),
+  "everything": (JAX.everything_saveable, 6),
+}
+
+
+class Block(nn.Module):
+  """A residual MLP; its first GEMM's result is needed for the gradient, its second's is not."""
+
+  dtype: object = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    layer = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype, param_dtype=self.dtype)
+    cls = RECIPE.dot_general_cls
+    y = nn.silu(layer(128, dot_general_cls=cls, name="up")(x))
+    return x + layer(x.shape[-1], dot_general_cls=cls, name="down")(y)
+
+
+class Model(nn.Module):
+  """A block that is computed again as a policy says; what is around it needs its gradients."""
+
+  policy: object
+  dtype: object = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    block = Block if self.policy is None else nn.remat(Block, policy=self.policy)
+    return jnp.tanh(block(self.dtype, name="block")(jnp.sin(x)))
+
+
+def step(model, variables, x):
+  loss = lambda v, x: jnp.mean(jnp.square(model.apply(v, x).astype(jnp.float32)))
+  return fp8.value_and_grad(loss, argnums=(0, 1))(variables, x)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_gradients_and_state_are_those_without_remat(policy):
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 64)), jnp.float32)
+  plain, model = Model(None), Model(POLICIES[policy][0])
+  variables = plain.init(jax.random.key(0), x)
+  want, got = (jax.jit(functools.partial(step, m))(variables, x) for m in (plain, model))
+  chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("policy", "gemms"), POLICIES.values(), ids=POLICIES)
+def test_what_is_computed_again(described, policy, gemms):
+  del described
+  model = Model(policy, jnp.bfloat16)
+  x = jax.ShapeDtypeStruct((256, 64), jnp.bfloat16)
+  variables = jax.eval_shape(model.init, jax.random.key(0), x)
+  report = fp8.explain(functools.partial(step, model), variables, x, target="h100")
+  assert report.fp8_gemms == report.total_gemms == gemms
