@@ -194,7 +194,7 @@ def _is_alone(context: Any) -> bool:
 
 def _jvp(primals: Any, tangents: Any, *, plain: Any, **_: Any) -> Any:
   fun: Any = jax.extend.core.jaxpr_as_fun(plain)
-  return jax.jvp(fun, primals, [ad.instantiate_zeros(tangent) for tangent in tangents])
+  return jax.jvp(fun, tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
 
 
 mlir.register_lowering(_kernel_or_plain, functools.partial(_lower, cuda=False))
