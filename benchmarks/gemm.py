@@ -27,7 +27,7 @@ from flax_fp8.contraction import forward_gemm
 from flax_fp8.products import dot_per_tensor
 from flax_fp8.quantize import QTensor
 from timed import script
-from timed.clock import geometric_mean, spread
+from timed.clock import geometric_mean, speedups, spread
 from timed.compiling import Ready, prepare_all
 from timed.measure import Deadline, as_dict, measure, steps
 from timed.programs import Program, repeated
@@ -118,7 +118,7 @@ def bare_program(
     if formats is None:
       dims = gemm.dimension_numbers
       return state, jax.lax.dot_general(*operands, dims, preferred_element_type=jnp.bfloat16)
-    lhs, rhs = map(QTensor, operands, scales)
+    lhs, rhs = QTensor(operands[0], scales[0]), QTensor(operands[1], scales[1])
     return state, dot_per_tensor(lhs, rhs, gemm, jnp.bfloat16, fast_accumulation=fast)
 
   kinds = formats or (jnp.bfloat16, jnp.bfloat16)
@@ -152,24 +152,27 @@ def measure_bare(ready: Mapping[str, Ready], rounds: int) -> dict[str, Any]:
 
 def bare_sum(found: Mapping[str, Any]) -> dict[str, Any]:
   """The three GEMMs together: ms, and the speedup of their sum."""
-  rounds = {
-    name: [sum(each) for each in zip(*(found[f"{kind} {name}"]["ms_rounds"] for kind in FORMATS))]
-    for name in (BF16, FP8)
-  }
-  ratios = [a / b for a, b in zip(rounds[BF16], rounds[FP8], strict=True)]
+  rounds = {name: in_sum(found, name) for name in (BF16, FP8)}
   ms = {name: as_dict(spread(each)) for name, each in rounds.items()}
-  return {"ms": ms, "speedup": as_dict(spread(ratios))}
+  return {"ms": ms, "speedup": as_dict(spread(speedups(rounds[BF16], rounds[FP8])))}
+
+
+def in_sum(found: Mapping[str, Any], name: str) -> list[float]:
+  """The ms of the three GEMMs in each round."""
+  each_kind = [found[f"{kind} {name}"]["ms_rounds"] for kind in FORMATS]
+  return [sum(one_round) for one_round in zip(*each_kind, strict=True)]
 
 
 def summarize(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
   """Of a group's layers: the geometric mean of speedups, and the speedup of their sum."""
   found: dict[str, Any] = {}
+  total = lambda name: sum(each[name]["ms"]["median"] for each in layers.values())
   for name in next(iter(layers.values())):
-    whole = lambda of: sum(each[of]["ms"]["median"] for each in layers.values())
+    speeds = [each[name]["speedup"]["median"] for each in layers.values()]
     found[name] = {
-      "geometric_mean": geometric_mean(each[name]["speedup"]["median"] for each in layers.values()),
-      "of_the_sum": whole(BF16) / whole(name),
-      "ms": whole(name),
+      "geometric_mean": geometric_mean(speeds),
+      "of_the_sum": total(BF16) / total(name),
+      "ms": total(name),
       "bar": BARS.get(name),
     }
   return found

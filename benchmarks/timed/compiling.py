@@ -70,7 +70,7 @@ def prepare(name: Any, program: Program) -> Ready:
   Raises:
     BaselineError: the baseline has a GEMM whose operands are not BF16.
   """
-  kept = Kept(program.fn)
+  kept: Any = Kept(program.fn)
   if on_gpu():
     report = fp8.explain(kept, *program.shapes, name=str(name))
     figures = describe(report, program)
