@@ -37,11 +37,13 @@ def test_sizes_are_those_of_llama_3_8b():
   assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("bfloat16")}
 
 
+@pytest.mark.slow
 def test_fused_variants_have_as_many_parameters():
   count = lambda name: sum(leaf.size for leaf in jax.tree.leaves(make("block", name).shapes[1]))
   assert {count(name) for name in block.ALL} == {count(BF16)}
 
 
+@pytest.mark.slow
 def test_attention_is_causal():
   module = block.OneBlock(block.TINY, block.ALL[BF16], cudnn=False)
   variables = module.init(jax.random.key(0), X)

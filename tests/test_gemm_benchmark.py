@@ -57,7 +57,7 @@ def test_what_is_timed_is_the_programs_own_time():
 
 
 def test_a_gpu_that_slows_down_spoils_no_ratio():
-  """Each ratio is one of neighbours; that of sums or of bests over all rounds would be no better."""
+  """Each ratio is one of neighbours."""
   ticks = Ticks()
   runs = {"BF16": ticks.program("BF16", 2.0), "FP8": ticks.program("FP8", 1.0)}
   times = clock.interleave(runs, 8, now=lambda: ticks.time)
