@@ -26,8 +26,8 @@ from lm.model import rotate
 from timed import script
 from timed.compiling import ATTENTION, on_gpu, prepare_all
 from timed.measure import Deadline, measure, steps
+from timed.options import Options
 from timed.programs import Program
-from timed.script import Options
 from timed.variants import BF16, RECIPES, VARIANTS, Variant
 
 FUSED = {
@@ -198,13 +198,27 @@ def flops(kind: str, sizes: Sizes) -> int:
   return sizes.flops * (sizes.layers if kind == "model" else 1)
 
 
-def measure_kind(kind: str, sizes: Sizes, options: Options) -> dict[str, Any]:
+def has_cudnn(sizes: Sizes, options: Options) -> bool:
+  """Whether cuDNN's attention compiles here, backward too; XLA's is taken where it does not."""
+  shapes = [
+    jax.ShapeDtypeStruct((sizes.sequences, sizes.length, heads, sizes.head_dim), jnp.bfloat16)
+    for heads in (sizes.heads, sizes.kv_heads, sizes.kv_heads)
+  ]
+  attention: Any = Attention(cudnn=True)
+  total = lambda *qkv: attention.apply({}, *qkv).astype(jnp.float32).sum()
+  try:
+    jax.jit(jax.grad(total, (0, 1, 2))).lower(*shapes).compile()
+  except Exception as error:
+    options.fail("cuDNN's attention, XLA's is taken", error)
+    return False
+  return True
+
+
+def measure_kind(kind: str, sizes: Sizes, options: Options, *, cudnn: bool) -> dict[str, Any]:
   """All variants of a block, or of a model."""
   repeat = steps(flops(kind, sizes), options) if kind == "block" else min(options.repeat, 2)
-  programs = {
-    name: program(kind, sizes, name, repeat, cudnn=on_gpu()) for name in options.choose(ALL)
-  }
-  found = measure(prepare_all(programs, options.threads), options.rounds)
+  programs = {name: program(kind, sizes, name, repeat, cudnn=cudnn) for name in options.choose(ALL)}
+  found = measure(prepare_all(programs, options), options)
   for each in found.values():
     each["tokens_per_second"] = 1e3 * sizes.tokens / each["ms"]["median"]
     each["peak_to_bf16"] = each["peak_mib"] / found[BF16]["peak_mib"]
@@ -214,13 +228,19 @@ def measure_kind(kind: str, sizes: Sizes, options: Options) -> dict[str, Any]:
 def measure_all(options: Options, console: Console) -> dict[str, Any]:
   """The block first; JSON is written after each of the two."""
   deadline, sizes = Deadline(options.seconds), TINY if options.tiny else Sizes()
-  results: dict[str, Any] = {"sizes": dataclasses.asdict(sizes), "found": {}, "left_out": []}
+  cudnn = on_gpu() and has_cudnn(sizes, options)
+  results: dict[str, Any] = {
+    "sizes": dataclasses.asdict(sizes),
+    "attention": "cudnn" if cudnn else "xla",
+    "found": {},
+    "left_out": [],
+  }
   for kind in MODULES:
     if deadline.passed():
       results["left_out"].append(kind)
       continue
     with console.status(kind):
-      results["found"][kind] = measure_kind(kind, sizes, options)
+      results["found"][kind] = measure_kind(kind, sizes, options, cudnn=cudnn)
     script.write_json(options.out, "block", script.document(options, **results))
   return script.document(options, **results)
 
@@ -240,7 +260,7 @@ def show(content: Mapping[str, Any], console: Console) -> None:
       console.print(line, highlight=False)
   for name in content["left_out"]:
     console.print(f"left out, the time was up: {name}", highlight=False)
-  script.print_problems(content["found"], console)
+  script.print_problems(content["failures"], content["found"], console)
 
 
 def draw(figure: Any, content: Mapping[str, Any]) -> None:

@@ -23,8 +23,8 @@ from timed import script
 from timed.clock import speedups
 from timed.compiling import prepare_all
 from timed.measure import Deadline, measure, steps
+from timed.options import Options
 from timed.programs import Program
-from timed.script import Options
 from timed.variants import BF16, RECIPES, VARIANTS
 
 SIDES = (512, 1024, 2048, 4096, 8192)
@@ -68,10 +68,10 @@ def measure_tokens(tokens: int, sides: Sequence[int], options: Options) -> list[
     for side in sides
     for name, program in programs(tokens, side, options).items()
   }
-  ready, found = prepare_all(made, options.threads), []
+  ready, found = prepare_all(made, options), []
   for side in sides:
     own = {name: each for (of, name), each in ready.items() if of == side}
-    measured = measure(own, options.rounds)
+    measured = measure(own, options)
     found.append({"tokens": tokens, "side": side, "variants": measured})
   return found
 
@@ -85,8 +85,12 @@ def speed(each: Mapping[str, Any], recipe: str, half: slice) -> float:
 
 def rules(sizes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """Of each recipe, the rule that follows and how it does."""
-  recipes = [name for name in sizes[0]["variants"] if name != BF16]
-  return {recipe: rule(sizes, recipe) for recipe in recipes}
+  return {recipe: rule(sizes, recipe) for recipe in recipes_of(sizes)}
+
+
+def recipes_of(sizes: Sequence[Mapping[str, Any]]) -> list[str]:
+  """The recipes that ran at every size."""
+  return [name for name in RECIPES if all(name in each["variants"] for each in sizes)]
 
 
 def rule(sizes: Sequence[Mapping[str, Any]], recipe: str) -> dict[str, Any]:
@@ -127,7 +131,7 @@ def smallest_side(sizes: Iterable[Mapping[str, Any]], recipe: str, half: slice) 
 def table(content: Mapping[str, Any]) -> Table:
   """One row a size: speedups with quartiles."""
   sizes = content["sizes"]
-  recipes = [name for name in sizes[0]["variants"] if name != BF16]
+  recipes = recipes_of(sizes)
   grid = Table(title="Speed of forward and backward, BF16 = 1")
   for heading in ("tokens", "K = N", "BF16 ms", *recipes):
     grid.add_column(heading, justify="right")
@@ -156,7 +160,7 @@ def show(content: Mapping[str, Any], console: Console) -> None:
   for name in content["left_out"]:
     console.print(f"left out, the time was up: {name}", highlight=False)
   cases = {f"{e['tokens']} tokens, {e['side']}": e["variants"] for e in content["sizes"]}
-  script.print_problems(cases, console)
+  script.print_problems(content["failures"], cases, console)
 
 
 def draw(figure: Any, content: Mapping[str, Any]) -> None:

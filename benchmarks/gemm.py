@@ -16,7 +16,7 @@ is checked to be of the dtype that its row says.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -30,8 +30,8 @@ from timed import script
 from timed.clock import geometric_mean, speedups, spread
 from timed.compiling import Ready, prepare_all
 from timed.measure import Deadline, as_dict, measure, steps
+from timed.options import Options
 from timed.programs import Program, repeated
-from timed.script import Options
 from timed.variants import BF16, VARIANTS
 
 FP8 = "FP8"
@@ -142,12 +142,13 @@ def bare_programs(shape: Shape, options: Options) -> dict[str, Program]:
   }
 
 
-def measure_bare(ready: Mapping[str, Ready], rounds: int) -> dict[str, Any]:
+def measure_bare(ready: Mapping[str, Ready], options: Options) -> dict[str, Any]:
   """Each GEMM beside its twin."""
   found: dict[str, Any] = {}
   for kind in FORMATS:
-    pair = {name: ready[f"{kind} {name}"] for name in (BF16, FP8)}
-    found |= {f"{kind} {name}": each for name, each in measure(pair, rounds).items()}
+    names = {name: f"{kind} {name}" for name in (BF16, FP8)}
+    pair = {name: ready[full] for name, full in names.items() if full in ready}
+    found |= {names[name]: each for name, each in measure(pair, options).items()}
   return found
 
 
@@ -168,7 +169,7 @@ def summarize(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
   """Of a group's layers: the geometric mean of speedups, and the speedup of their sum."""
   found: dict[str, Any] = {}
   total = lambda name: sum(each[name]["ms"]["median"] for each in layers.values())
-  for name in next(iter(layers.values())):
+  for name in in_all(layers.values()):
     speeds = [each[name]["speedup"]["median"] for each in layers.values()]
     found[name] = {
       "geometric_mean": geometric_mean(speeds),
@@ -177,6 +178,12 @@ def summarize(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
       "bar": BARS.get(name),
     }
   return found
+
+
+def in_all(cases: Iterable[Mapping[str, Any]]) -> list[str]:
+  """The variants that ran in every case, in their order."""
+  first, *others = cases
+  return [name for name in first if all(name in other for other in others)]
 
 
 KINDS = {"layers": (layer_programs, measure), "bare": (bare_programs, measure_bare)}
@@ -192,10 +199,10 @@ def measure_group(
     for layer, shape in layers.items()
     for name, program in make(shape, options).items()
   }
-  ready = prepare_all(programs, options.threads)
+  ready = prepare_all(programs, options)
   for layer in layers:
     own = {name: each for (of, name), each in ready.items() if of == layer}
-    yield layer, run(own, options.rounds)
+    yield layer, run(own, options)
 
 
 def measure_all(options: Options, console: Console) -> dict[str, Any]:
@@ -217,11 +224,12 @@ def measure_all(options: Options, console: Console) -> dict[str, Any]:
 
 def finish(results: dict[str, Any], groups: Mapping[str, Any]) -> None:
   """Adds what follows from the figures so far; a group's means once it is whole."""
-  results["bare_sums"] = {name: bare_sum(each) for name, each in results["bare"].items()}
+  whole = {name: each for name, each in results["bare"].items() if len(each) == 2 * len(FORMATS)}
+  results["bare_sums"] = {name: bare_sum(each) for name, each in whole.items()}
   for group, layers in groups.items():
-    whole = {f"{group}: {layer}" for layer in layers}
-    if whole <= results["layers"].keys():
-      results["summary"][group] = summarize({name: results["layers"][name] for name in whole})
+    names = [f"{group}: {layer}" for layer in layers]
+    if results["layers"].keys() >= set(names):
+      results["summary"][group] = summarize({name: results["layers"][name] for name in names})
 
 
 def show(content: Mapping[str, Any], console: Console) -> None:
@@ -239,7 +247,7 @@ def show(content: Mapping[str, Any], console: Console) -> None:
       console.print(line, highlight=False)
   for name in content["left_out"]:
     console.print(f"left out, the time was up: {name}", highlight=False)
-  script.print_problems(content["layers"] | content["bare"], console)
+  script.print_problems(content["failures"], content["layers"] | content["bare"], console)
 
 
 def draw(figure: Any, content: Mapping[str, Any]) -> None:
@@ -247,7 +255,7 @@ def draw(figure: Any, content: Mapping[str, Any]) -> None:
   layers = content["layers"]
   figure.set_size_inches(11, 5)
   axes = figure.subplots()
-  names = next(iter(layers.values()))
+  names = in_all(layers.values())
   width = 0.9 / len(names)
   for index, name in enumerate(names):
     speedups = [each[name]["speedup"] for each in layers.values()]

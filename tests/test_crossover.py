@@ -8,7 +8,8 @@ import pytest
 
 import crossover
 import flax_fp8 as fp8
-from timed import compiling, script
+from timed import compiling
+from timed.options import Options
 from timed.variants import BF16, VARIANTS
 
 
@@ -61,9 +62,7 @@ def test_fp8_config_reads_the_rule_as_it_is_meant(side, taken):
 
 @pytest.mark.slow
 def test_programs():
-  options = script.Options(
-    out=None, rounds=1, repeat=2, tiny=True, threads=1, seconds=1, replot=False
-  )
+  options = Options(out=None, rounds=1, repeat=2, tiny=True, threads=1, seconds=1, replot=False)
   for name, program in crossover.programs(256, 256, options).items():
     report = fp8.explain(program.fn, *program.shapes, target="h100")
     assert compiling.problems(report, program) == []

@@ -1,5 +1,6 @@
 """The benchmark of layers in small, and what it shares with the others that time a GPU."""
 
+import dataclasses
 import json
 import sys
 
@@ -13,6 +14,7 @@ import gemm
 from flax_fp8.explain.compile import compile_for
 from flax_fp8.explain.traffic import KernelClass
 from timed import clock, compiling, measure, programs, script
+from timed.options import Options
 from timed.variants import BF16, VARIANTS
 
 REPEAT = 3
@@ -73,13 +75,67 @@ def test_spread_and_mean():
   assert clock.geometric_mean([1, 4]) == pytest.approx(2)
 
 
+def options(**others):
+  fields = {"out": None, "rounds": 3, "repeat": 10, "tiny": False, "threads": 2, "seconds": 1}
+  return Options(**fields, replot=False, **others)
+
+
 def test_loops_are_long_beside_their_dispatch():
-  options = script.Options(
-    out=None, rounds=1, repeat=10, tiny=False, threads=1, seconds=1, replot=False
-  )
-  assert measure.steps(10**13, options) == 10
-  assert measure.steps(10**11, options) == 160
-  assert measure.steps(10, options) == measure.MOST_STEPS
+  assert measure.steps(10**13, options()) == 10
+  assert measure.steps(10**11, options()) == 160
+  assert measure.steps(10, options()) == measure.MOST_STEPS
+
+
+def broken(*, is_fp8):
+  """A program that does not compile."""
+
+  def fn(state, x):
+    raise RuntimeError("no such kernel")
+
+  shapes = ({}, jax.ShapeDtypeStruct((2,), jnp.float32))
+  return programs.Program(jax.jit(fn), shapes, 1, 1, is_fp8)
+
+
+def test_what_does_not_compile_is_noted_and_the_others_go_on():
+  tiny = gemm.Shape(16, 16, 32)
+  asked, made = options(), {BF16: layer(BF16, shape=tiny), "delayed": broken(is_fp8=True)}
+  ready = compiling.prepare_all(made, asked)
+  assert list(ready) == [BF16]
+  assert asked.failures == ["delayed: RuntimeError: no such kernel"]
+  assert list(measure.measure(ready, asked)) == [BF16]
+  with pytest.raises(RuntimeError, match="no such kernel"):
+    compiling.prepare_all({BF16: broken(is_fp8=False)}, asked)
+
+
+def test_what_does_not_run_is_noted_and_the_others_go_on():
+  def fails(*args):
+    raise ValueError("out of memory")
+
+  program = layer(BF16, shape=gemm.Shape(16, 16, 32))
+  ready = compiling.prepare(BF16, program)
+  bad = dataclasses.replace(ready, run=fails, program=dataclasses.replace(program, is_fp8=True))
+  asked = options()
+  found = measure.measure({BF16: ready, "delayed": bad}, asked)
+  assert list(found) == [BF16]
+  assert asked.failures == ["delayed: ValueError: out of memory"]
+  assert len(found[BF16]["ms_rounds"]) == 3
+
+
+def test_a_program_that_is_not_understood_runs_and_is_marked(monkeypatch):
+  def not_read(kept, *args, name):
+    kept.lower(*args).compile()
+    raise ValueError("what is this?")
+
+  monkeypatch.setattr(fp8, "explain", not_read)
+  monkeypatch.setattr(compiling, "on_gpu", lambda: True)
+  ready = compiling.prepare(BF16, layer(BF16, shape=gemm.Shape(16, 16, 32)))
+  assert ready.figures["problems"] == ["not read: ValueError: what is this?"]
+  assert ready.run is not None
+
+
+def test_variants_that_are_chosen_come_with_bf16():
+  assert options(variants=["rowwise"]).choose(VARIANTS) == [BF16, "rowwise"]
+  assert options().choose(VARIANTS) == list(VARIANTS)
 
 
 def test_no_case_begins_after_the_deadline():

@@ -9,6 +9,7 @@ import jax
 
 import flax_fp8 as fp8
 from flax_fp8.explain.gemms import Gemm
+from timed.options import Options
 from timed.programs import Program
 
 Key = TypeVar("Key")
@@ -64,7 +65,7 @@ def on_gpu() -> bool:
   return jax.default_backend() == "gpu"
 
 
-def prepare(name: Any, program: Program) -> Ready:
+def prepare(name: object, program: Program) -> Ready:
   """Compiles a program for the default device; on a GPU, reads what was compiled.
 
   Raises:
@@ -72,19 +73,49 @@ def prepare(name: Any, program: Program) -> Ready:
   """
   kept: Any = Kept(program.fn)
   if on_gpu():
-    report = fp8.explain(kept, *program.shapes, name=str(name))
-    figures = describe(report, program)
+    figures = read(str(name), kept, program)
   else:
-    kept.lower(*program.shapes)
-    kept.compile()
+    kept.lower(*program.shapes).compile()
     figures = {"problems": []}
   return Ready(kept.compiled, program, figures | memory(kept.compiled))
 
 
-def prepare_all(programs: Mapping[Key, Program], threads: int) -> dict[Key, Ready]:
-  """Compiles programs in threads: XLA does not hold Python's lock."""
-  with ThreadPoolExecutor(threads) as pool:
-    return dict(zip(programs, pool.map(prepare, programs, programs.values()), strict=True))
+def read(name: str, kept: Any, program: Program) -> dict[str, Any]:
+  """What ``fp8.explain`` says; a program that it can't read is run all the same, and marked."""
+  try:
+    return describe(fp8.explain(kept, *program.shapes, name=name), program)
+  except BaselineError:
+    raise
+  except Exception as error:
+    if kept.compiled is None:
+      raise
+    if not program.is_fp8 and "f8e" in kept.compiled.as_text():
+      raise BaselineError(f"{name}: the baseline must be BF16; got FP8 in it") from error
+    return {"problems": [f"not read: {type(error).__name__}: {error}"]}
+
+
+def prepare_all(programs: Mapping[Key, Program], options: Options) -> dict[Key, Ready]:
+  """Compiles programs in threads, for XLA does not hold Python's lock.
+
+  Returns:
+    Those that could be compiled; of FP8's, the others are noted in the options.
+
+  Raises:
+    Exception: a baseline could not be compiled; or as ``prepare``.
+  """
+
+  def attempt(name: Key, program: Program) -> Ready | None:
+    try:
+      return prepare(name, program)
+    except Exception as error:
+      if not program.is_fp8:
+        raise
+      options.fail(name, error)
+      return None
+
+  with ThreadPoolExecutor(options.threads) as pool:
+    made = zip(programs, pool.map(attempt, programs, programs.values()), strict=True)
+    return {name: ready for name, ready in made if ready}
 
 
 def describe(report: fp8.Report, program: Program) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import jax
 
 from timed.clock import Spread, interleave, speedups, spread
 from timed.compiling import Ready
+from timed.options import Options
 from timed.programs import Arrays
-from timed.script import Options
 from timed.variants import BF16
 
 FASTEST = 800e12  # FLOP/s that no BF16 GEMM exceeds much: how long a step takes at least
@@ -36,32 +36,43 @@ class Deadline:
     return self._now() > self._end
 
 
-def measure(ready: Mapping[str, Ready], rounds: int, baseline: str = BF16) -> dict[str, Any]:
+def measure(ready: Mapping[str, Ready], options: Options) -> dict[str, Any]:
   """Runs the programs of one case in turn.
 
   Args:
-    ready: the programs, the baseline among them.
-    rounds: see ``timed.clock``.
-    baseline: what the others are compared with.
+    ready: the programs, ``BF16`` among them.
+    options: the rounds; an FP8 program that does not run is noted there, and left out.
 
   Returns:
-    Of each program: ms a step, TFLOP/s of its GEMMs, speedup over the baseline (all with
-    quartiles), each round's ms, and what is known of the program itself.
+    Of each program: ms a step, TFLOP/s of its GEMMs, speedup over BF16 (all with quartiles), each
+    round's ms, and what is known of the program itself.
   """
   arrays = Arrays()
   runs = {name: _run(each, arrays.fill(each.program.shapes)) for name, each in ready.items()}
-  times = interleave(runs, rounds)
-  per_step = {name: [t / ready[name].program.repeat for t in times[name]] for name in ready}
+  able = {name: run for name, run in runs.items() if _runs(name, run, ready[name], options)}
+  times = interleave(able, options.rounds)
+  per_step = {name: [t / ready[name].program.repeat for t in times[name]] for name in able}
   return {
-    name: figures(per_step[name], per_step[baseline], each.program.flops)
-    | each.figures
-    | {"repeat": each.program.repeat}
-    for name, each in ready.items()
+    name: figures(per_step[name], per_step[BF16], ready[name].program.flops)
+    | ready[name].figures
+    | {"repeat": ready[name].program.repeat}
+    for name in able
   }
 
 
 def _run(ready: Ready, arguments: Any) -> Callable[[], object]:
   return lambda: jax.block_until_ready(ready.run(*arguments))
+
+
+def _runs(name: str, run: Callable[[], object], ready: Ready, options: Options) -> bool:
+  try:
+    run()
+  except Exception as error:
+    if not ready.program.is_fp8:
+      raise
+    options.fail(name, error)
+    return False
+  return True
 
 
 def figures(seconds: list[float], baseline: list[float], flops: int) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What every script does that measures a GPU: options, refusal, JSON, picture."""
 
 import argparse
-import dataclasses
 import json
 import os
 import pkgutil
@@ -18,40 +17,11 @@ from flax_fp8.capability import capability
 from lm.files import whole_file, write_text
 from lm.report import environment
 from timed.compiling import on_gpu
-from timed.variants import BF16
+from timed.options import Options
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 NO_MEASUREMENT = "no measurement: small shapes, FP8 emulated, to test the script"
 NVIDIA_SMI = "name,driver_version,power.limit,clocks.max.sm,memory.total"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-  """What the command line says.
-
-  Attributes:
-    out: folder of JSON and picture.
-    rounds: of the clock.
-    repeat: steps in a loop, at least.
-    tiny: shapes for a CPU, as a test of the script.
-    threads: that compile.
-    seconds: after which no new case begins.
-    replot: draw the JSON that is there, measure nothing.
-    variants: which to measure, besides BF16; none for all.
-  """
-
-  out: Path
-  rounds: int
-  repeat: int
-  tiny: bool
-  threads: int
-  seconds: float
-  replot: bool
-  variants: tuple[str, ...] = ()
-
-  def choose(self, names: Iterable[str]) -> list[str]:
-    """Those of a script's variants that are to be measured."""
-    return [name for name in names if not self.variants or name in (BF16, *self.variants)]
 
 
 def read_options(doc: str | None, name: str) -> Options:
@@ -114,6 +84,7 @@ def document(options: Options, **results: Any) -> dict[str, Any]:
     "environment": environment()
     | {"nvidia_smi": driver(), "xla_flags": os.getenv("XLA_FLAGS", "")},
     "method": {"rounds": options.rounds, "repeat": options.repeat},
+    "failures": list(options.failures),
     **results,
   }
 
@@ -186,8 +157,12 @@ def cells(each: Mapping[str, Any]) -> list[str]:
   ]
 
 
-def print_problems(content: Mapping[str, Mapping[str, Any]], console: Console) -> None:
-  """Prints each GEMM that is not what was asked for."""
+def print_problems(
+  failures: Iterable[str], content: Mapping[str, Mapping[str, Any]], console: Console
+) -> None:
+  """Prints what did not run, and each GEMM that is not what was asked for."""
+  for failure in failures:
+    console.print(f"FAILED {failure}", highlight=False, markup=False, soft_wrap=True)
   for case, programs in content.items():
     for name, each in programs.items():
       for problem in each["problems"]:
