@@ -249,7 +249,8 @@ def main() -> None:
   outcomes = run_all(scripts, arguments.out, arguments.seconds, console, beside=beside)
   summary = summarize(outcomes, arguments.out, since)
   write_text(arguments.out / "summary.json", json.dumps(summary, indent=1) + "\n")
-  console.print(table(summary))
+  if summary["figures"]:
+    console.print(table(summary))
   sys.exit(any(outcome.failed for outcome in outcomes))
 
 

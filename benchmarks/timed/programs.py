@@ -10,7 +10,9 @@ each of its turns
 - the FP8 state is the last step's.
 
 Handing each step's results to the next as its input would do without the barrier, but not for the
-kernel, and XLA would copy BF16's carried arrays more often than FP8's.
+kernel, and XLA would copy BF16's carried arrays more often than FP8's: that flatters FP8. Results
+begin as zeros, written once a loop, in all variants: they bring ratios nearer to 1, by some tenths
+of a percent with ten steps.
 """
 
 import dataclasses

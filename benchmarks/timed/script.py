@@ -20,7 +20,7 @@ from timed.compiling import on_gpu
 from timed.options import Options
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-NO_MEASUREMENT = "no measurement: small shapes, FP8 emulated, to test the script"
+NO_MEASUREMENT = "no measurement: small shapes, to test the script"
 NVIDIA_SMI = "name,driver_version,power.limit,clocks.max.sm,memory.total"
 
 
