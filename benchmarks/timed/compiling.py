@@ -1,0 +1,172 @@
+"""Compiles programs, several at a time, and looks at what became of their GEMMs before any runs."""
+
+import dataclasses
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import jax
+
+import flax_fp8 as fp8
+from flax_fp8.explain.gemms import Gemm
+from timed.options import Options
+from timed.programs import Program
+
+Key = TypeVar("Key")
+ATTENTION = "attention"  # the module whose products are BF16 in every variant
+MIB = 2**20
+
+
+class BaselineError(RuntimeError):
+  """The baseline is not BF16: no ratio to it would mean anything."""
+
+
+class Kept:
+  """What ``fp8.explain`` compiles for the attached GPU, kept to be run: compiled once.
+
+  It stands for the jitted function, and then for the lowered one.
+  """
+
+  def __init__(self, jitted: Any) -> None:
+    self.trace = jitted.trace
+    self._jitted = jitted
+    self._lowered: Any = None
+    self.compiled: Any = None
+
+  def lower(self, *args: Any) -> "Kept":
+    self._lowered = self._jitted.lower(*args)
+    return self
+
+  def compile(self) -> Any:
+    self.compiled = self._lowered.compile()
+    return self.compiled
+
+  def as_text(self, **options: Any) -> str:
+    return self._lowered.as_text(**options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+  """A compiled program.
+
+  Attributes:
+    run: takes the arguments.
+    program: what it was.
+    figures: what is known of it without running it.
+  """
+
+  run: Any
+  program: Program
+  figures: dict[str, Any]
+
+
+def on_gpu() -> bool:
+  """Whether programs are compiled for a GPU that is attached."""
+  return jax.default_backend() == "gpu"
+
+
+def prepare(name: object, program: Program) -> Ready:
+  """Compiles a program for the default device; on a GPU, reads what was compiled.
+
+  Raises:
+    BaselineError: the baseline has a GEMM whose operands are not BF16.
+  """
+  kept: Any = Kept(program.fn)
+  if on_gpu():
+    figures = read(str(name), kept, program)
+  else:
+    kept.lower(*program.shapes).compile()
+    figures = {"problems": []}
+  return Ready(kept.compiled, program, figures | memory(kept.compiled))
+
+
+def read(name: str, kept: Any, program: Program) -> dict[str, Any]:
+  """What ``fp8.explain`` says; a program that it can't read is run all the same, and marked."""
+  try:
+    return describe(fp8.explain(kept, *program.shapes, name=name), program)
+  except BaselineError:
+    raise
+  except Exception as error:
+    if kept.compiled is None:
+      raise
+    if not program.is_fp8 and "f8e" in kept.compiled.as_text():
+      raise BaselineError(f"{name}: the baseline must be BF16; got FP8 in it") from error
+    return {"problems": [f"not read: {type(error).__name__}: {error}"]}
+
+
+def prepare_all(programs: Mapping[Key, Program], options: Options) -> dict[Key, Ready]:
+  """Compiles programs in threads, for XLA does not hold Python's lock.
+
+  Returns:
+    Those that could be compiled; of FP8's, the others are noted in the options.
+
+  Raises:
+    Exception: a baseline could not be compiled; or as ``prepare``.
+  """
+
+  def attempt(name: Key, program: Program) -> Ready | None:
+    try:
+      return prepare(name, program)
+    except Exception as error:
+      if not program.is_fp8:
+        raise
+      options.fail(name, error)
+      return None
+
+  with ThreadPoolExecutor(options.threads) as pool:
+    made = zip(programs, pool.map(attempt, programs, programs.values()), strict=True)
+    return {name: ready for name, ready in made if ready}
+
+
+def describe(report: fp8.Report, program: Program) -> dict[str, Any]:
+  """What a report says of a program, in numbers of one step."""
+  return {
+    "fp8_gemms": report.fp8_gemms / program.repeat,
+    "gemms": report.total_gemms / program.repeat,
+    "kernels": report.launches / program.repeat,
+    "mib_outside_gemms": report.bytes_outside_gemms / program.repeat / MIB,
+    "gemm_kernels": sorted({gemm.kernel for gemm in report.gemms}),
+    "problems": problems(report, program),
+    "doubts": list(report.doubts),
+  }
+
+
+def problems(report: fp8.Report, program: Program) -> list[str]:
+  """What a program's GEMMs are that they should not be.
+
+  Raises:
+    BaselineError: as ``prepare``.
+  """
+  projections = [gemm for gemm in report.gemms if ATTENTION not in gemm.path.split("/")]
+  wrong = [gemm for gemm in projections if not is_right(gemm, program)]
+  if wrong and not program.is_fp8:
+    raise BaselineError(f"{report.name}: the baseline must be BF16; got {lines(wrong)}")
+  found = sum(gemm.flops for gemm in projections if is_right(gemm, program))
+  wanted = program.flops * program.repeat
+  missing = [f"{found:.4g} FLOPs found, {wanted:.4g} asked for"] if found < wanted else []
+  return [*lines(wrong), *missing]
+
+
+def is_right(gemm: Gemm, program: Program) -> bool:
+  """Whether a GEMM is FP8 where that was asked for, and BF16 in the baseline."""
+  return gemm.is_fp8 if program.is_fp8 else {gemm.lhs, gemm.rhs} == {"bf16"}
+
+
+def lines(gemms: list[Gemm]) -> list[str]:
+  """One line a GEMM."""
+  return [
+    f"{gemm.path} {gemm.role.value}: {gemm.lhs} x {gemm.rhs} by {gemm.kernel}; {gemm.reason}"
+    for gemm in gemms
+  ]
+
+
+def memory(compiled: Any) -> dict[str, float]:
+  """MiB that a program holds at its peak: arguments, results and temporaries."""
+  sizes = compiled.memory_analysis()
+  if sizes is None:
+    return {}
+  argument, output, alias, temp = (
+    getattr(sizes, f"{name}_size_in_bytes") / MIB
+    for name in ("argument", "output", "alias", "temp")
+  )
+  return {"temp_mib": temp, "peak_mib": argument + output - alias + temp}

@@ -1,0 +1,290 @@
+"""The benchmark of layers in small, and what it shares with the others that time a GPU."""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flax_fp8 as fp8
+import gemm
+from flax_fp8.explain.compile import compile_for
+from flax_fp8.explain.traffic import KernelClass
+from timed import clock, compiling, measure, programs, script
+from timed.options import Options
+from timed.variants import BF16, VARIANTS
+
+REPEAT = 3
+SHAPE = gemm.Shape(512, 256, 768)
+X = jax.ShapeDtypeStruct((SHAPE.tokens, SHAPE.width), jnp.bfloat16)
+
+
+def layer(name, repeat=REPEAT, shape=SHAPE):
+  x = jax.ShapeDtypeStruct((shape.tokens, shape.width), jnp.bfloat16)
+  variant = VARIANTS[name]
+  return variant.program(variant.dense(shape.features), x, repeat=repeat, flops=shape.flops)
+
+
+class Ticks:
+  """A clock that moves only as programs run, and a GPU that slows down."""
+
+  def __init__(self):
+    self.time, self.order, self.slow = 0.0, [], 1.0
+
+  def program(self, name, seconds):
+    def run():
+      self.order.append(name)
+      self.time += seconds * self.slow
+      self.slow *= 1.1
+
+    return run
+
+
+def test_every_round_runs_each_program_once_beginning_with_another():
+  ticks = Ticks()
+  runs = {name: ticks.program(name, 1.0) for name in "abc"}
+  clock.interleave(runs, 4, warm_up=1, now=lambda: ticks.time)
+  assert "".join(ticks.order) == "abc" + "abc" + "bca" + "cab" + "abc"
+
+
+def test_what_is_timed_is_the_programs_own_time():
+  ticks = Ticks()
+  ticks.slow, runs = 1.0, {name: ticks.program(name, 2.0) for name in ("BF16", "FP8")}
+  times = clock.interleave(runs, 6, warm_up=0, now=lambda: ticks.time)
+  first = [2 * 1.1**index for index in (0, 3, 4, 7, 8, 11)]
+  assert times["BF16"] == pytest.approx(first)
+
+
+def test_a_gpu_that_slows_down_spoils_no_ratio():
+  """Each ratio is one of neighbours."""
+  ticks = Ticks()
+  runs = {"BF16": ticks.program("BF16", 2.0), "FP8": ticks.program("FP8", 1.0)}
+  times = clock.interleave(runs, 8, now=lambda: ticks.time)
+  ratios = clock.speedups(times["BF16"], times["FP8"])
+  assert min(ratios) == pytest.approx(2 / 1.1)
+  assert max(ratios) == pytest.approx(2 * 1.1)
+  assert clock.spread(ratios).median == pytest.approx(2, rel=0.01)
+
+
+def test_spread_and_mean():
+  assert clock.spread([4, 1, 2, 3, 5]) == clock.Spread(3, 2, 4)
+  assert clock.spread([7.0]) == clock.Spread(7, 7, 7)
+  assert clock.geometric_mean([1, 4]) == pytest.approx(2)
+
+
+def options(**others):
+  fields = {"out": None, "rounds": 3, "repeat": 10, "tiny": False, "threads": 2, "seconds": 1}
+  return Options(**fields, replot=False, **others)
+
+
+def test_loops_are_long_beside_their_dispatch():
+  assert measure.steps(10**13, options()) == 10
+  assert measure.steps(10**11, options()) == 160
+  assert measure.steps(10, options()) == measure.MOST_STEPS
+
+
+def broken(*, is_fp8):
+  """A program that does not compile."""
+
+  def fn(state, x):
+    raise RuntimeError("no such kernel")
+
+  shapes = ({}, jax.ShapeDtypeStruct((2,), jnp.float32))
+  return programs.Program(jax.jit(fn), shapes, 1, 1, is_fp8)
+
+
+def test_what_does_not_compile_is_noted_and_the_others_go_on():
+  tiny = gemm.Shape(16, 16, 32)
+  asked, made = options(), {BF16: layer(BF16, shape=tiny), "delayed": broken(is_fp8=True)}
+  ready = compiling.prepare_all(made, asked)
+  assert list(ready) == [BF16]
+  assert asked.failures == ["delayed: RuntimeError: no such kernel"]
+  assert list(measure.measure(ready, asked)) == [BF16]
+  with pytest.raises(RuntimeError, match="no such kernel"):
+    compiling.prepare_all({BF16: broken(is_fp8=False)}, asked)
+
+
+def test_what_does_not_run_is_noted_and_the_others_go_on():
+  def fails(*args):
+    raise ValueError("out of memory")
+
+  program = layer(BF16, shape=gemm.Shape(16, 16, 32))
+  ready = compiling.prepare(BF16, program)
+  bad = dataclasses.replace(ready, run=fails, program=dataclasses.replace(program, is_fp8=True))
+  asked = options()
+  found = measure.measure({BF16: ready, "delayed": bad}, asked)
+  assert list(found) == [BF16]
+  assert asked.failures == ["delayed: ValueError: out of memory"]
+  assert len(found[BF16]["ms_rounds"]) == 3
+
+
+def test_a_program_that_is_not_understood_runs_and_is_marked(monkeypatch):
+  def not_read(kept, *args, name):
+    kept.lower(*args).compile()
+    raise ValueError("what is this?")
+
+  monkeypatch.setattr(fp8, "explain", not_read)
+  monkeypatch.setattr(compiling, "on_gpu", lambda: True)
+  ready = compiling.prepare(BF16, layer(BF16, shape=gemm.Shape(16, 16, 32)))
+  assert ready.figures["problems"] == ["not read: ValueError: what is this?"]
+  assert ready.run is not None
+
+
+def test_variants_that_are_chosen_come_with_bf16():
+  assert options(variants=["rowwise"]).choose(VARIANTS) == [BF16, "rowwise"]
+  assert options().choose(VARIANTS) == list(VARIANTS)
+
+
+def test_no_case_begins_after_the_deadline():
+  ticks = Ticks()
+  deadline = measure.Deadline(5, now=lambda: ticks.time)
+  assert not deadline.passed()
+  ticks.time = 6
+  assert deadline.passed()
+
+
+def test_shapes_are_those_that_transformer_engine_publishes():
+  """Hidden 4096, four times that inside, 15872 tokens: twelve GEMMs."""
+  published = gemm.GROUPS[gemm.PUBLISHED].values()
+  assert {shape.tokens for shape in published} == {15872}
+  assert sorted((shape.width, shape.features) for shape in published) == [
+    (4096, 4096),
+    (4096, 12288),
+    (4096, 16384),
+    (16384, 4096),
+  ]
+  assert sum(len(shape.gemms) for shape in published) == 12
+  assert gemm.Shape(2, 3, 5).gemms == {"fprop": (2, 5, 3), "dgrad": (2, 3, 5), "wgrad": (3, 5, 2)}
+
+
+def test_it_refuses_a_cpu(monkeypatch, capsys, tmp_path):
+  monkeypatch.setattr(sys, "argv", ["gemm.py", "--out", str(tmp_path)])
+  with pytest.raises(SystemExit) as stopped:
+    gemm.main()
+  assert stopped.value.code == 2
+  assert "needs a GPU that multiplies FP8" in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())
+
+
+def test_each_step_goes_on_from_the_last_ones_state():
+  """As many steps by hand: the state is theirs, and the results are not zero."""
+  program = layer("delayed", shape=gemm.Shape(16, 16, 32))
+  arguments = programs.Arrays().fill(program.shapes)
+  counter, state, results = program.fn(*arguments)
+  module = VARIANTS["delayed"].dense(32)
+  step = jax.jit(programs.forward_and_backward(module, kernels="auto", max_grad=True))
+  by_hand = arguments[0]
+  for _ in range(REPEAT):
+    by_hand, last = step(by_hand, *arguments[1:])
+  assert int(counter) == REPEAT - 1
+  jax.tree.map(np.testing.assert_array_equal, (state, results), (by_hand, last))
+  assert all(np.any(np.asarray(leaf, np.float32)) for leaf in jax.tree.leaves((state, results)))
+  moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), state, arguments[0])
+  assert all(jax.tree.leaves(moved))
+  histories = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim and leaf.size > 8]
+  assert all(np.count_nonzero(history) == REPEAT for history in histories)
+
+
+def test_what_is_compiled_to_be_read_is_what_runs():
+  program = layer(BF16, shape=gemm.Shape(16, 16, 32))
+  kept = compiling.Kept(program.fn)
+  compile_for(jax.devices()[0], kept, program.shapes)
+  arguments = programs.Arrays().fill(program.shapes)
+  jax.tree.map(np.testing.assert_array_equal, kept.compiled(*arguments), program.fn(*arguments))
+
+
+def test_variants_share_their_parameters():
+  arrays = programs.Arrays()
+  first, second = (arrays.fill(layer(name).shapes) for name in (BF16, "delayed"))
+  assert first[1]["kernel"] is second[1]["kernel"]
+  assert first[2] is second[2]
+
+
+@pytest.fixture(scope="module")
+def reports():
+  """Compiled for a described H100."""
+  made = {name: layer(name) for name in VARIANTS}
+  return {
+    name: (program, fp8.explain(program.fn, *program.shapes, target="h100"))
+    for name, program in made.items()
+  }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_turn_of_the_loop_has_all_three_gemms(reports, name):
+  program, report = reports[name]
+  assert report.total_gemms == 3 * REPEAT
+  assert report.fp8_gemms == (0 if name == BF16 else 3 * REPEAT)
+  assert compiling.problems(report, program) == []
+  figures = compiling.describe(report, program)
+  assert (figures["gemms"], figures["doubts"]) == (3, [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_no_tensor_is_quantised_or_transposed_once_for_all_turns(reports, name):
+  """What runs once writes the zeros with which the results begin, and nothing reads a tensor."""
+  _, report = reports[name]
+  fewest = min(SHAPE.tokens * SHAPE.width, SHAPE.width * SHAPE.features)  # bytes, in FP8
+  once = [kernel for kernel in report.kernels if kernel.times < REPEAT]
+  assert not [kernel for kernel in once if kernel.read >= fewest]
+  moving = (KernelClass.QUANTIZE, KernelClass.TRANSPOSE, KernelClass.REDUCE)
+  assert not [kernel for kernel in once if kernel.kind in moving]
+
+
+@pytest.mark.slow
+def test_a_baseline_that_is_not_bf16_ends_the_benchmark(reports):
+  (bf16, bf16_report), (delayed, delayed_report) = reports[BF16], reports["delayed"]
+  with pytest.raises(compiling.BaselineError, match="must be BF16"):
+    compiling.problems(delayed_report, bf16)
+  assert len(compiling.problems(bf16_report, delayed)) == 4
+
+
+@pytest.mark.slow
+def test_bare_gemms_are_of_operands_that_are_ready():
+  for kind, formats in gemm.FORMATS.items():
+    sizes = SHAPE.gemms[kind]
+    program = gemm.bare_program(sizes, formats, kind == "fprop", REPEAT)
+    report = fp8.explain(program.fn, *program.shapes, target="h100")
+    assert report.fp8_gemms == report.total_gemms == REPEAT
+    assert compiling.problems(report, program) == []
+    kinds = {kernel.kind for kernel in report.kernels}
+    assert kinds.isdisjoint({KernelClass.QUANTIZE, KernelClass.TRANSPOSE, KernelClass.REDUCE})
+    assert report.gemms[0].out == "bf16"
+
+
+@pytest.mark.slow
+def test_tiny(monkeypatch, capsys, tmp_path):
+  command = "gemm.py --tiny --rounds 3 --repeat 2 --variants delayed rowwise --threads 2 --out"
+  monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path)])
+  gemm.main()
+  found = json.loads((tmp_path / "gemm.json").read_text())
+  assert found["measurement"] is False
+  assert found["note"] == script.NO_MEASUREMENT
+  assert {"date", "device", "jax", "nvidia_smi"} <= found["environment"].keys()
+  names = {f"{group}: {layer}" for group, layers in gemm.TINY.items() for layer in layers}
+  assert found["layers"].keys() == found["bare"].keys() == found["bare_sums"].keys() == names
+  for each in found["layers"].values():
+    assert list(each) == [BF16, "delayed", "rowwise"]
+    assert each[BF16]["speedup"] == {"median": 1, "low": 1, "high": 1}
+    assert all(len(variant["ms_rounds"]) == 3 for variant in each.values())
+    assert all(variant["ms"]["median"] > 0 for variant in each.values())
+  assert found["summary"][gemm.PUBLISHED]["delayed"]["bar"] == 1.69
+  printed = capsys.readouterr().out
+  assert script.NO_MEASUREMENT in printed
+  assert "to reach 1.69" in printed
+  (tmp_path / "gemm.png").unlink()
+  monkeypatch.setattr(sys, "argv", ["gemm.py", "--replot", "--out", str(tmp_path)])
+  gemm.main()
+  assert (tmp_path / "gemm.png").exists()
+
+
+def test_without_matplotlib_there_is_a_line_instead(monkeypatch, capsys, tmp_path):
+  monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+  script.write_plot(tmp_path, "gemm", gemm.draw, {"note": ""}, script.console())
+  assert "--replot" in capsys.readouterr().out
+  assert not list(tmp_path.iterdir())
