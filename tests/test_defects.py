@@ -305,6 +305,7 @@ def test_other_collections_survive_a_step():
   )
 
 
+@pytest.mark.slow
 def test_gain_errors_side_by_side():
   """The figures that README quotes."""
   ours, theirs = gain_error(fp8_ops), gain_error(reference)

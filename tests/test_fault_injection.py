@@ -32,6 +32,7 @@ def run(name):
   return fault_injection.run(CONFIG, ARMS[name], read_corpus(), FAULTS)
 
 
+@pytest.mark.slow
 def test_a_skipped_step_is_as_if_its_batch_had_not_come():
   """Each kind of fault is seen; the state stays finite, and so does the next loss."""
   figures, state = run("flax_fp8, skip_nonfinite")

@@ -65,7 +65,16 @@ def test_gradients_and_state_are_those_without_remat(policy):
   chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(("policy", "gemms"), POLICIES.values(), ids=POLICIES)
+FAST = ("JAX's dots", "dots")
+
+
+@pytest.mark.parametrize(
+  ("policy", "gemms"),
+  [
+    pytest.param(*case, id=name, marks=[] if name in FAST else pytest.mark.slow)
+    for name, case in POLICIES.items()
+  ],
+)
 def test_what_is_computed_again(described, policy, gemms):
   del described
   model = Model(policy, jnp.bfloat16)

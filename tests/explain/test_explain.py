@@ -67,7 +67,8 @@ def test_nothing_is_known_of_our_own_ops(name, library):
   assert report.doubts == ()
 
 
-@pytest.mark.parametrize("remat", [pytest.param(True, marks=pytest.mark.slow, id="remat"), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [True, False])
 def test_the_train_step_of_the_benchmark(remat):
   case = programs.transformer(OURS, remat=remat)
   report = explained(case, target="h200")

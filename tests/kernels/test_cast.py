@@ -110,7 +110,7 @@ def train(dtype, which, steps=3):
   return seen
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_a_model_trains_to_the_same_bits(interpreted, dtype):
   del interpreted
   plain = train(dtype, "off")

@@ -66,7 +66,10 @@ def test_shared_input_trains_to_the_bits_of_separate_states(monkeypatch):
   chex.assert_trees_all_equal(train(Projections()), shared)
 
 
-@pytest.mark.parametrize("lift", [nn.remat, nn.jit], ids=["remat", "jit"])
+@pytest.mark.parametrize(
+  "lift",
+  [pytest.param(nn.remat, marks=pytest.mark.slow, id="remat"), pytest.param(nn.jit, id="jit")],
+)
 def test_inside_a_lifted_transformation_too(monkeypatch, lift):
   shared = train(lift(Projections)())
   unshared(monkeypatch)
@@ -83,6 +86,7 @@ class Scanned(nn.Module):
     return scanned(Projections(), x)[0]
 
 
+@pytest.mark.slow
 def test_under_scan_each_block_has_its_own(monkeypatch):
   shared = train(Scanned())
   unshared(monkeypatch)
