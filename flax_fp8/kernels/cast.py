@@ -113,9 +113,11 @@ def _split(x: jax.Array, views: tuple[View, View]) -> int | None:
   One GEMM contracts its rows, the other its columns. None where that is not so, where it has no
   tiles, or where its type names a sharding.
   """
+  if not x.size or explicit_sharding(x) is not None:
+    return None
   axes, contracted = tuple(range(x.ndim)), {tuple(sorted(view.contracting)) for view in views}
   for split in range(1, x.ndim):
-    if contracted == {axes[:split], axes[split:]} and explicit_sharding(x) is None:
+    if contracted == {axes[:split], axes[split:]}:
       sizes = math.prod(x.shape[:split]), math.prod(x.shape[split:])
       return split if all(_tile(size) >= _SMALLEST_TILE for size in sizes) else None
   return None

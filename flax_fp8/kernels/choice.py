@@ -31,8 +31,8 @@ class Gpu(enum.Enum):
 
 # What drivers call NVIDIA's GPUs with FP8 matrix units.
 _KINDS = {
-  Gpu.ROWS_ONLY: re.compile(r"\b(G?H[12]00|L4|L40S?|RTX 40)"),
-  Gpu.ANY_LAYOUT: re.compile(r"\b(G?B[1-3]00|RTX (50|PRO))"),
+  Gpu.ROWS_ONLY: re.compile(r"\b(G?H[12]00|L4|L40S?|RTX 40[5-9]0)"),
+  Gpu.ANY_LAYOUT: re.compile(r"\b(G?B[1-3]00|RTX 50[5-9]0|RTX PRO)"),
 }
 
 

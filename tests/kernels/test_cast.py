@@ -68,6 +68,7 @@ SPLITS = {
   "a batch": ((4, 16, 32), (view((0,), (1,), (2,)), view((0,), (2,), (1,))), None),
   "an axis between": ((16, 4, 16), (view((), (1,), (0, 2)), view((), (0, 2), (1,))), None),
   "no tiles": ((64, 40), views(1, 2), None),
+  "no elements": ((0, 64), views(1, 2), None),
   "a vector": ((64,), (view((), (), (0,)), view((), (0,), ())), None),
 }
 

@@ -56,6 +56,7 @@ OTHERS = {
   "NVIDIA GeForce RTX 5090": Gpu.ANY_LAYOUT,
   "NVIDIA RTX 6000 Ada Generation": Gpu.OTHER,  # as an older RTX 6000 by its first words
   "NVIDIA A10": Gpu.OTHER,
+  "Quadro RTX 4000": Gpu.OTHER,
   "Tesla V100-SXM2-16GB": Gpu.OTHER,
   "cpu": Gpu.OTHER,
 }
