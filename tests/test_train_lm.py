@@ -384,6 +384,7 @@ def test_every_recipe_asks_the_hardware(recipes, monkeypatch):
     require_fp8_hardware(named_recipes(["all"]))
 
 
+@pytest.mark.slow
 def test_fused_runs_begin_with_the_parameters_of_bf16():
   """And at the same loss; two layers, stacked by ``nn.scan``."""
   shape = ModelShape(d_model=16, d_ff=32, layers=2, heads=4, kv_heads=2)

@@ -154,6 +154,7 @@ def test_a_kernel_of_pallas_is_a_kernel_that_nothing_is_known_of():
   assert re.search("triton, times 1: what it computes is not known here", doubt)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_is_reported_and_the_rest_counted():
   case = CASES["mlp"](OURS)
   program = compile_program(case.fn, case.args, target="h100", mesh=None, timeout=600)

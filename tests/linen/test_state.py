@@ -60,6 +60,7 @@ def train(model, steps=3):
   return seen
 
 
+@pytest.mark.slow
 def test_shared_input_trains_to_the_bits_of_separate_states(monkeypatch):
   shared = train(Projections())
   unshared(monkeypatch)

@@ -116,6 +116,7 @@ def test_tabulate_shows_the_state():
   assert "input_scale" in table
 
 
+@pytest.mark.slow
 def test_decoding_with_a_cache_gives_what_the_whole_gave():
   case = CASES["encoder_decoder"]
   variables = jax.jit(case.twin.init)(KEY, *case.args)
