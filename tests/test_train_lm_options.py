@@ -154,6 +154,7 @@ def test_calibration_without_state_says_so():
   assert len(display.notes) == 1
 
 
+@pytest.mark.slow
 def test_calibration_is_part_of_what_is_resumed(served, monkeypatch):
   """Of runs that have state; and a run that goes on is not calibrated again."""
   result, _, out, _ = served
@@ -171,6 +172,7 @@ def test_calibration_is_part_of_what_is_resumed(served, monkeypatch):
   assert train(CONFIG, CONVERTED, corpus, **of)[0].curve == result.curve
 
 
+@pytest.mark.slow
 def test_what_is_exported_is_the_trained_model(served):
   """The same loss; and the sizes, counted from the shapes of the kernels."""
   result, _, out, _ = served
@@ -188,6 +190,7 @@ def test_what_is_exported_is_the_trained_model(served):
   assert export.platforms == ("cpu", "cuda")
 
 
+@pytest.mark.slow
 def test_the_program_runs_where_there_is_nothing_but_jax(served, tmp_path):
   _, trained, out, _ = served
   folder = out / "export" / CONVERTED

@@ -47,7 +47,9 @@ def test_is_near_float64(name):
 
 
 # The others are made of the same operations.
-@pytest.mark.parametrize("name", ["delayed", "block", "mxfp8"])
+@pytest.mark.parametrize(
+  "name", ["delayed", pytest.param("block", marks=pytest.mark.slow), "mxfp8"]
+)
 def test_jit_equals_eager(name):
   recipe = RECIPES[name]
   x, w, c = (t[:8, :8] for t in (X, W, C))  # of one shape, so that few operations are compiled
