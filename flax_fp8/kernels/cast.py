@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.custom_batching import custom_vmap
 from jax.experimental import pallas as pl
 
 from flax_fp8 import _compat
@@ -23,6 +21,7 @@ from flax_fp8.amax import across_devices, amax
 from flax_fp8.contraction import View
 from flax_fp8.formats import E4M3, E5M2, Float8
 from flax_fp8.kernels import choice
+from flax_fp8.kernels.dispatch import kernel_unless_mapped
 from flax_fp8.quantize import quantize
 from flax_fp8.sharding import explicit_sharding
 
@@ -68,7 +67,7 @@ def cast_for_both(
   if split is None or not known or not choice.takes(opaque=opaque):
     return plain(x, scale, inverse, state)
   kernel = functools.partial(_by_kernel, float8=float8, split=split, views=views)
-  return _unless_mapped(kernel, plain)(x, scale, inverse, state)
+  return kernel_unless_mapped(kernel, plain, _is_mapped)(x, scale, inverse, state)
 
 
 def _plain(
@@ -89,22 +88,10 @@ def _plain(
   return data, data, amax(x, state)
 
 
-def _unless_mapped(kernel: Callable[..., Cast], plain: Callable[..., Cast]) -> Any:
-  """Makes a function that is ``kernel`` where it can run, but ``plain`` under a vmap."""
-
-  @custom_vmap
-  def either(x: jax.Array, scale: jax.Array, inverse: jax.Array, state: Any) -> Cast:
-    return _compat.kernel_or_plain(kernel, plain, x, scale, inverse, state)
-
-  @either.def_vmap
-  def rule(axis_size: int, in_batched: Any, *given: Any) -> tuple[Cast, Any]:
-    axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, tuple(in_batched))
-    state_is_mapped = any(jax.tree.leaves(in_batched[3]))
-    out_axes = (0, 0, 0 if state_is_mapped else None)
-    out = jax.vmap(plain, axes, out_axes, axis_size=axis_size)(*given)
-    return out, (True, True, state_is_mapped)
-
-  return either
+def _is_mapped(x: bool, scale: bool, inverse: bool, state: Any) -> tuple[bool, bool, bool]:
+  """Tells which results vmap maps: the amax is that of all, unless the state is mapped."""
+  del x, scale, inverse
+  return True, True, any(jax.tree.leaves(state))
 
 
 def _split(x: jax.Array, views: tuple[View, View]) -> int | None:

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.custom_batching import custom_vmap
 from jax.experimental import pallas as pl
 
 from flax_fp8 import _compat
 from flax_fp8.kernels import choice
+from flax_fp8.kernels.dispatch import kernel_unless_mapped
 from flax_fp8.quantize import scale_from_amax
 
 AmaxComputeAlgo = Literal["max", "most_recent"]
@@ -82,7 +82,8 @@ def next_scales(
   if not choice.available() or len({*map(_compat.varying_axes, [*scales, *histories])}) > 1:
     return plain(*given)
   kernel = functools.partial(_by_kernel, float8_maxima=tuple(float8_maxima), rule=rule)
-  return _unless_mapped(kernel, plain)(*given)
+  is_mapped = lambda *_: ((True, True),) * len(scales)
+  return kernel_unless_mapped(kernel, plain, is_mapped)(*given)
 
 
 def _plain(float8_maxima: tuple[float, ...], rule: Rule) -> Callable[..., Scales]:
@@ -97,22 +98,6 @@ def _from_amax(
   amax: jax.Array, scale: jax.Array, float8_max: float, rule: Rule
 ) -> tuple[jax.Array, jax.Array]:
   return scale_from_amax(amax, scale, float8_max, rule.margin, rule.power_of_two)
-
-
-def _unless_mapped(kernel: Callable[..., Scales], plain: Callable[..., Scales]) -> Any:
-  """Makes a function that is ``kernel`` where it can run, but ``plain`` under a vmap."""
-
-  @custom_vmap
-  def either(scales: tuple[jax.Array, ...], histories: tuple[jax.Array, ...]) -> Scales:
-    return _compat.kernel_or_plain(kernel, plain, scales, histories)
-
-  @either.def_vmap
-  def rule(axis_size: int, in_batched: Any, *given: Any) -> tuple[Scales, Any]:
-    axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, tuple(in_batched))
-    out = jax.vmap(plain, axes, axis_size=axis_size)(*given)
-    return out, jax.tree.map(lambda _: True, out)
-
-  return either
 
 
 # Traced once, so that XLA sees that two calls with the same operands are the same: a kernel's text

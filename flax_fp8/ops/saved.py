@@ -17,6 +17,6 @@ Tree = TypeVar("Tree")
 
 
 def name(tree: Tree, as_: str) -> Tree:
-  """Names every array of a pytree; keys and floats without a gradient too."""
+  """Names every array of a pytree."""
   named: Any = jax.tree.map(lambda leaf: checkpoint_name(leaf, as_), tree)
   return named

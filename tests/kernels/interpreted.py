@@ -3,8 +3,7 @@
 import pytest
 from jax.experimental import pallas as pl
 
-from flax_fp8 import _compat
-from flax_fp8.kernels import choice
+from flax_fp8.kernels import choice, dispatch
 
 
 @pytest.fixture
@@ -12,5 +11,5 @@ def interpreted(monkeypatch):
   """Has kernels chosen, and run by Pallas' interpreter."""
   call = pl.pallas_call
   monkeypatch.setattr(choice, "_gpu", lambda: choice.Gpu.ROWS_ONLY)
-  monkeypatch.setattr(_compat, "kernel_or_plain", lambda kernel, plain, *args: kernel(*args))
+  monkeypatch.setattr(dispatch, "kernel_or_plain", lambda kernel, plain, *args: kernel(*args))
   monkeypatch.setattr(pl, "pallas_call", lambda *a, **k: call(*a, **{**k, "interpret": True}))
