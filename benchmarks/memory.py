@@ -2,9 +2,10 @@
 
     python benchmarks/memory.py              # no GPU needed; about four minutes on one CPU core
 
-A stack of eight blocks of ``traffic.py`` (an MLP 2048/8192 after an RMSNorm, 8192 tokens, all in
-bfloat16), forward and backward, unrolled and under ``nn.scan`` with each policy of ``nn.remat``,
-compiled for a described GPU in BF16, with ``flax.linen.fp8_ops`` and with ``flax_fp8``; never run.
+The gradients of a loss by float32 parameters, of eight blocks of ``traffic.py`` (an MLP 2048/8192
+after an RMSNorm, 8192 tokens) that compute in bfloat16, unrolled and under ``nn.scan`` with each
+policy of ``nn.remat``, compiled for a described GPU in BF16, with ``flax.linen.fp8_ops`` and with
+``flax_fp8``; never run.
 ``MiB`` is what the program allocates beside its arguments and results, ``of BF16`` its ratio to
 BF16 with the same policy, ``of BF16, all kept`` to BF16 under ``nn.scan`` without a policy.
 ``again`` are the GEMMs of a layer that the backward pass computes once more.
@@ -18,6 +19,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
@@ -26,9 +28,11 @@ from flax_fp8.doctor import allow_missing_cuda
 from lm.files import write_text
 from lm.report import environment
 from recipe_cost import figures
-from traffic import RESULTS, Case, Mlp, Stack, explain_case
+from traffic import OURS, RESULTS, VARIANTS, Mlp, Stack
 
 LAYERS = 8
+TOKENS, WIDTH = 8192, 2048
+PARAMS = jnp.float32
 GEMMS = 6  # of a layer's forward and backward pass
 NONE = "all kept"
 
@@ -40,7 +44,7 @@ POLICIES: dict[str, tuple[Any, Any]] = {
   "save_fp8_inputs": (None, fp8.remat_policies.save_fp8_inputs),
   "everything_saveable": (JAX.everything_saveable, JAX.everything_saveable),
 }
-VARIANTS = ("BF16", "flax.linen.fp8_ops", "flax_fp8")
+COMPARED = ("BF16", "flax.linen.fp8_ops", "flax_fp8")
 
 
 class Rematted(nn.Module):
@@ -54,14 +58,14 @@ class Rematted(nn.Module):
     """Takes and gives the residual stream."""
     block: Any = nn.remat(Mlp, prevent_cse=False, policy=self.policy)
     layers = fp8.scan(block, {"params": 0}, split_rngs={"params": True}, length=LAYERS)
-    return layers(self.cls)(x, None)[0]
+    return layers(self.cls, PARAMS)(x, None)[0]
 
 
 def cases(variant: str) -> dict[str, Callable[[Any], nn.Module]]:
   """The stacks of a variant, by policy."""
   made: dict[str, Callable[[Any], nn.Module]] = {
-    "unrolled": lambda cls: Stack(cls, scan=False),
-    NONE: lambda cls: Stack(cls, scan=True),
+    "unrolled": lambda cls: Stack(cls, scan=False, param_dtype=PARAMS),
+    NONE: lambda cls: Stack(cls, scan=True, param_dtype=PARAMS),
   }
   for name, policies in POLICIES.items():
     policy = policies[variant == "flax_fp8"]
@@ -70,13 +74,27 @@ def cases(variant: str) -> dict[str, Callable[[Any], nn.Module]]:
   return made
 
 
+def explain_stack(make: Callable[[Any], nn.Module], variant: str, target: str) -> fp8.Report:
+  """Reports on the gradients of a stack's loss."""
+  cls = VARIANTS[variant].cls
+  model, x = make(cls), jax.ShapeDtypeStruct((TOKENS, WIDTH), jnp.bfloat16)
+  variables = jax.eval_shape(model.init, jax.random.key(0), x)
+
+  def loss(variables: Any, x: jax.Array) -> jax.Array:
+    out: Any = model.apply(variables, x)
+    return jnp.mean(jnp.square(out.astype(jnp.float32)))
+
+  differentiate: Any = fp8.value_and_grad if cls is OURS else jax.value_and_grad
+  return fp8.explain(differentiate(loss), variables, x, target=target, name=variant)
+
+
 def measure(target: str, console: Console) -> dict[str, Any]:
   """Compiles every stack of every variant."""
   found: dict[str, Any] = {}
-  for variant in VARIANTS:
+  for variant in COMPARED:
     for name, make in cases(variant).items():
       with console.status(f"{variant}, {name}"):
-        report = explain_case(Case(make, 8192, 2048), variant, target)
+        report = explain_stack(make, variant, target)
       found.setdefault(name, {})[variant] = figures(report)
   assert found[NONE]["BF16"]["operands"] == ["bf16"]
   return found

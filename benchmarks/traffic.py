@@ -60,15 +60,17 @@ VARIANTS = {
 }
 
 
-def dense(features: int, cls: Any, name: str | None = None) -> nn.Dense:
-  """A layer of which all is bfloat16."""
-  kinds = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+def dense(
+  features: int, cls: Any, name: str | None = None, param_dtype: Any = jnp.bfloat16
+) -> nn.Dense:
+  """A layer that computes in bfloat16."""
+  kinds = {"dtype": jnp.bfloat16, "param_dtype": param_dtype}
   return nn.Dense(features, use_bias=False, dot_general_cls=cls, name=name, **kinds)
 
 
-def norm() -> nn.RMSNorm:
+def norm(param_dtype: Any = jnp.bfloat16) -> nn.RMSNorm:
   """RMSNorm in bfloat16, its statistics in float32."""
-  return nn.RMSNorm(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+  return nn.RMSNorm(dtype=jnp.bfloat16, param_dtype=param_dtype)
 
 
 class LlamaBlock(nn.Module):
@@ -98,12 +100,14 @@ class Mlp(nn.Module):
   """``x + down(relu(up(norm(x))))``, as a step of a scan."""
 
   cls: Any
+  param_dtype: Any = jnp.bfloat16
 
   @nn.compact
   def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
     """Takes and gives the residual stream."""
-    y = nn.relu(dense(8192, self.cls, "up")(norm()(x)))
-    return x + dense(2048, self.cls, "down")(y), None
+    layer = functools.partial(dense, cls=self.cls, param_dtype=self.param_dtype)
+    y = nn.relu(layer(8192, name="up")(norm(self.param_dtype)(x)))
+    return x + layer(2048, name="down")(y), None
 
 
 class Stack(nn.Module):
@@ -114,12 +118,14 @@ class Stack(nn.Module):
     scan: under ``nn.scan``, or one after the other.
     remat: recompute each block in the backward pass.
     length: how many blocks.
+    param_dtype: of their parameters.
   """
 
   cls: Any
   scan: bool
   remat: bool = False
   length: int = 8
+  param_dtype: Any = jnp.bfloat16
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -127,9 +133,9 @@ class Stack(nn.Module):
     block: Any = nn.remat(Mlp, prevent_cse=not self.scan) if self.remat else Mlp
     if self.scan:
       layers = fp8.scan(block, {"params": 0}, split_rngs={"params": True}, length=self.length)
-      return layers(self.cls)(x, None)[0]
+      return layers(self.cls, self.param_dtype)(x, None)[0]
     for _ in range(self.length):
-      x, _ = block(self.cls)(x, None)
+      x, _ = block(self.cls, self.param_dtype)(x, None)
     return x
 
 

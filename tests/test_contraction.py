@@ -10,7 +10,7 @@ from jax import lax
 
 from flax_fp8 import contraction
 
-hypothesis.settings.register_profile("here", deadline=None, max_examples=40, derandomize=True)
+hypothesis.settings.register_profile("here", deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.load_profile("here")
 
 

@@ -104,6 +104,7 @@ def whole(tmp_path_factory):
   return out, run(out, *([] if MISSING else ["--explain", "h200"]), compiler=True)
 
 
+@pytest.mark.slow
 def test_both_precisions_and_what_they_leave(whole):
   out, finished = whole
   assert finished.returncode == 0, finished.stderr
@@ -136,6 +137,7 @@ def test_float16_beside_bf16(tmp_path):
       assert (of["loss_scale"], of["skipped_steps"]) == (65536, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 def test_the_steps_are_explained(whole):
   out, finished = whole
@@ -174,6 +176,7 @@ def check_not_counted(out, stdout):
   assert "explain" not in results(out)
 
 
+@pytest.mark.slow
 def test_refusals(whole, tmp_path):
   out, _ = whole
   again = run(out, "--precision", "fp8")
@@ -405,6 +408,7 @@ def test_fused_runs_begin_with_the_parameters_of_bf16():
   assert identify(config, "delayed-fused", read_corpus())["run"] == "delayed-fused"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_of_one_recipe(whole):
   folder = whole[0] / "checkpoints" / "bf16"
   config = dataclasses.replace(PRESETS["tiny"], steps=STEPS, batch_size=2)

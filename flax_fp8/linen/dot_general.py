@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 
 from flax_fp8 import ops
-from flax_fp8.linen.state import is_lifted, is_stored, read_key, read_state
+from flax_fp8.linen.state import is_lifted, read_key, read_state, stored_kernel
 from flax_fp8.ops import check
 from flax_fp8.recipes.base import Recipe, register_module
 from flax_fp8.recipes.delayed import DelayedScaling
@@ -83,16 +83,18 @@ class Fp8DotGeneral(nn.Module):
     """Contracts; arguments as ``lax.dot_general``, ``lhs`` the input and ``rhs`` the kernel."""
     check.precision(name := type(self).__name__, precision)
     check.device(name, self.recipe, self.emulate)
+    stored = stored_kernel(self, rhs)
     return ops.dot_general(
       lhs,
-      rhs,
+      rhs if stored is None else stored,
       dimension_numbers,
       recipe=self.recipe,
       state=read_state(self, self.recipe, lhs),
       preferred_element_type=preferred_element_type,
       out_sharding=self.out_sharding if out_sharding is None else out_sharding,
       key=read_key(self, self.recipe),
-      kernel_is_stored=is_stored(self, rhs),
+      kernel_is_stored=stored is not None,
+      kernel_dtype=rhs.dtype,
       in_loop=is_lifted(self),
       name=name,
     )
@@ -162,7 +164,7 @@ class Fp8Einsum(nn.Module):
       preferred_element_type=preferred_element_type,
       out_sharding=self.out_sharding if out_sharding is None else out_sharding,
       key=read_key(self, self.recipe),
-      kernel_is_stored=is_stored(self, rhs),
+      kernel_is_stored=stored_kernel(self, rhs) is rhs,
       in_loop=is_lifted(self),
       name=name,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +11,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.dtypes import promote_dtype
 
 from flax_fp8.linen.boxes import box_as, unbox
 from flax_fp8.meta_dtype import to_max_grad
@@ -129,9 +130,40 @@ def _variable(module: nn.Module, name: str, fresh: np.ndarray) -> Any | None:
   return unbox(scope.get_variable(collection, name))
 
 
-def is_stored(module: nn.Module, kernel: jax.Array) -> bool:
-  """Tells whether a kernel is a parameter of the layer that a module is in, of the same dtype."""
-  return is_among(_parameters_beside(module), kernel)
+# Layers that contract their parameter "kernel", cast to the dtype of the computation, and do no
+# more to it, where the function says so. Subclasses may.
+_cast_their_kernel: dict[type[nn.Module], Callable[[Any], bool]] = {}
+
+
+def casts_its_kernel(layer: type[nn.Module], where: Callable[[Any], bool]) -> None:
+  """Declares that all a layer does to its kernel is a cast; in the modules of which it is true."""
+  _cast_their_kernel[layer] = where
+
+
+for _layer in (nn.Dense, nn.DenseGeneral):
+  casts_its_kernel(_layer, lambda module: module.promote_dtype is promote_dtype)
+
+
+def stored_kernel(module: nn.Module, kernel: jax.Array) -> jax.Array | None:
+  """Finds the parameter that a kernel is, or is a cast of, in the layer that a module is in.
+
+  Args:
+    module: bound module.
+    kernel: what the module contracts its input with.
+
+  Returns:
+    The kernel itself where a parameter of its dtype and size is there; the parameter of which the
+    layer is known to cast its kernel; else None.
+  """
+  if is_among(_parameters_beside(module), kernel):
+    return kernel
+  layer: Any = module.parent
+  if not _cast_their_kernel.get(type(layer), lambda _: False)(layer):
+    return None
+  stored: Any = unbox(layer.get_variable("params", "kernel"))
+  if stored is None or stored.shape != kernel.shape:
+    return None
+  return stored if stored.dtype.name in check.COMPUTE_DTYPES else None
 
 
 def is_lifted(module: nn.Module) -> bool:

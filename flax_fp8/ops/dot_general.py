@@ -6,29 +6,25 @@ only. Backward, the output gradient is quantised once and multiplied twice.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
-from flax_fp8 import _compat, contraction
 from flax_fp8.amax import emit_once
-from flax_fp8.contraction import DimensionNumbers, Gemm, View
+from flax_fp8.contraction import Gemm, View
 from flax_fp8.kernels import choice
 from flax_fp8.meta_dtype import like, to_float32
 from flax_fp8.ops import calibration, check, metrics, saved
-from flax_fp8.ops.calibration import Calibration
+from flax_fp8.ops.call import Call, Operand, Roles
 from flax_fp8.products import dot_high_precision
 from flax_fp8.quantize import QTensor
 from flax_fp8.recipes.base import GemmKind, Recipe, Role, TensorState
 from flax_fp8.sharding import explicit_sharding, in_auto, replicated_as
 
 State: TypeAlias = Mapping[str, TensorState]
-Roles: TypeAlias = tuple[Role, Role]
 Quantized: TypeAlias = QTensor | jax.Array  # an array where the GEMM is in high precision
 
 
@@ -44,6 +40,7 @@ def dot_general(
   key: jax.Array | None = None,
   roles: Roles = (Role.INPUT, Role.KERNEL),
   kernel_is_stored: bool = False,
+  kernel_dtype: Any = None,
   in_loop: bool = False,
   name: str = "dot_general",
 ) -> jax.Array:
@@ -66,9 +63,10 @@ def dot_general(
     key: PRNG key, by which a recipe that asks for it rounds output gradients stochastically; needed
       for differentiation alone.
     roles: what ``lhs`` and ``rhs`` are; exchanged for a GEMM that takes the kernel first.
-    kernel_is_stored: whether the kernel is read from memory as it is, a parameter that nothing
-      casts or computes: then it is kept for the backward pass as it is, and a Pallas kernel may
-      quantise it (``flax_fp8.use_kernels``).
+    kernel_is_stored: whether the kernel is a parameter, read from memory, that nothing computes:
+      then it is kept for the backward pass as it is, and a Pallas kernel may quantise it
+      (``flax_fp8.use_kernels``).
+    kernel_dtype: to which the kernel is cast before all else; as it is if None.
     in_loop: whether operands and state are slices, as in the body of a scan.
     name: what error messages call the operation.
 
@@ -105,13 +103,26 @@ def dot_general(
     flax.linen.fp8_ops.
   """
   lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
-  dtype = check.result_dtype(name, lhs, rhs, preferred_element_type)
+  used_lhs, used_rhs = (
+    x.astype(kernel_dtype) if role is Role.KERNEL and kernel_dtype is not None else x
+    for x, role in zip((lhs, rhs), roles, strict=True)
+  )
+  dtype = check.result_dtype(name, used_lhs, used_rhs, preferred_element_type)
   dims = check.dimension_numbers(name, dimension_numbers, lhs, rhs)
   check.recipe(name, recipe)
   check.state(name, recipe, state)
-  sharding = check.sharding_of_product(name, dims, lhs, rhs, out_sharding)
-  how = calibration.current()
-  call = _Call(recipe, dims, dtype, sharding, roles, kernel_is_stored, in_loop, name, how)
+  call = Call(
+    recipe=recipe,
+    dimension_numbers=dims,
+    dtypes=(used_lhs.dtype, used_rhs.dtype),
+    dtype=dtype,
+    sharding=check.sharding_of_product(name, dims, lhs, rhs, out_sharding),
+    roles=roles,
+    kernel_is_stored=kernel_is_stored,
+    in_loop=in_loop,
+    name=name,
+    calibration=calibration.current(),
+  )
   used = {role.value: state.get(role.value, {}) for role in Role}
   return _scaled_dot_general(call, lhs, rhs, used, key if recipe.rounds_by_key else None)
 
@@ -134,84 +145,67 @@ def init_state(recipe: Recipe) -> dict[str, TensorState]:
   return {role.value: jax.tree.map(jnp.asarray, recipe.init_state(role)) for role in Role}
 
 
-_GRADIENT_OF = {Role.INPUT: GemmKind.DGRAD, Role.KERNEL: GemmKind.WGRAD}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-  """What is static about a contraction."""
-
-  recipe: Recipe
-  dimension_numbers: DimensionNumbers
-  dtype: Any
-  sharding: NamedSharding | None
-  roles: Roles
-  kernel_is_stored: bool
-  in_loop: bool
-  name: str
-  calibration: Calibration | None
-
-  @property
-  def backward_kinds(self) -> tuple[GemmKind, GemmKind]:
-    """The GEMMs that give the gradients of the left and of the right operand."""
-    return _GRADIENT_OF[self.roles[0]], _GRADIENT_OF[self.roles[1]]
-
-  def forward_gemm(self, operands: tuple[_Operand, _Operand]) -> Gemm:
-    """The GEMM that gives the result."""
-    kernel = self.roles.index(Role.KERNEL)
-    shapes = [operand.shape for operand in operands]
-    return contraction.forward_gemm(self.dimension_numbers, *shapes, kernel=kernel)
-
-  def backward_gemms(self, operands: tuple[_Operand, _Operand]) -> tuple[Gemm, Gemm]:
-    """The GEMMs that give the gradients of the left and of the right operand."""
-    shapes = [operand.shape for operand in operands]
-    return contraction.backward_gemms(self.dimension_numbers, *shapes)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scaled_dot_general(
-  call: _Call, lhs: jax.Array, rhs: jax.Array, state: State, key: jax.Array | None
+  call: Call, lhs: jax.Array, rhs: jax.Array, state: State, key: jax.Array | None
 ) -> jax.Array:
-  return _forward(call, lhs, rhs, state, key)[0]
+  return _forward(call, lhs, rhs, state, key, alone=True)[0]
+
+
+_NAMES = {Role.INPUT: saved.INPUT, Role.KERNEL: saved.KERNEL}
 
 
 def _forward(
-  call: _Call, lhs: jax.Array, rhs: jax.Array, state: State, key: jax.Array | None
+  call: Call,
+  lhs: jax.Array,
+  rhs: jax.Array,
+  state: State,
+  key: jax.Array | None,
+  *,
+  alone: bool = False,
 ) -> tuple[jax.Array, Any]:
-  """Quantises both operands and multiplies; keeps what the backward pass takes of them."""
-  operands = (_Operand.of(lhs), _Operand.of(rhs))
+  """Quantises both operands and multiplies; keeps what the backward pass takes of them.
+
+  Alone, without a backward pass, nothing is observed. A stored kernel is kept as it is, and
+  quantised again: in a loop, keeping it in FP8 would take memory. There XLA can't merge the two,
+  and one pass over the kernel makes less of it than the other: the observation is the backward's.
+  """
+  given, operands = (lhs, rhs), (Operand.of(lhs), Operand.of(rhs))
   prepared = _prepare(call, state)
-  (q_lhs, kept_lhs), lhs_seen = _quantize_operand(call, 0, lhs, operands, state, prepared)
-  (q_rhs, kept_rhs), rhs_seen = _quantize_operand(call, 1, rhs, operands, state, prepared)
+  tensors: list[Quantized] = []
+  kept: list[Quantized] = []
+  seen: list[tuple[Any, ...]] = []
+  for index, role in enumerate(call.roles):
+    stored = call.is_stored(index)
+    observed = not alone and not (stored and call.in_loop)
+    (now, again), saw = _quantize_operand(
+      call, index, given[index], operands, state, prepared, observed=observed
+    )
+    tensors.append(now)
+    kept.append(given[index] if stored else saved.name(again, _NAMES[role]))
+    seen.append(saw)
   gemm = call.forward_gemm(operands).sharded(call.sharding)
-  out = _contract(call.recipe, q_lhs, q_rhs, gemm, GemmKind.FPROP, call.dtype)
+  out = _contract(call.recipe, tensors[0], tensors[1], gemm, GemmKind.FPROP, call.dtype)
   out = saved.name(out, saved.BATCHED_OUTPUT if gemm.lhs.batch else saved.OUTPUT)
-  names = {Role.INPUT: saved.INPUT, Role.KERNEL: saved.KERNEL}
-  kept = [
-    saved.name(q, names[role]) for q, role in zip((kept_lhs, kept_rhs), call.roles, strict=True)
-  ]
-  again = [Role.OUTPUT_GRAD]
-  if call.kernel_is_stored:  # and stays so: in a loop, keeping it in FP8 would take memory
-    kept[call.roles.index(Role.KERNEL)] = (lhs, rhs)[call.roles.index(Role.KERNEL)]
-    again.append(Role.KERNEL)
-  added = {role.value: _added(prepared[role], state[role.value]) for role in again}
-  seen, added = saved.name(((lhs_seen, rhs_seen), added), saved.SCALARS)
-  return out, (tuple(kept), seen, state, added, key, operands)
+  later = (Role.KERNEL, Role.OUTPUT_GRAD) if call.kernel_is_stored else (Role.OUTPUT_GRAD,)
+  added = {role.value: _added(prepared[role], state[role.value]) for role in later}
+  seen, added = saved.name((seen, added), saved.SCALARS)
+  return out, (kept, seen, state, added, key, operands)
 
 
 def _backward(
-  call: _Call, residuals: Any, grad: jax.Array
+  call: Call, residuals: Any, grad: jax.Array
 ) -> tuple[jax.Array, jax.Array, State, None]:
   """Quantises the gradient and multiplies it with both kept operands; updates the state."""
-  (q_lhs, q_rhs), seen, state, added, key, (lhs, rhs) = residuals
+  kept, seen, state, added, key, operands = residuals
   prepared = {role: {**_own(state, role), **added.get(role.value, {})} for role in Role}
-  if call.kernel_is_stored and call.roles[0] is Role.KERNEL:
-    (_, q_lhs), _ = _quantize_operand(call, 0, q_lhs, (lhs, rhs), state, prepared)
-  elif call.kernel_is_stored:
-    (_, q_rhs), _ = _quantize_operand(call, 1, q_rhs, (lhs, rhs), state, prepared)
+  if call.kernel_is_stored:
+    kept, seen = list(kept), list(seen)
+    _quantize_again(call, kept, seen, operands, state, prepared)
+  (q_lhs, q_rhs), (lhs, rhs) = kept, operands
   if call.calibration is None:
     check.key(call.name, call.recipe, key)
-  to_lhs, to_rhs = call.backward_gemms((lhs, rhs))
+  to_lhs, to_rhs = call.backward_gemms(operands)
   lhs_kind, rhs_kind = call.backward_kinds
   (by_rhs, by_lhs), grad_seen = _quantize(
     call,
@@ -224,29 +218,55 @@ def _backward(
     key,
   )
   to_lhs, to_rhs = to_lhs.sharded(lhs.sharding), to_rhs.sharded(rhs.sharding)
-  grad_lhs = _contract(call.recipe, by_rhs, q_rhs, to_lhs, lhs_kind, lhs.dtype)
-  grad_rhs = _contract(call.recipe, by_lhs, q_lhs, to_rhs, rhs_kind, rhs.dtype)
+  grad_lhs = _contract(call.recipe, by_rhs, q_rhs, to_lhs, lhs_kind, call.dtypes[0])
+  grad_rhs = _contract(call.recipe, by_lhs, q_lhs, to_rhs, rhs_kind, call.dtypes[1])
   observed = dict(zip((*call.roles, Role.OUTPUT_GRAD), (*seen, grad_seen), strict=True))
   new_state = _new_state(call, state, observed)
   return lhs.reduce(grad_lhs), rhs.reduce(grad_rhs), new_state, None
 
 
 def _quantize_operand(
-  call: _Call,
+  call: Call,
   index: int,
   x: jax.Array,
-  operands: tuple[_Operand, _Operand],
+  operands: tuple[Operand, Operand],
   state: State,
   prepared: Mapping[Role, TensorState],
+  *,
+  observed: bool = True,
 ) -> tuple[tuple[Quantized, Quantized], tuple[Any, ...]]:
   """Prepares the left operand, 0, or the right one, 1, for its two GEMMs."""
   gemm, backward = call.forward_gemm(operands), call.backward_gemms(operands)[1 - index]
   kinds = GemmKind.FPROP, call.backward_kinds[1 - index]
   views = (gemm.lhs, gemm.rhs)[index], backward.rhs
-  return _quantize(call, x, state, prepared, call.roles[index], kinds, views)
+  # What is cast from another dtype is no array in memory, but made where it is quantised.
+  opaque = call.is_stored(index) and x.dtype == call.dtypes[index]
+  x, role = x.astype(call.dtypes[index]), call.roles[index]
+  return _quantize(call, x, state, prepared, role, kinds, views, opaque=opaque, observed=observed)
 
 
-def _prepare(call: _Call, state: State) -> dict[Role, TensorState]:
+def _quantize_again(
+  call: Call,
+  kept: list[Quantized],
+  seen: list[tuple[Any, ...]],
+  operands: tuple[Operand, Operand],
+  state: State,
+  prepared: dict[Role, TensorState],
+) -> None:
+  """Replaces a kernel that was kept as it is by what its backward GEMM takes.
+
+  Observes it where that was left to the backward pass.
+  """
+  index = call.kernel
+  observation = seen[index][0] if seen[index] else None
+  prepared[Role.KERNEL] = {**prepared[Role.KERNEL], **(observation or {})}
+  kernel: Any = kept[index]
+  (_, kept[index]), saw = _quantize_operand(call, index, kernel, operands, state, prepared)
+  if saw and observation is None:
+    seen[index] = (saw[0], seen[index][1])
+
+
+def _prepare(call: Call, state: State) -> dict[Role, TensorState]:
   """Prepares the state of each tensor without its metrics, for quantising it.
 
   The input's by itself: several contractions may share an input and its state, and computed alone
@@ -269,7 +289,7 @@ def _own(state: State, role: Role) -> TensorState:
 
 
 def _quantize(
-  call: _Call,
+  call: Call,
   x: jax.Array,
   state: State,
   prepared: Mapping[Role, TensorState],
@@ -277,6 +297,9 @@ def _quantize(
   kinds: tuple[GemmKind, GemmKind],
   views: tuple[View, View],
   key: jax.Array | None = None,
+  *,
+  opaque: bool = False,
+  observed: bool = True,
 ) -> tuple[tuple[Quantized, Quantized], tuple[Any, ...]]:
   """Prepares a tensor for its two GEMMs: in FP8, or as it is for one in high precision.
 
@@ -291,9 +314,10 @@ def _quantize(
   if all(whole) or (settles and not old_metrics):
     return (x, x), ()
   clipped = x if how is None else in_auto(how.clip, explicit_sharding(x), x)
-  opaque = role is Role.KERNEL and call.kernel_is_stored
   with choice.in_loop(call.in_loop):
-    pair, seen = recipe.quantize(clipped, prepared[role], role, views, key, opaque=opaque)
+    pair, seen = recipe.quantize(
+      clipped, prepared[role], role, views, key, opaque=opaque, observed=observed
+    )
   measured: TensorState = {}
   if old_metrics:
     used = [(q, v) for is_whole, q, v in zip(whole, pair, views, strict=True) if not is_whole]
@@ -331,7 +355,7 @@ def _contract(
   return dot_high_precision(lhs, rhs, gemm, dtype)
 
 
-def _new_state(call: _Call, state: State, observed: Mapping[Role, tuple[Any, ...]]) -> State:
+def _new_state(call: Call, state: State, observed: Mapping[Role, tuple[Any, ...]]) -> State:
   """Updates the state of each role that was observed, as cotangents of the old state."""
   recipe, settles = call.recipe, call.calibration is not None and call.calibration.settles
   new: dict[str, TensorState] = {}
@@ -349,27 +373,6 @@ def _new_state(call: _Call, state: State, observed: Mapping[Role, tuple[Any, ...
 def _as_cotangent(new: jax.Array, old: jax.Array) -> jax.Array:
   """Casts a new leaf of the state as the cotangent of the old one."""
   return like(emit_once(new.reshape(old.shape)), old)
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Operand:
-  """What the backward pass must know of an operand, without keeping the operand."""
-
-  shape: tuple[int, ...]
-  dtype: Any
-  varying: frozenset[str]
-  sharding: NamedSharding | None
-
-  @classmethod
-  def of(cls, operand: jax.Array) -> _Operand:
-    varying, sharding = _compat.varying_axes(operand), explicit_sharding(operand)
-    return cls(operand.shape, operand.dtype, varying, sharding)
-
-  def reduce(self, grad: jax.Array) -> jax.Array:
-    """Sums a gradient over the mesh axes along which it varies and its operand does not."""
-    axes = _compat.varying_axes(grad) - self.varying
-    return _compat.psum(grad, tuple(sorted(axes))) if axes else grad
 
 
 _scaled_dot_general.defvjp(_forward, _backward)

@@ -118,7 +118,8 @@ class Recipe(abc.ABC):
     key: jax.Array | None,
     *,
     opaque: bool = False,
-  ) -> tuple[tuple[QTensor, QTensor], Any]:
+    observed: bool = True,
+  ) -> tuple[tuple[QTensor, QTensor], Mapping[str, jax.Array] | None]:
     """Quantises a tensor for the two GEMMs that take it.
 
     Args:
@@ -130,10 +131,12 @@ class Recipe(abc.ABC):
         operand's gradient, then the right one's. Where one GEMM keeps axes, the other contracts.
       key: PRNG key to round by, or None to round to nearest.
       opaque: whether ``x`` is read from memory whatever quantises it: see ``kernels.choice``.
+      observed: whether the observation is wanted.
 
     Returns:
-      One ``QTensor`` for each of these GEMMs, and an observation: a pytree of small arrays that
-      ``update`` takes.
+      One ``QTensor`` for each of these GEMMs, and an observation: small arrays by name, which
+      ``update`` takes, and which, added to the state, spare quantising ``x`` again from looking at
+      all of it first. None where there is none, or none is wanted and it would cost a pass.
     """
 
   @abc.abstractmethod

@@ -77,13 +77,14 @@ class Float8BlockScaling(StatelessRecipe):
     key: jax.Array | None,
     *,
     opaque: bool = False,
+    observed: bool = True,
   ) -> tuple[tuple[QTensor, QTensor], None]:
     """Quantises kernels once for both GEMMs; other tensors once for each, along what it contracts.
 
     Returns:
       Data ``[chunks, batch, rows, 128]`` and scales ``[chunks, batch, rows]``; and no observation.
     """
-    del state, opaque
+    del state, opaque, observed
     first, second = (_sharding(x, view) for view in views)
     if role is Role.KERNEL:
       tiles = lambda x, key: self._tiles(x, views, key)

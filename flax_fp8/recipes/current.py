@@ -64,13 +64,17 @@ class Float8CurrentScaling(StatelessRecipe):
     key: jax.Array | None,
     *,
     opaque: bool = False,
-  ) -> tuple[tuple[QTensor, QTensor], None]:
-    """Quantises once for both GEMMs."""
-    del state, views, opaque
+    observed: bool = True,
+  ) -> tuple[tuple[QTensor, QTensor], TensorState]:
+    """Quantises once for both GEMMs; observes the scale and its inverse."""
+    del views, opaque, observed
     float8 = self.float8(role)
-    scale, inverse = current_scale(x, float8, power_of_two=self.power_of_two)
+    if "scale" in state:
+      scale, inverse = state["scale"], state["inverse"]
+    else:
+      scale, inverse = current_scale(x, float8, power_of_two=self.power_of_two)
     q = quantize(x, scale, float8, inverse, key)
-    return (q, q), None
+    return (q, q), {"scale": scale, "inverse": inverse}
 
   def in_matrices(self, q: QTensor, view: View, shape: tuple[int, ...]) -> QTensor:
     """The scale for each element."""

@@ -188,24 +188,28 @@ class DelayedScaling(Recipe):
     key: jax.Array | None,
     *,
     opaque: bool = False,
-  ) -> tuple[tuple[QTensor, QTensor], tuple[jax.Array, jax.Array]]:
+    observed: bool = True,
+  ) -> tuple[tuple[QTensor, QTensor], TensorState | None]:
     """Quantises once for both GEMMs; observes the scale and the amax."""
     float8, own = self.float8(role), {"scale": state["scale"], "history": state["amax_history"]}
     if self._waits_for_amax:
-      seen = amax(x, own)
+      seen = state["amax"] if "amax" in state else amax(x, own)
       scale, inverse = (value.reshape(()) for value in self._scale(state, seen, role))
       q = quantize(x, scale, float8, inverse, key, stale=True)
-      return (q, q), (scale, seen)
+      return (q, q), {"used_scale": scale, "amax": seen}
     scale, inverse = (value.reshape(()) for value in self._scale(state, None, role))
-    *data, seen = cast_for_both(x, scale, inverse, own, float8, views, key, opaque=opaque)
-    return (QTensor(data[0], scale), QTensor(data[1], scale)), (scale, seen)
+    if not observed:
+      q = quantize(x, scale, float8, inverse, key, stale=True)
+      return (q, q), None
+    first, second, seen = cast_for_both(x, scale, inverse, own, float8, views, key, opaque=opaque)
+    pair = QTensor(first, scale), QTensor(second, scale)
+    return pair, {"used_scale": scale, "amax": seen}
 
   def update(self, state: TensorState, observation: Any, role: Role) -> TensorState:
     """Keeps the scale that this step used, and records its amax."""
-    scale, seen = observation
     new = {
-      "scale": scale.reshape(state["scale"].shape),
-      "amax_history": roll_history(state["amax_history"], seen),
+      "scale": observation["used_scale"].reshape(state["scale"].shape),
+      "amax_history": roll_history(state["amax_history"], observation["amax"]),
     }
     if self.interval > 1:
       due, empty = self._is_due(state), self._is_empty(state)

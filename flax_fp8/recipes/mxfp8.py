@@ -134,13 +134,14 @@ class MXFP8BlockScaling(StatelessRecipe):
     key: jax.Array | None,
     *,
     opaque: bool = False,
+    observed: bool = True,
   ) -> tuple[tuple[QTensor, QTensor], None]:
     """Quantises once for each GEMM, along what it contracts.
 
     Returns:
       Data ``[batch, rows, K]`` and scales ``[batch, rows, K / 32]``; and no observation.
     """
-    del state, opaque
+    del state, opaque, observed
     shardings = tuple(_sharding(x, view) for view in views)
     blocks = lambda x, keys: (
       self._blocks(x, role, views[0], keys[0]),

@@ -185,7 +185,7 @@ def check(split, seed):
 any_case = hypothesis.given(splits(), st.integers(0, 2**32 - 1))
 
 
-@hypothesis.settings(max_examples=10, deadline=None)
+@hypothesis.settings(max_examples=4, deadline=None)
 @any_case
 def test_however_the_batch_is_split(split, seed):
   check(split, seed)
