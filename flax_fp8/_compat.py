@@ -149,3 +149,28 @@ def unchecked_manual_axes() -> tuple[str, ...]:
 def scalar_aval() -> Any:
   """Returns the abstract value of the float32 that stands behind one fp32_max_grad element."""
   return jax.core.ShapedArray((), jnp.dtype("float32"))
+
+
+_partial_eval: Any = require("jax._src.interpreters.partial_eval", "partial_eval_jaxpr_custom")
+_dce: Any = require("jax._src.interpreters.partial_eval", "dce_jaxpr")
+
+
+def split_jaxpr(jaxpr: Any, known: int, unknown: int, saveable: Any) -> tuple[Any, Any]:
+  """Splits a jaxpr into what hangs on its first ``known`` inputs alone, and the rest.
+
+  Args:
+    jaxpr: without effects.
+    known: how many inputs are known.
+    unknown: how many follow them.
+    saveable: policy of ``jax.checkpoint``: which results of the first part the second takes; the
+      others it computes again.
+
+  Returns:
+    The first part, from the known inputs to such results; the second, from these and all inputs to
+    the results of ``jaxpr``.
+  """
+  are_unknown = [False] * known + [True] * unknown
+  once, rest, _, _, count = _partial_eval(jaxpr, are_unknown, True, True, True, saveable)
+  rest, used = _dce(rest, [True] * len(rest.outvars), [False] * count + [True] * len(are_unknown))
+  once, _ = _dce(once, used[:count], [True] * known)
+  return once, rest

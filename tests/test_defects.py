@@ -241,10 +241,42 @@ def scalar_result(ops):
   assert float(out) == 3.0
 
 
+def all_saved_by_remat(ops):
+  """A policy by which ``nn.remat`` saves everything changes nothing.
+
+  What is saved and used as well passes through ``reduce_precision``, which makes NaN of E4M3's
+  values above 240.
+  """
+
+  def loss_of(block):
+    class Model(nn.Module):
+      @nn.compact
+      def __call__(self, x):
+        return jnp.sum(jnp.sin(block(name="block")(jnp.sin(x))))
+
+    model = Model()
+    variables = model.init(jax.random.key(0), X)
+    state = jax.tree.map(jnp.asarray, variables[OWG])
+    found = state["block"]["layer"]["dot"]
+    found["input_amax_history"] = found["input_amax_history"].at[0].set(1.0)
+    return jax.jit(jax.value_and_grad(model.apply))({**variables, OWG: state}, X)
+
+  class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.silu(layer(ops, name="layer")(x))
+
+  policy = jax.checkpoint_policies.everything_saveable
+  want, got = loss_of(Block), loss_of(nn.remat(Block, policy=policy))
+  for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
 CHECKS = [
   reuse, shared_under_vmap, cast_shared_under_vmap, cast_without_jit, shard_map_checked,
   shard_map_unchecked, nan_batch, inf_in_an_activation, inf_in_an_output_gradient, bf16_gain,
   fp16_overflow, fnuz, fnuz_only_forward, tiny_amax, mislabelled_einsum, scalar_result,
+  all_saved_by_remat,
 ]  # fmt: skip
 
 

@@ -30,6 +30,7 @@ class Call:
   sharding: NamedSharding | None
   roles: Roles
   kernel_is_stored: bool
+  kernels_once: bool
   in_loop: bool
   name: str
   calibration: Calibration | None
@@ -42,6 +43,10 @@ class Call:
   def is_stored(self, index: int) -> bool:
     """Tells whether an operand is a kernel that is read from memory."""
     return self.kernel_is_stored and index == self.kernel
+
+  def is_again(self, index: int) -> bool:
+    """Tells whether an operand is kept as it is, and quantised again going backward."""
+    return self.is_stored(index) and not self.kernels_once
 
   @property
   def backward_kinds(self) -> tuple[GemmKind, GemmKind]:

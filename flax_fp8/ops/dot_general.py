@@ -119,6 +119,7 @@ def dot_general(
     sharding=check.sharding_of_product(name, dims, lhs, rhs, out_sharding),
     roles=roles,
     kernel_is_stored=kernel_is_stored,
+    kernels_once=saved.are_kernels_once(),
     in_loop=in_loop,
     name=name,
     calibration=calibration.current(),
@@ -171,23 +172,23 @@ def _forward(
   and one pass over the kernel makes less of it than the other: the observation is the backward's.
   """
   given, operands = (lhs, rhs), (Operand.of(lhs), Operand.of(rhs))
-  prepared = _prepare(call, state)
+  prepared = {role: saved.name_once(own) for role, own in _prepare(call, state).items()}
   tensors: list[Quantized] = []
   kept: list[Quantized] = []
   seen: list[tuple[Any, ...]] = []
   for index, role in enumerate(call.roles):
-    stored = call.is_stored(index)
-    observed = not alone and not (stored and call.in_loop)
+    is_again = call.is_again(index)
+    observed = not alone and not (is_again and call.in_loop)
     (now, again), saw = _quantize_operand(
       call, index, given[index], operands, state, prepared, observed=observed
     )
-    tensors.append(now)
-    kept.append(given[index] if stored else saved.name(again, _NAMES[role]))
+    tensors.append(saved.name_once(now) if role is Role.KERNEL else now)
+    kept.append(given[index] if is_again else saved.name(again, _NAMES[role]))
     seen.append(saw)
   gemm = call.forward_gemm(operands).sharded(call.sharding)
   out = _contract(call.recipe, tensors[0], tensors[1], gemm, GemmKind.FPROP, call.dtype)
   out = saved.name(out, saved.BATCHED_OUTPUT if gemm.lhs.batch else saved.OUTPUT)
-  later = (Role.KERNEL, Role.OUTPUT_GRAD) if call.kernel_is_stored else (Role.OUTPUT_GRAD,)
+  later = (Role.KERNEL, Role.OUTPUT_GRAD) if call.is_again(call.kernel) else (Role.OUTPUT_GRAD,)
   added = {role.value: _added(prepared[role], state[role.value]) for role in later}
   seen, added = saved.name((seen, added), saved.SCALARS)
   return out, (kept, seen, state, added, key, operands)
@@ -199,7 +200,7 @@ def _backward(
   """Quantises the gradient and multiplies it with both kept operands; updates the state."""
   kept, seen, state, added, key, operands = residuals
   prepared = {role: {**_own(state, role), **added.get(role.value, {})} for role in Role}
-  if call.kernel_is_stored:
+  if call.is_again(call.kernel):
     kept, seen = list(kept), list(seen)
     _quantize_again(call, kept, seen, operands, state, prepared)
   (q_lhs, q_rhs), (lhs, rhs) = kept, operands

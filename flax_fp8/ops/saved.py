@@ -1,4 +1,9 @@
-"""Names of what a contraction saves for its backward pass, for policies of ``jax.checkpoint``."""
+"""Names of what a contraction saves for its backward pass, for policies of ``jax.checkpoint``.
+
+Never named is what a GEMM multiplies at once: where a policy saves that too, ``jax.checkpoint``
+passes it through ``lax.reduce_precision``, which knows FP8 as a format with infinities: of E4M3
+values beyond 240 it makes NaN, and zero of subnormals.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,10 @@ SCALARS = "fp8_scalars"
 OUTPUT = "fp8_output"
 BATCHED_OUTPUT = "fp8_batched_output"
 
+# What no policy of ``jax.checkpoint`` names: see ``kernels_once``.
+_ONCE = "fp8_once"
+ALL_OF_KERNELS = (KERNEL, SCALARS, _ONCE)
+
 Tree = TypeVar("Tree")
 
 
@@ -20,3 +29,25 @@ def name(tree: Tree, as_: str) -> Tree:
   """Names every array of a pytree."""
   named: Any = jax.tree.map(lambda leaf: checkpoint_name(leaf, as_), tree)
   return named
+
+
+# Part of the key of JAX's compilation caches.
+_kernels_once: Any = jax.make_user_context(False)
+
+
+def kernels_once() -> Any:
+  """Makes the context in which all that is made of a kernel has a name, kept in FP8 if stored.
+
+  For a program that computes what has these names apart from all else, once for several passes.
+  """
+  return _kernels_once(True)
+
+
+def are_kernels_once() -> bool:
+  """Tells whether that context is around."""
+  return _kernels_once.value
+
+
+def name_once(tree: Tree) -> Tree:
+  """Names every array of a pytree in that context."""
+  return name(tree, _ONCE) if are_kernels_once() else tree

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -12,6 +13,7 @@ from jax import lax
 from flax_fp8 import _compat
 from flax_fp8.meta_dtype import to_float32
 from flax_fp8.training.max_grad import collect, is_state, value_and_cotangents
+from flax_fp8.training.once import kernels_first
 
 Reduction: TypeAlias = Literal["mean", "sum"]
 
@@ -26,7 +28,8 @@ def accumulate_gradients(
   """Takes loss and gradients of a batch, one microbatch at a time.
 
   ``value_and_grad(lambda v: reduction([loss_fn(v, m) for m in microbatches]))(variables)``, in the
-  memory of one microbatch: a ``lax.scan`` that adds gradients up.
+  memory of one microbatch: a ``lax.scan`` that adds gradients up. Before it kernels are quantised,
+  once for all microbatches, and kept in FP8 meanwhile: one or two bytes an element.
 
   Gradients of parameters are averaged or summed. FP8 state is the maximum: every microbatch is
   quantised by the state of before, and all together they are one step of it, one slot of the amax
@@ -90,8 +93,13 @@ def accumulate_gradients(
 
   run = value_and_cotangents(shared, has_aux=True)
 
+  run_one = functools.partial(run, variables)
+  if count > 1:
+    first = jax.tree.map(lambda leaf: leaf[0], microbatches)
+    run_one = kernels_first(run, variables, first)
+
   def step(total: Any, microbatch: Any) -> tuple[Any, tuple[jax.Array, Any]]:
-    (_, seen), cotangents = run(variables, microbatch)
+    (_, seen), cotangents = run_one(microbatch)
     return jax.tree_util.tree_map_with_path(_add, total, cotangents), seen
 
   nothing = jax.tree_util.tree_map_with_path(_nothing, variables)
