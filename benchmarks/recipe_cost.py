@@ -43,6 +43,7 @@ VARIANTS: dict[str, Callable[..., Any] | None] = {
   "BF16": None,
   "flax.linen.fp8_ops": flax_fp8_ops.Fp8DotGeneral,
   "delayed": emulated(fp8.DelayedScaling()),
+  "delayed, first step": emulated(fp8.DelayedScaling(first_step="current")),
   "delayed, overflow": emulated(fp8.DelayedScaling(overflow="current")),
   "current": emulated(fp8.Float8CurrentScaling()),
   "rowwise": emulated(fp8.Float8RowwiseScaling()),

@@ -36,6 +36,7 @@ def test_outliers():
   assert (recipe_error.outliers("normal", 200) == 1).all()
 
 
+@pytest.mark.slow
 def test_an_outlier_spoils_what_shares_its_scale():
   at = lambda name, place: recipe_error.sqnr_beside(ROWS[name], place, 1e6, (64, 256))
   assert at("current", "one value, in fprop") < 1
@@ -45,6 +46,7 @@ def test_an_outlier_spoils_what_shares_its_scale():
   assert at("mxfp8", "one channel, in fprop") > at("block", "one channel, in fprop") + 3
 
 
+@pytest.mark.slow
 def test_documents(monkeypatch, tmp_path):
   monkeypatch.setattr(recipe_error, "ROWS", {name: ROWS[name] for name in ("BF16", *LINES)})
   monkeypatch.setattr(recipe_error, "FACTORS", (1.0, 100.0))

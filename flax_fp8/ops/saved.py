@@ -1,8 +1,8 @@
 """Names of what a contraction saves for its backward pass, for policies of ``jax.checkpoint``.
 
-Never named is what a GEMM multiplies at once: where a policy saves that too, ``jax.checkpoint``
-passes it through ``lax.reduce_precision``, which knows FP8 as a format with infinities: of E4M3
-values beyond 240 it makes NaN, and zero of subnormals.
+What a GEMM multiplies at once has no name that a policy would ask for. Where a policy saves what is
+also used, ``jax.checkpoint`` passes it through ``lax.reduce_precision``, which takes E4M3 for a
+format with infinities: values beyond 240 become NaN, subnormals zero.
 """
 
 from __future__ import annotations

@@ -83,7 +83,8 @@ class DelayedScaling(Recipe):
     margin: headroom in powers of two: the amax is mapped to ``fp8_max / 2**margin``.
     interval: steps from one new scale to the next; amaxes are recorded at each step.
     first_step: what scales a tensor while its history is empty: the "stored" scale, which is 1 in
-      fresh state, or the tensor's "current" amax.
+      fresh state, or the tensor's "current" amax. Then the cast waits for the amax in every step,
+      as in current scaling; once histories are filled, "stored" gives the same, faster.
     overflow: what becomes of a tensor whose amax is beyond the range of its scale: its largest
       values "saturate", or its "current" amax scales it in this step, with the margin, and no value
       saturates. Then the cast waits for the amax, as in current scaling.

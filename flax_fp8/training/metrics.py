@@ -61,7 +61,7 @@ def add_metrics(module: nn.Module, variables: Any, *init_args: Any, **init_kwarg
     >>> layer = nn.Dense(2, dot_general_cls=fp8.Float8CurrentScaling().dot_general_cls)
     >>> x = jnp.array([[448.0, 100.5, 1e-9]])
     >>> variables = fp8.add_metrics(layer, layer.init(jax.random.key(0), x), x)
-    >>> new = fp8.grad(lambda v: jnp.sum(layer.apply(v, x)))(variables)
+    >>> new = jax.jit(fp8.grad(lambda v: jnp.sum(layer.apply(v, x))))(variables)
     >>> leaves = new["_overwrite_with_gradient"]["Fp8DotGeneral_0"]
     >>> [round(float(leaves[f"input_{name}"][0]), 3) for name in ("amax", "saturated", "flushed")]
     [448.0, 0.0, 0.333]
