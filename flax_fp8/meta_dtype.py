@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import weakref
 from collections.abc import Generator
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -135,6 +137,25 @@ def to_float32(x: Any) -> jax.Array:
 def like(x: Any, old: Any) -> jax.Array:
   """Casts new float32 state to the dtype, float32 or fp32_max_grad, that the old state has."""
   return to_max_grad(x) if is_max_grad(old) else x
+
+
+# New state that a contraction's backward pass has just made, by the identity of its tracer.
+_written: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def as_written(new: jax.Array) -> jax.Array:
+  """Notes of a traced leaf that it is new state: some path used the state, whatever its value."""
+  if isinstance(new, jax.core.Tracer):
+    _written[id(new)] = new
+  return new
+
+
+def is_written(leaf: Any) -> bool:
+  """Tells whether a leaf is known to be new state, as it was noted, with nothing done to it since.
+
+  Of state that is used in a loop, a branch or on several paths that is not known.
+  """
+  return _written.get(id(leaf)) is leaf
 
 
 _cast_under: contextvars.ContextVar[frozenset[str] | None]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax_fp8.amax import emit_once
 from flax_fp8.contraction import Gemm, View
 from flax_fp8.kernels import choice
-from flax_fp8.meta_dtype import like, to_float32
+from flax_fp8.meta_dtype import as_written, like, to_float32
 from flax_fp8.ops import calibration, check, metrics, saved
 from flax_fp8.ops.call import Call, Operand, Roles
 from flax_fp8.products import dot_high_precision
@@ -373,7 +373,10 @@ def _new_state(call: Call, state: State, observed: Mapping[Role, tuple[Any, ...]
 
 def _as_cotangent(new: jax.Array, old: jax.Array) -> jax.Array:
   """Casts a new leaf of the state as the cotangent of the old one."""
-  return like(emit_once(new.reshape(old.shape)), old)
+  new = new.reshape(old.shape)
+  emitted = emit_once(new)
+  cotangent = like(emitted, old)
+  return as_written(cotangent) if emitted is new else cotangent
 
 
 _scaled_dot_general.defvjp(_forward, _backward)

@@ -12,7 +12,7 @@ import optax
 
 from flax_fp8.linen.boxes import rebox, unbox
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
-from flax_fp8.meta_dtype import to_float32
+from flax_fp8.meta_dtype import as_written, is_written, to_float32
 from flax_fp8.recipes.base import Role
 
 
@@ -154,6 +154,8 @@ def keep_unused(old: Any, new: Any) -> Any:
 def _keep_unused_variable(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> jax.Array:
   """Decides by the variable itself (-inf), and by the scale beside it (zero)."""
   kept = overwrite_leaf(old[name], new[name])
+  if is_written(new[name]):
+    return kept
   roles = [role.value for role in Role if name.startswith(f"{role.value}_")]
   scales = [f"{role}_scale" for role in roles if f"{role}_scale" in new]
   for scale in scales:
@@ -171,5 +173,7 @@ def overwrite_leaf(old: Any, new: Any) -> jax.Array:
   Returns:
     float32; shape of ``old``.
   """
+  if is_written(new):  # a select would be a kernel of its own for each leaf
+    return as_written(to_float32(new))
   old, new = to_float32(old), to_float32(new)
   return jnp.where(jnp.isneginf(new), old, new)

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import flax_fp8 as fp8
+from flax_fp8.training import state as training_state
 from tests import transformations
 from tests.transformations import X as BATCHES
 from tests.transformations import mesh
@@ -238,3 +239,49 @@ class TestApplyUpdates:
   def test_wrong_updates(self):
     with pytest.raises(ValueError, match=r"apply_updates: updates .*\['v'\] at params"):
       fp8.apply_updates(TREE, {"params": {"v": jnp.ones(3)}}, {OWG: STATE})
+
+
+class Paths(nn.Module):
+  """Layers on one path, on two, on none that has a gradient, and in a loop."""
+
+  @nn.compact
+  def __call__(self, x):
+    layer = lambda name: nn.Dense(16, dot_general_cls=fp8.Fp8DotGeneral, name=name)
+    x, twice = layer("once")(x), layer("twice")
+    x = twice(twice(x)) + jax.lax.stop_gradient(layer("none")(x))
+    looped = fp8.scan(Step, {"params": 0}, split_rngs={"params": True}, length=2)
+    return looped(name="loop")(x, None)[0]
+
+
+class Step(nn.Module):
+  """A layer as the step of a scan."""
+
+  @nn.compact
+  def __call__(self, x, _):
+    return nn.Dense(16, dot_general_cls=fp8.Fp8DotGeneral)(x), None
+
+
+class TestKnownToBeNew:
+  """State that a backward pass has just made is taken without a look at its values."""
+
+  model = Paths()
+  variables = model.init(jax.random.key(0), jnp.ones((4, 16)))
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 16)), jnp.float32)
+
+  def step(self, variables):
+    state = fp8.TrainState.create(apply_fn=self.model.apply, params=variables, tx=optax.sgd(0.1))
+    loss = lambda v: jnp.sum(jnp.sin(state.apply_fn(v, self.x)))
+    return state.apply_gradients(grads=fp8.grad(loss)(state.params)).params
+
+  def test_looks_only_where_it_is_not_known(self, monkeypatch):
+    looks, look = [], jnp.isneginf
+    monkeypatch.setattr(jnp, "isneginf", lambda x: looks.append(x) or look(x))
+    jax.eval_shape(self.step, self.variables)
+    leaves = len(jax.tree.leaves(self.variables[OWG]["once"]))
+    assert len(looks) == 2 * 3 * leaves  # as gradients are collected, and as they are applied
+
+  def test_what_no_path_used_stays(self, monkeypatch):
+    found = jax.jit(self.step)(self.variables)
+    equal(found[OWG]["none"], self.variables[OWG]["none"])
+    monkeypatch.setattr(training_state, "is_written", lambda leaf: False)
+    equal(found, jax.jit(lambda v: self.step(v))(self.variables))
