@@ -52,9 +52,7 @@ DELAYED = fp8.DelayedScaling(amax_history_len=3)
 JAX, OURS = jax.checkpoint_policies, fp8.remat_policies
 CASES = {
   "unrolled": Model(DELAYED),
-  "scan": Model(DELAYED, "scan"),
   "scan, remat": Model(DELAYED, "scan, remat"),
-  "scan, dots": Model(DELAYED, "scan, remat", OURS.dots_saveable),
   "scan, inputs": Model(DELAYED, "scan, remat", OURS.save_fp8_inputs),
   "scan, everything": Model(DELAYED, "scan, remat", JAX.everything_saveable),
   "first step current": Model(fp8.DelayedScaling(amax_history_len=3, first_step="current"), "scan"),
