@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import importlib
 import os
 from collections.abc import Callable
 
@@ -24,6 +25,7 @@ import jax
 import pytest
 from jax.experimental import topologies
 
+from flax_fp8.explain import deviceless
 from flax_fp8.explain.target import GpuTarget
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -43,3 +45,15 @@ def described() -> Callable[[str], jax.Device]:
     return topologies.get_topology_desc("", "cuda", **topology).devices[0]
 
   return describe
+
+
+@pytest.fixture(autouse=True)
+def compiled_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+  """Has ``explain`` compile in this process: most of what a small program takes is to start one.
+
+  Not so where a test is marked ``child``.
+  """
+  if request.node.get_closest_marker("child") is None:
+    compiling = importlib.import_module("flax_fp8.explain.compile")
+    answer = lambda asked, program, timeout: deviceless.answer(asked, program)
+    monkeypatch.setattr(compiling, "run_child", answer)

@@ -4,7 +4,7 @@ import pytest
 
 from explain_cost import draw, measure, table
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.child]
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ import flax_fp8 as fp8
 from flax_fp8.explain import child
 from tests.explain.programs import spec
 
+pytestmark = pytest.mark.child
+
 ROOT = Path(__file__).parents[2]
 DEVICELESS = ROOT / "flax_fp8" / "explain" / "deviceless.py"
 
