@@ -174,6 +174,7 @@ class TestExplain:
     assert code == 2
     assert re.match(r"flax-fp8: Format 'of_no_format' is not supported .*\n$", err)
 
+  @pytest.mark.child
   def test_too_little_time(self, explain):
     code, _, err = explain("programs:dense", "--target=h100", "--timeout=0.001")
     assert code == 2
