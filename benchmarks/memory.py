@@ -11,10 +11,7 @@ BF16 with the same policy, ``of BF16, all kept`` to BF16 under ``nn.scan`` witho
 ``again`` are the GEMMs of a layer that the backward pass computes once more.
 """
 
-import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -24,11 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 import flax_fp8 as fp8
-from flax_fp8.doctor import allow_missing_cuda
-from lm.files import write_text
-from lm.report import environment
 from recipe_cost import figures
-from traffic import OURS, RESULTS, VARIANTS, Mlp, Stack
+from traffic import OURS, VARIANTS, Mlp, Stack, loss_of, run
 
 LAYERS = 8
 TOKENS, WIDTH = 8192, 2048
@@ -79,13 +73,9 @@ def explain_stack(make: Callable[[Any], nn.Module], variant: str, target: str) -
   cls = VARIANTS[variant].cls
   model, x = make(cls), jax.ShapeDtypeStruct((TOKENS, WIDTH), jnp.bfloat16)
   variables = jax.eval_shape(model.init, jax.random.key(0), x)
-
-  def loss(variables: Any, x: jax.Array) -> jax.Array:
-    out: Any = model.apply(variables, x)
-    return jnp.mean(jnp.square(out.astype(jnp.float32)))
-
   differentiate: Any = fp8.value_and_grad if cls is OURS else jax.value_and_grad
-  return fp8.explain(differentiate(loss), variables, x, target=target, name=variant)
+  step = differentiate(loss_of(model))
+  return fp8.explain(step, variables, x, target=target, name=variant)
 
 
 def measure(target: str, console: Console) -> dict[str, Any]:
@@ -124,22 +114,5 @@ def table(found: dict[str, Any], target: str) -> Table:
   return grid
 
 
-def main() -> None:
-  """Runs the benchmark."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("--target", default="h100")
-  parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
-  arguments = parser.parse_args()
-  allow_missing_cuda()
-  console = Console()
-  found = measure(arguments.target, console)
-  console.print(table(found, arguments.target))
-  arguments.out.mkdir(parents=True, exist_ok=True)
-  result = {"environment": environment(), "target": arguments.target, "policies": found}
-  write_text(arguments.out / "memory.json", json.dumps(result, indent=2) + "\n")
-
-
 if __name__ == "__main__":
-  main()
+  run(__doc__, "memory", measure, table)

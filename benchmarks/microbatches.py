@@ -10,9 +10,6 @@ RMSNorm) that compute in bfloat16. Compiled for a described GPU in BF16, with
 best, ``MiB moved`` what kernels other than GEMMs read and write.
 """
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -23,11 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 import flax_fp8 as fp8
-from flax_fp8.doctor import allow_missing_cuda
-from lm.files import write_text
-from lm.report import environment
 from recipe_cost import figures
-from traffic import OURS, RESULTS, VARIANTS, Stack
+from traffic import OURS, VARIANTS, Stack, loss_of, run
 
 TOKENS, WIDTH, LAYERS = 16384, 2048, 4
 SIZES = (1024, 2048, 4096, 8192, 16384)
@@ -56,13 +50,9 @@ def explain_step(tokens: int, variant: str, target: str) -> fp8.Report:
   model: nn.Module = Stack(cls, scan=True, remat=True, length=LAYERS, param_dtype=jnp.float32)
   x = jax.ShapeDtypeStruct((TOKENS // tokens, tokens, WIDTH), jnp.bfloat16)
   variables = jax.eval_shape(model.init, jax.random.key(0), x.update(shape=x.shape[1:]))
-
-  def loss(variables: Any, x: jax.Array) -> jax.Array:
-    out: Any = model.apply(variables, x)
-    return jnp.mean(jnp.square(out.astype(jnp.float32)))
-
-  run: Any = fp8.accumulate_gradients if cls is OURS else accumulate
-  step = lambda variables, x: run(loss, variables, x)
+  loss = loss_of(model)
+  add: Any = fp8.accumulate_gradients if cls is OURS else accumulate
+  step = lambda variables, x: add(loss, variables, x)
   return fp8.explain(step, variables, x, target=target, name=variant)
 
 
@@ -97,22 +87,5 @@ def table(found: dict[str, Any], target: str) -> Table:
   return grid
 
 
-def main() -> None:
-  """Runs the benchmark."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("--target", default="h100")
-  parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
-  arguments = parser.parse_args()
-  allow_missing_cuda()
-  console = Console()
-  found = measure(arguments.target, console)
-  console.print(table(found, arguments.target))
-  arguments.out.mkdir(parents=True, exist_ok=True)
-  result = {"environment": environment(), "target": arguments.target, "microbatches": found}
-  write_text(arguments.out / "microbatches.json", json.dumps(result, indent=2) + "\n")
-
-
 if __name__ == "__main__":
-  main()
+  run(__doc__, "microbatches", measure, table)

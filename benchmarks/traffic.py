@@ -192,6 +192,43 @@ def explain_case(case: Case, variant: str, target: str) -> fp8.Report:
     return fp8.explain(step, variables, x, grad, target=target, name=variant)
 
 
+def loss_of(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
+  """Makes a loss of a model, of its variables and input: the mean of squares."""
+
+  def loss(variables: Any, x: jax.Array) -> jax.Array:
+    out: Any = model.apply(variables, x)
+    return jnp.mean(jnp.square(out.astype(jnp.float32)))
+
+  return loss
+
+
+def run(
+  doc: str | None,
+  name: str,
+  measure: Callable[[str, Console], dict[str, Any]],
+  table: Callable[[dict[str, Any], str], Table],
+) -> None:
+  """Is all of a script that compiles for a target, prints a table and writes ``name``.json."""
+  parser = argparse.ArgumentParser(
+    description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--target", default="h100")
+  parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
+  arguments = parser.parse_args()
+  allow_missing_cuda()
+  console = Console()
+  found = measure(arguments.target, console)
+  console.print(table(found, arguments.target))
+  write(arguments.out, name, arguments.target, found)
+
+
+def write(folder: Path, name: str, target: str, found: dict[str, Any]) -> None:
+  """Writes what was found for a target, with the versions that found it."""
+  folder.mkdir(parents=True, exist_ok=True)
+  result = {"environment": environment(), "target": target, "found": found}
+  write_text(folder / f"{name}.json", json.dumps(result, indent=2) + "\n")
+
+
 def measure(case: Case, target: str) -> dict[str, Any]:
   """Compiles a case in all variants."""
   return {name: figures(explain_case(case, name, target)) for name in VARIANTS}
@@ -236,9 +273,7 @@ def main() -> None:
     with console.status(name):
       found[name] = measure(CASES[name], arguments.target)
   console.print(table(found, arguments.target))
-  arguments.out.mkdir(parents=True, exist_ok=True)
-  result = {"environment": environment(), "target": arguments.target, "cases": found}
-  write_text(arguments.out / "traffic.json", json.dumps(result, indent=2) + "\n")
+  write(arguments.out, "traffic", arguments.target, found)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The only file that touches ``jax._src``.
 
-An extended dtype needs six things that JAX does not export, two of them to be mended for ours. Each
-is looked up here, once, by what it is rather than by version, so that a JAX that lacks one says so
-at import instead of failing inside somebody's training step.
+An extended dtype needs six things that JAX does not export, two of them to be mended for ours, and
+what is computed once for several passes needs JAX's splitting of a program. Each is looked up here,
+once, by what it is rather than by version, so that a JAX that lacks one says so at import instead
+of failing inside somebody's training step.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ def require(module: str, attribute: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
   except (ImportError, AttributeError) as error:
     raise ImportError(
-      f"flax_fp8: this JAX has no {module}.{attribute}, which the dtype fp32_max_grad is built "
-      f"on; got jax=={jax.__version__}. Install a JAX release that flax_fp8's changelog names as "
+      f"flax_fp8: this JAX has no {module}.{attribute}, on which flax_fp8 is built; "
+      f"got jax=={jax.__version__}. Install a JAX release that flax_fp8's changelog names as "
       "tested, or a newer flax_fp8."
     ) from error
 
@@ -159,7 +160,7 @@ def split_jaxpr(jaxpr: Any, known: int, unknown: int, saveable: Any) -> tuple[An
   """Splits a jaxpr into what hangs on its first ``known`` inputs alone, and the rest.
 
   Args:
-    jaxpr: without effects.
+    jaxpr: without references.
     known: how many inputs are known.
     unknown: how many follow them.
     saveable: policy of ``jax.checkpoint``: which results of the first part the second takes; the

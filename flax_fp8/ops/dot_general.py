@@ -200,9 +200,8 @@ def _backward(
   """Quantises the gradient and multiplies it with both kept operands; updates the state."""
   kept, seen, state, added, key, operands = residuals
   prepared = {role: {**_own(state, role), **added.get(role.value, {})} for role in Role}
-  if call.is_again(call.kernel):
-    kept, seen = list(kept), list(seen)
-    _quantize_again(call, kept, seen, operands, state, prepared)
+  if call.is_again(i := call.kernel):
+    kept[i], seen[i] = _quantize_again(call, kept[i], seen[i], operands, state, prepared)
   (q_lhs, q_rhs), (lhs, rhs) = kept, operands
   if call.calibration is None:
     check.key(call.name, call.recipe, key)
@@ -248,23 +247,22 @@ def _quantize_operand(
 
 def _quantize_again(
   call: Call,
-  kept: list[Quantized],
-  seen: list[tuple[Any, ...]],
+  kernel: jax.Array,
+  seen: tuple[Any, ...],
   operands: tuple[Operand, Operand],
   state: State,
-  prepared: dict[Role, TensorState],
-) -> None:
-  """Replaces a kernel that was kept as it is by what its backward GEMM takes.
+  prepared: Mapping[Role, TensorState],
+) -> tuple[Quantized, tuple[Any, ...]]:
+  """Quantises a kernel that was kept as it is for its backward GEMM.
 
-  Observes it where that was left to the backward pass.
+  Returns:
+    The tensor; and what was seen of it, here where the forward pass left that open.
   """
-  index = call.kernel
-  observation = seen[index][0] if seen[index] else None
-  prepared[Role.KERNEL] = {**prepared[Role.KERNEL], **(observation or {})}
-  kernel: Any = kept[index]
-  (_, kept[index]), saw = _quantize_operand(call, index, kernel, operands, state, prepared)
-  if saw and observation is None:
-    seen[index] = (saw[0], seen[index][1])
+  observation = seen[0] if seen else None
+  recalled = {**prepared[Role.KERNEL], **(observation or {})}
+  prepared = {**prepared, Role.KERNEL: recalled}
+  (_, again), saw = _quantize_operand(call, call.kernel, kernel, operands, state, prepared)
+  return again, (saw[0], seen[1]) if saw and observation is None else seen
 
 
 def _prepare(call: Call, state: State) -> dict[Role, TensorState]:

@@ -33,12 +33,13 @@ def kernels_first(
   """
   with saved.kernels_once():
     traced, shapes = jax.make_jaxpr(fun, return_shape=True)(variables, microbatch)
-  known = [*traced.consts, *jax.tree.leaves(variables)]
-  count = len(jax.tree.leaves(microbatch))
-  whole = jax.make_jaxpr(lambda consts, *args: jax.core.eval_jaxpr(traced.jaxpr, consts, *args))(
-    traced.consts, *known[len(traced.consts) :], *jax.tree.leaves(microbatch)
+  closed_over, known = len(traced.consts), [*traced.consts, *jax.tree.leaves(variables)]
+  unknown = jax.tree.leaves(microbatch)
+  evaluate = lambda *args: jax.core.eval_jaxpr(
+    traced.jaxpr, args[:closed_over], *args[closed_over:]
   )
-  once, rest = _compat.split_jaxpr(whole.jaxpr, len(known), count, _OF_KERNELS)
+  whole = jax.make_jaxpr(evaluate)(*known, *unknown)
+  once, rest = _compat.split_jaxpr(whole.jaxpr, len(known), len(unknown), _OF_KERNELS)
   kept = jax.core.eval_jaxpr(once, whole.consts, *known)
 
   def then(microbatch: Any) -> Any:
