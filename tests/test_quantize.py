@@ -25,7 +25,14 @@ def hard_values(name: str) -> np.ndarray:
   return np.concatenate([all_points, -all_points, [np.nan]]).astype(np.float32)
 
 
-@pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.name)
+# XLA's quick emitters of code for the CPU (conftest.py) are wrong in these formats.
+CASTS = [
+  pytest.param(fmt, marks=[pytest.mark.slow] if fmt.name.endswith("fnuz") else [], id=fmt.name)
+  for fmt in ALL
+]
+
+
+@pytest.mark.parametrize("fmt", CASTS)
 @pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["eager", "jit"])
 class TestSaturatingCast:
   def test_equals_the_oracle(self, fmt, run):
@@ -43,6 +50,7 @@ class TestSaturatingCast:
     np.testing.assert_array_equal(np.asarray(got, np.float64), want)
 
 
+@pytest.mark.slow
 def test_fnuz_zero_has_no_sign():
   got = quantize.saturating_cast(jnp.array([-1e-9]), formats.E4M3_FNUZ)
   assert np.asarray(got).view(np.uint8)[0] == 0
@@ -99,7 +107,13 @@ class TestScaleFromAmax:
     quotient = jnp.float32(min(amax, F32_MAX)) / jnp.float32(scale)
     assert np.isfinite(quotient)
 
-  @pytest.mark.parametrize("amax", [1e-40, 3e-39, 0.3, 1.0, 448.0, 448.0001, 1e30, F32_MAX])
+  @pytest.mark.parametrize(
+    "amax",
+    [
+      *(pytest.param(subnormal, marks=pytest.mark.slow) for subnormal in (1e-40, 3e-39)),
+      *(0.3, 1.0, 448.0, 448.0001, 1e30, F32_MAX),
+    ],
+  )
   def test_power_of_two_is_the_next_one_up(self, amax):
     exact, rounded = self.scale(amax), self.scale(amax, power_of_two=True)
     mantissa, _ = np.frexp(rounded)

