@@ -3,7 +3,6 @@
 import functools
 import gc
 import importlib
-import importlib.metadata
 import os
 from collections.abc import Callable
 
@@ -23,7 +22,6 @@ else:
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
-import packaging.version
 import pytest
 from jax.experimental import topologies
 
@@ -41,10 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
   It takes half the time to compile. Before JAX 0.10 it is wrong in FP8 and after 0.11.0 it is gone;
   between, it differs in FNUZ formats and float32 subnormals alone: what tests them is marked slow.
   """
-  jaxlib = packaging.version.Version(importlib.metadata.version("jaxlib"))
-  first, gone = packaging.version.Version("0.10"), packaging.version.Version("0.11.1")
-  quick = config.getoption("markexpr") == "not slow" and first <= jaxlib < gone
-  if quick and os.environ["JAX_PLATFORMS"] == "cpu":
+  is_right = (0, 10) <= jax.__version_info__ < (0, 11, 1) and os.environ["JAX_PLATFORMS"] == "cpu"
+  if is_right and config.getoption("markexpr") == "not slow":
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 
