@@ -24,10 +24,10 @@ from rich.console import Console
 import flax_fp8 as fp8
 from lm.model import rotate
 from timed import script
-from timed.compiling import ATTENTION, on_gpu, prepare_all
+from timed.compiling import on_gpu, prepare_all
 from timed.measure import Deadline, measure, steps
 from timed.options import Options
-from timed.programs import Program
+from timed.programs import ATTENTION, Program
 from timed.variants import BF16, RECIPES, VARIANTS, Variant
 
 FUSED = {

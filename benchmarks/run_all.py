@@ -1,13 +1,13 @@
-"""What does FP8 bring on the GPU of this machine, in nine minutes?
+"""What does FP8 bring on the GPU of this machine, and are its numbers right?
 
-    python benchmarks/run_all.py --out DIR   # on an H100 or H200
+    python benchmarks/run_all.py --out DIR                    # on an H100 or H200
+    python benchmarks/run_all.py --out DIR --only card gemm   # some of it, in the order given
 
-Runs ``gemm.py``, ``block.py`` and ``crossover.py`` one after the other on the GPU, the most
-important first, and beside them, or after them on a machine of few cores, ``memory.py`` and
-``traffic.py``, which compile for a described H100 and need no GPU. Each is a process of its own
-with a time limit, and writes what it finds as it goes. At the end ``summary.json`` and a table have
-the figures of the timed ones; ``run_all.log`` has what all printed. Without a GPU, those that need
-none run.
+Runs the tests of ``tests/gpu`` and the benchmarks that time a GPU, one after the other, the most
+important first: a run that is cut short has them. Each is a process of its own with a time limit,
+and writes what it finds as it goes. All share what XLA finds out about GEMMs as it tries kernels:
+two programs with the same GEMM run the same kernel. At the end ``summary.json`` and a table have
+the figures; ``run_all.log`` has what all printed.
 """
 
 import argparse
@@ -21,8 +21,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -31,39 +31,85 @@ from rich.table import Table
 from lm.files import write_text
 
 HERE = Path(__file__).resolve().parent
-TOTAL = 520.0  # seconds, of all
-CORES = 8  # from which on compiling beside the timed scripts does not disturb them
+ROOT = HERE.parent
+TOTAL = 840.0  # seconds, of all
+MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}  # of the GPU, for one process at a time
+NO_TRITON = "--xla_gpu_enable_triton_gemm=false"  # trying Triton's GEMMs out takes minutes
+SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_PLATFORMS": "cuda,cpu"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Script:
-  """A benchmark.
+  """A benchmark, or the tests.
 
   Attributes:
-    path: of the script.
-    options: besides ``--out``.
+    name: of its JSON, or of its folder in ``--out`` where another has the same JSON.
+    command: of Python; ``{out}`` is where results go.
     seconds: after which it is stopped.
-    needs_gpu: whether it times a GPU.
+    environment: besides this process's own.
+    flags: of XLA, besides this process's own.
   """
 
-  path: Path
-  options: tuple[str, ...]
+  name: str
+  command: tuple[str, ...]
   seconds: float
-  needs_gpu: bool
-
-  @property
-  def name(self) -> str:
-    """As its JSON is called."""
-    return self.path.stem
+  environment: Mapping[str, str] = MappingProxyType(MEMORY)
+  flags: str = NO_TRITON
 
 
-SCRIPTS = (
-  Script(HERE / "gemm.py", ("--seconds", "140"), 200, True),
-  Script(HERE / "block.py", ("--seconds", "90", "--rounds", "8"), 210, True),
-  Script(HERE / "crossover.py", ("--seconds", "70"), 105, True),
-  Script(HERE / "memory.py", (), 300, False),
-  Script(HERE / "traffic.py", (), 400, False),
+def benchmark(name: str, seconds: float, *options: str) -> Script:
+  """A script beside this one."""
+  command = (str(HERE / f"{name}.py"), "--out", "{out}", *options)
+  return Script(name=name, command=command, seconds=seconds)
+
+
+def block_with(name: str, flags: str) -> Script:
+  """The block, and no model, under other flags of XLA, in a folder of its own."""
+  options = ("--rounds", "6", "--seconds", "5", "--variants", "delayed", "current")
+  command = (str(HERE / "block.py"), "--out", f"{{out}}/{name}", *options)
+  return Script(name=name, command=command, seconds=60, flags=flags)
+
+
+TRAIN = ("--preset", "h200", "--remat", "--steps", "120")  # a billion parameters, for a minute
+TINY_TRAIN = ("--preset", "micro", "--steps", "20", "--explain", "none")
+
+
+def training(*options: str) -> Script:
+  """The benchmark that compares losses."""
+  fixed = ("--checkpoint-every", "0", "--out", "{out}/train_lm")
+  command = (str(HERE / "train_lm.py"), *options, *fixed)
+  return Script(name="train_lm", command=command, seconds=170)
+
+
+TESTS = Script(
+  name="tests",
+  command=("-m", "pytest", "-q", "-n", "8", "-p", "no:cacheprovider", "-p", "no:benchmark", "tests/gpu"),
+  seconds=90,
+  environment=MappingProxyType(SHARED),
+  flags="",
 )
+SCRIPTS = (
+  benchmark("card", 50),
+  TESTS,
+  benchmark("gemm", 120, "--seconds", "60", "--rounds", "8"),
+  benchmark("block", 150, "--seconds", "50", "--rounds", "6"),
+  benchmark("kernel_times", 80, "--seconds", "70"),
+  benchmark("step", 150, "--seconds", "70", "--rounds", "6"),
+  benchmark("against_torchao", 130, "--seconds", "110"),
+  training(*TRAIN),
+  benchmark("crossover", 105, "--seconds", "70"),
+  block_with("block_default_flags", ""),
+  block_with("block_latency_hiding", f"{NO_TRITON} --xla_gpu_enable_latency_hiding_scheduler=true"),
+  block_with("block_without_command_buffers", f"{NO_TRITON} --xla_gpu_enable_command_buffer="),
+)
+
+
+def tiny(script: Script) -> Script:
+  """The same in small, on any device, to test the script; the tests as they are."""
+  if script.name == "train_lm":
+    return training(*TINY_TRAIN)
+  added = () if script is TESTS else ("--tiny", "--rounds", "2", "--repeat", "2")
+  return dataclasses.replace(script, command=(*script.command, *added), environment={})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,25 +139,31 @@ def gpu_names() -> list[str]:
   return found.stdout.split("\n")[:-1]
 
 
-def environment_of(script: Script) -> dict[str, str]:
-  """The package is found beside the benchmarks; what needs no GPU does not touch it."""
-  paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-  found = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
-  return os.environ | found | ({} if script.needs_gpu else {"JAX_PLATFORMS": "cpu"})
+def environment_of(script: Script, out: Path) -> dict[str, str]:
+  """The package is found beside the benchmarks; XLA remembers which kernels of GEMMs were best."""
+  paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+  tuned = out / ".autotuned"
+  tuned.mkdir(exist_ok=True)
+  flags = f"--xla_gpu_per_fusion_autotune_cache_dir={tuned} {script.flags}"
+  found = {
+    "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    "PYTHONUNBUFFERED": "1",
+    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
+  }
+  return os.environ | found | script.environment
 
 
 def run(script: Script, out: Path, left: float, log: TextIO) -> Outcome:
   """Runs a script until it ends or its time is up."""
-  if not script.path.exists():
-    return Outcome(script.name, "left out: there is no such script")
   limit = min(script.seconds, left)
   if limit < 1:
     return Outcome(script.name, "left out: the time was up", failed=True)
-  command = [sys.executable, str(script.path), "--out", str(out), *script.options]
+  command = [sys.executable, *(part.format(out=out) for part in script.command)]
   start = time.monotonic()
   child = subprocess.Popen(
     command,
-    env=environment_of(script),
+    cwd=ROOT,
+    env=environment_of(script, out),
     stdout=log,
     stderr=subprocess.STDOUT,
     start_new_session=True,
@@ -132,9 +184,13 @@ def stop(child: subprocess.Popen[bytes]) -> None:
   child.wait()
 
 
-def run_lane(scripts: Sequence[Script], out: Path, end: float, console: Console) -> list[Outcome]:
+def run_all(
+  scripts: Sequence[Script], out: Path, seconds: float, console: Console
+) -> list[Outcome]:
   """Runs scripts one after the other, and says how each ended."""
-  outcomes: list[Outcome] = []
+  out.mkdir(parents=True, exist_ok=True)
+  (out / "run_all.log").write_text("")
+  end, outcomes = time.monotonic() + seconds, list[Outcome]()
   for script in scripts:
     with (out / f".{script.name}.log").open("w+") as log:
       outcome = run(script, out, end - time.monotonic(), log)
@@ -148,21 +204,6 @@ def run_lane(scripts: Sequence[Script], out: Path, end: float, console: Console)
     console.print("\n".join([line, *said]), highlight=False, markup=False, soft_wrap=True)
     outcomes.append(outcome)
   return outcomes
-
-
-def run_all(
-  scripts: Sequence[Script], out: Path, seconds: float, console: Console, *, beside: bool
-) -> list[Outcome]:
-  """Runs the scripts that need a GPU and those that do not, in two lanes or in one."""
-  out.mkdir(parents=True, exist_ok=True)
-  (out / "run_all.log").write_text("")
-  end = time.monotonic() + seconds
-  timed = [script for script in scripts if script.needs_gpu]
-  compiled = [script for script in scripts if not script.needs_gpu]
-  lanes = [timed, compiled] if beside else [[*timed, *compiled]]
-  with ThreadPoolExecutor(len(lanes)) as pool:
-    done = pool.map(lambda lane: run_lane(lane, out, end, console), lanes)
-    return [outcome for lane in done for outcome in lane]
 
 
 def gemm_figures(content: Mapping[str, Any]) -> dict[str, float]:
@@ -187,6 +228,15 @@ def block_figures(content: Mapping[str, Any]) -> dict[str, float]:
   return found
 
 
+def card_figures(content: Mapping[str, Any]) -> dict[str, float]:
+  """Rates of GEMMs and memory."""
+  rates = {name: each["tflops"]["median"] for name, each in content.get("gemms", {}).items()}
+  found = {f"{name}: TFLOP/s": rate for name, rate in rates.items()}
+  if "bandwidth" in content:
+    found["memory: TB/s"] = content["bandwidth"]["bytes_per_second"]["median"] / 1e12
+  return found
+
+
 def crossover_figures(content: Mapping[str, Any]) -> dict[str, float | None]:
   """The rule of each recipe, and the worst speed with it."""
   found = {}
@@ -196,20 +246,32 @@ def crossover_figures(content: Mapping[str, Any]) -> dict[str, float | None]:
   return found
 
 
-FIGURES = {"gemm": gemm_figures, "block": block_figures, "crossover": crossover_figures}
+FIGURES = {
+  "card": card_figures,
+  "gemm": gemm_figures,
+  "block": block_figures,
+  "step": block_figures,
+  "crossover": crossover_figures,
+}
+
+
+def written(name: str, out: Path) -> tuple[Path, str]:
+  """The JSON that a script writes, and what kind of figures it has."""
+  own = out / name / "block.json"
+  return (own, "block") if own.exists() else (out / f"{name}.json", name)
 
 
 def summarize(outcomes: Sequence[Outcome], out: Path, since: float) -> dict[str, Any]:
   """The figures of all JSON that this run has written, a stopped script's too."""
   figures, environments = {}, {}
   for outcome in outcomes:
-    path = out / f"{outcome.name}.json"
+    path, kind = written(outcome.name, out)
     if not path.exists() or path.stat().st_mtime < since:
       continue
     content = json.loads(path.read_text())
     environments[outcome.name] = content.get("environment")
-    if outcome.name in FIGURES:
-      figures[outcome.name] = FIGURES[outcome.name](content)
+    if kind in FIGURES:
+      figures[outcome.name] = FIGURES[kind](content)
   return {
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "gpus": gpu_names(),
@@ -239,14 +301,15 @@ def main() -> None:
   )
   parser.add_argument("--out", type=Path, required=True, help="folder of JSON and pictures")
   parser.add_argument("--seconds", type=float, default=TOTAL, help="after which all is stopped")
+  named = {script.name: script for script in SCRIPTS}
+  parser.add_argument("--only", nargs="+", choices=named, default=list(named), help="some, in order")
+  parser.add_argument("--tiny", action="store_true", help="small shapes on any device: a test")
   arguments = parser.parse_args()
-  console, since, gpus = Console(), time.time(), gpu_names()
-  scripts = [script for script in SCRIPTS if gpus or not script.needs_gpu]
-  for script in SCRIPTS:
-    if script not in scripts:
-      console.print(f"{script.name}: left out, it needs a GPU and there is none")
-  beside = (os.cpu_count() or 1) >= CORES
-  outcomes = run_all(scripts, arguments.out, arguments.seconds, console, beside=beside)
+  if not arguments.tiny and not gpu_names():
+    parser.exit(2, "run_all: needs an NVIDIA GPU; nvidia-smi finds none on this machine.\n")
+  console, since, scripts = Console(), time.time(), [named[name] for name in arguments.only]
+  scripts = [tiny(script) for script in scripts] if arguments.tiny else scripts
+  outcomes = run_all(scripts, arguments.out.resolve(), arguments.seconds, console)
   summary = summarize(outcomes, arguments.out, since)
   write_text(arguments.out / "summary.json", json.dumps(summary, indent=1) + "\n")
   if summary["figures"]:

@@ -30,6 +30,10 @@ def require(module: str, attribute: str) -> Any:
     ) from error
 
 
+# JAX 0.12 can't serialize a product whose FP8 algorithm is named, for any compiler plugin:
+# "failed to legalize operation 'vhlo.dot_general_v2'".
+NAMES_FP8_ALGORITHM = jax.__version_info__ < (0, 12)
+
 ExtendedDType: Any = require("jax._src.dtypes", "ExtendedDType")
 _EArray: Any = require("jax._src.earray", "EArray")
 _global_result_handlers: Any = require("jax._src.interpreters.pxla", "global_result_handlers")

@@ -7,6 +7,7 @@ hand for a GPU replaces the body of one of them, and nothing else.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
@@ -16,10 +17,14 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from flax_fp8 import _compat
-from flax_fp8.contraction import Gemm, View
+from flax_fp8.contraction import DimensionNumbers, Gemm, View
+from flax_fp8.kernels.choice import lacks_fp8_units
 from flax_fp8.quantize import QTensor, dequantize, product
 
 Product: TypeAlias = Callable[[QTensor, QTensor], jax.Array]
+
+_E4M3, _E5M2 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)
+_LEAST_ROWS = 16
 
 
 def dot_high_precision(lhs: jax.Array, rhs: jax.Array, gemm: Gemm, dtype: Any) -> jax.Array:
@@ -57,16 +62,22 @@ def scaled_matrices(q: QTensor, view: View) -> QTensor:
 
 
 def dot_per_tensor(
-  lhs: QTensor, rhs: QTensor, gemm: Gemm, dtype: Any, *, fast_accumulation: bool
+  lhs: QTensor,
+  rhs: QTensor,
+  gemm: Gemm,
+  dtype: Any,
+  *,
+  fast_accumulation: bool,
+  shared: int | None = None,
 ) -> jax.Array:
   """Multiplies two tensors that have one scale each.
 
   ``transpose(dot_general(lhs.data, rhs.data)) * (lhs.scale * rhs.scale)``, in this order, so that
   the compiler sees the transposition beside the GEMM and can make the GEMM write it.
 
-  For a bfloat16 product on NVIDIA's GPUs ``transpose(dot_general(lhs.data * lhs.scale, rhs.data *
-  rhs.scale))``, which XLA compiles to one FP8 GEMM that takes the scales and writes bfloat16. A
-  product that is scaled after it is written in float32, read again, and summed over devices so.
+  On an NVIDIA GPU a bfloat16 product is asked for in bfloat16. XLA makes it one FP8 GEMM that
+  applies the scale in float32 before it rounds. A product in float32 would be written, read again,
+  and summed over devices in float32.
 
   Args:
     lhs: left operand, scale of shape ``()``.
@@ -75,35 +86,42 @@ def dot_per_tensor(
     dtype: of the result.
     fast_accumulation: lets the tensor core keep partial sums in less than float32 (Hopper keeps
       about 14 bits), which is faster. On other hardware it changes nothing.
+    shared: the operand, 0 or 1, that other products may share. XLA merges GEMMs that share an
+      operand, and no one scale fits the merged GEMM, so this operand is hidden from that pass.
 
   Returns:
     The product in ``dtype``.
 
   Numerics:
-    The sums are scaled in float32 and rounded once, to ``dtype``. Where XLA makes no FP8 GEMM of a
-    bfloat16 product on a GPU, each scale and each dequantised value is rounded to bfloat16; each
-    scale alone where ``--xla_allow_excess_precision=false``.
+    The sums are scaled in float32 and rounded once, to ``dtype``. With
+    ``--xla_allow_excess_precision=false``, the scale of a bfloat16 product on a GPU is rounded to
+    bfloat16.
   """
+  dims, sharding = gemm.dimension_numbers, gemm.dot_sharding
 
-  def outside(lhs: QTensor, rhs: QTensor) -> jax.Array:
-    out = _dot(lhs.data, rhs.data, gemm, jnp.float32, fast_accumulation)
+  def scaled_after(lhs: QTensor, rhs: QTensor) -> jax.Array:
+    out = _dot(lhs.data, rhs.data, dims, jnp.float32, fast_accumulation, sharding)
     return dequantize(lax.transpose(out, gemm.permutation), product(lhs.scale, rhs.scale), dtype)
 
-  def inside(lhs: QTensor, rhs: QTensor) -> jax.Array:
-    # The scales are the GEMM's own: those of several kernels with one input, XLA would merge into a
-    # GEMM of several scales, which is not FP8. Nor does a reshape get between a scale and its cast,
-    # after which XLA would not leave out the rounding.
-    scales = lax.optimization_barrier((lhs.scale, rhs.scale))
-    wide = [q.data.astype(dtype) * s.astype(dtype) for q, s in zip((lhs, rhs), scales, strict=True)]
-    return lax.transpose(_dot(wide[0], wide[1], gemm, dtype, fast_accumulation), gemm.permutation)
+  def scaled_within(lhs: QTensor, rhs: QTensor) -> jax.Array:
+    scale, operands = product(lhs.scale, rhs.scale), [lhs.data, rhs.data]
+    # Nor does a reshape get between the scale and its cast, which would keep the cast's rounding.
+    if shared is None:
+      scale = lax.optimization_barrier(scale)
+    else:
+      operands[shared], scale = lax.optimization_barrier((operands[shared], scale))
+    out = _dot(*operands, dims, dtype, fast_accumulation, sharding)
+    return lax.transpose(out, gemm.permutation) * scale.astype(dtype)
 
-  if dtype != jnp.bfloat16:
-    return outside(lhs, rhs)
+  if dtype != jnp.bfloat16 or not _is_fp8_gemm(lhs.data, rhs.data, dims):
+    return scaled_after(lhs, rhs)
 
   def by_platform(lhs: QTensor, rhs: QTensor) -> jax.Array:
-    return cast(jax.Array, lax.platform_dependent(lhs, rhs, cuda=inside, default=outside))
+    return cast(
+      jax.Array, lax.platform_dependent(lhs, rhs, cuda=scaled_within, default=scaled_after)
+    )
 
-  return _unless_scales_are_mapped(by_platform, outside)(lhs, rhs)
+  return _unless_scales_are_mapped(by_platform, scaled_after)(lhs, rhs)
 
 
 def _unless_scales_are_mapped(multiply: Product, otherwise: Product) -> Product:
@@ -145,7 +163,8 @@ def dot_per_row(
   Returns:
     The product in ``dtype``.
   """
-  out = _dot(lhs.data, rhs.data, gemm, jnp.float32, fast_accumulation)
+  dims, sharding = gemm.dimension_numbers, gemm.dot_sharding
+  out = _dot(lhs.data, rhs.data, dims, jnp.float32, fast_accumulation, sharding)
   n_batch, n_lhs = len(gemm.lhs.batch), len(gemm.lhs.kept)
   lhs_axes = tuple(range(n_batch + n_lhs))
   rhs_axes = (*range(n_batch), *range(n_batch + n_lhs, out.ndim))
@@ -160,17 +179,47 @@ def dot_per_row(
 
 
 def _dot(
-  lhs: jax.Array, rhs: jax.Array, gemm: Gemm, dtype: Any, fast_accumulation: bool
+  lhs: jax.Array,
+  rhs: jax.Array,
+  dims: DimensionNumbers,
+  dtype: Any,
+  fast_accumulation: bool,
+  sharding: Any = None,
 ) -> jax.Array:
-  precision = lax.Precision.DEFAULT if fast_accumulation else lax.Precision.HIGHEST
-  return lax.dot_general(
-    lhs,
-    rhs,
-    gemm.dimension_numbers,
-    precision=precision,
-    preferred_element_type=dtype,
-    out_sharding=gemm.dot_sharding,
+  """Multiplies FP8 operands; on an NVIDIA GPU by an FP8 GEMM, whatever XLA's flags are.
+
+  There, the algorithm is named where JAX can name it. Without a name XLA tries its Triton fusions
+  first, which multiply in a wider type unless ``--xla_gpu_enable_triton_gemm=false``.
+  """
+
+  def with_precision(precision: Any) -> Callable[..., jax.Array]:
+    return lambda lhs, rhs: lax.dot_general(
+      lhs, rhs, dims, precision, dtype, out_sharding=sharding
+    )
+
+  plain = with_precision(lax.Precision.DEFAULT if fast_accumulation else lax.Precision.HIGHEST)
+  if not (_compat.NAMES_FP8_ALGORITHM and _is_fp8_gemm(lhs, rhs, dims)):
+    return plain(lhs, rhs)
+  named = lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32
+  named_fast = lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32_FAST_ACCUM
+  cuda = with_precision(named_fast if fast_accumulation else named)
+  return cast(jax.Array, lax.platform_dependent(lhs, rhs, cuda=cuda, default=plain))
+
+
+def _is_fp8_gemm(lhs: jax.Array, rhs: jax.Array, dims: DimensionNumbers) -> bool:
+  """Tells whether NVIDIA's GPUs with FP8 matrix units have an FP8 GEMM of a product.
+
+  XLA refuses to compile one that is named and does not exist: of E5M2 by E5M2, of a vector, on an
+  older GPU. FP8 brings nothing to matrices of less than ``_LEAST_ROWS`` rows.
+  """
+  contracting, batch = dims
+  rows = (
+    math.prod(size for axis, size in enumerate(x.shape) if axis not in (*summed, *kept))
+    for x, summed, kept in zip((lhs, rhs), contracting, batch, strict=True)
   )
+  formats = {lhs.dtype, rhs.dtype}
+  exists = _E4M3 in formats and formats <= {_E4M3, _E5M2}
+  return exists and min(rows) >= _LEAST_ROWS and not lacks_fp8_units()
 
 
 def _without_contracted(scale: jax.Array, view: View) -> jax.Array:
@@ -196,7 +245,7 @@ def dot_chunks(lhs: QTensor, rhs: QTensor) -> jax.Array:
 
   def scaled(chunk: tuple[QTensor, QTensor]) -> jax.Array:
     x, y = chunk
-    out = lax.dot_general(x.data, y.data, dims, preferred_element_type=jnp.float32)
+    out = _dot(x.data, y.data, dims, jnp.float32, fast_accumulation=True)
     return out * product(x.scale[:, :, None], y.scale[:, None, :])
 
   def add(total: jax.Array, chunk: tuple[QTensor, QTensor]) -> tuple[jax.Array, None]:

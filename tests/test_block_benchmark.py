@@ -73,7 +73,7 @@ def test_projections_of_every_turn_are_of_the_dtype_that_the_row_says(kind, name
   program = make(kind, name, SMALL)
   report = fp8.explain(program.fn, *program.shapes, target="h100")
   assert compiling.problems(report, program) == []
-  attention = [gemm for gemm in report.gemms if compiling.ATTENTION in gemm.path.split("/")]
+  attention = [gemm for gemm in report.gemms if programs.ATTENTION in gemm.path.split("/")]
   others = [gemm for gemm in report.gemms if gemm not in attention]
   layers = SMALL.layers if kind == "model" else 1
   assert sum(gemm.flops for gemm in others) == REPEAT * layers * SMALL.flops

@@ -13,7 +13,6 @@ from timed.options import Options
 from timed.programs import Program
 
 Key = TypeVar("Key")
-ATTENTION = "attention"  # the module whose products are BF16 in every variant
 MIB = 2**20
 
 
@@ -125,6 +124,7 @@ def describe(report: fp8.Report, program: Program) -> dict[str, Any]:
     "gemms": report.total_gemms / program.repeat,
     "kernels": report.launches / program.repeat,
     "mib_outside_gemms": report.bytes_outside_gemms / program.repeat / MIB,
+    "predicted_ms": None if report.seconds is None else 1e3 * report.seconds / program.repeat,
     "gemm_kernels": sorted({gemm.kernel for gemm in report.gemms}),
     "problems": problems(report, program),
     "doubts": list(report.doubts),
@@ -137,7 +137,8 @@ def problems(report: fp8.Report, program: Program) -> list[str]:
   Raises:
     BaselineError: as ``prepare``.
   """
-  projections = [gemm for gemm in report.gemms if ATTENTION not in gemm.path.split("/")]
+  others = set(program.bf16_modules)
+  projections = [gemm for gemm in report.gemms if others.isdisjoint(gemm.path.split("/"))]
   wrong = [gemm for gemm in projections if not is_right(gemm, program)]
   if wrong and not program.is_fp8:
     raise BaselineError(f"{report.name}: the baseline must be BF16; got {lines(wrong)}")

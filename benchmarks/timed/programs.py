@@ -29,6 +29,7 @@ import flax_fp8 as fp8
 from flax_fp8.meta_dtype import to_float32
 
 Step: TypeAlias = Callable[..., tuple[Any, Any]]
+ATTENTION = "attention"
 KERNEL_SIZE = 1 / 64  # standard deviation: results of thousands of terms are near 1
 
 
@@ -42,6 +43,7 @@ class Program:
     repeat: steps in the loop.
     flops: of one step, of the GEMMs that are asked for in FP8, or in BF16 by the baseline.
     is_fp8: whether they are to be FP8.
+    bf16_modules: names of modules whose GEMMs are BF16 in every variant.
   """
 
   fn: Any
@@ -49,6 +51,7 @@ class Program:
   repeat: int
   flops: int
   is_fp8: bool
+  bf16_modules: tuple[str, ...] = (ATTENTION,)
 
 
 def row_major(tree: Any) -> Any:
@@ -124,12 +127,20 @@ class Arrays:
 
   made: dict[Any, jax.Array] = dataclasses.field(default_factory=dict[Any, jax.Array])
 
+  def add(self, tree: Any) -> None:
+    """Takes arrays as they are, for what has their names, shapes and dtypes."""
+    for path, array in jax.tree_util.tree_leaves_with_path(tree):
+      self.made[self._key(path, array)] = array
+
   def fill(self, shapes: Any) -> Any:
     """Arrays for a pytree of shapes."""
     return jax.tree_util.tree_map_with_path(self._array, shapes)
 
+  def _key(self, path: Any, array: Any) -> Any:
+    return jax.tree_util.keystr(path), array.shape, array.dtype
+
   def _array(self, path: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
-    key = (jax.tree_util.keystr(path), shape.shape, shape.dtype)
+    key = self._key(path, shape)
     if key not in self.made:
       self.made[key] = make_array(key[0], shape, jax.random.key(len(self.made)))
     return self.made[key]

@@ -109,6 +109,14 @@ def _gpu() -> Gpu:
   return _attached() if jax.default_backend() == "gpu" else Gpu.OTHER
 
 
+def lacks_fp8_units() -> bool:
+  """Tells whether what is traced for is known to be a GPU without FP8 matrix units."""
+  described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+  if described is not None and described.device_kind.startswith("NVIDIA"):
+    return _by_name(described.device_kind) is Gpu.OTHER
+  return jax.default_backend() == "gpu" and not capability(jax.local_devices(backend="gpu")[0])[0]
+
+
 def _by_name(kind: str) -> Gpu:
   return next((gpu for gpu, names in _KINDS.items() if names.search(kind)), Gpu.OTHER)
 

@@ -42,6 +42,11 @@ class GemmKind(enum.Enum):
   DGRAD = "dgrad"
   WGRAD = "wgrad"
 
+  @property
+  def shared_operand(self) -> int | None:
+    """The operand that several layers may share, their input: ``x @ k``, ``grad @ k.T``, ``grad.T @ x``."""
+    return {"fprop": 0, "dgrad": None, "wgrad": 1}[self.value]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe(abc.ABC):

@@ -1,0 +1,213 @@
+"""Where does the time of a Transformer block go on the GPU, kernel by kernel?
+
+    python benchmarks/kernel_times.py        # needs an H100 or H200; about a minute
+
+Traces a few steps of ``block.py``'s block with JAX's profiler, in BF16 and with each variant, and
+sets each kernel's time beside the roofline that ``fp8.explain`` gives it:
+
+    ratio = measured seconds / max(FLOPs / peak rate, bytes / memory bandwidth)
+
+Kernels are summed by what they are for (FP8 GEMM, quantize, transpose, ...). ``idle`` is the time in
+which no kernel runs. Command buffers are switched off: the profiler can't name the kernels in them.
+"""
+
+import dataclasses
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+import flax_fp8 as fp8
+from block import ALL, TINY, Sizes, has_cudnn, program
+from flax_fp8.explain.roofline import kernel_seconds
+from timed import script
+from timed.compiling import Kept, on_gpu
+from timed.measure import Deadline
+from timed.options import Options
+from timed.programs import Arrays, Program
+from timed.variants import BF16
+
+REPEAT = 3
+CHOSEN = (BF16, "delayed", "current", "rowwise", "flax.linen.fp8_ops")
+OTHER = "not in the report"
+LARGEST = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+  """One run of a kernel on the GPU.
+
+  Attributes:
+    op: the instruction of the compiled program that launched it; empty if the trace has none.
+    kernel: its own name.
+    start: nanoseconds.
+    duration: nanoseconds.
+  """
+
+  op: str
+  kernel: str
+  start: float
+  duration: float
+
+
+def read_trace(folder: Path) -> list[Event]:
+  """The kernels of a trace, of the first GPU's streams."""
+  (path,) = folder.glob("**/*.xplane.pb")
+  profile: Any = jax.profiler.ProfileData.from_file(str(path))
+  planes = [plane for plane in profile.planes if re.fullmatch(r"/device:GPU:\d+", plane.name)]
+  lines = [line for plane in planes[:1] for line in plane.lines if line.name.startswith("Stream")]
+  return [read_event(event) for line in lines for event in line.events]
+
+
+def read_event(event: Any) -> Event:
+  """One event of the profiler."""
+  stats = {key: value for key, value in event.stats if key}
+  return Event(str(stats.get("hlo_op", "")), event.name, event.start_ns, event.duration_ns)
+
+
+def busy(events: Iterable[Event]) -> tuple[float, float]:
+  """Nanoseconds in which some kernel runs, and those from the first kernel to the last."""
+  total, end, first = 0.0, 0.0, None
+  for event in sorted(events, key=lambda event: event.start):
+    first = event.start if first is None else first
+    total += max(0.0, event.start + event.duration - max(end, event.start))
+    end = max(end, event.start + event.duration)
+  return total, end - (first or 0.0)
+
+
+def compile_program(name: str, made: Program) -> tuple[fp8.Report, Any]:
+  """What a program is compiled to, and the program; a CPU has none of the kernels that are named."""
+  kept: Any = Kept(made.fn)
+  if on_gpu():
+    return fp8.explain(kept, *made.shapes, name=name), kept
+  kept.lower(*made.shapes).compile()
+  return fp8.explain(made.fn, *made.shapes, name=name, target="h100"), kept
+
+
+def trace(compiled: Any, shapes: Any) -> list[Event]:
+  """Runs a program twice, and traces the third run."""
+  arguments = Arrays().fill(shapes)
+  run = lambda: jax.block_until_ready(compiled(*arguments))
+  for _ in range(2):
+    run()
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      run()
+    return read_trace(Path(folder))
+
+
+def compare(report: fp8.Report, events: Sequence[Event], repeat: int) -> dict[str, Any]:
+  """Sets what was measured beside the roofline, in milliseconds of one step."""
+  ms = lambda nanoseconds: nanoseconds / 1e6 / repeat
+  measured: Counter[str] = Counter()
+  for event in events:
+    measured[event.op] += event.duration
+  kernels = [
+    {
+      "name": kernel.name,
+      "class": kernel.kind.value,
+      "times": kernel.times / repeat,
+      "mib": (kernel.read + kernel.written) / 2**20,
+      "gflop": kernel.flops / 1e9,
+      "ms": ms(measured.pop(kernel.name, 0.0)),
+      "roofline_ms": 1e3 * kernel_seconds(kernel, report.target) / repeat if report.target else None,
+    }
+    for kernel in report.kernels
+  ]
+  others = [{"name": name, "class": OTHER, "ms": ms(time)} for name, time in measured.items()]
+  working, span = busy(events)
+  return {
+    "ms": ms(span),
+    "idle_ms": ms(span - working),
+    "launches": len(events) / repeat,
+    "classes": by_class([*kernels, *others]),
+    "kernels": sorted([*kernels, *others], key=lambda each: -each["ms"]),
+    "symbols": symbols(events, repeat),
+  }
+
+
+def by_class(kernels: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+  """Measured and roofline milliseconds of each class."""
+  found: dict[str, dict[str, float]] = {}
+  for each in kernels:
+    total = found.setdefault(each["class"], {"ms": 0.0, "roofline_ms": 0.0, "times": 0.0})
+    for key in total:
+      total[key] += each.get(key) or 0.0
+  return found
+
+
+def symbols(events: Iterable[Event], repeat: int) -> list[dict[str, Any]]:
+  """The kernels that an instruction launched, by their own names: those of libraries, above all."""
+  times: Counter[tuple[str, str]] = Counter()
+  for event in events:
+    times[event.op, event.kernel] += event.duration
+  return [
+    {"op": op, "kernel": kernel[:200], "ms": time / 1e6 / repeat}
+    for (op, kernel), time in times.most_common(60)
+  ]
+
+
+def measure_all(options: Options, console: Console) -> dict[str, Any]:
+  """All variants; JSON is written after each."""
+  deadline, sizes = Deadline(options.seconds), TINY if options.tiny else Sizes()
+  cudnn = on_gpu() and has_cudnn(sizes, options)
+  results: dict[str, Any] = {"attention": "cudnn" if cudnn else "xla", "found": {}, "left_out": []}
+  names = [name for name in CHOSEN if name in options.choose(ALL)]
+  programs = {name: program("block", sizes, name, REPEAT, cudnn=cudnn) for name in names}
+  with console.status("compiling"), ThreadPoolExecutor(options.threads) as pool:
+    made = dict(zip(names, pool.map(compile_program, names, programs.values()), strict=True))
+  for name, (report, kept) in made.items():
+    if deadline.passed():
+      results["left_out"].append(name)
+      continue
+    with console.status(name):
+      events = trace(kept.compiled, programs[name].shapes)
+      results["found"][name] = compare(report, events, REPEAT)
+    script.write_json(options.out, "kernel_times", script.document(options, **results))
+  return script.document(options, **results)
+
+
+def table(name: str, found: Mapping[str, Any]) -> Table:
+  """The classes of a variant's kernels."""
+  title = f"{name}: {found['ms']:.3f} ms a step, {found['idle_ms']:.3f} ms of it idle"
+  grid = Table(title=f"{title}, {found['launches']:.0f} kernels")
+  for heading in ("class", "times", "ms", "roofline ms", "ratio"):
+    grid.add_column(heading, justify="left" if heading == "class" else "right")
+  for kind, each in sorted(found["classes"].items(), key=lambda item: -item[1]["ms"]):
+    ratio = f"{each['ms'] / each['roofline_ms']:.2f}" if each["roofline_ms"] else "-"
+    row = (f"{each['times']:.0f}", f"{each['ms']:.3f}", f"{each['roofline_ms']:.3f}", ratio)
+    grid.add_row(kind, *row)
+  return grid
+
+
+def show(content: Mapping[str, Any], console: Console) -> None:
+  """Prints each variant's classes and its largest kernels outside of GEMMs."""
+  script.print_note(content, console)
+  for name, found in content["found"].items():
+    console.print(table(name, found))
+    others = [each for each in found["kernels"] if "GEMM" not in each["class"]]
+    for each in others[:LARGEST]:
+      line = f"{each['ms']:8.3f} ms  {each.get('mib', 0):8.1f} MiB  {each['class']}  {each['name']}"
+      console.print(line, highlight=False, markup=False)
+  script.print_problems(content["failures"], {}, console)
+
+
+def main() -> None:
+  """Runs the benchmark."""
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
+  options, console = script.read_options(__doc__, "kernel_times"), script.console()
+  content = measure_all(options, console)
+  script.write_json(options.out, "kernel_times", content)
+  show(content, console)
+
+
+if __name__ == "__main__":
+  main()
