@@ -25,6 +25,9 @@ Product: TypeAlias = Callable[[QTensor, QTensor], jax.Array]
 
 _E4M3, _E5M2 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)
 _LEAST_ROWS = 16
+# Elements of a product from which on a GPU has work for all its cores: below, XLA may split the
+# contracted axis and add up the parts in a kernel of its own, which scales them as well.
+_LARGE = 2**21
 
 
 def dot_high_precision(lhs: jax.Array, rhs: jax.Array, gemm: Gemm, dtype: Any) -> jax.Array:
@@ -75,7 +78,7 @@ def dot_per_tensor(
   ``transpose(dot_general(lhs.data, rhs.data)) * (lhs.scale * rhs.scale)``, in this order, so that
   the compiler sees the transposition beside the GEMM and can make the GEMM write it.
 
-  On an NVIDIA GPU a bfloat16 product is asked for in bfloat16. XLA makes it one FP8 GEMM that
+  On an NVIDIA GPU a large bfloat16 product is asked for in bfloat16. XLA makes it one FP8 GEMM that
   applies the scale in float32 before it rounds. A product in float32 would be written, read again,
   and summed over devices in float32.
 
@@ -93,11 +96,13 @@ def dot_per_tensor(
     The product in ``dtype``.
 
   Numerics:
-    The sums are scaled in float32 and rounded once, to ``dtype``. With
-    ``--xla_allow_excess_precision=false``, the scale of a bfloat16 product on a GPU is rounded to
-    bfloat16.
+    The sums are scaled in float32 and rounded once, to ``dtype``. A large bfloat16 product on a GPU
+    has two exceptions, in which its sums and its scale are rounded to bfloat16 first:
+    ``--xla_allow_excess_precision=false``, and a share of one device so small that XLA splits the
+    contracted axis.
   """
   dims, sharding = gemm.dimension_numbers, gemm.dot_sharding
+  is_large = math.prod(gemm.shape) >= _LARGE
 
   def scaled_after(lhs: QTensor, rhs: QTensor) -> jax.Array:
     out = _dot(lhs.data, rhs.data, dims, jnp.float32, fast_accumulation, sharding)
@@ -113,7 +118,7 @@ def dot_per_tensor(
     out = _dot(*operands, dims, dtype, fast_accumulation, sharding)
     return lax.transpose(out, gemm.permutation) * scale.astype(dtype)
 
-  if dtype != jnp.bfloat16 or not _is_fp8_gemm(lhs.data, rhs.data, dims):
+  if dtype != jnp.bfloat16 or not is_large or not _is_fp8_gemm(lhs.data, rhs.data, dims):
     return scaled_after(lhs, rhs)
 
   def by_platform(lhs: QTensor, rhs: QTensor) -> jax.Array:

@@ -41,6 +41,8 @@ def roll_history(history: jax.Array, newest: jax.Array) -> jax.Array:
   Returns:
     The history for the next step; shape of ``history``.
   """
+  # Without the barrier, XLA has one thread of the kernel below reduce what is left of the tensor.
+  newest = lax.optimization_barrier(newest)
   seen = jnp.where(jnp.isfinite(newest), newest, 0.0).reshape(1)
   return jnp.concatenate([seen, history[2:], history[:1]])[: history.shape[0]]
 
