@@ -70,7 +70,7 @@ def cases(variant: str) -> dict[str, Callable[[Any], nn.Module]]:
 
 def explain_stack(make: Callable[[Any], nn.Module], variant: str, target: str) -> fp8.Report:
   """Reports on the gradients of a stack's loss."""
-  cls = VARIANTS[variant].cls
+  cls = VARIANTS[variant]
   model, x = make(cls), jax.ShapeDtypeStruct((TOKENS, WIDTH), jnp.bfloat16)
   variables = jax.eval_shape(model.init, jax.random.key(0), x)
   differentiate: Any = fp8.value_and_grad if cls is OURS else jax.value_and_grad

@@ -46,7 +46,7 @@ def accumulate(loss: Any, variables: Any, microbatches: jax.Array) -> Any:
 
 def explain_step(tokens: int, variant: str, target: str) -> fp8.Report:
   """Reports on a step in microbatches of so many tokens."""
-  cls = VARIANTS[variant].cls
+  cls = VARIANTS[variant]
   model: nn.Module = Stack(cls, scan=True, remat=True, length=LAYERS, param_dtype=jnp.float32)
   x = jax.ShapeDtypeStruct((TOKENS // tokens, tokens, WIDTH), jnp.bfloat16)
   variables = jax.eval_shape(model.init, jax.random.key(0), x.update(shape=x.shape[1:]))

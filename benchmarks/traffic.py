@@ -3,10 +3,10 @@
     python benchmarks/traffic.py             # no GPU needed; some minutes on one CPU core
 
 Layers, a block and a stack of blocks, forward and backward, all in bfloat16, compiled for a
-described GPU in BF16, with ``flax.linen.fp8_ops`` and with ``flax_fp8``, this with each choice of
-``fp8.use_kernels``; never run. ``MiB`` are read and written by kernels other than GEMMs, ``temp``
-is what the program allocates beside its arguments and results. ``floor`` reads each tensor once in
-bfloat16 and writes it once in each of the two layouts that FP8 GEMMs take.
+described GPU in BF16, with ``flax.linen.fp8_ops`` and with ``flax_fp8``; never run. ``MiB`` are
+read and written by kernels other than GEMMs, ``temp`` is what the program allocates beside its
+arguments and results. ``floor`` reads each tensor once in bfloat16 and writes it once in each of
+the two layouts that FP8 GEMMs take.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from rich.table import Table
 
 import flax_fp8 as fp8
 from flax_fp8.doctor import allow_missing_cuda
-from flax_fp8.kernels.choice import Kernels
 from flax_fp8.meta_dtype import to_float32
 from lm.files import write_text
 from lm.report import environment
@@ -38,25 +37,11 @@ MIB = 2**20
 OURS = fp8.DelayedScaling().dot_general_cls
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-  """How contractions are made.
-
-  Attributes:
-    cls: of their module; None for BF16.
-    kernels: for ``fp8.use_kernels``.
-  """
-
-  cls: Callable[..., Any] | None
-  kernels: Kernels = "auto"
-
-
-VARIANTS = {
-  "BF16": Variant(None),
-  "flax.linen.fp8_ops": Variant(flax_fp8_ops.Fp8DotGeneral),
-  "flax_fp8": Variant(OURS),
-  "flax_fp8, kernels off": Variant(OURS, "off"),
-  "flax_fp8, kernels all": Variant(OURS, "all"),
+# The class of a layer's GEMMs, by name of the variant; None for BF16.
+VARIANTS: dict[str, Callable[..., Any] | None] = {
+  "BF16": None,
+  "flax.linen.fp8_ops": flax_fp8_ops.Fp8DotGeneral,
+  "flax_fp8": OURS,
 }
 
 
@@ -177,19 +162,18 @@ CASES = {
 
 def explain_case(case: Case, variant: str, target: str) -> fp8.Report:
   """Reports on forward and backward of a model."""
-  chosen = VARIANTS[variant]
-  model = case.make(chosen.cls)
+  cls = VARIANTS[variant]
+  model = case.make(cls)
   x = jax.ShapeDtypeStruct((case.tokens, case.width), jnp.bfloat16)
   variables = jax.eval_shape(model.init, jax.random.key(0), x)
   grad = jax.eval_shape(model.apply, variables, x)
 
   def step(variables: Any, x: jax.Array, grad: jax.Array) -> Any:
-    state = fp8.as_max_grad(variables) if chosen.cls is OURS else variables
+    state = fp8.as_max_grad(variables) if cls is OURS else variables
     out, pull_back = jax.vjp(model.apply, state, x)
     return out, jax.tree.map(to_float32, pull_back(grad))
 
-  with fp8.use_kernels(chosen.kernels):
-    return fp8.explain(step, variables, x, grad, target=target, name=variant)
+  return fp8.explain(step, variables, x, grad, target=target, name=variant)
 
 
 def loss_of(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:

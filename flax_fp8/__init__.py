@@ -4,7 +4,7 @@ from flax_fp8 import fp8_ops, ops, remat_policies
 from flax_fp8.capability import capability
 from flax_fp8.explain import GpuTarget, Report, assert_fp8, explain
 from flax_fp8.formats import Format
-from flax_fp8.kernels.choice import use_kernels
+from flax_fp8.kernels import use_kernels
 from flax_fp8.linen import (
   ConversionReport,
   Fp8Config,

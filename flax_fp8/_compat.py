@@ -103,29 +103,6 @@ def vary_as(x: jax.Array, *others: jax.Array) -> jax.Array:
   return lax.pcast(x, names, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, names)
 
 
-def shape_like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-  """Describes a kernel's result, which in a checked shard_map varies along the axes ``x`` does."""
-  aval = jax.typeof(x)
-  struct: Any = jax.ShapeDtypeStruct  # of which releases name one argument otherwise
-  if hasattr(aval, "manual_axis_type"):
-    return struct(shape, dtype, manual_axis_type=aval.manual_axis_type)
-  return struct(shape, dtype, vma=aval.vma)
-
-
-try:
-  from jax.experimental.pallas import triton as _triton
-except ImportError:  # deprecated since JAX 0.11: a release will come that lacks it
-  _triton = None
-
-HAS_TRITON = _triton is not None
-
-
-def triton_parameters(**parameters: int) -> Any:
-  """Makes the parameters of a Pallas kernel for the Triton backend."""
-  assert _triton is not None
-  return _triton.CompilerParams(**parameters)
-
-
 def psum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
   """``lax.psum`` that may be mapped: in a checked shard_map, older JAX fails to map its own."""
 

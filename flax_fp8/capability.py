@@ -55,6 +55,11 @@ _FNUZ = _Units((E4M3_FNUZ, E5M2_FNUZ))
 _CUDA = {(10, 0): _OCP_AND_MX, (8, 9): _OCP}  # from this compute capability on; newest first
 _ROCM = {"gfx94": _FNUZ, "gfx95": _OCP_AND_MX, "gfx12": _OCP}  # by prefix
 
+# What drivers call those of NVIDIA's GPUs. A described device has no compute capability.
+_NVIDIA_WITH_FP8 = re.compile(
+  r"\b(G?H[12]00|L4|L40S?|RTX 40[5-9]0|G?B[1-3]00|RTX 50[5-9]0|RTX PRO)"
+)
+
 # cuBLASLt does not multiply E5M2 by E5M2, and XLA makes no FP8 GEMM of it on any GPU.
 _ONE_OPERAND_IS = (E4M3, E4M3_FNUZ)
 
@@ -105,6 +110,14 @@ def capability(
   refusal = _refusal(_units(str(found)), needs)
   reason = refusal or "FP8 matrix units present"
   return not refusal, f"{device.device_kind} (compute capability {found}): {reason}"
+
+
+def lacks_fp8_units() -> bool:
+  """Tells whether what is traced for is known to be an NVIDIA GPU without FP8 matrix units."""
+  described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+  if described is not None and described.device_kind.startswith("NVIDIA"):
+    return not _NVIDIA_WITH_FP8.search(described.device_kind)
+  return jax.default_backend() == "gpu" and not capability(jax.local_devices(backend="gpu")[0])[0]
 
 
 def _needs(fp8_format: Format | None, recipe: HasNeeds | None) -> Needs | None:

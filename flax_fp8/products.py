@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from flax_fp8 import _compat
+from flax_fp8.capability import lacks_fp8_units
 from flax_fp8.contraction import DimensionNumbers, Gemm, View
-from flax_fp8.kernels.choice import lacks_fp8_units
 from flax_fp8.quantize import QTensor, dequantize, product
 
 Product: TypeAlias = Callable[[QTensor, QTensor], jax.Array]
@@ -115,8 +116,9 @@ def dot_per_tensor(
       scale = lax.optimization_barrier(scale)
     else:
       operands[shared], scale = lax.optimization_barrier((operands[shared], scale))
-    out = _dot(*operands, dims, dtype, fast_accumulation, sharding)
-    return lax.transpose(out, gemm.permutation) * scale.astype(dtype)
+    out = _dot_transposed(*operands, gemm, dtype, fast_accumulation) * scale.astype(dtype)
+    # In columns, XLA would put a transposition between the GEMM and the scale.
+    return with_layout_constraint(out, Layout(major_to_minor=tuple(range(out.ndim))))
 
   if dtype != jnp.bfloat16 or not is_large or not _is_fp8_gemm(lhs.data, rhs.data, dims):
     return scaled_after(lhs, rhs)
@@ -209,6 +211,21 @@ def _dot(
   named_fast = lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32_FAST_ACCUM
   cuda = with_precision(named_fast if fast_accumulation else named)
   return cast(jax.Array, lax.platform_dependent(lhs, rhs, cuda=cuda, default=plain))
+
+
+def _dot_transposed(
+  lhs: jax.Array, rhs: jax.Array, gemm: Gemm, dtype: Any, fast_accumulation: bool
+) -> jax.Array:
+  """``transpose(dot_general(lhs, rhs))``; of exchanged operands where that is the same."""
+  dims, n_batch, n_lhs = gemm.dimension_numbers, len(gemm.lhs.batch), len(gemm.lhs.kept)
+  axes = range(len(gemm.shape))
+  exchanged = (*axes[:n_batch], *axes[n_batch + n_lhs :], *axes[n_batch : n_batch + n_lhs])
+  if gemm.permutation == exchanged:
+    (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dims
+    dims = ((rhs_contracting, lhs_contracting), (rhs_batch, lhs_batch))
+    return _dot(rhs, lhs, dims, dtype, fast_accumulation, gemm.sharding)
+  out = _dot(lhs, rhs, dims, dtype, fast_accumulation, gemm.dot_sharding)
+  return lax.transpose(out, gemm.permutation)
 
 
 def _is_fp8_gemm(lhs: jax.Array, rhs: jax.Array, dims: DimensionNumbers) -> bool:

@@ -175,7 +175,7 @@ def test_each_step_goes_on_from_the_last_ones_state():
   arguments = programs.Arrays().fill(program.shapes)
   counter, state, results = program.fn(*arguments)
   module = VARIANTS["delayed"].dense(32)
-  step = jax.jit(programs.forward_and_backward(module, kernels="auto", max_grad=True))
+  step = jax.jit(programs.forward_and_backward(module, max_grad=True))
   by_hand = arguments[0]
   for _ in range(REPEAT):
     by_hand, last = step(by_hand, *arguments[1:])

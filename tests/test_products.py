@@ -1,19 +1,25 @@
 """Products of quantised tensors against float64."""
 
+import dataclasses
+import functools
 import re
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import flax_fp8 as fp8
-from flax_fp8 import contraction, products
+from flax_fp8 import _compat, contraction, products
+from flax_fp8.explain import deviceless
 from flax_fp8.explain.compile import compile_program
 from flax_fp8.quantize import QTensor
 
 random = np.random.default_rng(0)
+E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 
 
 def microscaled(*shape):
@@ -50,16 +56,11 @@ def scaled(*shape, n_scales=None):
   return QTensor(data, jnp.asarray(scale))
 
 
-def test_the_scales_inside_a_gemm_and_outside_of_it(monkeypatch):
-  """The second as a GPU computes it, here without an FP8 GEMM: values rounded to bfloat16."""
+def test_dot_per_tensor():
   lhs, rhs = scaled(16, 32), scaled(32, 48)
   whole = [np.asarray(q.data, np.float64) * np.float64(q.scale) for q in (lhs, rhs)]
-  want = whole[0] @ whole[1]
-  np.testing.assert_allclose(np.float64(per_tensor(lhs, rhs)), want, rtol=2**-8, atol=1e-5)
-  chosen = lambda *operands, cuda, default: cuda(*operands)
-  monkeypatch.setattr(products.lax, "platform_dependent", chosen)
-  error = np.float64(per_tensor(lhs, rhs)) - want
-  assert 0 < np.sqrt(np.mean(error**2) / np.mean(want**2)) < 2**-7
+  got = np.float64(per_tensor(lhs, rhs))
+  np.testing.assert_allclose(got, whole[0] @ whole[1], rtol=2**-8, atol=1e-5)
 
 
 @pytest.mark.parametrize("inner", [False, True], ids=["once", "twice"])
@@ -84,13 +85,141 @@ def compiled_for_h100(fn, *args):
   return compile_program(fn, shapes, target="h100", mesh=None, timeout=300).hlo
 
 
-def test_a_gpu_gets_one_fp8_gemm_with_exact_scales():
-  """It writes bfloat16, and no kernel rounds a scale."""
-  hlo = compiled_for_h100(per_tensor, scaled(16, 32), scaled(32, 48))
-  assert hlo.count('custom_call_target="__cublas$lt$matmul$f8"') == 1
-  assert "bf16[16,48]" in hlo
-  assert "f32[16,48]" not in hlo
+FP8_GEMM = 'custom_call_target="__cublas$lt$matmul$f8"'
+
+
+@pytest.fixture(params=[False, True], ids=["triton off", "default flags"])
+def triton(request, monkeypatch):
+  """Compiles as users who switch XLA's Triton GEMMs off, and as all others."""
+  if request.param and not _compat.NAMES_FP8_ALGORITHM:
+    pytest.skip("this JAX can't name the algorithm, so XLA chooses by trial on the GPU")
+  options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": request.param}
+  monkeypatch.setattr(deviceless, "OPTIONS", options)
+
+
+def matrices(lhs, rhs, dims=(((1,), (0,)), ((), ())), dtypes=(E4M3, E4M3)):
+  """Shapes of two operands with a scale each, and their GEMM."""
+  gemm = contraction.forward_gemm(dims, lhs, rhs, kernel=1)
+  scale = jax.ShapeDtypeStruct((), jnp.float32)
+  shapes = (jax.ShapeDtypeStruct(*each) for each in zip((lhs, rhs), dtypes, strict=True))
+  return (*(QTensor(shape, scale) for shape in shapes), gemm)
+
+
+def multiply(gemm, dtype=jnp.bfloat16, **options):
+  options = {"fast_accumulation": False, **options}
+  return lambda lhs, rhs: products.dot_per_tensor(lhs, rhs, gemm, dtype, **options)
+
+
+LARGE = (2048, 64), (64, 1024)
+SIZES = {
+  "large": (*LARGE, ()),
+  "small": ((256, 512), (512, 128), ()),
+  "sixteen rows": ((16, 32), (32, 48), ()),
+  "odd": ((33, 35), (35, 37), ()),
+  "experts": ((4, 64, 32), (4, 32, 48), ((((2,), (1,)), ((0,), (0,))),)),
+  "two contracted axes": ((64, 4, 16), (4, 16, 48), ((((1, 2), (0, 1)), ((), ())),)),
+}
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize(("lhs", "rhs", "dims"), SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+def test_a_gpu_gets_an_fp8_gemm_whatever_the_flags(lhs, rhs, dims, dtype):
+  """And no kernel rounds a scale."""
+  lhs, rhs, gemm = matrices(lhs, rhs, *dims)
+  hlo = compiled_for_h100(multiply(gemm, dtype), lhs, rhs)
+  assert hlo.count(FP8_GEMM) == 1
   assert "bf16[]" not in hlo
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize(("fast", "name"), [(True, "f32_fast_accum"), (False, "f32")])
+def test_the_algorithm_says_how_sums_are_accumulated(fast, name):
+  lhs, rhs, gemm = matrices(*LARGE)
+  hlo = compiled_for_h100(multiply(gemm, fast_accumulation=fast), lhs, rhs)
+  if _compat.NAMES_FP8_ALGORITHM:
+    assert re.findall(r"ALG_DOT_ANY_F8_ANY_F8_\w+", hlo) == [f"ALG_DOT_ANY_F8_ANY_F8_{name.upper()}"]
+  else:
+    assert set(re.findall(r'"operand_precision":\["(\w+)"', hlo)) == {"DEFAULT" if fast else "HIGHEST"}
+
+
+@pytest.mark.usefixtures("triton")
+def test_a_large_product_is_written_once_in_bfloat16():
+  lhs, rhs, gemm = matrices(*LARGE)
+  hlo = compiled_for_h100(multiply(gemm), lhs, rhs)
+  assert "bf16[2048,1024]" in hlo
+  assert "f32[2048,1024]" not in hlo
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize(("shared", "count"), [(0, 2), (None, 1)])
+def test_gemms_of_a_shared_operand_stay_apart(shared, count):
+  """Else XLA merges them, and each scale is applied, rounded, by a kernel of its own."""
+  lhs, rhs, gemm = matrices(*LARGE)
+  both = lambda x, a, b: [multiply(gemm, shared=shared)(x, each) for each in (a, b)]
+  hlo = compiled_for_h100(both, lhs, rhs, rhs)
+  assert hlo.count(FP8_GEMM) == count
+  assert ("bf16[]" in hlo) == (count == 1)
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("permutation", [(0, 1), (1, 0)], ids=["as it is", "transposed"])
+def test_the_scale_is_exact_where_the_consumer_wants_columns(permutation):
+  lhs, rhs, gemm = matrices(*LARGE)
+  gemm = dataclasses.replace(gemm, permutation=permutation)
+  turned = lambda *operands: jnp.sin(multiply(gemm)(*operands).T).reshape(2, -1)
+  hlo = compiled_for_h100(turned, lhs, rhs)
+  assert hlo.count(FP8_GEMM) == 1
+  assert "bf16[]" not in hlo
+
+
+def test_a_transposed_product_is_that_of_exchanged_operands():
+  lhs, rhs = scaled(4, 16, 32), scaled(4, 32, 8)
+  dims = (((2,), (1,)), ((0,), (0,)))
+  gemm = contraction.forward_gemm(dims, lhs.data.shape, rhs.data.shape, kernel=1)
+  for permutation in ((0, 2, 1), (2, 0, 1)):
+    turned = dataclasses.replace(gemm, permutation=permutation)
+    got = products._dot_transposed(lhs.data, rhs.data, turned, jnp.float32, False)
+    want = products._dot_transposed(lhs.data, rhs.data, gemm, jnp.float32, False)
+    np.testing.assert_array_equal(got, want.transpose(permutation))
+
+
+REFUSED = {
+  "E5M2 by E5M2": ((64, 32), (32, 64), (E5M2, E5M2)),
+  "one row": ((1, 32), (32, 64), (E4M3, E4M3)),
+  "one column": ((64, 32), (32, 1), (E4M3, E4M3)),
+  "nothing": ((64, 0), (0, 64), (E4M3, E4M3)),
+}
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize(("lhs", "rhs", "dtypes"), REFUSED.values(), ids=REFUSED)
+def test_products_without_an_fp8_gemm_compile(lhs, rhs, dtypes):
+  """XLA refuses to compile a named algorithm that it does not have."""
+  lhs, rhs, gemm = matrices(lhs, rhs, dtypes=dtypes)
+  assert FP8_GEMM not in compiled_for_h100(multiply(gemm), lhs, rhs)
+
+
+def test_a_gpu_without_fp8_units_multiplies_in_a_wider_type():
+  pytest.importorskip("jax_plugins.xla_cuda13", reason="the CUDA plugin exists for Linux alone")
+  lhs, rhs, gemm = matrices(*LARGE)
+  report = fp8.explain(multiply(gemm), lhs, rhs, target="a100")
+  assert (report.fp8_gemms, report.total_gemms) == (0, 1)
+
+
+def test_whether_this_jax_can_name_the_algorithm():
+  """So that a JAX that can again is noticed."""
+  dot = functools.partial(
+    lax.dot, precision=lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32, preferred_element_type=jnp.float32
+  )
+  x = jax.ShapeDtypeStruct((16, 16), E4M3)
+  named = True
+  try:
+    jax.export.export(jax.jit(dot), platforms=["cuda"])(x, x)
+  except ValueError as error:
+    assert "vhlo" in str(error)
+    named = False
+  assert named == _compat.NAMES_FP8_ALGORITHM
 
 
 @pytest.mark.parametrize(
@@ -104,12 +233,12 @@ def test_a_gpu_gets_one_fp8_gemm_with_exact_scales():
 )
 def test_no_scale_of_a_layer_is_rounded(recipe):
   """A reshape between its two casts would be enough for XLA to keep the rounding."""
-  layer = nn.Dense(64, dtype=jnp.bfloat16, dot_general_cls=recipe.dot_general_cls)
-  x = jax.ShapeDtypeStruct((32, 48), jnp.bfloat16)
+  layer = nn.Dense(2048, dtype=jnp.bfloat16, dot_general_cls=recipe.dot_general_cls)
+  x = jax.ShapeDtypeStruct((2048, 2048), jnp.bfloat16)
   variables = jax.eval_shape(layer.init, jax.random.key(0), x)
   loss = lambda variables, x: jnp.mean(jnp.sin(layer.apply(variables, x).astype(jnp.float32)))
   hlo = compiled_for_h100(fp8.value_and_grad(loss, argnums=(0, 1)), variables, x)
-  assert hlo.count('custom_call_target="__cublas$lt$matmul$f8"') == 3
+  assert hlo.count(FP8_GEMM) == 3
   assert not re.search(r"= bf16\[1?\]\S* convert\(", hlo)
 
 
@@ -119,7 +248,7 @@ def test_a_gpu_gets_fp8_gemms_of_experts():
     axes = QTensor(0, None if scales is None else 0)
     args = scaled(4, 16, 32, n_scales=scales), scaled(4, 32, 48, n_scales=scales)
     hlo = compiled_for_h100(jax.vmap(per_tensor, (axes, axes)), *args)
-    assert hlo.count('custom_call_target="__cublas$lt$matmul$f8"') == 1, scales
+    assert hlo.count(FP8_GEMM) == 1, scales
 
 
 def test_dot_microscaled():

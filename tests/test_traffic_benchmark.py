@@ -22,25 +22,17 @@ def found():
 
 def test_every_gemm_is_fp8_and_fewer_bytes_move_than_with_flax(found):
   for name, gemms in (("a layer", 3), ("a stack", 48)):
-    bf16, flax, *ours = (found[name][variant] for variant in traffic.VARIANTS)
-    assert [each["fp8_gemms"] for each in (bf16, flax, *ours)] == [0, *[gemms] * 4]
+    bf16, flax, ours = (found[name][variant] for variant in traffic.VARIANTS)
+    assert [each["fp8_gemms"] for each in (bf16, flax, ours)] == [0, gemms, gemms]
     assert bf16["operands"] == ["bf16"]
-    chosen, plain, _ = (each["mib_outside_gemms"] for each in ours)
-    assert max(chosen, plain) < flax["mib_outside_gemms"]  # in a loop, kernels cost copies
-    assert not any(each["doubts"] for each in ours)
-
-
-def test_the_kernel_moves_no_more_than_the_floor_and_the_state(found):
-  layer = found["a layer"]
-  floor = traffic.layer_floor(1024, 512, 512)
-  assert floor <= layer["flax_fp8, kernels all"]["mib_outside_gemms"] < floor + 0.1
-  assert layer["flax_fp8, kernels all"]["kernels"] <= 14
+    assert ours["mib_outside_gemms"] < flax["mib_outside_gemms"]
+    assert not ours["doubts"]
 
 
 def test_table(found, monkeypatch):
   monkeypatch.setattr(traffic, "CASES", SMALL)
   assert json.loads(json.dumps(found)) == found
-  assert traffic.table(found, "h100").row_count == 10
+  assert traffic.table(found, "h100").row_count == 6
 
 
 def test_the_floor_of_a_layer():

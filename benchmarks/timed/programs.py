@@ -85,12 +85,11 @@ def repeated(step: Step, repeat: int) -> Any:
   return jax.jit(loop)
 
 
-def forward_and_backward(module: nn.Module, *, kernels: Any, max_grad: bool) -> Step:
+def forward_and_backward(module: nn.Module, *, max_grad: bool) -> Step:
   """A step of a module.
 
   Args:
     module: from one array to one array.
-    kernels: as ``fp8.use_kernels`` takes it.
     max_grad: cast the state, as ``fp8.value_and_grad`` does; Flax's own ops do not know that dtype.
 
   Returns:
@@ -100,10 +99,9 @@ def forward_and_backward(module: nn.Module, *, kernels: Any, max_grad: bool) -> 
 
   def step(state: Any, params: Any, x: jax.Array, grad: jax.Array) -> tuple[Any, Any]:
     variables = {"params": params, **state}
-    with fp8.use_kernels(kernels):
-      variables = fp8.as_max_grad(variables) if max_grad else variables
-      out, pull_back = jax.vjp(module.apply, variables, x)
-      grads, x_grad = pull_back(grad)
+    variables = fp8.as_max_grad(variables) if max_grad else variables
+    out, pull_back = jax.vjp(module.apply, variables, x)
+    grads, x_grad = pull_back(grad)
     new = dict(jax.tree.map(to_float32, grads))
     params_grad = new.pop("params")
     return new, (out, x_grad, params_grad)

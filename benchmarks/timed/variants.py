@@ -1,7 +1,7 @@
 """What is compared: BF16, Flax's FP8, and the recipes of this package."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,13 +20,11 @@ class Variant:
 
   Attributes:
     recipe: of this package; None for BF16 or Flax.
-    kernels: as ``fp8.use_kernels`` takes it.
     flax: by ``flax.linen.fp8_ops``.
     fused: one layer of query, key and value, and one of gate and up.
   """
 
   recipe: fp8.Recipe | None = None
-  kernels: Literal["auto", "all", "off"] = "auto"
   flax: bool = False
   fused: bool = False
 
@@ -57,21 +55,18 @@ class Variant:
     self, module: nn.Module, x: jax.ShapeDtypeStruct, *, repeat: int, flops: int
   ) -> Program:
     """The loop of forward and backward of a module."""
-    step = forward_and_backward(module, kernels=self.kernels, max_grad=not self.flax)
+    step = forward_and_backward(module, max_grad=not self.flax)
     shapes = argument_shapes(module, x)
     return Program(repeated(step, repeat), shapes, repeat, flops, self.is_fp8)
 
 
-DELAYED = fp8.DelayedScaling()
 RECIPES = {
-  "delayed": Variant(recipe=DELAYED),
+  "delayed": Variant(recipe=fp8.DelayedScaling()),
   "current": Variant(recipe=fp8.Float8CurrentScaling()),
   "rowwise": Variant(recipe=fp8.Float8RowwiseScaling()),
 }
 VARIANTS = {
   BF16: Variant(),
   **RECIPES,
-  "delayed, kernels all": Variant(recipe=DELAYED, kernels="all"),
-  "delayed, kernels off": Variant(recipe=DELAYED, kernels="off"),
   "flax.linen.fp8_ops": Variant(flax=True),
 }

@@ -140,12 +140,6 @@ class Instruction:
       return {}
     return found if isinstance(found, dict) else {}
 
-  @property
-  def kernel_name(self) -> str:
-    """What the author of a kernel written in Triton called it; empty for anything else."""
-    found = re.search(r'\bname = "(\w+)", num_stages', self.attributes.get("backend_config", ""))
-    return found[1] if found else ""
-
   def called(self, *names: str) -> list[str]:
     """Computations that the named attributes call."""
     found = (self.attributes.get(name, "") for name in names)

@@ -116,19 +116,12 @@ _ELEMENTWISE = opcodes(
   "tan tanh xor"
 )
 _KNOWN = _MOVES | _REDUCTIONS | _ELEMENTWISE | {"fusion", "dot"}
-# Kernels written in Triton, by name; of others, what they compute is not known here.
-_TRITON_KERNELS = {
-  "flax_fp8_cast": KernelClass.QUANTIZE,
-  "flax_fp8_scales": KernelClass.ELEMENTWISE,
-}
 _FILLS = frozenset({"broadcast", "iota"})
 
 
 def _classify(module: Module, instruction: Instruction) -> tuple[KernelClass, str]:
   if instruction.opcode.removesuffix("-start") in COLLECTIVES:
     return KernelClass.COLLECTIVE, ""
-  if instruction.kernel_name in _TRITON_KERNELS:
-    return _TRITON_KERNELS[instruction.kernel_name], ""
   if instruction.opcode == "custom-call":
     return KernelClass.LIBRARY, instruction.target
   if instruction.opcode not in _KNOWN:

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from flax_fp8.amax import emit_once
 from flax_fp8.contraction import Gemm, View
-from flax_fp8.kernels import choice
 from flax_fp8.meta_dtype import as_written, like, to_float32
 from flax_fp8.ops import calibration, check, metrics, saved
 from flax_fp8.ops.call import Call, Operand, Roles
@@ -64,8 +63,7 @@ def dot_general(
       for differentiation alone.
     roles: what ``lhs`` and ``rhs`` are; exchanged for a GEMM that takes the kernel first.
     kernel_is_stored: whether the kernel is a parameter, read from memory, that nothing computes:
-      then it is kept for the backward pass as it is, and a Pallas kernel may quantise it
-      (``flax_fp8.use_kernels``).
+      then it is kept for the backward pass as it is.
     kernel_dtype: to which the kernel is cast before all else; as it is if None.
     in_loop: whether operands and state are slices, as in the body of a scan.
     name: what error messages call the operation.
@@ -239,10 +237,8 @@ def _quantize_operand(
   gemm, backward = call.forward_gemm(operands), call.backward_gemms(operands)[1 - index]
   kinds = GemmKind.FPROP, call.backward_kinds[1 - index]
   views = (gemm.lhs, gemm.rhs)[index], backward.rhs
-  # What is cast from another dtype is no array in memory, but made where it is quantised.
-  opaque = call.is_stored(index) and x.dtype == call.dtypes[index]
   x, role = x.astype(call.dtypes[index]), call.roles[index]
-  return _quantize(call, x, state, prepared, role, kinds, views, opaque=opaque, observed=observed)
+  return _quantize(call, x, state, prepared, role, kinds, views, observed=observed)
 
 
 def _quantize_again(
@@ -266,15 +262,8 @@ def _quantize_again(
 
 
 def _prepare(call: Call, state: State) -> dict[Role, TensorState]:
-  """Prepares the state of each tensor without its metrics, for quantising it.
-
-  The input's by itself: several contractions may share an input and its state, and computed alone
-  this is one computation to XLA.
-  """
-  own = {role: _own(state, role) for role in Role}
-  alone = {Role.INPUT: own.pop(Role.INPUT)}
-  with choice.in_loop(call.in_loop):
-    return {**call.recipe.prepare(alone), **call.recipe.prepare(own)}
+  """Prepares the state of each tensor without its metrics, for quantising it."""
+  return {**call.recipe.prepare({role: _own(state, role) for role in Role})}
 
 
 def _added(prepared: TensorState, own: Mapping[str, Any]) -> TensorState:
@@ -297,7 +286,6 @@ def _quantize(
   views: tuple[View, View],
   key: jax.Array | None = None,
   *,
-  opaque: bool = False,
   observed: bool = True,
 ) -> tuple[tuple[Quantized, Quantized], tuple[Any, ...]]:
   """Prepares a tensor for its two GEMMs: in FP8, or as it is for one in high precision.
@@ -313,10 +301,7 @@ def _quantize(
   if all(whole) or (settles and not old_metrics):
     return (x, x), ()
   clipped = x if how is None else in_auto(how.clip, explicit_sharding(x), x)
-  with choice.in_loop(call.in_loop):
-    pair, seen = recipe.quantize(
-      clipped, prepared[role], role, views, key, opaque=opaque, observed=observed
-    )
+  pair, seen = recipe.quantize(clipped, prepared[role], role, views, key, observed=observed)
   measured: TensorState = {}
   if old_metrics:
     used = [(q, v) for is_whole, q, v in zip(whole, pair, views, strict=True) if not is_whole]

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 
 from flax_fp8 import amax as _amax
 from flax_fp8.formats import float8
-from flax_fp8.kernels.scales import Rule, next_scale
 from flax_fp8.meta_dtype import like, to_float32
 from flax_fp8.quantize import QTensor, scale_from_amax
 from flax_fp8.quantize import dequantize as _dequantize
 from flax_fp8.quantize import quantize as _quantize
-from flax_fp8.recipes.delayed import roll_history
+from flax_fp8.recipes.delayed import next_scale, roll_history
 
 
 def quantize(x: jax.Array, q_dtype: Any, scale: jax.Array, compute_dtype: Any) -> jax.Array:
@@ -153,7 +152,7 @@ def delayed_step(
   """Quantises by delayed scaling; returns the values, the new scale and the new history."""
   float8_format = float8(q_dtype)
   given = to_float32(scale), to_float32(amax_history)
-  new_scale, inverse = next_scale(*given, float8_format.max, Rule())
+  new_scale, inverse = next_scale(*given, float8_format.max)
   q = _quantize(x, _fit(new_scale, x), float8_format, _fit(inverse, x), stale=True)
   seen = _amax.amax(x, (scale, amax_history))
   new_history = roll_history(to_float32(amax_history), seen)

@@ -122,7 +122,6 @@ class Recipe(abc.ABC):
     views: tuple[View, View],
     key: jax.Array | None,
     *,
-    opaque: bool = False,
     observed: bool = True,
   ) -> tuple[tuple[QTensor, QTensor], Mapping[str, jax.Array] | None]:
     """Quantises a tensor for the two GEMMs that take it.
@@ -135,7 +134,6 @@ class Recipe(abc.ABC):
         (wgrad for the input, dgrad for the kernel). Output gradient: the GEMM that gives the left
         operand's gradient, then the right one's. Where one GEMM keeps axes, the other contracts.
       key: PRNG key to round by, or None to round to nearest.
-      opaque: whether ``x`` is read from memory whatever quantises it: see ``kernels.choice``.
       observed: whether the observation is wanted.
 
     Returns:

@@ -76,7 +76,6 @@ class Float8BlockScaling(StatelessRecipe):
     views: tuple[View, View],
     key: jax.Array | None,
     *,
-    opaque: bool = False,
     observed: bool = True,
   ) -> tuple[tuple[QTensor, QTensor], None]:
     """Quantises kernels once for both GEMMs; other tensors once for each, along what it contracts.
@@ -84,7 +83,7 @@ class Float8BlockScaling(StatelessRecipe):
     Returns:
       Data ``[chunks, batch, rows, 128]`` and scales ``[chunks, batch, rows]``; and no observation.
     """
-    del state, opaque, observed
+    del state, observed
     first, second = (_sharding(x, view) for view in views)
     if role is Role.KERNEL:
       tiles = lambda x, key: self._tiles(x, views, key)

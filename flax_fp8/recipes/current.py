@@ -63,11 +63,10 @@ class Float8CurrentScaling(StatelessRecipe):
     views: tuple[View, View],
     key: jax.Array | None,
     *,
-    opaque: bool = False,
     observed: bool = True,
   ) -> tuple[tuple[QTensor, QTensor], TensorState]:
     """Quantises once for both GEMMs; observes the scale and its inverse."""
-    del views, opaque, observed
+    del views, observed
     float8 = self.float8(role)
     if "scale" in state:
       scale, inverse = state["scale"], state["inverse"]

@@ -18,12 +18,11 @@ from jax import lax
 from flax_fp8.amax import amax
 from flax_fp8.capability import Needs
 from flax_fp8.contraction import Gemm, View
-from flax_fp8.kernels.cast import cast_for_both
-from flax_fp8.kernels.scales import AmaxComputeAlgo, Rule, next_scale, next_scales
 from flax_fp8.products import dot_per_tensor, scaled_matrices
 from flax_fp8.quantize import QTensor, quantize, scale_from_amax
 from flax_fp8.recipes.base import GemmKind, Recipe, Role, TensorState
 
+AmaxComputeAlgo = Literal["max", "most_recent"]
 FirstStep = Literal["stored", "current"]
 Overflow = Literal["saturate", "current"]
 
@@ -45,6 +44,36 @@ def roll_history(history: jax.Array, newest: jax.Array) -> jax.Array:
   newest = lax.optimization_barrier(newest)
   seen = jnp.where(jnp.isfinite(newest), newest, 0.0).reshape(1)
   return jnp.concatenate([seen, history[2:], history[:1]])[: history.shape[0]]
+
+
+def next_scale(
+  scale: jax.Array,
+  history: jax.Array,
+  float8_max: float,
+  *,
+  algo: AmaxComputeAlgo = "max",
+  margin: float = 0,
+  power_of_two: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+  """Computes the scale of this step from the history of the steps before it.
+
+  ``scale_from_amax(max(history), fallback=scale)``
+
+  Args:
+    scale: of the step before; float32; shape ``()`` or ``(1,)``.
+    history: float32; shape ``(length,)``.
+    float8_max: largest value of the format that the scale is for.
+    algo: "max" over the history, or its "most_recent" amax.
+    margin: headroom in powers of two.
+    power_of_two: rounds the scale up to a power of two.
+
+  Returns:
+    The scale and its inverse; float32; shape of ``scale``. The old scale where the history is
+    empty.
+  """
+  largest = jnp.max(history, axis=0) if algo == "max" else history[0]
+  largest = jnp.broadcast_to(largest, scale.shape)
+  return scale_from_amax(largest, scale, float8_max, margin, power_of_two)
 
 
 def resize_history(history: jax.Array, length: int, axis: int = -1) -> jax.Array:
@@ -173,13 +202,10 @@ class DelayedScaling(Recipe):
 
   def prepare(self, states: Mapping[Role, TensorState]) -> dict[Role, TensorState]:
     """Adds the scales that the histories imply."""
-    scales = [state["scale"] for state in states.values()]
-    histories = [state["amax_history"] for state in states.values()]
-    maxima = [self.float8(role).max for role in states]
-    found = next_scales(scales, histories, maxima, self._rule)
+    found = {role: self._scale_of_history(state, role) for role, state in states.items()}
     return {
-      role: {**state, "next_scale": scale, "next_inverse": inverse}
-      for (role, state), (scale, inverse) in zip(states.items(), found, strict=True)
+      role: {**state, "next_scale": found[role][0], "next_inverse": found[role][1]}
+      for role, state in states.items()
     }
 
   def quantize(
@@ -190,7 +216,6 @@ class DelayedScaling(Recipe):
     views: tuple[View, View],
     key: jax.Array | None,
     *,
-    opaque: bool = False,
     observed: bool = True,
   ) -> tuple[tuple[QTensor, QTensor], TensorState | None]:
     """Quantises once for both GEMMs; observes the scale and the amax."""
@@ -204,9 +229,11 @@ class DelayedScaling(Recipe):
     if not observed:
       q = quantize(x, scale, float8, inverse, key, stale=True)
       return (q, q), None
-    first, second, seen = cast_for_both(x, scale, inverse, own, float8, views, key, opaque=opaque)
-    pair = QTensor(first, scale), QTensor(second, scale)
-    return pair, {"used_scale": scale, "amax": seen}
+    # One kernel casts and finds the amax. Without the barrier XLA makes it a kernel that casts and
+    # transposes, and reads the tensor again for the amax.
+    data = lax.optimization_barrier(quantize(x, scale, float8, inverse, key, stale=True).data)
+    q = QTensor(data, scale)
+    return (q, q), {"used_scale": scale, "amax": amax(x, own)}
 
   def update(self, state: TensorState, observation: Any, role: Role) -> TensorState:
     """Keeps the scale that this step used, and records its amax."""
@@ -293,11 +320,14 @@ class DelayedScaling(Recipe):
     """Returns the scale that the history implies, and its inverse."""
     if "next_scale" in state:
       return state["next_scale"], state["next_inverse"]
-    return next_scale(state["scale"], state["amax_history"], self.float8(role).max, self._rule)
-
-  @property
-  def _rule(self) -> Rule:
-    return Rule(algo=self.amax_compute_algo, margin=self.margin, power_of_two=self.power_of_two)
+    return next_scale(
+      state["scale"],
+      state["amax_history"],
+      self.float8(role).max,
+      algo=self.amax_compute_algo,
+      margin=self.margin,
+      power_of_two=self.power_of_two,
+    )
 
   @property
   def _waits_for_amax(self) -> bool:

@@ -133,7 +133,6 @@ class MXFP8BlockScaling(StatelessRecipe):
     views: tuple[View, View],
     key: jax.Array | None,
     *,
-    opaque: bool = False,
     observed: bool = True,
   ) -> tuple[tuple[QTensor, QTensor], None]:
     """Quantises once for each GEMM, along what it contracts.
@@ -141,7 +140,7 @@ class MXFP8BlockScaling(StatelessRecipe):
     Returns:
       Data ``[batch, rows, K]`` and scales ``[batch, rows, K / 32]``; and no observation.
     """
-    del state, opaque, observed
+    del state, observed
     shardings = tuple(_sharding(x, view) for view in views)
     blocks = lambda x, keys: (
       self._blocks(x, role, views[0], keys[0]),

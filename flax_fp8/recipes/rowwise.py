@@ -67,11 +67,10 @@ class Float8RowwiseScaling(StatelessRecipe):
     views: tuple[View, View],
     key: jax.Array | None,
     *,
-    opaque: bool = False,
     observed: bool = True,
   ) -> tuple[tuple[QTensor, QTensor], None]:
     """Quantises once for each GEMM, along what it contracts."""
-    del state, opaque, observed
+    del state, observed
     float8 = self.float8(role)
 
     def along(view: View, key: jax.Array | None) -> QTensor:
