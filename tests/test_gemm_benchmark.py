@@ -11,7 +11,9 @@ import pytest
 
 import flax_fp8 as fp8
 import gemm
+from flax_fp8.explain import roofline
 from flax_fp8.explain.compile import compile_for
+from flax_fp8.explain.target import GpuTarget
 from flax_fp8.explain.traffic import KernelClass
 from timed import clock, compiling, measure, programs, script
 from timed.options import Options
@@ -158,6 +160,35 @@ def test_shapes_are_those_that_transformer_engine_publishes():
   ]
   assert sum(len(shape.gemms) for shape in published) == 12
   assert gemm.Shape(2, 3, 5).gemms == {"fprop": (2, 5, 3), "dgrad": (2, 3, 5), "wgrad": (3, 5, 2)}
+
+
+def measured(name):
+  return json.loads((script.RESULTS / f"{name}.json").read_text())
+
+
+def estimated_ms(shape, each, *, is_fp8):
+  """What ``Report.estimated_seconds`` adds up, from what the JSON says of a program."""
+  h100 = roofline.sustained(GpuTarget.named("h100"))
+  rate = h100.peak_flops["fp8" if is_fp8 else "bf16"]
+  bytes_outside = each["mib_outside_gemms"] * compiling.MIB
+  launches = each["kernels"] * roofline.LAUNCH_SECONDS
+  return 1e3 * (shape.flops / rate + bytes_outside / h100.memory_bandwidth + launches)
+
+
+def test_estimates_are_within_15_percent_of_what_an_h100_took():
+  """The variants of the run that are still there; its Triton kernels are not."""
+  found = measured("gemm")
+  assert found["measurement"]
+  assert found["environment"]["device"] == "NVIDIA H100 80GB HBM3"
+  ratios = {}
+  for layer, variants in found["layers"].items():
+    shape = gemm.Shape(**found["shapes"][layer])
+    for name in (BF16, "current", "rowwise", "flax.linen.fp8_ops", "delayed, kernels off"):
+      each = variants[name]
+      ratios[layer, name] = estimated_ms(shape, each, is_fp8=name != BF16) / each["ms"]["median"]
+  assert len(ratios) == 40
+  assert max(ratios.values()) < 1.15
+  assert min(ratios.values()) > 0.85
 
 
 def test_it_refuses_a_cpu(monkeypatch, capsys, tmp_path):

@@ -124,7 +124,7 @@ def describe(report: fp8.Report, program: Program) -> dict[str, Any]:
     "gemms": report.total_gemms / program.repeat,
     "kernels": report.launches / program.repeat,
     "mib_outside_gemms": report.bytes_outside_gemms / program.repeat / MIB,
-    "predicted_ms": None if report.seconds is None else 1e3 * report.seconds / program.repeat,
+    "estimated_ms": 1e3 * (report.estimated_seconds or 0.0) / program.repeat,
     "gemm_kernels": sorted({gemm.kernel for gemm in report.gemms}),
     "problems": problems(report, program),
     "doubts": list(report.doubts),

@@ -75,14 +75,19 @@ def driver() -> dict[str, str]:
   return dict(zip(NVIDIA_SMI.split(","), values, strict=False))
 
 
+def xla_flags() -> str:
+  """XLA's flags, but for the folder of this machine in which it keeps what it tried."""
+  flags = os.getenv("XLA_FLAGS", "").split()
+  return " ".join(flag for flag in flags if "autotune_cache_dir" not in flag)
+
+
 def document(options: Options, **results: Any) -> dict[str, Any]:
   """What the JSON says besides results: where, when and how."""
   timed = on_gpu() and not options.tiny
   return {
     "measurement": timed,
     "note": "" if timed else NO_MEASUREMENT,
-    "environment": environment()
-    | {"nvidia_smi": driver(), "xla_flags": os.getenv("XLA_FLAGS", "")},
+    "environment": environment() | {"nvidia_smi": driver(), "xla_flags": xla_flags()},
     "method": {"rounds": options.rounds, "repeat": options.repeat},
     "failures": list(options.failures),
     **results,

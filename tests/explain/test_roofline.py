@@ -37,6 +37,26 @@ def test_the_slower_of_memory_and_matrix_units():
   assert roofline.kernel_seconds(bound_by_units, GPU) == pytest.approx(3.0)
 
 
+def test_the_estimate_has_sustained_rates_and_launches():
+  kernels = [
+    Kernel("a", KernelClass.FP8_GEMM, 2, 10, 10, flops=10**12, operand="f8e5m2"),
+    Kernel("b", KernelClass.QUANTIZE, 3, 10**6, 10**6),
+    Kernel("c", KernelClass.COLLECTIVE, 1, 10**6, 10**6),
+  ]
+  sent = [Collective("all-gather", "bf16", 10**6, group=2, times=1, path="")]
+  gemms = 2 * 1e12 / (2e12 * roofline.SUSTAINED["fp8"])
+  casts = 3 * 2e6 / (1e9 * roofline.SUSTAINED_MEMORY)
+  want = gemms + casts + 6 * roofline.LAUNCH_SECONDS + 5e-3
+  assert roofline.estimate(kernels, sent, GPU) == pytest.approx(want)
+
+
+def test_what_is_sustained_is_less_than_the_data_sheet():
+  likely = roofline.sustained(A100)
+  assert likely.peak_flops["bf16"] < A100.peak_flops["bf16"]
+  assert likely.memory_bandwidth < A100.memory_bandwidth
+  assert likely.link_bandwidth == A100.link_bandwidth
+
+
 def test_totals_by_class():
   kernels = [
     Kernel("a", KernelClass.QUANTIZE, 2, 10**6, 0),
