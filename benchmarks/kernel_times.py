@@ -7,15 +7,16 @@ sets each kernel's time beside the roofline that ``fp8.explain`` gives it:
 
     ratio = measured seconds / max(FLOPs / peak rate, bytes / memory bandwidth)
 
-Kernels are summed by what they are for (FP8 GEMM, quantize, transpose, ...). ``idle`` is the time in
-which no kernel runs. Command buffers are switched off: the profiler can't name the kernels in them.
+Kernels are summed by what they are for (FP8 GEMM, quantize, transpose, ...). ``idle`` is the time
+in which no kernel runs. Command buffers are switched off: the profiler can't name the kernels in
+them.
 """
 
 import dataclasses
 import os
 import re
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -84,7 +85,7 @@ def busy(events: Iterable[Event]) -> tuple[float, float]:
 
 
 def compile_program(name: str, made: Program) -> tuple[fp8.Report, Any]:
-  """What a program is compiled to, and the program; a CPU has none of the kernels that are named."""
+  """What a program is compiled to, and the program; on a CPU the report is of a described GPU."""
   kept: Any = Kept(made.fn)
   if on_gpu():
     return fp8.explain(kept, *made.shapes, name=name), kept
@@ -107,10 +108,10 @@ def trace(compiled: Any, shapes: Any) -> list[Event]:
 def compare(report: fp8.Report, events: Sequence[Event], repeat: int) -> dict[str, Any]:
   """Sets what was measured beside the roofline, in milliseconds of one step."""
   ms = lambda nanoseconds: nanoseconds / 1e6 / repeat
-  measured: Counter[str] = Counter()
+  measured: defaultdict[str, float] = defaultdict(float)
   for event in events:
     measured[event.op] += event.duration
-  kernels = [
+  kernels: list[dict[str, Any]] = [
     {
       "name": kernel.name,
       "class": kernel.kind.value,
@@ -118,11 +119,15 @@ def compare(report: fp8.Report, events: Sequence[Event], repeat: int) -> dict[st
       "mib": (kernel.read + kernel.written) / 2**20,
       "gflop": kernel.flops / 1e9,
       "ms": ms(measured.pop(kernel.name, 0.0)),
-      "roofline_ms": 1e3 * kernel_seconds(kernel, report.target) / repeat if report.target else None,
+      "roofline_ms": 1e3 * kernel_seconds(kernel, report.target) / repeat
+      if report.target
+      else None,
     }
     for kernel in report.kernels
   ]
-  others = [{"name": name, "class": OTHER, "ms": ms(time)} for name, time in measured.items()]
+  others: list[dict[str, Any]] = [
+    {"name": name, "class": OTHER, "ms": ms(time)} for name, time in measured.items()
+  ]
   working, span = busy(events)
   return {
     "ms": ms(span),
@@ -146,12 +151,12 @@ def by_class(kernels: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]
 
 def symbols(events: Iterable[Event], repeat: int) -> list[dict[str, Any]]:
   """The kernels that an instruction launched, by their own names: those of libraries, above all."""
-  times: Counter[tuple[str, str]] = Counter()
+  times: defaultdict[tuple[str, str], float] = defaultdict(float)
   for event in events:
     times[event.op, event.kernel] += event.duration
   return [
     {"op": op, "kernel": kernel[:200], "ms": time / 1e6 / repeat}
-    for (op, kernel), time in times.most_common(60)
+    for (op, kernel), time in sorted(times.items(), key=lambda item: -item[1])[:60]
   ]
 
 

@@ -110,13 +110,16 @@ def dot_per_tensor(
     return dequantize(lax.transpose(out, gemm.permutation), product(lhs.scale, rhs.scale), dtype)
 
   def scaled_within(lhs: QTensor, rhs: QTensor) -> jax.Array:
-    scale, operands = product(lhs.scale, rhs.scale), [lhs.data, rhs.data]
-    # Nor does a reshape get between the scale and its cast, which would keep the cast's rounding.
+    left, right, scale = lhs.data, rhs.data, product(lhs.scale, rhs.scale)
+    # The barrier also keeps reshapes out from between the scale and its cast: they would have XLA
+    # keep the cast's rounding.
     if shared is None:
       scale = lax.optimization_barrier(scale)
+    elif shared == 0:
+      left, scale = lax.optimization_barrier((left, scale))
     else:
-      operands[shared], scale = lax.optimization_barrier((operands[shared], scale))
-    out = _dot_transposed(*operands, gemm, dtype, fast_accumulation) * scale.astype(dtype)
+      right, scale = lax.optimization_barrier((right, scale))
+    out = _dot_transposed(left, right, gemm, dtype, fast_accumulation) * scale.astype(dtype)
     # In columns, XLA would put a transposition between the GEMM and the scale.
     return with_layout_constraint(out, Layout(major_to_minor=tuple(range(out.ndim))))
 
@@ -200,9 +203,7 @@ def _dot(
   """
 
   def with_precision(precision: Any) -> Callable[..., jax.Array]:
-    return lambda lhs, rhs: lax.dot_general(
-      lhs, rhs, dims, precision, dtype, out_sharding=sharding
-    )
+    return lambda lhs, rhs: lax.dot_general(lhs, rhs, dims, precision, dtype, out_sharding=sharding)
 
   plain = with_precision(lax.Precision.DEFAULT if fast_accumulation else lax.Precision.HIGHEST)
   if not (_compat.NAMES_FP8_ALGORITHM and _is_fp8_gemm(lhs, rhs, dims)):

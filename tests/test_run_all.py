@@ -1,7 +1,6 @@
-"""The command that runs the benchmarks: time limits, failures, and what is left without a GPU."""
+"""The command that runs the benchmarks: time limits, failures, environments, figures."""
 
 import json
-import os
 import sys
 import time
 
@@ -15,47 +14,48 @@ QUIET = Console(quiet=True)
 WRITE = """
 import json, os, pathlib, sys
 out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
-found = {"path": os.environ["PYTHONPATH"], "platforms": os.environ.get("JAX_PLATFORMS")}
+out.mkdir(parents=True, exist_ok=True)
+names = ("PYTHONPATH", "XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "JAX_PLATFORMS")
+found = {name: os.environ.get(name) for name in names} | {"folder": os.getcwd()}
 (out / (pathlib.Path(__file__).stem + ".json")).write_text(json.dumps(found))
 print("written")
 """
 
 
-def script(folder, name, text, *, seconds=60, needs_gpu=True):
+def script(folder, name, text, *, seconds=60, out="{out}", **others):
   path = folder / f"{name}.py"
   path.write_text(text)
-  return Script(path, (), seconds, needs_gpu)
+  return Script(name=name, command=(str(path), "--out", out), seconds=seconds, **others)
 
 
-def run(scripts, out, seconds=60.0, beside=False):
-  return run_all.run_all(scripts, out, seconds, QUIET, beside=beside)
+def run(scripts, out, seconds=60.0):
+  return run_all.run_all(scripts, out, seconds, QUIET)
 
 
-@pytest.mark.parametrize("beside", [False, True])
-def test_every_script_runs_and_one_that_fails_is_told(tmp_path, beside):
+def test_every_script_runs_and_one_that_fails_is_told(tmp_path):
   scripts = [
     script(tmp_path, "breaks", "print('some words'); raise SystemExit(3)"),
     script(tmp_path, "works", WRITE),
-    script(tmp_path, "compiles", WRITE, needs_gpu=False),
   ]
   out = tmp_path / "out"
-  breaks, works, compiles = run(scripts, out, beside=beside)
+  breaks, works = run(scripts, out)
   assert (breaks.status, breaks.failed) == ("failed with exit code 3", True)
   assert (works.status, works.failed) == ("done", False)
-  assert not compiles.failed
   assert "some words" in (out / "run_all.log").read_text()
   files = sorted(path.name for path in out.iterdir())
-  assert files == ["compiles.json", "run_all.log", "works.json"]
+  assert files == [".autotuned", "run_all.log", "works.json"]
 
 
-def test_children_find_the_package_and_what_needs_no_gpu_leaves_it_alone(tmp_path, monkeypatch):
-  monkeypatch.delenv("JAX_PLATFORMS")
-  scripts = [script(tmp_path, "a", WRITE), script(tmp_path, "b", WRITE, needs_gpu=False)]
-  run(scripts, tmp_path)
-  timed, compiled = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
-  root = str(run_all.HERE.parent)
-  assert timed["path"].split(os.pathsep)[0] == root
-  assert (timed["platforms"], compiled["platforms"]) == (None, "cpu")
+def test_children_find_the_package_and_share_what_xla_tried(tmp_path, monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--mine")
+  run([script(tmp_path, "a", WRITE), script(tmp_path, "b", WRITE, flags="--own")], tmp_path)
+  a, b = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
+  tuned = f"--xla_gpu_per_fusion_autotune_cache_dir={tmp_path / '.autotuned'}"
+  assert a["XLA_FLAGS"].split() == ["--mine", tuned, run_all.NO_TRITON]
+  assert b["XLA_FLAGS"].split() == ["--mine", tuned, "--own"]
+  assert a["PYTHONPATH"].startswith(str(run_all.ROOT))
+  assert a["folder"] == str(run_all.ROOT)
+  assert a["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.92"
 
 
 def test_a_script_that_hangs_is_stopped_with_its_own_children(tmp_path):
@@ -73,14 +73,24 @@ def test_a_script_that_hangs_is_stopped_with_its_own_children(tmp_path):
   assert all(outcome.failed for outcome in late)
 
 
-def test_a_script_that_is_not_there_is_no_failure(tmp_path):
-  (outcome,) = run([Script(tmp_path / "none.py", (), 9, False)], tmp_path)
-  assert (outcome.status, outcome.failed) == ("left out: there is no such script", False)
+def test_every_script_is_there_and_its_name_is_its_own():
+  names = [each.name for each in run_all.SCRIPTS]
+  assert len(set(names)) == len(names)
+  for each in run_all.SCRIPTS:
+    assert each.command[0] == "-m" or each.command[0].endswith(".py")
+    assert each is run_all.TESTS or (run_all.HERE / each.command[0]).exists()
 
 
-def test_time_limits_leave_room_for_all_within_nine_minutes():
-  timed = sum(script.seconds for script in run_all.SCRIPTS if script.needs_gpu)
-  assert timed <= run_all.TOTAL <= 9 * 60 - 15
+def test_the_tests_run_with_xlas_default_flags():
+  """What users have who set none."""
+  assert run_all.TESTS.flags == ""
+  assert run_all.NO_TRITON in run_all.SCRIPTS[0].flags
+
+
+def test_in_small_every_script_has_its_option():
+  for each in map(run_all.tiny, run_all.SCRIPTS):
+    is_small = {"--tiny", "micro", "tests/gpu"} & set(each.command)
+    assert is_small, each.name
 
 
 def test_there_is_no_gpu_where_there_is_no_driver(monkeypatch, tmp_path):
@@ -88,55 +98,65 @@ def test_there_is_no_gpu_where_there_is_no_driver(monkeypatch, tmp_path):
   assert run_all.gpu_names() == []
 
 
-def test_without_a_gpu_only_what_needs_none_runs(tmp_path, monkeypatch, capsys):
-  timed = script(tmp_path, "gemm", "raise SystemExit(9)")
-  compiled = script(tmp_path, "traffic", WRITE, needs_gpu=False)
-  monkeypatch.setattr(run_all, "SCRIPTS", (timed, compiled))
+def main(monkeypatch, *options):
+  monkeypatch.setattr(sys, "argv", ["run_all.py", *options])
+  with pytest.raises(SystemExit) as stopped:
+    run_all.main()
+  return stopped.value.code
+
+
+def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(run_all, "gpu_names", list)
-  monkeypatch.setattr(sys, "argv", ["run_all.py", "--out", str(tmp_path / "out")])
-  with pytest.raises(SystemExit) as stopped:
-    run_all.main()
-  assert not stopped.value.code
-  assert "gemm: left out, it needs a GPU" in capsys.readouterr().out
-  summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-  assert [each["name"] for each in summary["scripts"]] == ["traffic"]
-  assert summary["gpus"] == []
+  assert main(monkeypatch, "--out", str(tmp_path)) == 2
+  assert "needs an NVIDIA GPU" in capsys.readouterr().err
 
 
-def test_the_exit_code_tells_of_a_failure(tmp_path, monkeypatch):
-  breaks = script(tmp_path, "traffic", "raise SystemExit(3)", needs_gpu=False)
-  monkeypatch.setattr(run_all, "SCRIPTS", (breaks,))
-  monkeypatch.setattr(sys, "argv", ["run_all.py", "--out", str(tmp_path)])
-  with pytest.raises(SystemExit) as stopped:
-    run_all.main()
-  assert stopped.value.code
+def test_some_run_in_the_order_given_and_the_exit_code_tells_of_a_failure(tmp_path, monkeypatch):
+  made = [script(tmp_path, name, WRITE) for name in ("a", "b")]
+  breaks = script(tmp_path, "c", "raise SystemExit(3)")
+  monkeypatch.setattr(run_all, "SCRIPTS", (*made, breaks))
+  monkeypatch.setattr(run_all, "gpu_names", lambda: ["a GPU"])
+  out = tmp_path / "out"
+  assert not main(monkeypatch, "--out", str(out), "--only", "b", "a")
+  summary = json.loads((out / "summary.json").read_text())
+  assert [each["name"] for each in summary["scripts"]] == ["b", "a"]
+  assert summary["gpus"] == ["a GPU"]
+  assert main(monkeypatch, "--out", str(out))
 
 
 def test_the_summary_has_each_scripts_figures_and_none_of_an_older_run(tmp_path):
   speed = {"median": 1.5, "low": 1.4, "high": 1.6}
+  found = {"block": {"delayed": {"speedup": speed, "peak_to_bf16": 0.9}}}
   contents = {
+    "card": {
+      "gemms": {"BF16": {"tflops": {"median": 700}}},
+      "bandwidth": {"bytes_per_second": {"median": 2.8e12}},
+    },
     "gemm": {
       "environment": {"date": "now"},
       "summary": {"Transformer Engine": {"delayed": {"geometric_mean": 1.7}}},
       "bare_sums": {"a layer": {"speedup": speed}},
     },
-    "block": {"found": {"block": {"delayed": {"speedup": speed, "peak_to_bf16": 0.9}}}},
+    "block": {"found": found},
+    "other_flags/block": {"found": found},
     "crossover": {"rules": {"rowwise": {"min_kernel_size": None, "worst_with_rule": 1.0}}},
   }
   for name, content in contents.items():
-    (tmp_path / f"{name}.json").write_text(json.dumps(content))
-  outcomes = [run_all.Outcome(name, "done") for name in contents]
+    path = tmp_path / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content))
+  names = [name.split("/")[0] for name in contents]
+  outcomes = [run_all.Outcome(name, "done") for name in names]
+  figures = run_all.summarize(outcomes, tmp_path, 0)["figures"]
+  assert figures["card"] == {"BF16: TFLOP/s": 700, "memory: TB/s": 2.8}
+  assert figures["gemm"] == {"Transformer Engine: delayed": 1.7, "a layer: bare GEMMs": 1.5}
+  assert figures["block"] == figures["other_flags"]
+  assert figures["block"]["block, delayed: peak memory"] == 0.9
+  assert figures["crossover"]["rowwise: min_kernel_size"] is None
   summary = run_all.summarize(outcomes, tmp_path, 0)
-  assert summary["figures"]["gemm"] == {
-    "Transformer Engine: delayed": 1.7,
-    "a layer: bare GEMMs": 1.5,
-  }
-  assert summary["figures"]["block"]["block, delayed: peak memory"] == 0.9
-  assert summary["figures"]["crossover"]["rowwise: min_kernel_size"] is None
   assert summary["environments"]["gemm"] == {"date": "now"}
-  assert run_all.table(summary).row_count == 6
-  later = run_all.summarize(outcomes, tmp_path, time.time() + 60)
-  assert later["figures"] == {}
+  assert run_all.table(summary).row_count == 10
+  assert run_all.summarize(outcomes, tmp_path, time.time() + 60)["figures"] == {}
 
 
 def test_this_process_does_not_start_jax():

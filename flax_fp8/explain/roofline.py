@@ -17,7 +17,6 @@ from flax_fp8.explain.hlo import bits
 from flax_fp8.explain.target import GpuTarget
 from flax_fp8.explain.traffic import Kernel, KernelClass
 
-
 # Parts of its data-sheet rates that an H100 of 700 W sustained, and seconds that a kernel takes
 # besides: fitted to the layers of benchmarks/gemm.py, with XLA's Triton GEMMs switched off.
 SUSTAINED = {"fp8": 0.66, "bf16": 0.71, "tf32": 0.71}

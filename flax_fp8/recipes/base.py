@@ -44,7 +44,10 @@ class GemmKind(enum.Enum):
 
   @property
   def shared_operand(self) -> int | None:
-    """The operand that several layers may share, their input: ``x @ k``, ``grad @ k.T``, ``grad.T @ x``."""
+    """The operand that several layers may share, their input; None in dgrad.
+
+    ``input @ kernel``, ``output_grad @ kernel.T``, ``output_grad.T @ input``
+    """
     return {"fprop": 0, "dgrad": None, "wgrad": 1}[self.value]
 
 

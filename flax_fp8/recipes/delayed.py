@@ -279,9 +279,7 @@ class DelayedScaling(Recipe):
   ) -> jax.Array:
     """One GEMM; fast accumulation going forward, full going backward."""
     fast = kind is GemmKind.FPROP
-    return dot_per_tensor(
-      lhs, rhs, gemm, dtype, fast_accumulation=fast, shared=kind.shared_operand
-    )
+    return dot_per_tensor(lhs, rhs, gemm, dtype, fast_accumulation=fast, shared=kind.shared_operand)
 
   @property
   def needs(self) -> Needs:

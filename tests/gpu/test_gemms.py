@@ -31,8 +31,9 @@ def layer(recipe, dtype=jnp.bfloat16):
 def without_ties(x):
   """Gives each row a largest value whose digits are all ones.
 
-  The inverse of a scale differs in its last bit from device to device. That shows where ``x / scale``
-  is halfway between two FP8 values, which in few bits often happens, and never with such an amax.
+  The inverse of a scale differs in its last bit from device to device. That shows where
+  ``x / scale`` is halfway between two FP8 values. In bfloat16 this is common, but it never happens
+  with such an amax.
   """
   return x.at[..., 0].set(8 * (1 - jnp.finfo(x.dtype).eps / 2).astype(x.dtype))
 
