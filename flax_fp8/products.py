@@ -121,7 +121,7 @@ def dot_per_tensor(
       right, scale = lax.optimization_barrier((right, scale))
     out = _dot_transposed(left, right, gemm, dtype, fast_accumulation) * scale.astype(dtype)
     # In columns, XLA would put a transposition between the GEMM and the scale.
-    return with_layout_constraint(out, Layout(major_to_minor=tuple(range(out.ndim))))
+    return _in_rows(out)
 
   if dtype != jnp.bfloat16 or not is_large or not _is_fp8_gemm(lhs.data, rhs.data, dims):
     return scaled_after(lhs, rhs)
@@ -210,7 +210,10 @@ def _dot(
     return plain(lhs, rhs)
   named = lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32
   named_fast = lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32_FAST_ACCUM
-  cuda = with_precision(named_fast if fast_accumulation else named)
+  fp8 = with_precision(named_fast if fast_accumulation else named)
+  # Else XLA, which wants contracted axes to be the last in memory, turns whatever an operand is
+  # computed from: the stacked parameters of a scan, in float32.
+  cuda = lambda lhs, rhs: fp8(_in_rows(lhs), _in_rows(rhs))
   return cast(jax.Array, lax.platform_dependent(lhs, rhs, cuda=cuda, default=plain))
 
 
@@ -227,6 +230,11 @@ def _dot_transposed(
     return _dot(rhs, lhs, dims, dtype, fast_accumulation, gemm.sharding)
   out = _dot(lhs, rhs, dims, dtype, fast_accumulation, gemm.dot_sharding)
   return lax.transpose(out, gemm.permutation)
+
+
+def _in_rows(x: jax.Array) -> jax.Array:
+  """Has XLA keep the last axis of an array the last in memory."""
+  return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 def _is_fp8_gemm(lhs: jax.Array, rhs: jax.Array, dims: DimensionNumbers) -> bool:

@@ -186,6 +186,24 @@ def test_a_transposed_product_is_that_of_exchanged_operands():
     np.testing.assert_array_equal(got, want.transpose(permutation))
 
 
+@pytest.mark.usefixtures("triton")
+def test_operands_are_turned_in_fp8_and_not_what_they_are_computed_from():
+  """XLA would turn the stacked float32 parameters of a scan, in a copy of them."""
+  lhs, rhs, gemm = matrices(*LARGE)
+  kernels = jax.ShapeDtypeStruct((3, *rhs.data.shape), jnp.float32)
+
+  def stack(lhs, kernels):
+    def layer(total, kernel):
+      q = QTensor(kernel.astype(E4M3), lhs.scale)
+      return total + multiply(gemm)(lhs, q), None
+
+    return lax.scan(layer, jnp.zeros((2048, 1024), jnp.bfloat16), kernels)[0]
+
+  hlo = compiled_for_h100(stack, lhs, kernels)
+  assert hlo.count(FP8_GEMM) == 1
+  assert not re.search(r"f32\[3,64,1024\]\{1,2,0\}|f32\[3,1024,64\]", hlo)
+
+
 REFUSED = {
   "E5M2 by E5M2": ((64, 32), (32, 64), (E5M2, E5M2)),
   "one row": ((1, 32), (32, 64), (E4M3, E4M3)),
