@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from flax_fp8 import _compat
 from flax_fp8.capability import lacks_fp8_units
 from flax_fp8.contraction import DimensionNumbers, Gemm, View
+from flax_fp8.layout import in_rows
 from flax_fp8.quantize import QTensor, dequantize, product
 
 Product: TypeAlias = Callable[[QTensor, QTensor], jax.Array]
@@ -98,9 +98,9 @@ def dot_per_tensor(
 
   Numerics:
     The sums are scaled in float32 and rounded once, to ``dtype``. A large bfloat16 product on a GPU
-    has two exceptions, in which its sums and its scale are rounded to bfloat16 first:
-    ``--xla_allow_excess_precision=false``, and a share of one device so small that XLA splits the
-    contracted axis.
+    has three exceptions, in which its sums and its scale are rounded to bfloat16 first:
+    ``--xla_allow_excess_precision=false``; a share of one device so small that XLA splits the
+    contracted axis; and, where XLA shards the program, a result that it lays out in columns.
   """
   dims, sharding = gemm.dimension_numbers, gemm.dot_sharding
   is_large = math.prod(gemm.shape) >= _LARGE
@@ -121,7 +121,7 @@ def dot_per_tensor(
       right, scale = lax.optimization_barrier((right, scale))
     out = _dot_transposed(left, right, gemm, dtype, fast_accumulation) * scale.astype(dtype)
     # In columns, XLA would put a transposition between the GEMM and the scale.
-    return _in_rows(out)
+    return in_rows(out)
 
   if dtype != jnp.bfloat16 or not is_large or not _is_fp8_gemm(lhs.data, rhs.data, dims):
     return scaled_after(lhs, rhs)
@@ -206,14 +206,16 @@ def _dot(
     return lambda lhs, rhs: lax.dot_general(lhs, rhs, dims, precision, dtype, out_sharding=sharding)
 
   plain = with_precision(lax.Precision.DEFAULT if fast_accumulation else lax.Precision.HIGHEST)
-  if not (_compat.NAMES_FP8_ALGORITHM and _is_fp8_gemm(lhs, rhs, dims)):
+  if not _is_fp8_gemm(lhs, rhs, dims):
+    return plain(lhs, rhs)
+  # XLA wants contracted axes to be the last in memory. Left to itself it turns what an operand is
+  # computed from: the stacked parameters of a scan, in float32.
+  lhs, rhs = in_rows(lhs), in_rows(rhs)
+  if not _compat.NAMES_FP8_ALGORITHM:
     return plain(lhs, rhs)
   named = lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32
   named_fast = lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32_FAST_ACCUM
-  fp8 = with_precision(named_fast if fast_accumulation else named)
-  # Else XLA, which wants contracted axes to be the last in memory, turns whatever an operand is
-  # computed from: the stacked parameters of a scan, in float32.
-  cuda = lambda lhs, rhs: fp8(_in_rows(lhs), _in_rows(rhs))
+  cuda = with_precision(named_fast if fast_accumulation else named)
   return cast(jax.Array, lax.platform_dependent(lhs, rhs, cuda=cuda, default=plain))
 
 
@@ -230,11 +232,6 @@ def _dot_transposed(
     return _dot(rhs, lhs, dims, dtype, fast_accumulation, gemm.sharding)
   out = _dot(lhs, rhs, dims, dtype, fast_accumulation, gemm.dot_sharding)
   return lax.transpose(out, gemm.permutation)
-
-
-def _in_rows(x: jax.Array) -> jax.Array:
-  """Has XLA keep the last axis of an array the last in memory."""
-  return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 def _is_fp8_gemm(lhs: jax.Array, rhs: jax.Array, dims: DimensionNumbers) -> bool:

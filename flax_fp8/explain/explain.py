@@ -54,7 +54,10 @@ def explain(
 
   Numerics:
     Nothing is computed. Where XLA finds no FP8 kernel it multiplies in a wider type and drops the
-    rounding to FP8 too (its "excess precision"), so such a GEMM is no slow FP8, but none at all.
+    rounding to FP8 too (its "excess precision"), so such a GEMM is no slow FP8, but none at all. A
+    product of FP8 operands that names no algorithm can be FP8 for a described GPU and not on a real
+    one: there XLA tries its Triton GEMMs first, unless ``--xla_gpu_enable_triton_gemm=false``. The
+    contractions of ``flax_fp8`` name ``DotAlgorithmPreset.ANY_F8_ANY_F8_F32`` where JAX can.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp

@@ -8,6 +8,7 @@ import pytest
 from jax import lax
 
 import flax_fp8 as fp8
+from flax_fp8.explain import deviceless
 from tests.explain.programs import BF16, spec
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
@@ -110,7 +111,17 @@ def test_a_description_that_hides_fp8_is_no_rule_known_here():
   report = fp8.explain(
     lambda a, b: product(quantize(a), quantize(b)), MATRIX, MATRIX, target=target
   )
-  assert "no rule known here forbids it" in report.gemms[0].reason
+  assert "--xla_gpu_enable_triton_gemm=false" in report.gemms[0].reason
+
+
+def test_a_product_that_names_no_algorithm_is_left_to_triton(monkeypatch):
+  """As on a GPU with XLA's default flags."""
+  options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": True}
+  monkeypatch.setattr(deviceless, "OPTIONS", options)
+  scaled = lambda a, b, s: product(values(quantize(a)) * s, values(quantize(b)))
+  report = fp8.explain(scaled, MATRIX, MATRIX, spec(), target="h100")
+  assert not report.fp8_gemms
+  assert "names no FP8 algorithm" in report.gemms[0].reason
 
 
 TAKEN = {
