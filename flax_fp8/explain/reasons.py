@@ -72,8 +72,8 @@ def _reason_of(module: Module, asked: Asked, site: Site, fp8_units: bool) -> str
     return "XLA multiplies it in a loop of its own, without matrix units; leave it out of FP8"
   if "algorithm" not in asked.dot.attributes:
     return (
-      "both operands are FP8, but the product names no FP8 algorithm, so XLA may try its Triton "
-      "GEMMs first, which multiply in a wider type; set XLA_FLAGS=--xla_gpu_enable_triton_gemm=false"
+      "both operands are FP8, but the product names no FP8 algorithm, so XLA may choose a Triton "
+      "GEMM of a wider type; set XLA_FLAGS=--xla_gpu_enable_triton_gemm=false"
     )
   return (
     "both operands are FP8 and no rule known here forbids it; TF_CPP_VMODULE=gemm_rewriter=1 lets "
