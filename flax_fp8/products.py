@@ -105,33 +105,46 @@ def dot_per_tensor(
   dims, sharding = gemm.dimension_numbers, gemm.dot_sharding
   is_large = math.prod(gemm.shape) >= _LARGE
 
-  def scaled_after(lhs: QTensor, rhs: QTensor) -> jax.Array:
-    out = _dot(lhs.data, rhs.data, dims, jnp.float32, fast_accumulation, sharding)
-    return dequantize(lax.transpose(out, gemm.permutation), product(lhs.scale, rhs.scale), dtype)
+  def scaled_after(lhs: jax.Array, rhs: jax.Array, scale: jax.Array) -> jax.Array:
+    out = _dot(lhs, rhs, dims, jnp.float32, fast_accumulation, sharding)
+    return dequantize(lax.transpose(out, gemm.permutation), scale, dtype)
 
-  def scaled_within(lhs: QTensor, rhs: QTensor) -> jax.Array:
-    left, right, scale = lhs.data, rhs.data, product(lhs.scale, rhs.scale)
-    # The barrier also keeps reshapes out from between the scale and its cast: they would have XLA
-    # keep the cast's rounding.
-    if shared is None:
-      scale = lax.optimization_barrier(scale)
-    elif shared == 0:
-      left, scale = lax.optimization_barrier((left, scale))
-    else:
-      right, scale = lax.optimization_barrier((right, scale))
-    out = _dot_transposed(left, right, gemm, dtype, fast_accumulation) * scale.astype(dtype)
+  def scaled_within(lhs: jax.Array, rhs: jax.Array, scale: jax.Array) -> jax.Array:
+    out = _dot_transposed(lhs, rhs, gemm, dtype, fast_accumulation) * scale.astype(dtype)
     # In columns, XLA would put a transposition between the GEMM and the scale.
     return in_rows(out)
 
-  if dtype != jnp.bfloat16 or not is_large or not _is_fp8_gemm(lhs.data, rhs.data, dims):
-    return scaled_after(lhs, rhs)
+  def default(lhs: QTensor, rhs: QTensor) -> jax.Array:
+    return scaled_after(lhs.data, rhs.data, product(lhs.scale, rhs.scale))
+
+  def cuda(lhs: QTensor, rhs: QTensor) -> jax.Array:
+    own = _set_apart(lhs.data, rhs.data, product(lhs.scale, rhs.scale), shared)
+    return scaled_within(*own) if is_large else scaled_after(*own)
+
+  if dtype != jnp.bfloat16 or not _is_fp8_gemm(lhs.data, rhs.data, dims):
+    return default(lhs, rhs)
 
   def by_platform(lhs: QTensor, rhs: QTensor) -> jax.Array:
-    return cast(
-      jax.Array, lax.platform_dependent(lhs, rhs, cuda=scaled_within, default=scaled_after)
-    )
+    return cast(jax.Array, lax.platform_dependent(lhs, rhs, cuda=cuda, default=default))
 
-  return _unless_scales_are_mapped(by_platform, scaled_after)(lhs, rhs)
+  return _unless_scales_are_mapped(by_platform, default)(lhs, rhs)
+
+
+def _set_apart(
+  lhs: jax.Array, rhs: jax.Array, scale: jax.Array, shared: int | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Hides from XLA that an operand is another product's too.
+
+  The barrier also keeps reshapes out from between the scale and its cast: they would have XLA keep
+  the cast's rounding.
+  """
+  if shared == 0:
+    lhs, scale = lax.optimization_barrier((lhs, scale))
+  elif shared == 1:
+    rhs, scale = lax.optimization_barrier((rhs, scale))
+  else:
+    scale = lax.optimization_barrier(scale)
+  return lhs, rhs, scale
 
 
 def _unless_scales_are_mapped(multiply: Product, otherwise: Product) -> Product:
