@@ -262,7 +262,7 @@ def _quantize_again(
 
 
 def _prepare(call: Call, state: State) -> dict[Role, TensorState]:
-  """Prepares the state of each tensor without its metrics, for quantising it."""
+  """Prepares the state of each tensor without its metrics, for its quantization."""
   return {**call.recipe.prepare({role: _own(state, role) for role in Role})}
 
 
