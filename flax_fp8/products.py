@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax.custom_batching import custom_vmap
 from flax_fp8 import _compat
 from flax_fp8.capability import lacks_fp8_units
 from flax_fp8.contraction import DimensionNumbers, Gemm, View
-from flax_fp8.layout import in_rows
+from flax_fp8.platforms import by_platform, in_rows
 from flax_fp8.quantize import QTensor, dequantize, product
 
 Product: TypeAlias = Callable[[QTensor, QTensor], jax.Array]
@@ -124,10 +124,8 @@ def dot_per_tensor(
   if dtype != jnp.bfloat16 or not _is_fp8_gemm(lhs.data, rhs.data, dims):
     return default(lhs, rhs)
 
-  def by_platform(lhs: QTensor, rhs: QTensor) -> jax.Array:
-    return cast(jax.Array, lax.platform_dependent(lhs, rhs, cuda=cuda, default=default))
-
-  return _unless_scales_are_mapped(by_platform, default)(lhs, rhs)
+  either = functools.partial(by_platform, cuda=cuda, default=default)
+  return _unless_scales_are_mapped(either, default)(lhs, rhs)
 
 
 def _set_apart(
@@ -229,7 +227,7 @@ def _dot(
   named = lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32
   named_fast = lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32_FAST_ACCUM
   cuda = with_precision(named_fast if fast_accumulation else named)
-  return cast(jax.Array, lax.platform_dependent(lhs, rhs, cuda=cuda, default=plain))
+  return by_platform(lhs, rhs, cuda=cuda, default=plain)
 
 
 def _dot_transposed(

@@ -9,9 +9,9 @@ import traffic
 pytestmark = pytest.mark.slow
 SMALL = {
   "a layer": traffic.Case(
-    lambda cls: traffic.dense(512, cls), 1024, 512, traffic.layer_floor(1024, 512, 512)
+    lambda cls: traffic.dense(2048, cls), 2048, 1024, traffic.layer_floor(2048, 1024, 2048)
   ),
-  "a stack": traffic.Case(lambda cls: traffic.Stack(cls, scan=True), 256, 2048),
+  "a stack": traffic.Case(lambda cls: traffic.Stack(cls, scan=True), 1024, 2048),
 }
 
 

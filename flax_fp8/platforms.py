@@ -1,0 +1,131 @@
+"""What a program computes on CUDA, and elsewhere: decided where it is lowered.
+
+``jax.lax.platform_dependent`` is not enough. In a program for several platforms it lowers each
+branch for all of them, and a CPU refuses a product whose FP8 algorithm is named.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend.core
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.interpreters import ad, batching, mlir
+
+
+def by_platform(*args: Any, cuda: Callable[..., Any], default: Callable[..., Any]) -> Any:
+  """Calls ``cuda`` on NVIDIA's GPUs, and ``default`` elsewhere.
+
+  Args:
+    *args: pytrees of arrays.
+    cuda: takes them; gives one array.
+    default: gives an array of the same shape and dtype.
+
+  Returns:
+    The array. Its derivative is that of ``default``.
+  """
+  leaves, tree = jax.tree.flatten(args)
+  flat = lambda fun: lambda *leaves: fun(*jax.tree.unflatten(tree, leaves))
+  return _bind(leaves, cuda=flat(cuda), default=flat(default))
+
+
+def _bind(leaves: Any, **functions: Callable[..., Any]) -> jax.Array:
+  jaxprs = {name: jax.make_jaxpr(fun)(*leaves) for name, fun in functions.items()}
+  (out,) = _by_platform.bind(*leaves, **jaxprs)
+  return out
+
+
+def _as_function(jaxpr: Any) -> Callable[..., Any]:
+  fun: Any = jax.extend.core.jaxpr_as_fun(jaxpr)
+  return lambda *args: fun(*args)[0]
+
+
+_by_platform: Any = jax.extend.core.Primitive("by_platform")
+_by_platform.multiple_results = True
+_by_platform.def_impl(lambda *args, **given: jax.jit(_call(given))(*args))
+_by_platform.def_abstract_eval(lambda *avals, default, **_: default.out_avals)
+
+
+def _call(given: dict[str, Any]) -> Callable[..., Any]:
+  return lambda *args: _by_platform.bind(*args, **given)
+
+
+def _jvp(primals: Any, tangents: Any, *, default: Any, **_: Any) -> Any:
+  fun: Any = jax.extend.core.jaxpr_as_fun(default)
+  return jax.jvp(fun, tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
+
+
+def _batch(args: Any, axes: Any, **jaxprs: Any) -> tuple[list[jax.Array], list[int]]:
+  mapped = {name: jax.vmap(_as_function(jaxpr), axes) for name, jaxpr in jaxprs.items()}
+  return [_bind(args, **mapped)], [0]
+
+
+def _lower_by_platform(context: Any, *args: Any, which: str, **jaxprs: Any) -> Any:
+  fun: Any = jax.extend.core.jaxpr_as_fun(jaxprs[which])
+  return mlir.lower_fun(fun, multiple_results=True)(context, *args)
+
+
+ad.primitive_jvps[_by_platform] = _jvp
+batching.primitive_batchers[_by_platform] = _batch
+mlir.register_lowering(_by_platform, functools.partial(_lower_by_platform, which="default"))
+mlir.register_lowering(
+  _by_platform, functools.partial(_lower_by_platform, which="cuda"), platform="cuda"
+)
+
+
+def in_rows(x: jax.Array) -> jax.Array:
+  """Has XLA's GPU compiler keep the last axis of an array the last in memory.
+
+  On one device, and inside a ``shard_map`` over all mesh axes. Elsewhere, and on other platforms,
+  this is the identity: XLA's partitioner would gather what has a fixed layout. On how many devices
+  a program runs is known no sooner than it is lowered. It is the identity in exported programs too,
+  since JAX does not serialize the constraint, except for a GPU that ``explain`` describes.
+
+  Args:
+    x: any shape and dtype.
+
+  Returns:
+    The same array.
+  """
+  return _in_rows.bind(x)
+
+
+_in_rows: Any = jax.extend.core.Primitive("in_rows")
+_in_rows.def_impl(lambda x: x)
+_in_rows.def_abstract_eval(lambda aval: aval)
+ad.deflinear2(_in_rows, lambda cotangent, _: [cotangent])
+
+
+def _constrain(x: jax.Array) -> jax.Array:
+  return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+
+def _lower_in_rows(context: Any, x: Any) -> Any:
+  module = context.module_context
+  if _is_exported(module) or not _is_alone(module.axis_context):
+    return [x]
+  return mlir.lower_fun(_constrain, multiple_results=False)(context, x)
+
+
+def _is_exported(module: Any) -> bool:
+  described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+  return module.lowering_parameters.for_export and described is None
+
+
+def _is_alone(context: Any) -> bool:
+  if hasattr(context, "num_devices"):
+    return context.num_devices == 1
+  return set(context.manual_axes) == set(context.mesh.axis_names)
+
+
+def _batch_in_rows(args: Any, axes: Any) -> tuple[jax.Array, int]:
+  """The mapped axis becomes the first, as that of a batch of GEMMs."""
+  return in_rows(jax.numpy.moveaxis(args[0], axes[0], 0)), 0
+
+
+batching.primitive_batchers[_in_rows] = _batch_in_rows
+mlir.register_lowering(_in_rows, lambda _, x: [x])
+mlir.register_lowering(_in_rows, _lower_in_rows, platform="cuda")
