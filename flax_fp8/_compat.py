@@ -1,14 +1,14 @@
 """The only file that touches ``jax._src``.
 
-An extended dtype needs six things that JAX does not export, two of them to be mended for ours, and
-what is computed once for several passes needs JAX's splitting of a program. Each is looked up here,
-once, by what it is rather than by version, so that a JAX that lacks one says so at import instead
-of failing inside somebody's training step.
+Import needs one symbol, the base class of extended dtypes. Everything else is looked up where it is
+used, by what it is rather than by version. Where a plain path exists, it is taken instead.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -30,16 +30,18 @@ def require(module: str, attribute: str) -> Any:
     ) from error
 
 
+def find(module: str, attribute: str) -> Any | None:
+  """Returns ``module.attribute`` of JAX's private tree; None where this JAX has none."""
+  with contextlib.suppress(ImportError):
+    return require(module, attribute)
+  return None
+
+
 # JAX 0.12 can't serialize a product whose FP8 algorithm is named, for any compiler plugin:
 # "failed to legalize operation 'vhlo.dot_general_v2'".
 NAMES_FP8_ALGORITHM = jax.__version_info__ < (0, 12)
 
 ExtendedDType: Any = require("jax._src.dtypes", "ExtendedDType")
-_EArray: Any = require("jax._src.earray", "EArray")
-_global_result_handlers: Any = require("jax._src.interpreters.pxla", "global_result_handlers")
-_physical_aval: Any = require("jax._src.core", "physical_aval")
-_eager_adders: Any = require("jax._src.ad_util", "raw_jaxval_adders")
-ShardingTypeError: Any = require("jax._src.core", "ShardingTypeError")
 
 
 def wrapped_result_handler(aval: Any, sharding: Any, committed: bool) -> Callable[[Any], Any]:
@@ -47,9 +49,10 @@ def wrapped_result_handler(aval: Any, sharding: Any, committed: bool) -> Callabl
 
   The physical array has the logical array's shape, so the sharding is the same for both.
   """
-  make = _global_result_handlers[jax.core.ShapedArray]
-  physical = make(_physical_aval(aval), sharding, committed)
-  return lambda buffers: _EArray(aval, physical(buffers))
+  array = require("jax._src.earray", "EArray")
+  make = require("jax._src.interpreters.pxla", "global_result_handlers")[jax.core.ShapedArray]
+  physical = make(require("jax._src.core", "physical_aval")(aval), sharding, committed)
+  return lambda buffers: array(aval, physical(buffers))
 
 
 def wrapped_from_shards(aval: Any, sharding: Any, arrays: Any, committed: bool) -> Any:
@@ -59,11 +62,6 @@ def wrapped_from_shards(aval: Any, sharding: Any, arrays: Any, committed: bool) 
 
 def _add_eagerly(x: Any, y: Any) -> Any:
   return x.dtype._rules.add(x.dtype, x, y)
-
-
-# Eager autodiff adds cotangents through this table, which has no entry for arrays of extended
-# dtypes: without one, state used twice outside jit raises KeyError.
-_eager_adders.setdefault(_EArray, _add_eagerly)
 
 
 def _logical_sharding(shape: Any, dtype: Any, physical: Any) -> Any:
@@ -77,9 +75,36 @@ def _logical_sharding(shape: Any, dtype: Any, physical: Any) -> Any:
   return _jax_logical_sharding(shape, dtype, physical)
 
 
-_jax_logical_sharding: Any = require("jax._src.sharding_impls", "logical_sharding")
-_sharding_impls: Any = importlib.import_module("jax._src.sharding_impls")
-_sharding_impls.logical_sharding = _logical_sharding
+# Eager autodiff adds cotangents through a table without an entry for arrays of extended dtypes:
+# state used twice outside jit would raise KeyError.
+_adders = find("jax._src.ad_util", "raw_jaxval_adders")
+if _adders is not None:
+  _adders.setdefault(find("jax._src.earray", "EArray"), _add_eagerly)
+
+_jax_logical_sharding: Any = find("jax._src.sharding_impls", "logical_sharding")
+if _jax_logical_sharding is not None:
+  importlib.import_module("jax._src.sharding_impls").logical_sharding = _logical_sharding
+
+
+def under_trace_of(tracer: Any) -> contextlib.AbstractContextManager[Any]:
+  """Makes a context whose operations belong to a tracer's own trace, not to the current one.
+
+  What is computed there lies outside of every loop that closes over the tracer.
+  """
+  enter = find("jax._src.core", "set_current_trace")
+  trace = getattr(tracer, "_trace", None)
+  return contextlib.nullcontext() if enter is None or trace is None else enter(trace)
+
+
+def keeps_its_operands(tracer: Any) -> bool:
+  """Tells whether a tracer keeps alive what it was computed from, as those of a jaxpr do."""
+  return hasattr(tracer, "parent") or hasattr(tracer, "recipe")
+
+
+def is_ambiguous_sharding(error: Exception) -> bool:
+  """Tells whether JAX refused an operation because it can't tell how its result is sharded."""
+  kind = find("jax._src.core", "ShardingTypeError")
+  return kind is not None and isinstance(error, kind)
 
 
 def varying_axes(x: Any) -> frozenset[str]:
@@ -128,13 +153,28 @@ def unchecked_manual_axes() -> tuple[str, ...]:
   return tuple(a for a in axes if a not in varying_axes(jax.lax.axis_index(a)))
 
 
+def running_body() -> weakref.ref[Any] | None:
+  """Returns a reference to the trace of the innermost shard_map body that runs.
+
+  JAX's backward pass of a shard_map runs in a body of its own. One that a body asks for itself, by
+  ``jax.grad``, runs in this same body.
+  """
+  context = find("jax._src.core", "trace_ctx")
+  trace, body = getattr(context, "trace", None), None
+  while trace is not None:
+    body = body if type(trace).__name__ == "EvalTrace" else trace
+    trace = getattr(trace, "parent_trace", None)
+  return None if body is None else weakref.ref(body)
+
+
+def manual_axes(x: Any) -> frozenset[str]:
+  """Returns the mesh axes of the shard_maps in whose bodies ``x`` was made."""
+  return frozenset(jax.typeof(x).sharding.mesh.manual_axes)
+
+
 def scalar_aval() -> Any:
   """Returns the abstract value of the float32 that stands behind one fp32_max_grad element."""
   return jax.core.ShapedArray((), jnp.dtype("float32"))
-
-
-_partial_eval: Any = require("jax._src.interpreters.partial_eval", "partial_eval_jaxpr_custom")
-_dce: Any = require("jax._src.interpreters.partial_eval", "dce_jaxpr")
 
 
 def split_jaxpr(jaxpr: Any, known: int, unknown: int, saveable: Any) -> tuple[Any, Any]:
@@ -151,8 +191,10 @@ def split_jaxpr(jaxpr: Any, known: int, unknown: int, saveable: Any) -> tuple[An
     The first part, from the known inputs to such results; the second, from these and all inputs to
     the results of ``jaxpr``.
   """
+  partial_eval = require("jax._src.interpreters.partial_eval", "partial_eval_jaxpr_custom")
+  dce = require("jax._src.interpreters.partial_eval", "dce_jaxpr")
   are_unknown = [False] * known + [True] * unknown
-  once, rest, _, _, count = _partial_eval(jaxpr, are_unknown, True, True, True, saveable)
-  rest, used = _dce(rest, [True] * len(rest.outvars), [False] * count + [True] * len(are_unknown))
-  once, _ = _dce(once, used[:count], [True] * known)
+  once, rest, _, _, count = partial_eval(jaxpr, are_unknown, True, True, True, saveable)
+  rest, used = dce(rest, [True] * len(rest.outvars), [False] * count + [True] * len(are_unknown))
+  once, _ = dce(once, used[:count], [True] * known)
   return once, rest

@@ -8,6 +8,7 @@ too, so that the new state is not mapped and JAX has nothing to sum in the backw
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -132,22 +133,17 @@ def across_devices(largest: jax.Array, state: Any) -> jax.Array:
   return lax.pmax(largest, tuple(sorted(axes))) if axes else largest
 
 
-def emit_once(new_state: jax.Array) -> jax.Array:
-  """Prepares a new state for leaving the backward pass as a cotangent.
-
-  ``shard_map(check_vma=False)`` sums the cotangents of a replicated input over the devices, so
-  there all but the first emit zero, and the sum is exact. Anywhere else this is the identity.
+def emit_once(new_state: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+  """Prepares a new state for being summed over devices, as cotangents of a shard_map's inputs are.
 
   Args:
-    new_state: one leaf; float32; equal on all devices of an unchecked shard_map.
+    new_state: one leaf; float32; equal on all devices.
+    axes: mesh axes that JAX will sum over; may be empty.
 
   Returns:
-    The cotangent; shape and dtype of ``new_state``.
+    The cotangent: ``new_state`` on the first device, and zero on the others.
   """
-  axes = _compat.unchecked_manual_axes()
   if not axes:
     return new_state
-  first = jnp.array(True)
-  for axis in axes:
-    first &= lax.axis_index(axis) == 0
-  return jnp.where(first, new_state, jnp.zeros_like(new_state))
+  is_first = functools.reduce(operator.and_, [lax.axis_index(axis) == 0 for axis in axes])
+  return jnp.where(is_first, new_state, jnp.zeros_like(new_state))

@@ -25,11 +25,13 @@ class View:
   """A tensor as one GEMM sees it: a stack of matrices, ``[batch, kept, contracted]``.
 
   Attributes:
+    shape: of the tensor.
     batch: axes that both operands and the result share.
     kept: axes that only this operand and the result have.
     contracting: axes that are summed over.
   """
 
+  shape: Axes
   batch: Axes
   kept: Axes
   contracting: Axes
@@ -37,12 +39,13 @@ class View:
   def matrices(self, x: jax.Array) -> jax.Array:
     """Returns a tensor as ``[batch, kept, contracted]``, each group of axes made one."""
     axes = self.batch + self.kept + self.contracting
-    return lax.transpose(x, axes).reshape(self.sizes(x.shape))
+    return lax.transpose(x, axes).reshape(self.sizes)
 
-  def sizes(self, shape: Sequence[int]) -> tuple[int, int, int]:
-    """Returns the shape of ``matrices`` of a tensor."""
+  @property
+  def sizes(self) -> tuple[int, int, int]:
+    """The shape of ``matrices`` of the tensor."""
     groups = (self.batch, self.kept, self.contracting)
-    batch, kept, contracted = (math.prod(shape[axis] for axis in axes) for axes in groups)
+    batch, kept, contracted = (math.prod(self.shape[axis] for axis in axes) for axes in groups)
     return batch, kept, contracted
 
   def mesh_axes(self, sharding: NamedSharding) -> tuple[MeshAxes, MeshAxes, MeshAxes]:
@@ -105,8 +108,8 @@ def forward_gemm(
   contracting, (lhs_batch, rhs_batch) = dimension_numbers
   order = np.argsort(contracting[kernel])
   lhs_contract, rhs_contract = (tuple(axes[i] for i in order) for axes in contracting)
-  lhs = _view(len(lhs_shape), lhs_contract, lhs_batch)
-  rhs = _view(len(rhs_shape), rhs_contract, rhs_batch)
+  lhs = _view(lhs_shape, lhs_contract, lhs_batch)
+  rhs = _view(rhs_shape, rhs_contract, rhs_batch)
   shape = (
     *(lhs_shape[axis] for axis in lhs.batch + lhs.kept),
     *(rhs_shape[axis] for axis in rhs.kept),
@@ -120,9 +123,9 @@ def forward_gemm(
   )
 
 
-def _view(ndim: int, contracting: Axes, batch: Axes) -> View:
-  kept = tuple(a for a in range(ndim) if a not in contracting and a not in batch)
-  return View(batch=batch, kept=kept, contracting=contracting)
+def _view(shape: Sequence[int], contracting: Axes, batch: Axes) -> View:
+  kept = tuple(a for a in range(len(shape)) if a not in contracting and a not in batch)
+  return View(shape=tuple(shape), batch=batch, kept=kept, contracting=contracting)
 
 
 def backward_gemms(

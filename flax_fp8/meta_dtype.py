@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
+import operator
 import weakref
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -139,23 +141,82 @@ def like(x: Any, old: Any) -> jax.Array:
   return to_max_grad(x) if is_max_grad(old) else x
 
 
-# New state that a contraction's backward pass has just made, by the identity of its tracer.
-_written: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+# The cast of each float32 tracer that is alive: a reference to the tracer, and a way to its cast.
+_casts: dict[int, tuple[weakref.ref[Any], Callable[[], Any]]] = {}
 
 
-def as_written(new: jax.Array) -> jax.Array:
-  """Notes of a traced leaf that it is new state: some path used the state, whatever its value."""
-  if isinstance(new, jax.core.Tracer):
-    _written[id(new)] = new
-  return new
+def cast_once(value: Any) -> Any:
+  """Casts a traced float32 value to fp32_max_grad, the same tracer always to the same cast.
 
+  State may be read in several places: in a loop and behind it, in two applies of one loss. If each
+  place made its own cast, their cotangents would meet behind the casts, in float32, and be summed.
+  So the cast is made once, under the trace that the tracer belongs to, outside of every loop that
+  closes over it. An entry lives as long as its tracer does.
 
-def is_written(leaf: Any) -> bool:
-  """Tells whether a leaf is known to be new state, as it was noted, with nothing done to it since.
+  Args:
+    value: any value.
 
-  Of state that is used in a loop, a branch or on several paths that is not known.
+  Returns:
+    The cast of a float32 tracer; fp32_max_grad, or what is not traced, as it is. Where the body of a
+    ``shard_map(check_vma=False)`` closes over the tracer, a cast that is made inside.
   """
-  return _written.get(id(leaf)) is leaf
+  if not isinstance(value, jax.core.Tracer):
+    return value
+  cast = value if is_max_grad(value) else _cast_under_own_trace(value)
+  axes = frozenset(_compat.unchecked_manual_axes()) - _compat.manual_axes(value)
+  if not axes:
+    return cast
+  # JAX sums cotangents at that boundary, as it can do in float32 alone.
+  with _compat.under_trace_of(cast):
+    plain = _in_float32(cast)
+  return _enter(tuple(sorted(axes)), plain)
+
+
+@jax.custom_vjp
+def _in_float32(value: jax.Array) -> jax.Array:
+  """``to_float32`` with a derivative, which JAX's conversion from an extended dtype lacks."""
+  return to_float32(value)
+
+
+_in_float32.defvjp(lambda value: (to_float32(value), None), lambda _, new: (to_max_grad(new),))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _enter(axes: tuple[str, ...], value: jax.Array) -> jax.Array:
+  """Casts a value that comes from outside of a shard_map; only one device gives its cotangent."""
+  del axes
+  return to_max_grad(value)
+
+
+def _enter_forward(axes: tuple[str, ...], value: jax.Array) -> tuple[jax.Array, None]:
+  return _enter(axes, value), None
+
+
+def _enter_backward(axes: tuple[str, ...], _: None, new: jax.Array) -> tuple[jax.Array]:
+  is_first = functools.reduce(operator.and_, [lax.axis_index(axis) == 0 for axis in axes])
+  return (jnp.where(is_first, to_float32(new), 0.0),)
+
+
+_enter.defvjp(_enter_forward, _enter_backward)
+
+
+def _cast_under_own_trace(value: Any) -> jax.Array:
+  """Casts a float32 tracer, or returns the cast that was made of it before."""
+  key = id(value)
+  tracer, cast_of = _casts.get(key, (None, None))
+  if tracer is not None and tracer() is value and (cast := cast_of()) is not None:
+    return cast
+  with _compat.under_trace_of(value):
+    cast = to_max_grad(value)
+
+  def forget(dead: weakref.ref[Any]) -> None:
+    if _casts.get(key, (None,))[0] is dead:
+      del _casts[key]
+
+  # A cast in a jaxpr holds its operand, and its program holds the cast: here it is held weakly.
+  held = weakref.ref(cast) if _compat.keeps_its_operands(cast) else lambda: cast
+  _casts[key] = (weakref.ref(value, forget), held)
+  return cast
 
 
 _cast_under: contextvars.ContextVar[frozenset[str] | None]

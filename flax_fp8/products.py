@@ -20,7 +20,7 @@ from flax_fp8 import _compat
 from flax_fp8.capability import lacks_fp8_units
 from flax_fp8.contraction import DimensionNumbers, Gemm, View
 from flax_fp8.platforms import by_platform, in_rows
-from flax_fp8.quantize import QTensor, dequantize, product
+from flax_fp8.quantize import QTensor, dequantize, dequantize_product, product
 
 Product: TypeAlias = Callable[[QTensor, QTensor], jax.Array]
 
@@ -97,7 +97,9 @@ def dot_per_tensor(
     The product in ``dtype``.
 
   Numerics:
-    The sums are scaled in float32 and rounded once, to ``dtype``. A large bfloat16 product on a GPU
+    The sums are scaled in float32 and rounded once, to ``dtype``. Scales whose product float32 can't
+    hold are applied one after the other (``dequantize_product``), except in a large bfloat16 product
+    on a GPU, where the product of the scales becomes subnormal, and zero below 2**-149. A large bfloat16 product on a GPU
     has three exceptions, in which its sums and its scale are rounded to bfloat16 first:
     ``--xla_allow_excess_precision=false``; a share of one device so small that XLA splits the
     contracted axis; and, where XLA shards the program, a result that it lays out in columns.
@@ -105,27 +107,28 @@ def dot_per_tensor(
   dims, sharding = gemm.dimension_numbers, gemm.dot_sharding
   is_large = math.prod(gemm.shape) >= _LARGE
 
-  def scaled_after(lhs: jax.Array, rhs: jax.Array, scale: jax.Array) -> jax.Array:
-    out = _dot(lhs, rhs, dims, jnp.float32, fast_accumulation, sharding)
-    return dequantize(lax.transpose(out, gemm.permutation), scale, dtype)
+  def scaled_after(lhs: QTensor, rhs: QTensor) -> jax.Array:
+    out = _dot(lhs.data, rhs.data, dims, jnp.float32, fast_accumulation, sharding)
+    return dequantize_product(lax.transpose(out, gemm.permutation), lhs.scale, rhs.scale, dtype)
 
-  def scaled_within(lhs: jax.Array, rhs: jax.Array, scale: jax.Array) -> jax.Array:
-    out = _dot_transposed(lhs, rhs, gemm, dtype, fast_accumulation) * scale.astype(dtype)
+  def scaled_within(lhs: QTensor, rhs: QTensor) -> jax.Array:
+    both = product(lhs.scale, rhs.scale)
+    left, right, scale = _set_apart(lhs.data, rhs.data, both, shared)
+    out = _dot_transposed(left, right, gemm, dtype, fast_accumulation) * scale.astype(dtype)
     # In columns, XLA would put a transposition between the GEMM and the scale.
     return in_rows(out)
 
-  def default(lhs: QTensor, rhs: QTensor) -> jax.Array:
-    return scaled_after(lhs.data, rhs.data, product(lhs.scale, rhs.scale))
-
   def cuda(lhs: QTensor, rhs: QTensor) -> jax.Array:
-    own = _set_apart(lhs.data, rhs.data, product(lhs.scale, rhs.scale), shared)
-    return scaled_within(*own) if is_large else scaled_after(*own)
+    if is_large:
+      return scaled_within(lhs, rhs)
+    left, right, _ = _set_apart(lhs.data, rhs.data, lhs.scale, shared)
+    return scaled_after(QTensor(left, lhs.scale), QTensor(right, rhs.scale))
 
   if dtype != jnp.bfloat16 or not _is_fp8_gemm(lhs.data, rhs.data, dims):
-    return default(lhs, rhs)
+    return scaled_after(lhs, rhs)
 
-  either = functools.partial(by_platform, cuda=cuda, default=default)
-  return _unless_scales_are_mapped(either, default)(lhs, rhs)
+  either = functools.partial(by_platform, cuda=cuda, default=scaled_after)
+  return _unless_scales_are_mapped(either, scaled_after)(lhs, rhs)
 
 
 def _set_apart(
@@ -192,11 +195,10 @@ def dot_per_row(
   along = lambda scale, axes: lax.broadcast_in_dim(
     scale, out.shape, axes, out_sharding=gemm.dot_sharding
   )
-  scale = product(
-    along(_without_contracted(lhs.scale, gemm.lhs), lhs_axes),
-    along(_without_contracted(rhs.scale, gemm.rhs), rhs_axes),
-  )
-  return lax.transpose(dequantize(out, scale, dtype), gemm.permutation)
+  lhs_scale = along(_without_contracted(lhs.scale, gemm.lhs), lhs_axes)
+  rhs_scale = along(_without_contracted(rhs.scale, gemm.rhs), rhs_axes)
+  scaled = dequantize_product(out, lhs_scale, rhs_scale, dtype)
+  return lax.transpose(scaled, gemm.permutation)
 
 
 def _dot(
@@ -285,7 +287,8 @@ def dot_chunks(lhs: QTensor, rhs: QTensor) -> jax.Array:
   def scaled(chunk: tuple[QTensor, QTensor]) -> jax.Array:
     x, y = chunk
     out = _dot(x.data, y.data, dims, jnp.float32, fast_accumulation=True)
-    return out * product(x.scale[:, :, None], y.scale[:, None, :])
+    scales = (jnp.broadcast_to(s, out.shape) for s in (x.scale[:, :, None], y.scale[:, None, :]))
+    return dequantize_product(out, *scales, jnp.float32)
 
   def add(total: jax.Array, chunk: tuple[QTensor, QTensor]) -> tuple[jax.Array, None]:
     return total + scaled(chunk), None

@@ -174,6 +174,43 @@ def product(lhs_scale: jax.Array, rhs_scale: jax.Array) -> jax.Array:
   return jnp.minimum(lhs_scale * rhs_scale, np.finfo(np.float32).max)
 
 
+def dequantize_product(
+  out: jax.Array, lhs_scale: jax.Array, rhs_scale: jax.Array, dtype: Any
+) -> jax.Array:
+  """Multiplies the result of a GEMM by the scales of both operands.
+
+  ``(out * (lhs_scale * rhs_scale)).astype(dtype)``
+
+  Args:
+    out: the product of FP8 values; float32; shape ``[...]``.
+    lhs_scale: of the left operand; float32; shape ``()`` or that of ``out``.
+    rhs_scale: of the right operand; the same.
+    dtype: of the result.
+
+  Returns:
+    The scaled product; shape of ``out``; ``dtype``.
+
+  Numerics:
+    Where the product of the scales is no normal float32, ``out`` is multiplied by the larger scale
+    and then by the smaller one, so that what float32 can hold of the result is there.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from flax_fp8 import quantize
+    >>> tiny = jnp.float32(2.0**-70)
+    >>> out = jnp.array([2.0**16])
+    >>> quantize.dequantize_product(out, tiny, tiny, jnp.float32) == 2.0**-124
+    Array([ True], dtype=bool)
+  """
+  both = lhs_scale * rhs_scale
+  limits = np.finfo(np.float32)
+  is_normal = (both >= limits.tiny) & (both <= limits.max)
+  first = jnp.where(is_normal, both, jnp.maximum(lhs_scale, rhs_scale))
+  second = jnp.where(is_normal, jnp.ones_like(both), jnp.minimum(lhs_scale, rhs_scale))
+  scaled = out.astype(jnp.float32) * jnp.broadcast_to(first, out.shape)
+  return (scaled * jnp.broadcast_to(second, out.shape)).astype(dtype)
+
+
 def scale_from_amax(
   amax: jax.Array,
   fallback: jax.Array,

@@ -152,7 +152,9 @@ class Case:
     seen: what the state met; a list for a state with a leading axis.
     jit: whether the gradient is compiled.
     outside: whether the loop lies outside of the model.
-    differentiate: wraps the gradient function; for ``jit`` around it and its like.
+    inside: "pmap" or "shard_map", where each device takes the gradient of a scan over two halves
+      of its part, and gradients are averaged.
+    nested: whether the variables are those of one of several models.
     expect: outcome by column where it is not "right".
     inputs: what the model is initialised with.
   """
@@ -163,6 +165,8 @@ class Case:
   seen: Seen | list[Seen] = dataclasses.field(default_factory=Seen)
   jit: bool = True
   outside: bool = False
+  inside: str = ""
+  nested: bool = False
   expect: dict[str, str] = dataclasses.field(default_factory=dict)
   inputs: Any = (X, C)
 
@@ -263,6 +267,61 @@ def sharded(check_vma: bool) -> Callable[[Callable[..., Any]], Loss]:
   return program
 
 
+def closed_over(apply: Callable[..., Any]) -> Loss:
+  """``shard_map(check_vma=False)`` whose body closes over the variables, and uses them twice."""
+
+  def loss(variables: Any) -> jax.Array:
+    def local(x: jax.Array, c: jax.Array) -> jax.Array:
+      halves = (_loss(apply, variables, x[0, i : i + 2], c[0, i : i + 2]) for i in (0, 2))
+      return jax.lax.psum(sum(halves), "data")
+
+    specs = {"in_specs": (P("data"), P("data")), "out_specs": P(), "check_vma": False}
+    return jax.shard_map(local, mesh=mesh(), **specs)(jnp.asarray(X), jnp.asarray(C))
+
+  return loss
+
+
+def switch(apply: Callable[..., Any]) -> Loss:
+  """``lax.switch``, once for each of its branches."""
+
+  def loss(variables: Any) -> jax.Array:
+    branches = [lambda i=i: _loss(apply, variables, X[i], C[i]) for i in range(STEPS)]
+    return sum(jax.lax.switch(jnp.int32(X[0, 0, 0] > 9) + i, branches) for i in range(STEPS))
+
+  return loss
+
+
+class Bound:
+  """What ``bind`` gives, called like ``apply``."""
+
+  def __init__(self, model: nn.Module) -> None:
+    """Takes the model to bind."""
+    self.model = model
+
+  def __call__(self, variables: Any) -> jax.Array:
+    """Uses one bound module in a loop, and then behind it."""
+    layer, xs, cs = self.model.bind(variables), jnp.asarray(X), jnp.asarray(C)
+    body = lambda i, total: total + jnp.sum(layer(xs[i]) * cs[i])
+    total = jax.lax.fori_loop(0, STEPS - 1, body, jnp.float32(0))
+    return total + jnp.sum(layer(xs[-1]) * cs[-1])
+
+
+def bound(apply: Callable[..., Any]) -> Loss:
+  """A bound module in a loop and behind it; where an ``apply_fn`` is given, that."""
+  model = getattr(apply, "__self__", None)
+  return applied_again(apply) if model is None else Bound(model)
+
+
+def in_scan_and_out(apply: Callable[..., Any]) -> Loss:
+  """Microbatches in a scan, and one more apply behind it."""
+  return lambda v: microbatches(apply, X[1:], C[1:])(v) + _loss(apply, v, X[0], C[0])
+
+
+def nested(apply: Callable[..., Any]) -> Loss:
+  """The variables of one of two models; the other one is not used."""
+  return lambda v: applied_again(apply)(v["one"])
+
+
 def pjit(apply: Callable[..., Any]) -> Loss:
   """A sharded batch under jit, the variables replicated."""
   batch = NamedSharding(mesh(), P("data"))
@@ -303,21 +362,26 @@ CASES = [
   Case("several calls, jit", ThreeCalls(), whole),
   Case("several calls, eager", ThreeCalls(), whole, jit=False),
   Case("jit inside grad", ThreeCalls(), jitted_inside, jit=False),
-  Case("several applies", program=applied_again, outside=True, expect=SUMS, **LAYER),
+  Case("several applies", program=applied_again, **LAYER),
+  Case("several applies, eager", program=applied_again, jit=False, **LAYER),
+  Case("several applies, nested variables", program=nested, nested=True, **LAYER),
   Case("vmap, shared", program=vmapped, **LAYER),
   Case("vmap, shared, eager", program=vmapped, jit=False, **LAYER),
   Case("nn.vmap, shared", Mapped(None), whole),
   Case("nn.vmap, per expert", Mapped(0), whole, PER_STEP),
-  Case("lax.scan over microbatches", program=microbatches, outside=True, expect=SUMS, **LAYER),
-  Case("recurrent carry", Recurrent(), whole, recurrence(), expect=SUMS),
+  Case("lax.scan over microbatches", program=microbatches, **LAYER),
+  Case("recurrent carry", Recurrent(), whole, recurrence()),
   Case("nn.scan, per layer", Scanned(True), whole, PER_STEP),
-  Case("nn.scan, broadcast", Scanned(False), whole, expect=SUMS),
+  Case("nn.scan, broadcast", Scanned(False), whole),
   Case("several calls in a remat, jit", Inside(), whole),
   Case("several calls in a remat, eager", Inside(), whole, jit=False),
   Case("several calls of a remat, jit", ThreeCalls(nn.remat), whole, expect=SUMS),
   Case("several calls of a remat, eager", ThreeCalls(nn.remat), whole, jit=False, expect=SUMS),
-  Case("cond", program=cond, seen=FIRST, outside=True, **LAYER),
-  Case("fori_loop", program=fori_loop, outside=True, expect=SUMS, **LAYER),
+  Case("cond", program=cond, seen=FIRST, **LAYER),
+  Case("switch", program=switch, **LAYER),
+  Case("bind in a loop and behind it", program=bound, **LAYER),
+  Case("scan over microbatches, then one apply", program=in_scan_and_out, **LAYER),
+  Case("fori_loop", program=fori_loop, **LAYER),
   Case("shard_map, check_vma=True", program=sharded(True), **LAYER),
   Case("shard_map, check_vma=True, eager", program=sharded(True), jit=False, **LAYER),
   Case(
@@ -326,9 +390,12 @@ CASES = [
     expect={"value_and_grad": "clear error"},
     **LAYER,
   ),
+  Case("shard_map, check_vma=False, closed over", program=closed_over, **LAYER),
+  Case("shard_map, check_vma=False, pmean", program=microbatches, inside="shard_map", **LAYER),
+  Case("pmap, pmean", program=microbatches, inside="pmap", **LAYER),
   Case("pjit, sharded batch", program=pjit, **LAYER),
-  Case("vmap of scan", program=vmap_of_scan, outside=True, expect=SUMS, **LAYER),
-  Case("scan of vmap", program=scan_of_vmap, outside=True, expect=SUMS, **LAYER),
+  Case("vmap of scan", program=vmap_of_scan, **LAYER),
+  Case("scan of vmap", program=scan_of_vmap, **LAYER),
 ]
 
 
@@ -344,22 +411,44 @@ def make_variables(case: Case) -> Any:
     value = HISTORY[role] if name.endswith("history") else np.ones(1, np.float32)
     return jnp.broadcast_to(value, leaf.shape)
 
-  return jax.tree_util.tree_map_with_path(fill, fresh)
+  variables = jax.tree_util.tree_map_with_path(fill, fresh)
+  return {"one": variables, "two": variables} if case.nested else variables
+
+
+def gradient_of(
+  case: Case, gradient: Any, program: Callable[..., Loss], apply: Callable[..., Any]
+) -> Callable[[Any], Any]:
+  """Makes the function that gives the gradient with respect to variables."""
+  if not case.inside:
+    return gradient(program(apply))
+
+  def local(variables: Any, x: jax.Array, c: jax.Array) -> Any:
+    halves = (t.reshape(2, -1, WIDTH) for t in (x, c))
+    grads = gradient(microbatches(apply, *halves))(variables)
+    return jax.lax.pmean(grads, "data")
+
+  if case.inside == "pmap":
+    mapped = jax.pmap(local, "data", in_axes=(None, 0, 0))
+    return lambda variables: jax.tree.map(lambda leaf: leaf[0], mapped(variables, X, C))
+  specs = {"in_specs": (P(), P("data"), P("data")), "out_specs": P(), "check_vma": False}
+  mapped = jax.shard_map(lambda v, x, c: local(v, x[0], c[0]), mesh=mesh(), **specs)
+  return lambda variables: mapped(variables, X, C)
 
 
 def new_state(case: Case, column: str) -> dict[str, np.ndarray]:
   """State after one step, by variable name."""
   variables = make_variables(case)
-  wrap = jax.jit if case.jit else (lambda f: f)
+  wrap = jax.jit if case.jit and case.inside != "pmap" else (lambda f: f)
   if column == "TrainState":
     program = (lambda apply: apply) if case.outside else case.program
     apply_fn = case.program(case.model.apply) if case.outside else case.model.apply
     state = fp8.TrainState.create(apply_fn=apply_fn, params=variables, tx=optax.sgd(0.1))
-    grads = wrap(jax.grad(program(state.apply_fn)))(variables)
+    grads = wrap(gradient_of(case, jax.grad, program, state.apply_fn))(variables)
     tree = state.apply_gradients(grads=grads).params
   else:
     gradient = jax.grad if column == "jax.grad" else fp8.grad
-    tree = wrap(gradient(case.program(case.model.apply)))(variables)
+    tree = wrap(gradient_of(case, gradient, case.program, case.model.apply))(variables)
+  tree = tree["one"] if case.nested else tree
   leaves = jax.tree_util.tree_leaves_with_path(tree[OWG])
   return {path[-1].key: np.asarray(leaf) for path, leaf in leaves}
 
@@ -404,8 +493,8 @@ def flaxs_outcome(case: Case) -> str:
 
 FOOT = """
 {total} cells of ours, {surprises} not as documented. Flax's ops: {flax} of {rows} rows right.
-sums: shared state entered a loop, a remat or several applies as float32. Differentiate with
-fp8.value_and_grad, or cast with fp8.as_max_grad outside of them.
+sums: float32 state was an argument of a remat that is called several times. Differentiate with
+fp8.value_and_grad, or cast with fp8.as_max_grad outside of it.
 clear error: JAX cannot take a maximum at that boundary; the message names the ways out."""
 
 

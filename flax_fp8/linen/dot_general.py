@@ -8,13 +8,14 @@ import flax.linen as nn
 import jax
 
 from flax_fp8 import ops
-from flax_fp8.linen.state import is_lifted, read_key, read_state, stored_kernel
+from flax_fp8.linen.contractions import FP8Contraction
+from flax_fp8.linen.state import read_key, read_state
 from flax_fp8.ops import check
-from flax_fp8.recipes.base import Recipe, register_module
+from flax_fp8.recipes.base import Recipe
 from flax_fp8.recipes.delayed import DelayedScaling
 
 
-class Fp8DotGeneral(nn.Module):
+class Fp8DotGeneral(FP8Contraction, nn.Module):
   """``lax.dot_general`` in FP8, for ``dot_general_cls=`` of Linen layers.
 
   ``out ≈ dot_general(lhs, rhs)``; the gradient of each state variable is its new value.
@@ -83,24 +84,20 @@ class Fp8DotGeneral(nn.Module):
     """Contracts; arguments as ``lax.dot_general``, ``lhs`` the input and ``rhs`` the kernel."""
     check.precision(name := type(self).__name__, precision)
     check.device(name, self.recipe, self.emulate)
-    stored = stored_kernel(self, rhs)
     return ops.dot_general(
       lhs,
-      rhs if stored is None else stored,
+      rhs,
       dimension_numbers,
       recipe=self.recipe,
-      state=read_state(self, self.recipe, lhs),
+      state=read_state(self, self.recipe),
       preferred_element_type=preferred_element_type,
       out_sharding=self.out_sharding if out_sharding is None else out_sharding,
       key=read_key(self, self.recipe),
-      kernel_is_stored=stored is not None,
-      kernel_dtype=rhs.dtype,
-      in_loop=is_lifted(self),
       name=name,
     )
 
 
-class Fp8Einsum(nn.Module):
+class Fp8Einsum(FP8Contraction, nn.Module):
   """``jnp.einsum`` of two operands in FP8, for mixture-of-experts layers and their like.
 
   ``out ≈ einsum(equation, lhs, rhs)``; the gradient of each state variable is its new value.
@@ -160,15 +157,9 @@ class Fp8Einsum(nn.Module):
       lhs,
       rhs,
       recipe=self.recipe,
-      state=read_state(self, self.recipe, lhs),
+      state=read_state(self, self.recipe),
       preferred_element_type=preferred_element_type,
       out_sharding=self.out_sharding if out_sharding is None else out_sharding,
       key=read_key(self, self.recipe),
-      kernel_is_stored=stored_kernel(self, rhs) is rhs,
-      in_loop=is_lifted(self),
       name=name,
     )
-
-
-register_module("dot_general_cls", Fp8DotGeneral)
-register_module("einsum_cls", Fp8Einsum)

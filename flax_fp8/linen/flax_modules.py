@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from flax_fp8 import ops
 from flax_fp8.formats import Format, float8
+from flax_fp8.linen.contractions import FP8Contraction
 from flax_fp8.linen.state import read_recipe_state, read_state
 from flax_fp8.ops import check
 from flax_fp8.ops.flax_dots import dot_general_with_precision, warn_of_precision
@@ -51,7 +52,7 @@ class Fp8DotGeneralBase(nn.Module):
     return DelayedScaling(amax_history_len=self.amax_history_length, fp8_format=fp8_format)
 
 
-class Fp8DirectDotGeneralOp(Fp8DotGeneralBase):
+class Fp8DirectDotGeneralOp(FP8Contraction, Fp8DotGeneralBase):
   """``flax_fp8.Fp8DotGeneral`` with the fields and the class name of Flax.
 
   Attributes:
@@ -77,6 +78,8 @@ class Fp8DirectDotGeneralOp(Fp8DotGeneralBase):
     flax.linen.fp8_ops.Fp8DirectDotGeneralOp.
   """
 
+  result_like_kernel = True
+
   @nn.compact
   def __call__(
     self,
@@ -94,7 +97,7 @@ class Fp8DirectDotGeneralOp(Fp8DotGeneralBase):
       rhs,
       dimension_numbers,
       recipe=self.recipe,
-      state=read_state(self, self.recipe, lhs),
+      state=read_state(self, self.recipe),
       preferred_element_type=preferred_element_type or rhs.dtype,
       name=name,
     )
@@ -103,7 +106,7 @@ class Fp8DirectDotGeneralOp(Fp8DotGeneralBase):
 Fp8DotGeneral = Fp8DirectDotGeneralOp
 
 
-class Fp8Einsum(Fp8DotGeneralBase):
+class Fp8Einsum(FP8Contraction, Fp8DotGeneralBase):
   """``flax_fp8.Fp8Einsum`` with the fields of Flax.
 
   Attributes:
@@ -132,6 +135,8 @@ class Fp8Einsum(Fp8DotGeneralBase):
     flax.linen.fp8_ops.Fp8Einsum.
   """
 
+  result_like_kernel = True
+
   @nn.compact
   def __call__(
     self,
@@ -149,7 +154,7 @@ class Fp8Einsum(Fp8DotGeneralBase):
       lhs,
       rhs,
       recipe=self.recipe,
-      state=read_state(self, self.recipe, lhs),
+      state=read_state(self, self.recipe),
       preferred_element_type=preferred_element_type or rhs.dtype,
       name=name,
     )

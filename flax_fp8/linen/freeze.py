@@ -21,23 +21,14 @@ import jax.numpy as jnp
 
 from flax_fp8.linen.arguments import fill, require_variables
 from flax_fp8.linen.boxes import unbox
-from flax_fp8.linen.frozen import (
-  CONTRACTIONS,
-  FP8_FROZEN,
-  Call,
-  Flat,
-  Frozen,
-  FrozenLayer,
-  Path,
-  read_roles,
-)
-from flax_fp8.linen.fused import Fp8FusedQKV, GateUp
+from flax_fp8.linen.contractions import Call, FP8Contraction
+from flax_fp8.linen.frozen import FP8_FROZEN, Flat, Frozen, FrozenLayer, Path, read_roles
+from flax_fp8.linen.provenance import Origin, mark, origins
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.linen.twin import make_twin
-from flax_fp8.recipes.base import GemmKind, Role
+from flax_fp8.ops.frozen import quantize_kernel
+from flax_fp8.recipes.base import GemmKind, Role, StatefulRecipe
 from flax_fp8.recipes.delayed import DelayedScaling
-
-_LAYERS = (nn.Dense, nn.DenseGeneral, nn.Einsum)
 
 
 def freeze_for_inference(
@@ -109,14 +100,14 @@ def _check_arguments(module: Any, variables: Any) -> None:
 
 
 def _survey(module: nn.Module, variables: Any, args: Any, kwargs: Any) -> tuple[FrozenLayer, ...]:
-  """Runs a model abstractly, and writes down what it contracts in FP8."""
-  found: dict[Path, FrozenLayer] = {}
-  params = flax.traverse_util.flatten_dict(nn.meta.unbox(variables["params"]))
+  """Traces a model, and writes down what it contracts in FP8 and which parameters it takes."""
+  calls: dict[Path, Call] = {}
 
   def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-    if isinstance(context.module, CONTRACTIONS) and context.method_name == "__call__":
+    if isinstance(context.module, FP8Contraction) and context.method_name == "__call__":
       call = Call.of(context.module, args, kwargs)
-      found[context.module.path] = _describe(context.module, call, params)
+      calls[context.module.path] = call
+      mark(call.rhs, context.module.path)
     return next_fun(*args, **kwargs)
 
   def run(variables: Any) -> Any:
@@ -125,53 +116,31 @@ def _survey(module: nn.Module, variables: Any, args: Any, kwargs: Any) -> tuple[
     return module.apply(variables, *full_args, mutable=kept, **full_kwargs)
 
   with nn.intercept_methods(intercept):
-    jax.eval_shape(run, variables)
-  if not found:
+    kernels = origins(run, flax.core.unfreeze(variables))
+  if not calls:
     raise ValueError(
       "freeze_for_inference: the model must contract something in FP8; got none in "
       f"{type(module).__name__}. Convert it with fp8_linear_layers, and train or calibrate it."
     )
-  return tuple(found.values())
+  params = flax.traverse_util.flatten_dict(nn.meta.unbox(variables["params"]))
+  return tuple(_describe(path, call, kernels[path], params) for path, call in calls.items())
 
 
-def _describe(module: Any, call: Call, params: Mapping[Path, Any]) -> FrozenLayer:
-  """Describes a contraction, and finds the parameter that is its kernel."""
-  name = _parameter_name(module, call.rhs)
-  path = None if name is None else (*module.path[:-1], name)
-  param = None if path is None else params.get(path)
-  shape: tuple[int, ...] = () if param is None else param.shape
-  stacked = len(shape) - call.rhs.ndim
-  fits = param is not None and stacked >= 0 and shape[stacked:] == call.rhs.shape
-  is_fp8 = not module.recipe.is_high_precision(GemmKind.FPROP)
-  layer = FrozenLayer(
-    path=module.path,
-    contraction=call.contraction,
-    recipe=module.recipe,
-    input_shape=call.lhs.shape,
-    dtype=call.rhs.dtype,
-    parameter=None,
-  )
-  if not (fits and is_fp8):
+def _describe(
+  path: Path, call: Call, origin: Origin | None, params: Mapping[Path, Any]
+) -> FrozenLayer:
+  """Describes a contraction whose kernel is a parameter, or None."""
+  layer = FrozenLayer(path, call.plan, call.rhs.dtype, call.reduction)
+  if origin is None or call.plan.recipe.is_high_precision(GemmKind.FPROP):
     return layer
-  dtype = getattr(param, "dtype", None)
+  param = params[origin.path]
   return dataclasses.replace(
-    layer, parameter=path, shape=shape, parameter_dtype=dtype, stacked=stacked
+    layer,
+    parameter=origin.path,
+    shape=param.shape,
+    parameter_dtype=param.dtype,
+    stacked=origin.stacked,
   )
-
-
-def _multiplies_its_kernel(parent: Any) -> bool:
-  """Tells whether a layer contracts its parameter as it is, but for a cast."""
-  fused = isinstance(parent, (Fp8FusedQKV, GateUp)) and parent.kernel_scales == "joint"
-  return fused or isinstance(parent, _LAYERS)
-
-
-def _parameter_name(module: Any, kernel: jax.Array) -> str | None:
-  """Names the parameter of the parent that a kernel is: a layer's own, or the very same array."""
-  if _multiplies_its_kernel(module.parent):
-    return "kernel"
-  parent = module.scope.parent
-  own = {} if parent is None else parent.variables().get("params", {})
-  return next((name for name, value in own.items() if nn.meta.unbox(value) is kernel), None)
 
 
 def _freeze(variables: Any, *, layers: tuple[FrozenLayer, ...]) -> dict[str, Any]:
@@ -199,17 +168,17 @@ def _freeze_layer(
 
   def freeze(kernel: jax.Array | None, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     state = read_roles(layer.recipe, leaves)
-    roles = (Role.INPUT,) if layer.stored else (Role.INPUT, Role.KERNEL)
-    made = {
-      f"{role.value}_{key}": leaf
-      for role in roles
-      for key, leaf in layer.recipe.freeze(state[role.value], role).items()
-    }
+    made: dict[str, jax.Array] = {}
+    if isinstance(layer.recipe, StatefulRecipe):
+      for role in (Role.INPUT,) if layer.stored else (Role.INPUT, Role.KERNEL):
+        own = layer.recipe.freeze(state[role.value])
+        made |= {f"{role.value}_{key}": leaf for key, leaf in own.items()}
     if kernel is None:
       return made
-    q = layer.contraction.quantize_kernel(
-      kernel.astype(layer.dtype), layer.input_shape, recipe=layer.recipe, state=state
-    )
+    kernel = kernel.astype(layer.dtype)
+    if layer.reduction is not None:
+      kernel = jnp.einsum(layer.reduction, kernel)
+    q = quantize_kernel(layer.plan, kernel, state)
     return {"kernel": q.data, "kernel_scale": q.scale, **made}
 
   # Lifted axes lead, of the kernel and of the state; one that the state lacks is shared.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, TypeAlias
 
@@ -17,17 +16,15 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
-from flax_fp8.linen.dot_general import Fp8DotGeneral, Fp8Einsum
-from flax_fp8.linen.flax_modules import Fp8DirectDotGeneralOp, Fp8DotGeneralBase
-from flax_fp8.linen.flax_modules import Fp8Einsum as FlaxFp8Einsum
+from flax_fp8.linen.contractions import Call, FP8Contraction
 from flax_fp8.linen.twin import Run
 from flax_fp8.ops import check
-from flax_fp8.ops.frozen import Contraction
+from flax_fp8.ops.frozen import contract_as_is, contract_frozen, quantize_kernel
+from flax_fp8.ops.plan import Plan
 from flax_fp8.quantize import QTensor
-from flax_fp8.recipes.base import GemmKind, Recipe, Role, TensorState
+from flax_fp8.recipes.base import GemmKind, Recipe, Role, StatefulRecipe, TensorState
 
 FP8_FROZEN = "fp8_frozen"
-CONTRACTIONS = (Fp8DotGeneral, Fp8Einsum, Fp8DirectDotGeneralOp, FlaxFp8Einsum)
 
 Path: TypeAlias = tuple[str, ...]
 Flat: TypeAlias = dict[Path, Any]
@@ -39,62 +36,34 @@ class FrozenLayer:
 
   Attributes:
     path: of the module that contracts.
-    contraction: what it contracts.
-    recipe: how its operands are scaled.
-    input_shape: of one input.
+    plan: of the contraction.
     dtype: in which the kernel is multiplied, but for FP8.
+    reduction: einsum equation for what precedes the contraction of a kernel, if anything.
     parameter: path of the kernel among the parameters; None where the kernel is no parameter as it
-      is stored, and so is quantised in each run.
+      is stored, and so is quantized in each run.
     shape: of the parameter.
     parameter_dtype: of the parameter.
     stacked: leading axes of it that lifted transformations made.
   """
 
   path: Path
-  contraction: Contraction
-  recipe: Recipe
-  input_shape: tuple[int, ...]
+  plan: Plan
   dtype: Any
-  parameter: Path | None
+  reduction: str | None = None
+  parameter: Path | None = None
   shape: tuple[int, ...] = ()
   parameter_dtype: Any = None
   stacked: int = 0
 
   @property
+  def recipe(self) -> Recipe:
+    """How its operands are scaled in training."""
+    return self.plan.recipe
+
+  @property
   def stored(self) -> bool:
     """Tells whether the kernel is stored in FP8."""
     return self.parameter is not None
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-  """One call of a module that contracts, the same for both kinds of them."""
-
-  lhs: jax.Array
-  rhs: jax.Array
-  contraction: Contraction
-  dtype: Any
-  out_sharding: Any = None
-
-  @classmethod
-  def of(cls, module: Any, args: Any, kwargs: Any) -> Call:
-    """Reads the arguments of a call."""
-    signature = inspect.signature(type(module).__call__).bind(module, *args, **kwargs)
-    given = signature.arguments
-    lhs, rhs = jnp.asarray(given["lhs"]), jnp.asarray(given["rhs"])
-    equation = given.get("equation", given.get("eqn"))
-    contraction = (
-      Contraction.of_dot_general(lhs, rhs, given["dimension_numbers"])
-      if equation is None
-      else Contraction.of_einsum(lhs, rhs, equation)
-    )
-    preferred = given.get("preferred_element_type")
-    if isinstance(module, Fp8DotGeneralBase):
-      preferred = preferred or rhs.dtype
-    dtype = check.result_dtype(type(module).__name__, lhs, rhs, preferred)
-    asked = given.get("out_sharding")
-    sharding = getattr(module, "out_sharding", None) if asked is None else asked
-    return cls(lhs, rhs, contraction, dtype, sharding)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +112,7 @@ class Frozen:
     layers = {layer.path: layer for layer in self.layers}
 
     def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-      if not isinstance(context.module, CONTRACTIONS) or context.method_name != "__call__":
+      if not isinstance(context.module, FP8Contraction) or context.method_name != "__call__":
         return next_fun(*args, **kwargs)
       return _serve(context.module, layers, Call.of(context.module, args, kwargs))
 
@@ -161,9 +130,7 @@ def _serve(module: Any, layers: Mapping[Path, FrozenLayer], call: Call) -> jax.A
       "that reach all of the model."
     )
   if layer.recipe.is_high_precision(GemmKind.FPROP):
-    return call.contraction.contract_as_is(
-      call.lhs, call.rhs, dtype=call.dtype, out_sharding=call.out_sharding
-    )
+    return call.finish(contract_as_is(call.plan, call.input, call.kernel))
   scope = module.scope.push(FP8_FROZEN, reuse=True)
   leaves = dict(scope.variables().get("params", {}))
   if layer.stored and "kernel" not in leaves:
@@ -171,21 +138,19 @@ def _serve(module: Any, layers: Mapping[Path, FrozenLayer], call: Call) -> jax.A
       f"freeze_for_inference: the frozen model needs the collection {FP8_FROZEN!r}; got variables "
       f"without the kernel of {'/'.join(module.path)!r}. Pass what freeze_for_inference returned."
     )
-  recipe, state = layer.recipe.frozen, read_roles(layer.recipe.frozen, leaves)
+  plan = dataclasses.replace(call.plan, recipe=frozen_recipe(layer.recipe))
+  state = read_roles(plan.recipe, leaves)
   kernel = (
     QTensor(leaves["kernel"], leaves["kernel_scale"])
     if layer.stored
-    else call.contraction.quantize_kernel(call.rhs, call.lhs.shape, recipe=recipe, state=state)
+    else quantize_kernel(plan, call.kernel, state)
   )
-  return call.contraction.contract(
-    call.lhs,
-    kernel,
-    call.rhs,
-    recipe=recipe,
-    state=state,
-    dtype=call.dtype,
-    out_sharding=call.out_sharding,
-  )
+  return call.finish(contract_frozen(plan, call.input, kernel, state))
+
+
+def frozen_recipe(recipe: Recipe) -> Recipe:
+  """Returns the recipe that serves what another has trained."""
+  return recipe.frozen if isinstance(recipe, StatefulRecipe) else recipe
 
 
 def read_roles(recipe: Recipe, leaves: Mapping[str, jax.Array]) -> dict[str, TensorState]:

@@ -19,7 +19,6 @@ from flax.linen.dtypes import promote_dtype
 from flax_fp8.linen.dot_general import Fp8DotGeneral
 from flax_fp8.linen.fused_params import BIAS, KERNEL, fuse, require_keys, unfuse
 from flax_fp8.linen.parts import Parts
-from flax_fp8.linen.state import casts_its_kernel
 from flax_fp8.recipes.base import Recipe
 from flax_fp8.recipes.delayed import DelayedScaling
 
@@ -343,10 +342,6 @@ def _project(
     return out
   biases = parts.split(bias)
   return {name: value + jnp.broadcast_to(biases[name], value.shape) for name, value in out.items()}
-
-
-for _layer in (Fp8FusedQKV, GateUp):
-  casts_its_kernel(_layer, lambda module: module.kernel_scales == "joint")
 
 
 def _divide(x: jax.Array, factor: jax.Array) -> jax.Array:

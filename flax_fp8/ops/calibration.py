@@ -13,18 +13,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flax_fp8.recipes.base import Recipe, Role, StatefulRecipe, TensorState
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
   """What contractions do instead of multiplying in FP8.
 
   Attributes:
-    settles: whether the new state is the old one with the scale that its history implies
-      (``Recipe.settle``), instead of one that recorded the tensor; metrics are those at that scale.
+    finalizes: whether the new state is the old one with the scale that its history implies, instead
+      of one that recorded the tensor; metrics are those at that scale.
     percentile: that of the magnitudes which is recorded as the largest; None for the largest.
   """
 
-  settles: bool = False
+  finalizes: bool = False
   percentile: float | None = None
 
   def clip(self, x: jax.Array) -> jax.Array:
@@ -34,6 +36,12 @@ class Calibration:
     x = x.astype(jnp.float32)
     limit = jnp.percentile(jnp.abs(x), self.percentile)
     return jnp.clip(x, -limit, limit)
+
+  def finalize(self, recipe: Recipe, state: TensorState, role: Role) -> TensorState:
+    """Returns the state with the scale that the next step would use; as it is without a scale."""
+    if not isinstance(recipe, StatefulRecipe):
+      return state
+    return recipe.finalize_scale(state, role)
 
 
 _context: Any = jax.make_user_context(None)

@@ -97,7 +97,9 @@ def sharding_of_product(
     return None
   try:
     out = jax.eval_shape(lambda x, y: lax.dot_general(x, y, dims, out_sharding=wanted), lhs, rhs)
-  except _compat.ShardingTypeError as error:
+  except Exception as error:
+    if not _compat.is_ambiguous_sharding(error):
+      raise
     raise ValueError(
       f"{name}: on a mesh with explicit axes the sharding of the product must be clear; got lhs of "
       f"type {jax.typeof(lhs)} and rhs of type {jax.typeof(rhs)}: {error} Pass out_sharding; to a "
@@ -181,7 +183,7 @@ def _leaf(name: str, leaf: Any, shape: tuple[int, ...], recipe: Recipe) -> None:
       f"{name} must be float32 or fp32_max_grad; got dtype {leaf.dtype}. Keep FP8 state out of "
       "casts of parameters."
     )
-  if is_max_grad(leaf) and (axes := entered_since_cast()):
+  if is_max_grad(leaf) and (axes := entered_since_cast() & _compat.manual_axes(leaf)):
     raise TypeError(
       f"{name} must not pass into shard_map(check_vma=False) as fp32_max_grad, because JAX sums "
       f"cotangents at its boundary; got mesh axes {sorted(axes)}. Call shard_map with "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_fp8.contraction import plan_einsum
+from flax_fp8 import contraction
+from flax_fp8.contraction import Axes
 from flax_fp8.ops import check
-from flax_fp8.ops.dot_general import State, dot_general
+from flax_fp8.ops.dot_general import State, contract
+from flax_fp8.ops.plan import Plan, make_plan
 from flax_fp8.recipes.base import Recipe, Role
 from flax_fp8.sharding import transposed
 
@@ -26,8 +29,6 @@ def einsum(
   preferred_element_type: Any = None,
   out_sharding: Any = None,
   key: jax.Array | None = None,
-  kernel_is_stored: bool = False,
-  in_loop: bool = False,
   name: str = "einsum",
 ) -> jax.Array:
   """Contracts two arrays in FP8 by an einsum equation; ``jnp.einsum`` with state.
@@ -44,8 +45,6 @@ def einsum(
     preferred_element_type: dtype of the result; the promoted dtype of the operands if None.
     out_sharding: as for ``dot_general``.
     key: as for ``dot_general``.
-    kernel_is_stored: as for ``dot_general``.
-    in_loop: as for ``dot_general``.
     name: what error messages call the operation.
 
   Returns:
@@ -71,30 +70,61 @@ def einsum(
   References:
     numpy.einsum; flax.linen.fp8_ops.Fp8Einsum.
   """
+  lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
+  parts = plan_einsum(
+    name,
+    recipe,
+    equation,
+    lhs,
+    rhs,
+    preferred_element_type=preferred_element_type,
+    out_sharding=out_sharding,
+  )
+  return lax.transpose(contract(parts.plan, *parts.operands, state, key), parts.permutation)
+
+
+@dataclasses.dataclass(frozen=True)
+class Einsum:
+  """An einsum, taken apart into reductions of its operands, one contraction and a transposition.
+
+  Attributes:
+    plan: of the contraction.
+    operands: what is left of the einsum's, in the order in which the contraction takes them.
+    kernel_reduction: einsum equation that made the kernel of the right operand.
+    permutation: transposition of the contraction's result.
+  """
+
+  plan: Plan
+  operands: tuple[jax.Array, jax.Array]
+  kernel_reduction: str
+  permutation: Axes
+
+
+def plan_einsum(
+  name: str,
+  recipe: Recipe,
+  equation: Any,
+  lhs: jax.Array,
+  rhs: jax.Array,
+  *,
+  preferred_element_type: Any,
+  out_sharding: Any,
+) -> Einsum:
+  """Checks the arguments of ``einsum``, and takes it apart."""
   if not isinstance(equation, str):
     raise TypeError(
       f"{name}: the equation must be a string; got {equation!r}. Write it as 'mk,kn->mn'."
     )
-  lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
   dtype = check.result_dtype(name, lhs, rhs, preferred_element_type)
-  plan = plan_einsum(equation, lhs.shape, rhs.shape)
-  first = jnp.einsum(plan.lhs_reduction, lhs), Role.INPUT
-  second = jnp.einsum(plan.rhs_reduction, rhs), Role.KERNEL
-  if plan.swap:
-    first, second = second, first
-  sharding = check.canonical_sharding(name, out_sharding, len(plan.permutation))
-  out = dot_general(
-    first[0],
-    second[0],
-    plan.dimension_numbers,
-    recipe=recipe,
-    state=state,
-    preferred_element_type=dtype,
-    out_sharding=transposed(sharding, np.argsort(plan.permutation).tolist()),
-    key=key,
-    roles=(first[1], second[1]),
-    kernel_is_stored=kernel_is_stored,
-    in_loop=in_loop,
-    name=name,
-  )
-  return lax.transpose(out, plan.permutation)
+  check.recipe(name, recipe)
+  parts = contraction.plan_einsum(equation, lhs.shape, rhs.shape)
+  operands = jnp.einsum(parts.lhs_reduction, lhs), jnp.einsum(parts.rhs_reduction, rhs)
+  roles = (Role.INPUT, Role.KERNEL)
+  if parts.swap:
+    operands, roles = operands[::-1], roles[::-1]
+  wanted = check.canonical_sharding(name, out_sharding, len(parts.permutation))
+  wanted = transposed(wanted, np.argsort(parts.permutation).tolist())
+  dims = parts.dimension_numbers
+  sharding = check.sharding_of_product(name, dims, *operands, wanted)
+  plan = make_plan(name, recipe, dims, *operands, roles=roles, dtype=dtype, sharding=sharding)
+  return Einsum(plan, operands, parts.rhs_reduction, parts.permutation)

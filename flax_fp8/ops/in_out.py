@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flax_fp8 import _compat
 from flax_fp8.amax import emit_once
 from flax_fp8.meta_dtype import like, to_float32
 from flax_fp8.ops.quantization import delayed_step, dequantize, quantize_dequantize_update
@@ -234,4 +235,5 @@ out_dq.defvjp(out_dq_fwd, out_dq_bwd)
 
 def emit(new: Any) -> tuple[jax.Array, ...]:
   """Returns new state as cotangents."""
-  return tuple(like(emit_once(to_float32(leaf)), leaf) for leaf in new)
+  axes = _compat.unchecked_manual_axes()
+  return tuple(like(emit_once(to_float32(leaf), axes), leaf) for leaf in new)

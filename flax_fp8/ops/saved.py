@@ -12,15 +12,20 @@ from typing import Any, TypeVar
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from flax_fp8.recipes.base import Role
+
 INPUT = "fp8_input"
 KERNEL = "fp8_kernel"
 SCALARS = "fp8_scalars"
 OUTPUT = "fp8_output"
 BATCHED_OUTPUT = "fp8_batched_output"
 
-# What no policy of ``jax.checkpoint`` names: see ``kernels_once``.
-_ONCE = "fp8_once"
-ALL_OF_KERNELS = (KERNEL, SCALARS, _ONCE)
+# What no policy of ``jax.checkpoint`` names: kernels as the forward GEMM takes them.
+ONCE = "fp8_once"
+
+OF_ROLE = {Role.INPUT: INPUT, Role.KERNEL: KERNEL}
+# All that is made of kernels alone, and so once for several passes with the same variables.
+OF_KERNELS = (KERNEL, SCALARS, ONCE)
 
 Tree = TypeVar("Tree")
 
@@ -29,25 +34,3 @@ def name(tree: Tree, as_: str) -> Tree:
   """Names every array of a pytree."""
   named: Any = jax.tree.map(lambda leaf: checkpoint_name(leaf, as_), tree)
   return named
-
-
-# Part of the key of JAX's compilation caches.
-_kernels_once: Any = jax.make_user_context(False)
-
-
-def kernels_once() -> Any:
-  """Makes the context in which all that is made of a kernel has a name, kept in FP8 if stored.
-
-  For a program that computes what has these names apart from all else, once for several passes.
-  """
-  return _kernels_once(True)
-
-
-def are_kernels_once() -> bool:
-  """Tells whether that context is around."""
-  return _kernels_once.value
-
-
-def name_once(tree: Tree) -> Tree:
-  """Names every array of a pytree in that context."""
-  return name(tree, _ONCE) if are_kernels_once() else tree

@@ -1,4 +1,4 @@
-"""What a scaling recipe is: four questions that the contraction asks it.
+"""What a scaling recipe is: what a contraction asks it.
 
 ``ops`` knows nothing of granularity. It hands a recipe each operand together with the two views
 that its GEMMs have of it, takes back one ``QTensor`` a GEMM (the same one twice where scales are
@@ -11,7 +11,8 @@ import abc
 import dataclasses
 import enum
 import functools
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, final, get_args
 
 import jax
@@ -53,7 +54,7 @@ class GemmKind(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe(abc.ABC):
-  """How tensors are quantised for the three GEMMs of a contraction, and what state that needs.
+  """How tensors are quantized for the three GEMMs of a contraction, and what state that needs.
 
   Implementations are frozen dataclasses: hashable, compared by value, safe to pickle, static under
   ``jax.jit``. Each is final; a new recipe is a new file beside this one.
@@ -106,77 +107,42 @@ class Recipe(abc.ABC):
     """
 
   @abc.abstractmethod
-  def prepare(self, states: Mapping[Role, TensorState]) -> Mapping[Role, TensorState]:
-    """Returns states with what ``quantize`` computes of them alone, for several tensors at once.
-
-    Args:
-      states: of tensors, float32, by role.
-
-    Returns:
-      For each role a state that ``quantize`` takes for the one given.
-    """
-
-  @abc.abstractmethod
   def quantize(
     self,
     x: jax.Array,
     state: TensorState,
     role: Role,
     views: tuple[View, View],
-    key: jax.Array | None,
+    key: jax.Array | None = None,
     *,
     observed: bool = True,
-  ) -> tuple[tuple[QTensor, QTensor], Mapping[str, jax.Array] | None]:
-    """Quantises a tensor for the two GEMMs that take it.
+  ) -> tuple[tuple[QTensor, QTensor], TensorState]:
+    """Quantizes a tensor for the two GEMMs that take it.
 
     Args:
       x: float32, bfloat16 or float16; any shape.
-      state: of this tensor, float32, as it is or prepared.
+      state: of this tensor, float32.
       role: what ``x`` is.
       views: how each of its two GEMMs sees ``x``. Input and kernel: fprop, then the backward GEMM
         (wgrad for the input, dgrad for the kernel). Output gradient: the GEMM that gives the left
         operand's gradient, then the right one's. Where one GEMM keeps axes, the other contracts.
       key: PRNG key to round by, or None to round to nearest.
-      observed: whether the observation is wanted.
+      observed: whether the new state is wanted. Without it, a pass over ``x`` may be spared.
 
     Returns:
-      One ``QTensor`` for each of these GEMMs, and an observation: small arrays by name, which
-      ``update`` takes, and which, added to the state, spare quantising ``x`` again from looking at
-      all of it first. None where there is none, or none is wanted and it would cost a pass.
+      One ``QTensor`` for each of these GEMMs, and the state for the next step: float32, of the
+      structure of ``state``.
     """
 
   @abc.abstractmethod
-  def update(self, state: TensorState, observation: Any, role: Role) -> TensorState:
-    """Returns the state for the next step, float32, of the structure of ``state``."""
+  def in_matrices(self, q: QTensor, view: View) -> QTensor:
+    """Returns a quantized tensor in the layout that its GEMM sees, without padding.
 
-  @property
-  @abc.abstractmethod
-  def frozen(self) -> Recipe:
-    """Returns the recipe of which ``freeze`` makes the state."""
-
-  @abc.abstractmethod
-  def freeze(self, state: TensorState, role: Role) -> TensorState:
-    """Returns the least state of ``frozen`` under which the scale is what it would be next."""
-
-  @abc.abstractmethod
-  def settle(self, state: TensorState, role: Role) -> TensorState:
-    """Returns the state with the scale that the next step would use; ``state`` where it has none.
-
-    Args:
-      state: of a tensor, float32, after ``update``.
-      role: what the tensor is.
-    """
-
-  @abc.abstractmethod
-  def in_matrices(self, q: QTensor, view: View, shape: tuple[int, ...]) -> QTensor:
-    """Returns a quantised tensor in the layout that its GEMM sees, without padding.
-
-    ``view.matrices(x) ≈ data * scale``
+    ``view.matrices(x) ≈ data * scale``. Linear in the data, which may be of any dtype.
 
     Args:
       q: as ``quantize`` returned it for one GEMM.
       view: that GEMM's, of the tensor.
-      shape: of the tensor.
 
     Returns:
       Data and float32 scales, both ``[batch, kept, contracted]``.
@@ -186,7 +152,7 @@ class Recipe(abc.ABC):
   def contract(
     self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any
   ) -> jax.Array:
-    """Multiplies two quantised tensors.
+    """Multiplies two quantized tensors.
 
     Args:
       lhs: left operand, as ``quantize`` returned it for this GEMM.
@@ -225,13 +191,13 @@ class Recipe(abc.ABC):
   @property
   def dot_general_cls(self) -> Callable[..., Any]:
     """``Fp8DotGeneral`` with this recipe, for ``nn.Dense(n, dot_general_cls=...)``."""
-    return _bind("dot_general_cls", self)
+    return _bind("Fp8DotGeneral", self)
 
   @final
   @property
   def einsum_cls(self) -> Callable[..., Any]:
     """``Fp8Einsum`` with this recipe, to be called for an instance: ``recipe.einsum_cls()``."""
-    return _bind("einsum_cls", self)
+    return _bind("Fp8Einsum", self)
 
 
 class StatelessRecipe(Recipe):
@@ -244,33 +210,47 @@ class StatelessRecipe(Recipe):
     return {}
 
   @final
-  def prepare(self, states: Mapping[Role, TensorState]) -> Mapping[Role, TensorState]:
-    """No state."""
-    return states
+  def quantize(
+    self,
+    x: jax.Array,
+    state: TensorState,
+    role: Role,
+    views: tuple[View, View],
+    key: jax.Array | None = None,
+    *,
+    observed: bool = True,
+  ) -> tuple[tuple[QTensor, QTensor], TensorState]:
+    """Quantizes for both GEMMs by the values alone."""
+    del observed
+    return self.quantize_by_itself(x, role, views, key), state
 
-  @final
-  def update(self, state: TensorState, observation: Any, role: Role) -> TensorState:
-    """No state."""
-    del observation, role
-    return state
+  @abc.abstractmethod
+  def quantize_by_itself(
+    self, x: jax.Array, role: Role, views: tuple[View, View], key: jax.Array | None
+  ) -> tuple[QTensor, QTensor]:
+    """Quantizes a tensor for the two GEMMs that take it; arguments as for ``quantize``."""
 
-  @final
+
+class StatefulRecipe(Recipe):
+  """A recipe whose scales come from earlier steps, and so are known before the tensor is."""
+
+  @abc.abstractmethod
+  def finalize_scale(self, state: TensorState, role: Role) -> TensorState:
+    """Returns the state with the scale that the next step would use.
+
+    Args:
+      state: of a tensor, float32.
+      role: what the tensor is.
+    """
+
   @property
-  def frozen(self) -> Recipe:
-    """The same: there is nothing to freeze."""
-    return self
+  @abc.abstractmethod
+  def frozen(self) -> StatefulRecipe:
+    """Returns the recipe of which ``freeze`` makes the state."""
 
-  @final
-  def freeze(self, state: TensorState, role: Role) -> TensorState:
-    """No state."""
-    del role
-    return state
-
-  @final
-  def settle(self, state: TensorState, role: Role) -> TensorState:
-    """No state."""
-    del role
-    return state
+  @abc.abstractmethod
+  def freeze(self, state: TensorState) -> TensorState:
+    """Returns the least state of ``frozen`` under which the scale is what it would be next."""
 
 
 def split_key(key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
@@ -281,16 +261,11 @@ def split_key(key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None
   return first, second
 
 
-# Recipes lie below Linen and must not import it. The modules enter themselves here.
-_MODULES: dict[str, Callable[..., Any]] = {}
-
-
-def register_module(name: str, module: Callable[..., Any]) -> None:
-  """Names the Linen module that ``Recipe.dot_general_cls`` or ``Recipe.einsum_cls`` binds."""
-  _MODULES[name] = module
-
-
 @functools.cache
-def _bind(name: str, recipe: Recipe) -> Callable[..., Any]:
-  """Binds once a recipe, so that two models with equal recipes are equal and compile once."""
-  return functools.partial(_MODULES[name], recipe=recipe)
+def _bind(module: str, recipe: Recipe) -> Callable[..., Any]:
+  """Binds a recipe to a Linen module, once: two models with equal recipes compile once.
+
+  The module lies above this package, which knows nothing else of it, and is looked up by its name.
+  """
+  linen = importlib.import_module("flax_fp8.linen")
+  return functools.partial(getattr(linen, module), recipe=recipe)

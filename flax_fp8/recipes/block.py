@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from flax_fp8.contraction import Gemm, View, in_blocks
 from flax_fp8.formats import Format
 from flax_fp8.products import dot_chunks
 from flax_fp8.quantize import QTensor, current_scale, quantize
-from flax_fp8.recipes.base import GemmKind, Role, StatelessRecipe, TensorState, split_key
+from flax_fp8.recipes.base import GemmKind, Role, StatelessRecipe, split_key
 from flax_fp8.sharding import evenly, explicit_sharding, in_auto
 
 BLOCK = 128
@@ -68,31 +67,23 @@ class Float8BlockScaling(StatelessRecipe):
   fp8_format: Format = Format.E4M3
   power_of_two: bool = True
 
-  def quantize(
-    self,
-    x: jax.Array,
-    state: TensorState,
-    role: Role,
-    views: tuple[View, View],
-    key: jax.Array | None,
-    *,
-    observed: bool = True,
-  ) -> tuple[tuple[QTensor, QTensor], None]:
-    """Quantises kernels once for both GEMMs; other tensors once for each, along what it contracts.
+  def quantize_by_itself(
+    self, x: jax.Array, role: Role, views: tuple[View, View], key: jax.Array | None
+  ) -> tuple[QTensor, QTensor]:
+    """Quantizes kernels once for both GEMMs; other tensors once for each, along what it contracts.
 
     Returns:
-      Data ``[chunks, batch, rows, 128]`` and scales ``[chunks, batch, rows]``; and no observation.
+      Data ``[chunks, batch, rows, 128]`` and scales ``[chunks, batch, rows]``.
     """
-    del state, observed
     first, second = (_sharding(x, view) for view in views)
     if role is Role.KERNEL:
       tiles = lambda x, key: self._tiles(x, views, key)
-      return in_auto(tiles, (first, second), x, key), None
+      return in_auto(tiles, (first, second), x, key)
     strips = lambda x, keys: (
       self._strips(x, role, views[0], keys[0]),
       self._strips(x, role, views[1], keys[1]),
     )
-    return in_auto(strips, (first, second), x, split_key(key)), None
+    return in_auto(strips, (first, second), x, split_key(key))
 
   def _strips(self, x: jax.Array, role: Role, view: View, key: jax.Array | None) -> QTensor:
     """Quantises in blocks of 1×128."""
@@ -115,9 +106,9 @@ class Float8BlockScaling(StatelessRecipe):
     scale, inverse = current_scale(blocks, float8, (2, 4), self.power_of_two)
     return quantize(blocks, scale, float8, inverse, key)
 
-  def in_matrices(self, q: QTensor, view: View, shape: tuple[int, ...]) -> QTensor:
+  def in_matrices(self, q: QTensor, view: View) -> QTensor:
     """Puts the blocks of each row side by side."""
-    columns = math.prod(shape[axis] for axis in view.contracting)
+    columns = view.sizes[2]
     join = lambda x: lax.transpose(x, (1, 2, 0, 3)).reshape(*x.shape[1:3], -1)[:, :, :columns]
     return QTensor(join(q.data), join(jnp.broadcast_to(q.scale[..., None], q.data.shape)))
 
@@ -143,7 +134,7 @@ def _sharding(x: jax.Array, view: View) -> NamedSharding | None:
   """Returns how chunks and their scales are sharded: as the tensor, where they divide evenly."""
   if (sharding := explicit_sharding(x)) is None:
     return None
-  batch, kept, columns = view.sizes(x.shape)
+  batch, kept, columns = view.sizes
   by_batch, by_kept, by_columns = view.mesh_axes(sharding)
   return evenly(sharding, (-(-columns // BLOCK), batch, kept), (by_columns, by_batch, by_kept))
 

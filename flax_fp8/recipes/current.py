@@ -11,7 +11,7 @@ from flax_fp8.capability import Needs
 from flax_fp8.contraction import Gemm, View
 from flax_fp8.products import dot_per_tensor, scaled_matrices
 from flax_fp8.quantize import QTensor, current_scale, quantize
-from flax_fp8.recipes.base import GemmKind, Role, StatelessRecipe, TensorState
+from flax_fp8.recipes.base import GemmKind, Role, StatelessRecipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,29 +55,18 @@ class Float8CurrentScaling(StatelessRecipe):
 
   power_of_two: bool = False
 
-  def quantize(
-    self,
-    x: jax.Array,
-    state: TensorState,
-    role: Role,
-    views: tuple[View, View],
-    key: jax.Array | None,
-    *,
-    observed: bool = True,
-  ) -> tuple[tuple[QTensor, QTensor], TensorState]:
-    """Quantises once for both GEMMs; observes the scale and its inverse."""
-    del views, observed
+  def quantize_by_itself(
+    self, x: jax.Array, role: Role, views: tuple[View, View], key: jax.Array | None
+  ) -> tuple[QTensor, QTensor]:
+    """Quantizes once for both GEMMs."""
+    del views
     float8 = self.float8(role)
-    if "scale" in state:
-      scale, inverse = state["scale"], state["inverse"]
-    else:
-      scale, inverse = current_scale(x, float8, power_of_two=self.power_of_two)
+    scale, inverse = current_scale(x, float8, power_of_two=self.power_of_two)
     q = quantize(x, scale, float8, inverse, key)
-    return (q, q), {"scale": scale, "inverse": inverse}
+    return q, q
 
-  def in_matrices(self, q: QTensor, view: View, shape: tuple[int, ...]) -> QTensor:
+  def in_matrices(self, q: QTensor, view: View) -> QTensor:
     """The scale for each element."""
-    del shape
     return scaled_matrices(q, view)
 
   def contract(

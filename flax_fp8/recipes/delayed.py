@@ -7,7 +7,6 @@ scale and a history of amaxes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -20,7 +19,7 @@ from flax_fp8.capability import Needs
 from flax_fp8.contraction import Gemm, View
 from flax_fp8.products import dot_per_tensor, scaled_matrices
 from flax_fp8.quantize import QTensor, quantize, scale_from_amax
-from flax_fp8.recipes.base import GemmKind, Recipe, Role, TensorState
+from flax_fp8.recipes.base import GemmKind, Role, StatefulRecipe, TensorState
 
 AmaxComputeAlgo = Literal["max", "most_recent"]
 FirstStep = Literal["stored", "current"]
@@ -99,7 +98,7 @@ def resize_history(history: jax.Array, length: int, axis: int = -1) -> jax.Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DelayedScaling(Recipe):
+class DelayedScaling(StatefulRecipe):
   """Per-tensor scaling by the amaxes of earlier steps.
 
   At step t, with ``h`` the amaxes of steps before t::
@@ -200,47 +199,33 @@ class DelayedScaling(Recipe):
       state["steps_to_update"] = np.zeros((1,), np.float32)
     return state
 
-  def prepare(self, states: Mapping[Role, TensorState]) -> dict[Role, TensorState]:
-    """Adds the scales that the histories imply."""
-    found = {role: self._scale_of_history(state, role) for role, state in states.items()}
-    return {
-      role: {**state, "next_scale": found[role][0], "next_inverse": found[role][1]}
-      for role, state in states.items()
-    }
-
   def quantize(
     self,
     x: jax.Array,
     state: TensorState,
     role: Role,
     views: tuple[View, View],
-    key: jax.Array | None,
+    key: jax.Array | None = None,
     *,
     observed: bool = True,
-  ) -> tuple[tuple[QTensor, QTensor], TensorState | None]:
-    """Quantises once for both GEMMs; observes the scale and the amax."""
-    float8, own = self.float8(role), {"scale": state["scale"], "history": state["amax_history"]}
-    if self._waits_for_amax:
-      seen = state["amax"] if "amax" in state else amax(x, own)
-      scale, inverse = (value.reshape(()) for value in self._scale(state, seen, role))
-      q = quantize(x, scale, float8, inverse, key, stale=True)
-      return (q, q), {"used_scale": scale, "amax": seen}
-    scale, inverse = (value.reshape(()) for value in self._scale(state, None, role))
-    if not observed:
-      q = quantize(x, scale, float8, inverse, key, stale=True)
-      return (q, q), None
-    # One kernel casts and finds the amax. Without the barrier XLA makes it a kernel that casts and
-    # transposes, and reads the tensor again for the amax.
-    data = lax.optimization_barrier(quantize(x, scale, float8, inverse, key, stale=True).data)
-    q = QTensor(data, scale)
-    return (q, q), {"used_scale": scale, "amax": amax(x, own)}
+  ) -> tuple[tuple[QTensor, QTensor], TensorState]:
+    """Quantizes once for both GEMMs; keeps the scale, and records the amax."""
+    del views
+    waits = self.first_step == "current" or self.overflow == "current"
+    seen = amax(x, state) if waits or observed else None
+    scale, inverse = self._scale(state, seen if waits else None, role)
+    q = quantize(x, scale.reshape(()), self.float8(role), inverse.reshape(()), key, stale=True)
+    if seen is None:
+      return (q, q), state
+    if not waits:
+      # One kernel casts and finds the amax. Without the barrier XLA makes it a kernel that casts
+      # and transposes, and reads the tensor again for the amax.
+      q = QTensor(lax.optimization_barrier(q.data), q.scale)
+    return (q, q), self._record(state, scale, seen)
 
-  def update(self, state: TensorState, observation: Any, role: Role) -> TensorState:
-    """Keeps the scale that this step used, and records its amax."""
-    new = {
-      "scale": observation["used_scale"].reshape(state["scale"].shape),
-      "amax_history": roll_history(state["amax_history"], observation["amax"]),
-    }
+  def _record(self, state: TensorState, scale: jax.Array, seen: jax.Array) -> TensorState:
+    """Returns the state after a step that used a scale and saw an amax."""
+    new = {"scale": scale, "amax_history": roll_history(state["amax_history"], seen)}
     if self.interval > 1:
       due, empty = self._is_due(state), self._is_empty(state)
       waited = jnp.where(due & ~empty, self.interval, state["steps_to_update"]) - 1.0
@@ -254,24 +239,22 @@ class DelayedScaling(Recipe):
       self, amax_history_len=1, interval=1, first_step="stored", overflow="saturate"
     )
 
-  def freeze(self, state: TensorState, role: Role) -> TensorState:
+  def freeze(self, state: TensorState) -> TensorState:
     """Keeps of the history the one amax that the scale comes from."""
-    del role
     history = state["amax_history"]
     largest = jnp.max(history, axis=0) if self.amax_compute_algo == "max" else history[0]
     if self.interval > 1:
       largest = jnp.where(self._is_due(state), largest, 0.0)
     return {"scale": state["scale"], "amax_history": largest.reshape(1)}
 
-  def settle(self, state: TensorState, role: Role) -> TensorState:
+  def finalize_scale(self, state: TensorState, role: Role) -> TensorState:
     """Makes the scale of the history now, whatever the interval."""
     scale, _ = self._scale_of_history(state, role)
     due = {"steps_to_update": jnp.zeros((1,), jnp.float32)} if self.interval > 1 else {}
     return {**state, "scale": scale, **due}
 
-  def in_matrices(self, q: QTensor, view: View, shape: tuple[int, ...]) -> QTensor:
+  def in_matrices(self, q: QTensor, view: View) -> QTensor:
     """The scale for each element."""
-    del shape
     return scaled_matrices(q, view)
 
   def contract(
@@ -316,8 +299,6 @@ class DelayedScaling(Recipe):
 
   def _scale_of_history(self, state: TensorState, role: Role) -> tuple[jax.Array, jax.Array]:
     """Returns the scale that the history implies, and its inverse."""
-    if "next_scale" in state:
-      return state["next_scale"], state["next_inverse"]
     return next_scale(
       state["scale"],
       state["amax_history"],
@@ -326,11 +307,6 @@ class DelayedScaling(Recipe):
       margin=self.margin,
       power_of_two=self.power_of_two,
     )
-
-  @property
-  def _waits_for_amax(self) -> bool:
-    """Whether a scale may be that of the tensor's own amax."""
-    return self.first_step == "current" or self.overflow == "current"
 
   def _is_due(self, state: TensorState) -> jax.Array:
     return state["steps_to_update"] == 0.0

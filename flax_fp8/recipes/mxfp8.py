@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal, get_args
 
 import jax
@@ -18,7 +17,7 @@ from flax_fp8.contraction import Gemm, View, in_blocks
 from flax_fp8.formats import Float8, Format
 from flax_fp8.products import dot_microscaled
 from flax_fp8.quantize import QTensor, quantize
-from flax_fp8.recipes.base import GemmKind, Role, StatelessRecipe, TensorState, split_key
+from flax_fp8.recipes.base import GemmKind, Role, StatelessRecipe, split_key
 from flax_fp8.sharding import evenly, explicit_sharding, in_auto
 
 BLOCK = 32
@@ -99,7 +98,8 @@ class MXFP8BlockScaling(StatelessRecipe):
     ValueError: ``scale_rounding``, ``high_precision`` or ``grad_rounding`` is unknown.
 
   Numerics:
-    Scaling is exact. Sizes that are no multiples of 32 are padded with zeros, which changes neither
+    Scaling is exact. Finite values beyond ``(2 - 2**-mantissa_bits) * 2**127``, 3.19e38 in E4M3,
+    saturate to it: rounded, they would leave float32. Sizes that are no multiples of 32 are padded with zeros, which changes neither
     scales nor sums. A block of zeros has scale 1. One that holds a NaN or an infinity has scale
     NaN, and so have the elements of the product that sum over it. Several contracted axes count as
     one, in their order.
@@ -125,32 +125,24 @@ class MXFP8BlockScaling(StatelessRecipe):
         f"scale_rounding={self.scale_rounding!r}. Pass one of these strings."
       )
 
-  def quantize(
-    self,
-    x: jax.Array,
-    state: TensorState,
-    role: Role,
-    views: tuple[View, View],
-    key: jax.Array | None,
-    *,
-    observed: bool = True,
-  ) -> tuple[tuple[QTensor, QTensor], None]:
-    """Quantises once for each GEMM, along what it contracts.
+  def quantize_by_itself(
+    self, x: jax.Array, role: Role, views: tuple[View, View], key: jax.Array | None
+  ) -> tuple[QTensor, QTensor]:
+    """Quantizes once for each GEMM, along what it contracts.
 
     Returns:
-      Data ``[batch, rows, K]`` and scales ``[batch, rows, K / 32]``; and no observation.
+      Data ``[batch, rows, K]`` and scales ``[batch, rows, K / 32]``.
     """
-    del state, observed
     shardings = tuple(_sharding(x, view) for view in views)
     blocks = lambda x, keys: (
       self._blocks(x, role, views[0], keys[0]),
       self._blocks(x, role, views[1], keys[1]),
     )
-    return in_auto(blocks, shardings, x, split_key(key)), None
+    return in_auto(blocks, shardings, x, split_key(key))
 
   def _blocks(self, x: jax.Array, role: Role, view: View, key: jax.Array | None) -> QTensor:
     float8 = self.float8(role)
-    blocks = in_blocks(view.matrices(x), 1, BLOCK)
+    blocks = in_blocks(_within_float32(view.matrices(x), float8), 1, BLOCK)
     codes = microscale(largest_magnitude(blocks, (4,)), float8, self.scale_rounding)
     e8m0 = lax.bitcast_convert_type(codes, jnp.float8_e8m0fnu)
     scale = e8m0.astype(jnp.float32)
@@ -158,9 +150,9 @@ class MXFP8BlockScaling(StatelessRecipe):
     batch, rows, _, chunks, _ = blocks.shape
     return QTensor(data.reshape(batch, rows, chunks * BLOCK), e8m0.reshape(batch, rows, chunks))
 
-  def in_matrices(self, q: QTensor, view: View, shape: tuple[int, ...]) -> QTensor:
+  def in_matrices(self, q: QTensor, view: View) -> QTensor:
     """The scale for each element."""
-    columns = math.prod(shape[axis] for axis in view.contracting)
+    columns = view.sizes[2]
     scale = jnp.repeat(q.scale.astype(jnp.float32), BLOCK, axis=2)
     return QTensor(q.data[:, :, :columns], scale[:, :, :columns])
 
@@ -182,9 +174,21 @@ class MXFP8BlockScaling(StatelessRecipe):
     return Needs(self.fp8_format, block_scales=jnp.float8_e8m0fnu)
 
 
+def _within_float32(x: jax.Array, float8: Float8) -> jax.Array:
+  """Limits finite values to the largest that FP8 and a power of two make within float32's range.
+
+  What lies between that value and float32's largest would be rounded up to ``2**128``.
+  """
+  largest = np.float32((2.0 - 2.0**-float8.mantissa_bits) * 2.0**127)
+  if x.dtype == jnp.float16:
+    return x
+  largest = largest.astype(x.dtype)
+  return jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
+
+
 def _sharding(x: jax.Array, view: View) -> NamedSharding | None:
   """Returns how blocks and their scales are sharded: as the tensor, where they divide evenly."""
   if (sharding := explicit_sharding(x)) is None:
     return None
-  batch, kept, columns = view.sizes(x.shape)
+  batch, kept, columns = view.sizes
   return evenly(sharding, (batch, kept, -(-columns // BLOCK)), view.mesh_axes(sharding))

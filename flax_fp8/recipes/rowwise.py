@@ -12,7 +12,7 @@ from flax_fp8.contraction import Gemm, View
 from flax_fp8.formats import Format
 from flax_fp8.products import dot_per_row, scaled_matrices
 from flax_fp8.quantize import QTensor, current_scale, quantize
-from flax_fp8.recipes.base import GemmKind, Role, StatelessRecipe, TensorState, split_key
+from flax_fp8.recipes.base import GemmKind, Role, StatelessRecipe, split_key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,18 +59,10 @@ class Float8RowwiseScaling(StatelessRecipe):
   fp8_format: Format = Format.E4M3
   power_of_two: bool = False
 
-  def quantize(
-    self,
-    x: jax.Array,
-    state: TensorState,
-    role: Role,
-    views: tuple[View, View],
-    key: jax.Array | None,
-    *,
-    observed: bool = True,
-  ) -> tuple[tuple[QTensor, QTensor], None]:
-    """Quantises once for each GEMM, along what it contracts."""
-    del state, observed
+  def quantize_by_itself(
+    self, x: jax.Array, role: Role, views: tuple[View, View], key: jax.Array | None
+  ) -> tuple[QTensor, QTensor]:
+    """Quantizes once for each GEMM, along what it contracts."""
     float8 = self.float8(role)
 
     def along(view: View, key: jax.Array | None) -> QTensor:
@@ -78,11 +70,10 @@ class Float8RowwiseScaling(StatelessRecipe):
       return quantize(x, scale, float8, inverse, key)
 
     first, second = split_key(key)
-    return (along(views[0], first), along(views[1], second)), None
+    return along(views[0], first), along(views[1], second)
 
-  def in_matrices(self, q: QTensor, view: View, shape: tuple[int, ...]) -> QTensor:
+  def in_matrices(self, q: QTensor, view: View) -> QTensor:
     """The scale for each element."""
-    del shape
     return scaled_matrices(q, view)
 
   def contract(

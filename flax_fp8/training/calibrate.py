@@ -115,7 +115,7 @@ def calibrate(
   _report(total, bad)
   if stateless:
     return stats(new)
-  new = run.settle(new, batch, rngs)
+  new = run.finalize(new, batch, rngs)
   return flax.core.freeze(new) if isinstance(variables, flax.core.FrozenDict) else new
 
 
@@ -146,9 +146,9 @@ class _Run:
     """Records a batch; tells whether it was sound."""
     return self._run(self._observing, variables, batch, rngs)
 
-  def settle(self, variables: Any, batch: Any, rngs: Any) -> Any:
+  def finalize(self, variables: Any, batch: Any, rngs: Any) -> Any:
     """Gives each state the scale that its history implies; metrics see the batch at that scale."""
-    return self._run(Calibration(settles=True), variables, batch, rngs)[0]
+    return self._run(Calibration(finalizes=True), variables, batch, rngs)[0]
 
   def _run(self, how: Calibration, variables: Any, batch: Any, rngs: Any) -> tuple[Any, bool]:
     state, rest = partition_for_grad_overwrite(variables)
@@ -161,18 +161,18 @@ class _Run:
     loss = lambda state, params: self._loss(
       merge({**rest, "params": params}, state), static.join(arrays), rngs
     )
-    argnums = (0,) if self._loss_fn is None or how.settles else (0, 1)
+    argnums = (0,) if self._loss_fn is None or how.finalizes else (0, 1)
     with calibrating(how):
       (_, sound), (new, *gradients) = value_and_grad(loss, argnums, has_aux=True)(
         state, rest["params"]
       )
-    sound = (sound & ~_has_nan(gradients)) | how.settles
+    sound = (sound & ~_has_nan(gradients)) | how.finalizes
 
     def record(path: Any, new: jax.Array, old: jax.Array) -> jax.Array:
       name = _variable_name(path)
       if self._loss_fn is None and name.startswith(_NOT_FORWARD):
         return old
-      worst = name in NAMES and not how.settles
+      worst = name in NAMES and not how.finalizes
       return jnp.where(sound, jnp.maximum(old, new) if worst else new, old)
 
     return jax.tree_util.tree_map_with_path(record, new, state), sound

@@ -13,7 +13,7 @@ from jax import lax
 
 from flax_fp8 import _compat
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
-from flax_fp8.meta_dtype import cast_here, fp32_max_grad, is_max_grad, to_max_grad
+from flax_fp8.meta_dtype import cast_here, cast_once, fp32_max_grad, is_max_grad, to_max_grad
 from flax_fp8.training.state import overwrite_leaf
 
 
@@ -62,7 +62,7 @@ def _cast_if_state(path: Any, leaf: Any) -> Any:
       f"as_max_grad: FP8 state must be float32; got {jax.tree_util.keystr(path)} of {dtype=}. "
       f"Keep the collection {OVERWRITE_WITH_GRADIENT!r} out of casts of parameters."
     )
-  return to_max_grad(leaf)
+  return to_max_grad(cast_once(leaf))
 
 
 def value_and_grad(
@@ -222,7 +222,7 @@ def _collect(path: Any, grad: Any, old: Any) -> Any:
   if not is_state(path):
     return grad
   new = overwrite_leaf(old, grad)
-  # Inside an unchecked shard_map all devices but the first emitted zero (flax_fp8.amax.emit_once).
+  # Where a cached program was traced for another body, all devices but the first may give zero.
   axes = _compat.unchecked_manual_axes()
   return lax.pmax(new, axes) if axes else new
 

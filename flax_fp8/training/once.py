@@ -11,7 +11,7 @@ import jax.core
 from flax_fp8 import _compat
 from flax_fp8.ops import saved
 
-_OF_KERNELS = jax.checkpoint_policies.save_only_these_names(*saved.ALL_OF_KERNELS)
+_OF_KERNELS = jax.checkpoint_policies.save_only_these_names(*saved.OF_KERNELS)
 
 
 def kernels_first(
@@ -31,8 +31,7 @@ def kernels_first(
     ``lambda microbatch: fun(variables, microbatch)``, which quantises no kernel that is a
     parameter.
   """
-  with saved.kernels_once():
-    traced, shapes = jax.make_jaxpr(fun, return_shape=True)(variables, microbatch)
+  traced, shapes = jax.make_jaxpr(fun, return_shape=True)(variables, microbatch)
   closed_over, known = len(traced.consts), [*traced.consts, *jax.tree.leaves(variables)]
   unknown = jax.tree.leaves(microbatch)
   evaluate = lambda *args: jax.core.eval_jaxpr(

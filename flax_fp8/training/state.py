@@ -12,7 +12,7 @@ import optax
 
 from flax_fp8.linen.boxes import rebox, unbox
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
-from flax_fp8.meta_dtype import as_written, is_written, to_float32
+from flax_fp8.meta_dtype import to_float32
 from flax_fp8.recipes.base import Role
 
 
@@ -46,6 +46,36 @@ def partition_for_grad_overwrite(tree: Any) -> tuple[Any, Any]:
     if below:
       overwrites[key] = below
   return overwrites, rest
+
+
+def parameters(tree: Any) -> Any:
+  """Returns what an optimizer trains.
+
+  Args:
+    tree: bare parameters; a variables dict, whose collection ``params`` it is; or either of these
+      for each of several models, in mappings.
+
+  Returns:
+    ``tree`` itself where nothing in it is FP8 state or a variables dict.
+  """
+  if not isinstance(tree, Mapping):
+    return tree
+  if "params" in tree:
+    return tree["params"]
+  if not partition_for_grad_overwrite(tree)[0]:
+    return tree
+  return {key: parameters(value) for key, value in tree.items() if key != OVERWRITE_WITH_GRADIENT}
+
+
+def as_variables(params: Any, like: Any) -> Any:
+  """Puts what ``parameters(like)`` took apart back in its place; the inverse, without the rest."""
+  if not isinstance(like, Mapping):
+    return params
+  if "params" in like:
+    return {"params": params}
+  if not partition_for_grad_overwrite(like)[0]:
+    return params
+  return {key: as_variables(value, like[key]) for key, value in params.items()}
 
 
 def apply_updates(variables: Any, updates: Any, overwrite: Any) -> Any:
@@ -154,8 +184,6 @@ def keep_unused(old: Any, new: Any) -> Any:
 def _keep_unused_variable(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> jax.Array:
   """Decides by the variable itself (-inf), and by the scale beside it (zero)."""
   kept = overwrite_leaf(old[name], new[name])
-  if is_written(new[name]):
-    return kept
   roles = [role.value for role in Role if name.startswith(f"{role.value}_")]
   scales = [f"{role}_scale" for role in roles if f"{role}_scale" in new]
   for scale in scales:
@@ -173,7 +201,5 @@ def overwrite_leaf(old: Any, new: Any) -> jax.Array:
   Returns:
     float32; shape of ``old``.
   """
-  if is_written(new):  # a select would be a kernel of its own for each leaf
-    return as_written(to_float32(new))
   old, new = to_float32(old), to_float32(new)
   return jnp.where(jnp.isneginf(new), old, new)

@@ -18,14 +18,20 @@ from flax_fp8.meta_dtype import cast_here
 from flax_fp8.training.loss_scale import all_finite
 from flax_fp8.training.max_grad import as_max_grad, is_state
 from flax_fp8.training.metrics import NAMES
-from flax_fp8.training.state import apply_updates
+from flax_fp8.training.state import (
+  apply_updates,
+  as_variables,
+  parameters,
+  partition_for_grad_overwrite,
+)
 
 
 class TrainState(train_state.TrainState):
   """Flax's ``TrainState``, right for FP8 state.
 
-  ``params`` may be the bare parameters or the whole variables dict. Of a variables dict, the
-  optimiser sees the collection ``params`` alone; ``_overwrite_with_gradient`` is replaced by its
+  ``params`` may be bare parameters, a variables dict, or a mapping with one of these for each of
+  several models, ``{"generator": variables, "discriminator": variables}``. Of a variables dict, the
+  optimizer sees the collection ``params`` alone; ``_overwrite_with_gradient`` is replaced by its
   gradient; every other collection stays as it is. So gradient clipping, weight decay and averages
   inside ``tx`` never see a scale.
 
@@ -95,13 +101,18 @@ class TrainState(train_state.TrainState):
         goes into it by ``restore_checkpoint(..., allow_missing=["skipped_steps"])``.
       **kwargs: other fields.
     """
+    if any(is_state(path) for path, _ in jax.tree_util.tree_leaves_with_path(parameters(params))):
+      raise ValueError(
+        "TrainState.create: FP8 state must lie in nested mappings, so that the optimizer does not "
+        f"get it; got params of {type(params).__name__}. Name the models: {{'generator': ...}}."
+      )
     made = _skipping(cls) if skip_nonfinite and cls.skipped_steps is None else cls
     return made(
       step=0,
       apply_fn=_MaxGradApply(apply_fn),
       params=params,
       tx=tx,
-      opt_state=tx.init(_parameters(params)),
+      opt_state=tx.init(parameters(params)),
       **kwargs,
     )
 
@@ -120,15 +131,16 @@ class TrainState(train_state.TrainState):
       ValueError: a collection that ``params`` has is missing from ``grads``, or differs in
         structure.
     """
-    if not _is_variables(self.params):
+    if (trained := parameters(self.params)) is self.params:
       new: TrainState = super().apply_gradients(grads=grads, **kwargs)
       return self._unless_nonfinite(new, grads)
     _check_collections(grads, self.params)
-    updates, opt_state = self.tx.update(grads["params"], self.opt_state, self.params["params"])
-    overwrite = {k: grads[k] for k in (OVERWRITE_WITH_GRADIENT,) if k in self.params}
-    params = apply_updates(self.params, {"params": updates}, overwrite)
+    own = parameters(grads)
+    updates, opt_state = self.tx.update(own, self.opt_state, trained)
+    overwrite, _ = partition_for_grad_overwrite(grads)
+    params = apply_updates(self.params, as_variables(updates, self.params), overwrite)
     new = self.replace(step=self.step + 1, params=params, opt_state=opt_state, **kwargs)
-    return self._unless_nonfinite(new, grads["params"])
+    return self._unless_nonfinite(new, own)
 
   def _unless_nonfinite(self, new: TrainState, grads: Any) -> TrainState:
     """Takes back what a step did, but its count and the metrics, where gradients are not finite."""
@@ -170,28 +182,24 @@ def _is_metric(path: Any) -> bool:
   return is_state(path) and getattr(path[-1], "key", None) in NAMES
 
 
-def _is_variables(params: Any) -> bool:
-  return isinstance(params, Mapping) and "params" in params
-
-
-def _parameters(params: Any) -> Any:
-  return params["params"] if _is_variables(params) else params
-
-
-def _check_collections(grads: Any, variables: Any) -> None:
-  for collection in ("params", OVERWRITE_WITH_GRADIENT):
-    if collection not in variables:
-      continue
-    if collection not in grads:
+def _check_collections(grads: Any, variables: Any, where: str = "params") -> None:
+  """Raises ValueError where gradients are not of the structure of what is trained or overwritten."""
+  own = [name for name in ("params", OVERWRITE_WITH_GRADIENT) if name in variables]
+  below = [] if "params" in own else [name for name in variables if name not in own]
+  for name in (*own, *below):
+    if not isinstance(grads, Mapping) or name not in grads:
       raise ValueError(
-        f"TrainState.apply_gradients: grads must hold the collection {collection!r}, as params "
-        f"does; got collections {sorted(grads)}. Differentiate the loss with respect to the whole "
-        "of state.params."
+        f"TrainState.apply_gradients: grads must hold {name!r}, as {where} does; got "
+        f"{sorted(grads) if isinstance(grads, Mapping) else type(grads)}. Differentiate the loss "
+        "with respect to the whole of state.params."
       )
-    want, got = (jax.tree.structure(flax.core.unfreeze(t[collection])) for t in (variables, grads))
+    if name in below and partition_for_grad_overwrite(variables[name])[0]:
+      _check_collections(grads[name], variables[name], f"{where}[{name!r}]")
+      continue
+    want, got = (jax.tree.structure(flax.core.unfreeze(t[name])) for t in (variables, grads))
     if want != got:
       raise ValueError(
-        f"TrainState.apply_gradients: grads must have the structure of params; got, in "
-        f"{collection!r}, {got} where params has {want}. Differentiate the loss with respect to "
-        "state.params, and pass on its gradient unchanged."
+        f"TrainState.apply_gradients: grads must have the structure of {where}; got, in {name!r}, "
+        f"{got} where {where} has {want}. Differentiate the loss with respect to state.params, and "
+        "pass on its gradient unchanged."
       )

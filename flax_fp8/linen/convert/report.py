@@ -41,14 +41,14 @@ class Row:
     """Bytes that FP8 saves between forward and backward pass, its state deducted.
 
     ``((itemsize - 1) * (inputs * calls + kernel) - state) * stacked``: what a GEMM keeps for the
-    backward pass takes one byte an element. Of a kernel that is a parameter of the GEMM's dtype it
-    keeps nothing, in FP8 as without.
+    backward pass takes one byte an element. Of a kernel that is a parameter of the GEMM's dtype the
+    GEMM keeps nothing in high precision, and a byte an element in FP8.
     """
     if self.recipe is None:
       return 0
-    kept = self.layer.inputs * self.calls
-    kept += 0 if self.layer.stored else self.layer.kernel_size
-    return ((self.layer.itemsize - 1) * kept - state_bytes(self.recipe)) * self.stacked
+    inputs, kernel = self.layer.inputs * self.calls, self.layer.kernel_size
+    before = self.layer.itemsize * (inputs + (0 if self.layer.stored else kernel))
+    return (before - inputs - kernel - state_bytes(self.recipe)) * self.stacked
 
 
 def state_bytes(recipe: Recipe) -> int:

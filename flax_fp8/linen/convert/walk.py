@@ -22,7 +22,6 @@ from flax_fp8.contraction import plan_einsum
 from flax_fp8.linen.convert import functions
 from flax_fp8.linen.convert.patterns import Layer, Pattern, at, first_match
 from flax_fp8.linen.dot_general import Fp8DotGeneral, Fp8Einsum
-from flax_fp8.linen.state import is_among
 from flax_fp8.ops.check import COMPUTE_DTYPES
 from flax_fp8.recipes.base import Recipe
 
@@ -151,7 +150,7 @@ class _OwnContractions:
       kind="Einsum" if is_layer else kind,
       inputs=lhs.size,
       itemsize=jnp.promote_types(lhs.dtype, rhs.dtype).itemsize,
-      stored=is_among(self.module.variables.get("params", {}), rhs),
+      stored=_is_among(self.module.variables.get("params", {}), rhs),
       refusal=_refuse(options.get("precision"), lhs.dtype, rhs.dtype),
       **sizes(),
     )
@@ -167,6 +166,12 @@ class _OwnContractions:
     for key in options.keys() - left.keys():
       del options[key]
     return cls(recipe=recipe, emulate=self.walk.emulate, parent=scope.push(name, reuse=True))
+
+
+def _is_among(params: Any, kernel: jax.Array) -> bool:
+  """Tells whether parameters hold a kernel, judged by its dtype and size."""
+  leaves = jax.tree.leaves(params)
+  return any(leaf.dtype == kernel.dtype and leaf.size == kernel.size for leaf in leaves)
 
 
 def join(path: tuple[str, ...]) -> str:

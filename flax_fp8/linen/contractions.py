@@ -1,0 +1,71 @@
+"""What modules that contract in FP8 have in common, and one call of such a module."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flax_fp8.ops.dot_general import plan_dot_general
+from flax_fp8.ops.einsum import plan_einsum
+from flax_fp8.ops.plan import Plan
+
+
+class FP8Contraction:
+  """Base of the modules that are called as ``lax.dot_general`` or ``jnp.einsum``.
+
+  Attributes:
+    result_like_kernel: whether the result has the dtype of ``rhs`` unless another is asked for.
+  """
+
+  result_like_kernel: ClassVar[bool] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """One call of a module that contracts, the same for both kinds of them.
+
+  Attributes:
+    plan: of the contraction.
+    input: as the contraction takes it.
+    kernel: as the contraction takes it.
+    rhs: the kernel as the module was given it.
+    reduction: einsum equation that makes the one of the other; None where they are the same.
+    permutation: transposition of the contraction's result.
+  """
+
+  plan: Plan
+  input: jax.Array
+  kernel: jax.Array
+  rhs: jax.Array
+  reduction: str | None
+  permutation: tuple[int, ...]
+
+  @classmethod
+  def of(cls, module: Any, args: Any, kwargs: Any) -> Call:
+    """Reads the arguments of a call."""
+    given = inspect.signature(type(module).__call__).bind(module, *args, **kwargs).arguments
+    lhs, rhs = jnp.asarray(given["lhs"]), jnp.asarray(given["rhs"])
+    preferred = given.get("preferred_element_type")
+    if module.result_like_kernel:
+      preferred = preferred or rhs.dtype
+    asked = given.get("out_sharding")
+    how = {
+      "preferred_element_type": preferred,
+      "out_sharding": getattr(module, "out_sharding", None) if asked is None else asked,
+    }
+    name, equation = type(module).__name__, given.get("equation", given.get("eqn"))
+    if equation is None:
+      plan = plan_dot_general(name, module.recipe, lhs, rhs, given["dimension_numbers"], **how)
+      return cls(plan, lhs, rhs, rhs, None, tuple(range(len(plan.fprop.gemm.shape))))
+    parts = plan_einsum(name, module.recipe, equation, lhs, rhs, **how)
+    operands = parts.operands[::-1] if parts.plan.kernel_is_left else parts.operands
+    return cls(parts.plan, *operands, rhs, parts.kernel_reduction, parts.permutation)
+
+  def finish(self, out: jax.Array) -> jax.Array:
+    """Makes of the contraction's result that of the module."""
+    return lax.transpose(out, self.permutation)

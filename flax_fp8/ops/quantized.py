@@ -1,0 +1,181 @@
+"""The two steps of every GEMM: its operands are quantized, and then multiplied.
+
+Both have the derivatives of the tensors that were quantized, so that a backward pass made of them
+can be differentiated again. State has no derivative here: its new value is its gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flax_fp8.contraction import View
+from flax_fp8.meta_dtype import to_float32
+from flax_fp8.ops import metrics
+from flax_fp8.ops.calibration import Calibration
+from flax_fp8.ops.plan import Plan, Product, Tensor
+from flax_fp8.products import dot_high_precision
+from flax_fp8.quantize import QTensor, dequantize
+from flax_fp8.recipes.base import Recipe, TensorState
+from flax_fp8.sharding import explicit_sharding, in_auto, replicated_as
+from flax_fp8.straight_through import QuantizedDType, with_tangent
+
+Quantized: TypeAlias = QTensor | jax.Array  # an array where the GEMM is in high precision
+
+
+def quantize(
+  plan: Plan,
+  tensor: Tensor,
+  x: jax.Array,
+  state: TensorState,
+  key: jax.Array | None = None,
+  *,
+  observed: bool = True,
+) -> tuple[tuple[Quantized, Quantized], TensorState]:
+  """Prepares a tensor for its two GEMMs: in FP8, or as it is for one in high precision.
+
+  Args:
+    plan: of the contraction.
+    tensor: which of its tensors ``x`` is.
+    x: float32, bfloat16 or float16.
+    state: of the tensor, with its metrics if any; float32 or fp32_max_grad.
+    key: PRNG key to round by, or None.
+    observed: whether the new state is wanted.
+
+  Returns:
+    The tensor for each GEMM, and its new state, float32: the old one where neither is in FP8.
+  """
+  recipe = plan.recipe
+  state = {name: lax.stop_gradient(to_float32(leaf)) for name, leaf in state.items()}
+  whole = [recipe.is_high_precision(kind) for kind in tensor.kinds]
+  if all(whole):
+    return (x, x), state
+  own, old_metrics = metrics.split(state)
+  values = lax.stop_gradient(x)
+  if plan.calibration is not None:
+    return (x, x), _calibrate(plan, plan.calibration, tensor, values, own, old_metrics)
+  pair, new = recipe.quantize(values, own, tensor.role, tensor.views, key, observed=observed)
+  if old_metrics and observed:
+    new = {**new, **_measure(plan, tensor, values, pair, old_metrics)}
+  first = x if whole[0] else _stand_for(recipe, pair[0], x, tensor.views[0])
+  if pair[0] is pair[1] and not any(whole):
+    return (first, first), new
+  second = x if whole[1] else _stand_for(recipe, pair[1], x, tensor.views[1])
+  return (first, second), new
+
+
+def _calibrate(
+  plan: Plan,
+  how: Calibration,
+  tensor: Tensor,
+  x: jax.Array,
+  own: TensorState,
+  old_metrics: TensorState,
+) -> TensorState:
+  """Returns the new state of a tensor that is multiplied as it is."""
+  finalize = lambda state: how.finalize(plan.recipe, state, tensor.role)
+  if how.finalizes and not old_metrics:
+    return finalize(own)
+  x = in_auto(how.clip, explicit_sharding(x), x)
+  pair, new = plan.recipe.quantize(x, own, tensor.role, tensor.views)
+  new = finalize(own) if how.finalizes else new
+  return {**new, **_measure(plan, tensor, x, pair, old_metrics)} if old_metrics else new
+
+
+def multiply(plan: Plan, product: Product, lhs: Quantized, rhs: Quantized) -> jax.Array:
+  """Multiplies two tensors as ``quantize`` prepared them.
+
+  Its derivative is that of the product of the dequantized tensors, in high precision.
+  """
+  recipe, gemm, dtype = plan.recipe, product.gemm, product.dtype
+  if not (isinstance(lhs, QTensor) and isinstance(rhs, QTensor)):
+    assert not isinstance(lhs, QTensor)
+    assert not isinstance(rhs, QTensor)
+    return dot_high_precision(lhs, rhs, gemm, dtype)
+
+  def value(lhs: QTensor, rhs: QTensor) -> jax.Array:
+    return recipe.contract(_in_fp8(lhs), _in_fp8(rhs), gemm, product.kind, dtype)
+
+  def in_matrices(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    out = lax.dot_general(lhs, rhs, (((2,), (2,)), ((0,), (0,)))).reshape(gemm.shape)
+    return lax.transpose(out, gemm.permutation).astype(dtype)
+
+  def dot(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    return in_auto(in_matrices, gemm.sharding, lhs, rhs)
+
+  def tangent(primals: tuple[QTensor, QTensor], dots: tuple[QTensor, QTensor]) -> jax.Array:
+    (lhs, rhs), (lhs_dot, rhs_dot) = primals, dots
+    terms: list[jax.Array] = []
+    if lhs_dot.data is not None:
+      left = _matrices(recipe, QTensor(lhs_dot.data, lhs.scale), gemm.lhs)
+      terms.append(dot(left, _dequantize(recipe, rhs, gemm.rhs)))
+    if rhs_dot.data is not None:
+      right = _matrices(recipe, QTensor(rhs_dot.data, rhs.scale), gemm.rhs)
+      terms.append(dot(_dequantize(recipe, lhs, gemm.lhs), right))
+    return (
+      sum(terms[1:], terms[0]) if terms else jnp.zeros(jax.typeof(value(lhs, rhs)).shape, dtype)
+    )
+
+  return with_tangent(value, tangent, lhs, rhs)
+
+
+def _stand_for(recipe: Recipe, q: QTensor, x: jax.Array, view: View) -> QTensor:
+  """Gives FP8 data the derivatives of the tensor that they were made of."""
+  dtype, values = QuantizedDType(q.data.dtype, x.dtype), x.dtype
+
+  def tangent(primals: Any, dots: Any) -> jax.Array:
+    data, scale, _ = primals
+    lay_out = jax.linear_transpose(
+      lambda data: recipe.in_matrices(QTensor(data, scale), view).data,
+      jax.ShapeDtypeStruct(data.shape, values),
+    )
+    return lay_out(view.matrices(dots[2]))[0]
+
+  convert = lambda data, scale, x: lax.convert_element_type(data, dtype)
+  return QTensor(with_tangent(convert, tangent, q.data, q.scale, x), q.scale)
+
+
+def _in_fp8(q: QTensor) -> QTensor:
+  return QTensor(lax.convert_element_type(q.data, q.data.dtype.fp8), q.scale)
+
+
+def _matrices(recipe: Recipe, q: QTensor, view: View) -> jax.Array:
+  return recipe.in_matrices(q, view).data
+
+
+def _dequantize(recipe: Recipe, q: QTensor, view: View) -> jax.Array:
+  """Returns what a tensor stands for as ``[batch, kept, contracted]``, with its derivatives."""
+  dtype = q.data.dtype.tangent
+
+  def value(q: QTensor) -> jax.Array:
+    matrices = recipe.in_matrices(_in_fp8(q), view)
+    return dequantize(matrices.data, matrices.scale, dtype)
+
+  def tangent(primals: Any, dots: Any) -> jax.Array:
+    return _matrices(recipe, QTensor(dots[0].data, primals[0].scale), view)
+
+  return with_tangent(value, tangent, q)
+
+
+def _measure(
+  plan: Plan, tensor: Tensor, x: jax.Array, pair: tuple[QTensor, QTensor], old: TensorState
+) -> TensorState:
+  """Measures the metrics of a tensor; once, where both GEMMs take values of one scale."""
+  recipe = plan.recipe
+  seen = [
+    (q, v)
+    for q, v, kind in zip(pair, tensor.views, tensor.kinds, strict=True)
+    if not recipe.is_high_precision(kind)
+  ]
+  if seen[0][0].scale is seen[-1][0].scale:
+    seen = seen[:1]
+
+  def measure(x: jax.Array, tensors: list[QTensor], old: TensorState) -> TensorState:
+    views = [view for _, view in seen]
+    seen_as = [(recipe.in_matrices(q, v), v) for q, v in zip(tensors, views, strict=True)]
+    return metrics.measure(x, seen_as, recipe.float8(tensor.role), old)
+
+  return in_auto(measure, replicated_as(explicit_sharding(x)), x, [q for q, _ in seen], old)

@@ -1,0 +1,157 @@
+"""FP8 values whose derivatives are those of the values that they stand for.
+
+JAX gives an FP8 array tangents in FP8, without its scale: small ones become zero, large ones NaN.
+So where a quantized tensor leaves a function that may be differentiated again, its data are of a
+dtype with the same bits whose tangents are in the dtype of the tensor, and in its units. Quantizing
+passes tangents on unchanged, straight through.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.core
+import jax.extend.core
+import numpy as np
+from jax import lax
+from jax.interpreters import ad, batching, mlir
+
+from flax_fp8 import _compat
+
+
+class QuantizedRules:
+  """What JAX asks of an extended dtype."""
+
+  allow_conversion: bool = True
+  scalar_elements: bool = True
+
+  @staticmethod
+  def physical_element_aval(dtype: Any) -> Any:
+    """Each element is one FP8 value."""
+    return jax.core.ShapedArray((), dtype.fp8)
+
+  @staticmethod
+  def convert_from(dtype: QuantizedDType, other: Any) -> bool:
+    """Conversion to its FP8 dtype alone is allowed."""
+    return other == dtype.fp8
+
+  @staticmethod
+  def convert_to(other: Any, dtype: QuantizedDType) -> bool:
+    """Conversion from its FP8 dtype alone is allowed."""
+    return other == dtype.fp8
+
+  @staticmethod
+  def tangent_dtype(dtype: QuantizedDType) -> Any:
+    """Tangents are of the dtype of the tensor that was quantized."""
+    return dtype.tangent
+
+  @staticmethod
+  def full(shape: Any, fill_value: Any, dtype: QuantizedDType) -> jax.Array:
+    """As ``lax.full``."""
+    return lax.convert_element_type(lax.full(shape, fill_value, dtype.fp8), dtype)
+
+  global_sharded_result_handler = staticmethod(_compat.wrapped_result_handler)
+  make_sharded_array = staticmethod(_compat.wrapped_from_shards)
+
+
+class quantized(jax.dtypes.extended):  # noqa: N801 - a scalar type, named as NumPy names them
+  """Scalar type of every ``QuantizedDType``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedDType(_compat.ExtendedDType):
+  """Dtype of FP8 values that are differentiated as what they stand for.
+
+  Attributes:
+    fp8: the dtype in memory.
+    tangent: the dtype of tangents and cotangents.
+    type: the scalar type that ``jnp.issubdtype`` takes.
+  """
+
+  fp8: np.dtype[Any]
+  tangent: np.dtype[Any]
+  _rules: type = QuantizedRules
+  type: type = quantized
+
+  @property
+  def name(self) -> str:
+    """Name of the dtype, as arrays print it."""
+    return f"{self.fp8.name}_of_{self.tangent.name}"
+
+  @property
+  def itemsize(self) -> int:
+    """Bytes an element."""
+    return self.fp8.itemsize
+
+  def __repr__(self) -> str:
+    return self.name
+
+
+def with_tangent(value: Callable[..., Any], tangent: Callable[..., Any], *args: Any) -> jax.Array:
+  """Calls a function whose derivative is another function, however often it is differentiated.
+
+  ``value(*args)``, as ``jax.custom_jvp``. But JAX before 0.12 drops the rules of ``custom_jvp`` in
+  the body of a scan on the way to its second derivative; it keeps those of a primitive.
+
+  Args:
+    value: takes ``args``; gives one array.
+    tangent: takes two tuples, of arguments and of their tangents, and gives the tangent of the
+      array. The tangent of a leaf is None where it is zero.
+    *args: pytrees of arrays.
+
+  Returns:
+    The array.
+  """
+  leaves, tree = jax.tree.flatten(args)
+
+  def flat(primals: Any, tangents: Any) -> Any:
+    return tangent(jax.tree.unflatten(tree, primals), jax.tree.unflatten(tree, tangents))
+
+  jaxpr = jax.make_jaxpr(lambda *leaves: value(*jax.tree.unflatten(tree, leaves)))(*leaves)
+  return _bind(leaves, value=jaxpr, tangent=flat)
+
+
+def _bind(leaves: Any, **params: Any) -> jax.Array:
+  (out,) = _with_tangent.bind(*leaves, **params)
+  return out
+
+
+def _function(jaxpr: Any) -> Callable[..., Any]:
+  return jax.extend.core.jaxpr_as_fun(jaxpr)
+
+
+_with_tangent: Any = jax.extend.core.Primitive("with_tangent")
+_with_tangent.multiple_results = True
+_with_tangent.def_impl(lambda *args, value, tangent: _function(value)(*args))
+_with_tangent.def_abstract_eval(lambda *avals, value, tangent: value.out_avals)
+
+
+def _jvp(primals: Any, tangents: Any, *, value: Any, tangent: Any) -> Any:
+  out = _bind(primals, value=value, tangent=tangent)
+  known = [None if isinstance(dot, ad.Zero) else dot for dot in tangents]
+  if all(dot is None for dot in known):
+    return [out], [ad.Zero.from_primal_value(out)]
+  return [out], [tangent(list(primals), known)]
+
+
+def _batch(args: Any, axes: Any, *, value: Any, tangent: Any) -> tuple[list[jax.Array], list[int]]:
+  def mapped(primals: Any, tangents: Any) -> Any:
+    dot_axes = [None if dot is None else axis for axis, dot in zip(axes, tangents, strict=True)]
+    return jax.vmap(tangent, (list(axes), dot_axes))(primals, tangents)
+
+  one = lambda *args: _function(value)(*args)[0]
+  jaxpr = jax.make_jaxpr(jax.vmap(one, tuple(axes)))(*args)
+  return [_bind(args, value=jaxpr, tangent=mapped)], [0]
+
+
+ad.primitive_jvps[_with_tangent] = _jvp
+batching.primitive_batchers[_with_tangent] = _batch
+mlir.register_lowering(
+  _with_tangent,
+  lambda context, *args, value, tangent: mlir.lower_fun(_function(value), multiple_results=True)(
+    context, *args
+  ),
+)
