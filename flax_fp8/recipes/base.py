@@ -11,7 +11,7 @@ import abc
 import dataclasses
 import enum
 import functools
-import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, final, get_args
 
@@ -265,7 +265,6 @@ def split_key(key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None
 def _bind(module: str, recipe: Recipe) -> Callable[..., Any]:
   """Binds a recipe to a Linen module, once: two models with equal recipes compile once.
 
-  The module lies above this package, which knows nothing else of it, and is looked up by its name.
+  The module lies above this package, which knows nothing of it but its name.
   """
-  linen = importlib.import_module("flax_fp8.linen")
-  return functools.partial(getattr(linen, module), recipe=recipe)
+  return functools.partial(pkgutil.resolve_name(f"flax_fp8.linen:{module}"), recipe=recipe)

@@ -12,7 +12,7 @@ from flax import traverse_util
 
 import flax_fp8 as fp8
 from flax_fp8 import formats
-from flax_fp8.linen import state as linen_state
+from flax_fp8 import meta_dtype
 
 OWG = fp8.OVERWRITE_WITH_GRADIENT
 RECIPE = fp8.DelayedScaling(amax_history_len=4)
@@ -288,7 +288,7 @@ def test_nothing_outlives_an_apply():
     jax.jit(jax.grad(lambda v: jnp.sum(module.apply(v, X))))(variables)
   jax.grad(lambda v: jnp.sum(module.apply(v, X)))(variables)
   gc.collect()
-  assert len(linen_state._casts) == 0
+  assert len(meta_dtype._casts) == 0
 
 
 def test_equal_models_compile_once():

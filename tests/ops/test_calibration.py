@@ -22,16 +22,16 @@ def test_computes_in_the_dtype_of_the_operands(name):
     np.testing.assert_allclose(value, want, rtol=1e-5)
 
 
-def test_records_and_settles():
+def test_records_and_finalizes():
   with calibrating(Calibration()):
     state = cases.step(DELAYED, X, W, C)[3]
-  with calibrating(Calibration(settles=True)):
-    settled = cases.step(DELAYED, X, W, C, state)[3]
+  with calibrating(Calibration(finalizes=True)):
+    final = cases.step(DELAYED, X, W, C, state)[3]
   for role, tensor, top in (("input", X, 448), ("kernel", W, 448), ("output_grad", C, 57344)):
     assert float(state[role]["amax_history"][0]) == np.abs(tensor).max()
     assert float(state[role]["scale"][0]) == 1
-    np.testing.assert_allclose(settled[role]["scale"], [np.abs(tensor).max() / top], rtol=1e-6)
-    cases.equal(settled[role]["amax_history"], state[role]["amax_history"])
+    np.testing.assert_allclose(final[role]["scale"], [np.abs(tensor).max() / top], rtol=1e-6)
+    cases.equal(final[role]["amax_history"], state[role]["amax_history"])
 
 
 def test_percentile_clips():

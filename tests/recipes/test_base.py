@@ -31,31 +31,15 @@ class PerRow(Recipe):
   def init_state(self, role):
     return {}
 
-  def prepare(self, states):
-    return states
-
-  def quantize(self, x, state, role, views, key, *, opaque=False, observed=True):
+  def quantize(self, x, state, role, views, key=None, *, observed=True):
     float8 = formats.E5M2 if role is Role.OUTPUT_GRAD else formats.E4M3
-    return tuple(self.by_row(x, view.contracting, float8) for view in views), ()
+    return tuple(self.by_row(x, view.contracting, float8) for view in views), state
 
   def by_row(self, x, axes, float8):
     scale = jnp.max(jnp.abs(x), axis=axes, keepdims=True) / float8.max
     return QTensor((x / scale).astype(float8.dtype), scale)
 
-  def update(self, state, observation, role):
-    return {}
-
-  def settle(self, state, role):
-    return {}
-
-  @property
-  def frozen(self):
-    return self
-
-  def freeze(self, state, role):
-    return {}
-
-  def in_matrices(self, q, view, shape):
+  def in_matrices(self, q, view):
     return scaled_matrices(q, view)
 
   def contract(self, lhs, rhs, gemm, kind, dtype):

@@ -1,0 +1,148 @@
+"""Second derivatives pass straight through quantization, near those of the model in float32."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flax_fp8 as fp8
+from flax_fp8 import straight_through
+
+OWG = fp8.OVERWRITE_WITH_GRADIENT
+X = jnp.asarray(np.random.default_rng(0).normal(size=(16, 32)), jnp.float32)
+RECIPES = {
+  "delayed": fp8.DelayedScaling(amax_history_len=2),
+  "current": fp8.Float8CurrentScaling(),
+  "rowwise": fp8.Float8RowwiseScaling(),
+  "block": fp8.Float8BlockScaling(),
+  "mxfp8": fp8.MXFP8BlockScaling(),
+  "dgrad kept": fp8.Float8CurrentScaling(high_precision=("dgrad",)),
+}
+
+
+class Step(nn.Module):
+  """A layer, as the step of a scan."""
+
+  cls: object
+
+  @nn.compact
+  def __call__(self, x, _):
+    return jnp.tanh(nn.Dense(32, dot_general_cls=self.cls)(x)), None
+
+
+class Model(nn.Module):
+  """Two layers; the plain model where ``cls`` is None."""
+
+  cls: object
+  lift: str = "none"
+
+  @nn.compact
+  def __call__(self, x):
+    step = nn.remat(Step) if "remat" in self.lift else Step
+    if "scan" in self.lift:
+      scanned = fp8.scan(step, {"params": 0}, split_rngs={"params": True}, length=2)
+      return scanned(self.cls)(x, None)[0]
+    for _ in range(2):
+      x, _ = step(self.cls)(x, None)
+    return x
+
+
+@functools.cache
+def pair(name, lift):
+  """A model in FP8 and the plain one, with variables of one parameter; state has seen a step."""
+  ours, plain = Model(RECIPES[name].dot_general_cls, lift), Model(None, lift)
+  variables = jax.jit(ours.init)(jax.random.key(0), X)
+  if OWG in variables:
+    step = jax.jit(fp8.grad(lambda v: jnp.sum(ours.apply(v, X) ** 2)))
+    for _ in range(2):
+      variables = {**variables, OWG: step(variables)[OWG]}
+  return ours, plain, variables
+
+
+def penalty(model, state, scale=1.0):
+  """A gradient penalty: the squared norm of the input's gradient."""
+
+  def of_params(params):
+    loss = lambda x: scale * jnp.sum(model.apply({"params": params, **state}, x) ** 2)
+    return jnp.sum(jax.grad(loss)(X) ** 2) / scale**2
+
+  return jax.grad(of_params)
+
+
+def curvature(model, state):
+  """A Hessian-vector product, forward over reverse."""
+
+  def of_params(params):
+    loss = lambda params: jnp.sum(model.apply({"params": params, **state}, X) ** 2)
+    return jax.jvp(jax.grad(loss), (params,), (jax.tree.map(jnp.cos, params),))[1]
+
+  return of_params
+
+
+def error(got, want):
+  got, want = (jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(t)]) for t in (got, want))
+  return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+
+
+CASES = [
+  ("delayed", "none"), ("delayed", "scan"), ("delayed", "scan, remat"), ("current", "none"),
+  ("current", "scan, remat"), ("rowwise", "scan"), ("block", "none"), ("mxfp8", "none"),
+  ("dgrad kept", "none"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "lift"), CASES)
+@pytest.mark.parametrize("second", [penalty, curvature])
+def test_within_fp8_of_the_plain_model(second, name, lift):
+  ours, plain, variables = pair(name, lift)
+  params, state = variables["params"], {OWG: variables[OWG]} if OWG in variables else {}
+  got = jax.jit(second(ours, state))(params)
+  assert error(got, jax.jit(second(plain, {}))(params)) < 0.2
+  assert error(got, jax.jit(second(plain, {}))(params)) > 1e-3  # it is FP8
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@pytest.mark.parametrize("name", ["current", "rowwise", "block", "mxfp8"])
+def test_at_every_loss_scale(name, scale):
+  ours, plain, variables = pair(name, "none")
+  got = jax.jit(penalty(ours, {}, scale))(variables["params"])
+  assert error(got, jax.jit(penalty(plain, {}))(variables["params"])) < 0.2
+
+
+def test_clipping_has_the_derivative_of_the_tensor():
+  """At the amax, too, where a clip has a half."""
+  layer = nn.Dense(1, use_bias=False, dot_general_cls=RECIPES["current"].dot_general_cls)
+  params = {"params": {"kernel": jnp.ones((1, 1))}}
+  square = lambda x: jnp.sum(layer.apply(params, x) ** 2)
+  assert jax.grad(lambda x: jnp.sum(jax.grad(square)(x)))(jnp.ones((1, 1)))[0, 0] == 2
+
+
+def test_state_has_no_derivative_but_its_new_value():
+  """A penalty alone records nothing; beside a loss, state is what the loss makes of it."""
+  ours, _, variables = pair("delayed", "none")
+  loss = lambda v: jnp.sum(ours.apply(v, X) ** 2)
+  both = lambda v: loss(v) + jnp.sum(jax.grad(lambda x: jnp.sum(ours.apply(v, x)))(X) ** 2)
+  alone = jax.jit(fp8.grad(lambda v: both(v) - loss(v)))
+  np.testing.assert_array_equal(
+    *(jnp.concatenate(jax.tree.leaves(jax.jit(fp8.grad(f))(variables)[OWG])) for f in (loss, both))
+  )
+  assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(alone(variables)))
+
+
+def test_forward_mode_is_refused():
+  ours, _, variables = pair("current", "none")
+  with pytest.raises(TypeError, match=r"forward-mode"):
+    jax.jvp(lambda x: ours.apply(variables, x), (X,), (X,))
+
+
+def test_the_dtype_is_one_byte_in_memory():
+  dtype = straight_through.QuantizedDType(np.dtype(jnp.float8_e5m2), np.dtype("float32"))
+  assert (dtype.name, dtype.itemsize) == ("float8_e5m2_of_float32", 1)
+  x = jax.lax.convert_element_type(jnp.ones(3, jnp.float8_e5m2), dtype)
+  assert jnp.issubdtype(x.dtype, straight_through.quantized)
+  assert jax.lax.convert_element_type(x, jnp.float8_e5m2).dtype == jnp.float8_e5m2
+  with pytest.raises(ValueError, match=r"float8_e5m2_of_float32"):
+    jax.lax.convert_element_type(x, jnp.float32)
