@@ -157,8 +157,8 @@ def cast_once(value: Any) -> Any:
     value: any value.
 
   Returns:
-    The cast of a float32 tracer; fp32_max_grad, or what is not traced, as it is. Where the body of a
-    ``shard_map(check_vma=False)`` closes over the tracer, a cast that is made inside.
+    The cast of a float32 tracer; fp32_max_grad, or what is not traced, as it is. Where the body of
+    a ``shard_map(check_vma=False)`` closes over the tracer, a cast that is made inside.
   """
   if not isinstance(value, jax.core.Tracer):
     return value

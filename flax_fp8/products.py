@@ -73,6 +73,7 @@ def dot_per_tensor(
   *,
   fast_accumulation: bool,
   shared: int | None = None,
+  scales_at_once: bool = False,
 ) -> jax.Array:
   """Multiplies two tensors that have one scale each.
 
@@ -92,15 +93,16 @@ def dot_per_tensor(
       about 14 bits), which is faster. On other hardware it changes nothing.
     shared: the operand, 0 or 1, that other products may share. XLA merges GEMMs that share an
       operand, and no one scale fits the merged GEMM, so this operand is hidden from that pass.
+    scales_at_once: multiplies by the product of both scales on a CPU, too, as flax.linen.fp8_ops
+      does; ``dequantize_product`` otherwise.
 
   Returns:
     The product in ``dtype``.
 
   Numerics:
-    The sums are scaled in float32 and rounded once, to ``dtype``. Scales whose product float32 can't
-    hold are applied one after the other (``dequantize_product``), except in a large bfloat16 product
-    on a GPU, where the product of the scales becomes subnormal, and zero below 2**-149. A large bfloat16 product on a GPU
-    has three exceptions, in which its sums and its scale are rounded to bfloat16 first:
+    The sums are scaled in float32 (``dequantize_product``) and rounded once, to ``dtype``. A large
+    bfloat16 product on a GPU has three exceptions, in which its sums and its scale are rounded to
+    bfloat16 first:
     ``--xla_allow_excess_precision=false``; a share of one device so small that XLA splits the
     contracted axis; and, where XLA shards the program, a result that it lays out in columns.
   """
@@ -109,7 +111,10 @@ def dot_per_tensor(
 
   def scaled_after(lhs: QTensor, rhs: QTensor) -> jax.Array:
     out = _dot(lhs.data, rhs.data, dims, jnp.float32, fast_accumulation, sharding)
-    return dequantize_product(lax.transpose(out, gemm.permutation), lhs.scale, rhs.scale, dtype)
+    out = lax.transpose(out, gemm.permutation)
+    if scales_at_once:
+      return dequantize(out, product(lhs.scale, rhs.scale), dtype)
+    return dequantize_product(out, lhs.scale, rhs.scale, dtype)
 
   def scaled_within(lhs: QTensor, rhs: QTensor) -> jax.Array:
     both = product(lhs.scale, rhs.scale)

@@ -191,8 +191,9 @@ def dequantize_product(
     The scaled product; shape of ``out``; ``dtype``.
 
   Numerics:
-    Where the product of the scales is no normal float32, ``out`` is multiplied by the larger scale
-    and then by the smaller one, so that what float32 can hold of the result is there.
+    On a CPU, which has no subnormal numbers, ``out`` is multiplied by the larger scale and then by
+    the smaller one where their product is no normal float32, so that what float32 can hold of the
+    result is there. Elsewhere their product may be subnormal; below 2**-149 it is zero.
 
   Example:
     >>> import jax.numpy as jnp
@@ -202,13 +203,21 @@ def dequantize_product(
     >>> quantize.dequantize_product(out, tiny, tiny, jnp.float32) == 2.0**-124
     Array([ True], dtype=bool)
   """
-  both = lhs_scale * rhs_scale
-  limits = np.finfo(np.float32)
-  is_normal = (both >= limits.tiny) & (both <= limits.max)
-  first = jnp.where(is_normal, both, jnp.maximum(lhs_scale, rhs_scale))
-  second = jnp.where(is_normal, jnp.ones_like(both), jnp.minimum(lhs_scale, rhs_scale))
-  scaled = out.astype(jnp.float32) * jnp.broadcast_to(first, out.shape)
-  return (scaled * jnp.broadcast_to(second, out.shape)).astype(dtype)
+  widen = lambda scale: jnp.broadcast_to(scale, out.shape)
+
+  def at_once(out: jax.Array, lhs_scale: jax.Array, rhs_scale: jax.Array) -> jax.Array:
+    return dequantize(out, product(lhs_scale, rhs_scale), dtype)
+
+  def one_by_one(out: jax.Array, lhs_scale: jax.Array, rhs_scale: jax.Array) -> jax.Array:
+    both = product(lhs_scale, rhs_scale)
+    is_normal = both >= np.finfo(np.float32).tiny
+    first = jnp.where(is_normal, both, jnp.maximum(lhs_scale, rhs_scale))
+    second = jnp.where(is_normal, jnp.ones_like(both), jnp.minimum(lhs_scale, rhs_scale))
+    scaled = out.astype(jnp.float32) * widen(first)
+    # XLA may not make one product of the two factors.
+    return (lax.optimization_barrier(scaled) * widen(second)).astype(dtype)
+
+  return lax.platform_dependent(out, lhs_scale, rhs_scale, cpu=one_by_one, default=at_once)
 
 
 def scale_from_amax(

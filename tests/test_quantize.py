@@ -121,6 +121,17 @@ class TestScaleFromAmax:
     assert exact <= rounded < 2 * exact
 
 
+@pytest.mark.parametrize(
+  ("lhs", "rhs"), [(2.0**-70, 2.0**-75), (2.0**-126, 2.0**3), (2.0**80, 2.0**70), (2.0**120, 1.5)]
+)
+@pytest.mark.parametrize("out", [0.0, -3.5 * 2.0**17, 2.0**-9])
+def test_products_are_scaled_even_where_float32_cannot_hold_both_scales(lhs, rhs, out):
+  scale = jax.jit(lambda *args: quantize.dequantize_product(*args, jnp.float32))
+  want = np.float64(out) * lhs * rhs
+  if abs(want) < F32_MAX and (want == 0 or abs(want) >= 2.0**-126):
+    assert float(scale(jnp.float32(out), jnp.float32(lhs), jnp.float32(rhs))) == want
+
+
 def test_product_of_scales_does_not_overflow():
   big = jnp.float32(2.0**120)
   assert float(quantize.product(big, big)) == F32_MAX

@@ -13,6 +13,7 @@ from flax_fp8 import ops
 from flax_fp8.formats import Format, float8
 from flax_fp8.linen.contractions import FP8Contraction
 from flax_fp8.linen.state import read_recipe_state, read_state
+from flax_fp8.meta_dtype import cast_once
 from flax_fp8.ops import check
 from flax_fp8.ops.flax_dots import dot_general_with_precision, warn_of_precision
 from flax_fp8.ops.in_out import in_qdq, out_qdq
@@ -245,4 +246,4 @@ class NANOOFp8DotGeneralOp(Fp8DotGeneralOp):
 
 
 def _leaves(state: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-  return state["scale"], state["amax_history"]
+  return cast_once(state["scale"]), cast_once(state["amax_history"])

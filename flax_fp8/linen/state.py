@@ -49,8 +49,8 @@ def read_recipe_state(module: nn.Module, recipe: Recipe) -> dict[str, TensorStat
 def _refuse_weight_norm(module: nn.Module) -> None:
   """Raises ValueError inside an ``nn.WeightNorm`` that takes FP8 state for weights.
 
-  By default it does, as its filter ``"kernel"`` is part of ``kernel_scale``. The layer that it calls
-  is cut off from it, so it is looked for among the modules whose methods run.
+  By default it does, as its filter ``"kernel"`` is part of ``kernel_scale``. The layer that it
+  calls is cut off from it, so it is looked for among the modules whose methods run.
   """
   for running in getattr(getattr(linen_module, "_context", None), "module_stack", ()):
     if not isinstance(running, nn.WeightNorm):

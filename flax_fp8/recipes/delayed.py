@@ -137,7 +137,8 @@ class DelayedScaling(StatefulRecipe):
   Numerics:
     A finite value beyond the scale's range saturates. NaN or an infinity reaches the output as NaN
     and is never recorded, so the state stays finite. The scale is never zero, infinite or NaN. A
-    tensor whose GEMMs are all in high precision is not observed.
+    tensor whose GEMMs are all in high precision is not observed. On a CPU, which has no subnormal
+    numbers, a product is zero where the product of both scales is below 2**-126.
 
   Example:
     >>> import flax.linen as nn
@@ -261,8 +262,15 @@ class DelayedScaling(StatefulRecipe):
     self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any
   ) -> jax.Array:
     """One GEMM; fast accumulation going forward, full going backward."""
-    fast = kind is GemmKind.FPROP
-    return dot_per_tensor(lhs, rhs, gemm, dtype, fast_accumulation=fast, shared=kind.shared_operand)
+    return dot_per_tensor(
+      lhs,
+      rhs,
+      gemm,
+      dtype,
+      fast_accumulation=kind is GemmKind.FPROP,
+      shared=kind.shared_operand,
+      scales_at_once=True,
+    )
 
   @property
   def needs(self) -> Needs:

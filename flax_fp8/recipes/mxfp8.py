@@ -99,10 +99,10 @@ class MXFP8BlockScaling(StatelessRecipe):
 
   Numerics:
     Scaling is exact. Finite values beyond ``(2 - 2**-mantissa_bits) * 2**127``, 3.19e38 in E4M3,
-    saturate to it: rounded, they would leave float32. Sizes that are no multiples of 32 are padded with zeros, which changes neither
-    scales nor sums. A block of zeros has scale 1. One that holds a NaN or an infinity has scale
-    NaN, and so have the elements of the product that sum over it. Several contracted axes count as
-    one, in their order.
+    saturate to it: rounded up, they would leave float32. Sizes that are no multiples of 32 are
+    padded with zeros, which changes neither scales nor sums. A block of zeros has scale 1. One that
+    holds a NaN or an infinity has scale NaN, and so have the elements of the product that sum over
+    it. Several contracted axes count as one, in their order.
 
   Example:
     >>> import flax.linen as nn

@@ -183,13 +183,14 @@ def _is_metric(path: Any) -> bool:
 
 
 def _check_collections(grads: Any, variables: Any, where: str = "params") -> None:
-  """Raises ValueError where gradients are not of the structure of what is trained or overwritten."""
+  """Raises ValueError where gradients lack what is trained or overwritten."""
   own = [name for name in ("params", OVERWRITE_WITH_GRADIENT) if name in variables]
   below = [] if "params" in own else [name for name in variables if name not in own]
   for name in (*own, *below):
     if not isinstance(grads, Mapping) or name not in grads:
       raise ValueError(
-        f"TrainState.apply_gradients: grads must hold {name!r}, as {where} does; got "
+        f"TrainState.apply_gradients: grads must hold {'the collection ' if name in own else ''}"
+        f"{name!r}, as {where} does; got "
         f"{sorted(grads) if isinstance(grads, Mapping) else type(grads)}. Differentiate the loss "
         "with respect to the whole of state.params."
       )

@@ -11,8 +11,7 @@ import pytest
 from flax import traverse_util
 
 import flax_fp8 as fp8
-from flax_fp8 import formats
-from flax_fp8 import meta_dtype
+from flax_fp8 import formats, meta_dtype
 
 OWG = fp8.OVERWRITE_WITH_GRADIENT
 RECIPE = fp8.DelayedScaling(amax_history_len=4)

@@ -186,6 +186,68 @@ def test_bind_and_methods_serve_too():
   np.testing.assert_array_equal(served.bind(frozen).encoder(*case.args), z)
 
 
+class Tripled(nn.Dense):
+  def param(self, name, *args, **kwargs):
+    value = super().param(name, *args, **kwargs)
+    return 3 * value if name == "kernel" else value
+
+
+def masked():
+  return lambda x, kernel, *args, **kwargs: fp8.Fp8DotGeneral()(
+    x, jnp.tril(kernel), *args, **kwargs
+  )
+
+
+class Lifted(nn.Module):
+  lift: object
+
+  @nn.compact
+  def __call__(self, x):
+    return self.lift(nn.Dense)(D, dot_general_cls=fp8.Fp8DotGeneral)(x)
+
+
+class Stacked(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    layer = lambda scope, x: (nn.Dense(D, dot_general_cls=fp8.Fp8DotGeneral)(x), None)
+    return fp8.scan(layer, {"params": 0}, split_rngs={"params": True}, length=2)(self, x)[0]
+
+
+CHANGED = {
+  "a subclass": (Tripled(D, dot_general_cls=fp8.Fp8DotGeneral), False),
+  "a subclass, cast": (Tripled(D, dtype=jnp.bfloat16, dot_general_cls=fp8.Fp8DotGeneral), False),
+  "a function": (nn.Dense(D, dot_general_cls=masked), False),
+  "WeightNorm": (
+    nn.WeightNorm(
+      nn.Dense(D, dot_general_cls=fp8.Fp8DotGeneral), variable_filter={"layer_instance/kernel"}
+    ),
+    False,
+  ),
+  "twice cast": (
+    nn.Dense(
+      D,
+      dot_general_cls=lambda: (
+        lambda x, kernel, *args, **kwargs: fp8.Fp8DotGeneral()(
+          x, kernel.astype(jnp.bfloat16).astype(jnp.float32), *args, **kwargs
+        )
+      ),
+    ),
+    False,
+  ),
+  "remat": (Lifted(nn.remat), True),
+  "jit": (Lifted(nn.jit), True),
+  "scanned": (Stacked(), True),
+}
+
+
+@pytest.mark.parametrize(("model", "stored"), CHANGED.values(), ids=CHANGED)
+def test_only_a_kernel_that_is_the_parameter_is_stored(model, stored):
+  x = normal(4, D)
+  variables = train(model, jax.jit(model.init)(KEY, x), (x,))
+  _, frozen = assert_serves_the_same(model, variables, (x,))
+  assert stored == any(leaf.dtype == jnp.float8_e4m3fn for leaf in jax.tree.leaves(frozen))
+
+
 class ReadsItsKernel(nn.Module):
   @nn.compact
   def __call__(self, x):

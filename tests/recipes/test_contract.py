@@ -223,3 +223,11 @@ def test_state_never_sees_a_bad_value(name, role, bad):
   spoiled = [bool(np.any(np.isnan(product))) for product in products]
   takes_it = {Role.INPUT: (0, 2), Role.KERNEL: (0, 1), Role.OUTPUT_GRAD: (1, 2)}[role]
   assert spoiled == [i in takes_it for i in range(3)]
+
+
+@pytest.mark.parametrize("name", [n for n in STATELESS if n != "mxfp8"])
+def test_small_tensors_whose_scales_have_no_product(name):
+  """1e-18 by 1e-17 with 16 terms: 1.6e-34, where the product of both scales underflows."""
+  x, w = np.full((16, 16), 1e-18, np.float32), np.full((16, 16), 1e-17, np.float32)
+  out = compiled(RECIPES[name], x, w, np.zeros((16, 16), np.float32))[0]
+  np.testing.assert_allclose(out, 1.6e-34, rtol=0.1)

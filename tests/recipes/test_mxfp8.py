@@ -205,3 +205,13 @@ class TestAgainstJax:
       preferred_element_type=jnp.float32,
     )
     np.testing.assert_array_equal(out[0], cases.compiled(recipe, x, w, np.ones((M, N)))[0])
+
+
+def test_the_largest_of_float32_stay_finite():
+  """Rounded up they would leave float32, and meet a zero as infinity."""
+  x = np.zeros((32, 32), np.float32)
+  x[0, 0], x[1, 1] = np.finfo(np.float32).max, -3.4e38
+  w = np.zeros((32, 32), np.float32)
+  w[0, 0] = w[1, 2] = 0.5
+  out = compiled(fp8.MXFP8BlockScaling(), x, w, normal(5, 32, 32))[0]
+  np.testing.assert_allclose(out, x @ w, rtol=2.0**-4)

@@ -48,6 +48,53 @@ def equal(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+def test_two_applies_of_one_model_keep_state_finite():
+  """A discriminator on real and fake, with plain ``jax.grad``: its amax doubled each step."""
+  state = create()
+
+  @jax.jit
+  def train(state):
+    loss = lambda v: jnp.sum(state.apply_fn(v, X)) + jnp.sum(jnp.sin(state.apply_fn(v, -X)))
+    return state.apply_gradients(grads=jax.grad(loss)(state.params))
+
+  for _ in range(6):
+    state = train(state)
+  history = state.params[OWG]["Dense_0"]["Fp8DotGeneral_0"]["input_amax_history"]
+  np.testing.assert_array_equal(history, np.full(4, np.abs(X).max()))
+
+
+def test_variables_of_several_models():
+  """The optimizer gets the parameters of each, and no state; each is trained as if alone."""
+  both = {"one": VARIABLES, "two": {"deep": jax.tree.map(lambda leaf: leaf, VARIABLES)}}
+  tx = optax.sgd(0.1)
+  state = fp8.TrainState.create(apply_fn=MODEL.apply, params=both, tx=optax.adam(0.1))
+  names = {str(path[-1]) for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)}
+  assert not any("amax_history" in name for name in names)
+  state = state.replace(tx=tx, opt_state=tx.init({"one": VARIABLES["params"]}))
+  loss = lambda v: (
+    jnp.sum(state.apply_fn(v["one"], X)) + jnp.sum(jnp.sin(state.apply_fn(v["two"]["deep"], 2 * X)))
+  )
+  new = jax.jit(lambda s: s.apply_gradients(grads=jax.grad(loss)(s.params)))(state).params
+  alone = fp8.TrainState.create(apply_fn=MODEL.apply, params=VARIABLES, tx=tx)
+  grads = jax.grad(lambda v: jnp.sum(alone.apply_fn(v, X)))(alone.params)
+  want = jax.jit(lambda s, g: s.apply_gradients(grads=g))(alone, grads).params
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), new["one"], want)
+  deep = new["two"]["deep"][OWG]["Dense_0"]["Fp8DotGeneral_0"]
+  assert float(deep["input_amax_history"][0]) == 2 * np.abs(X).max()
+
+
+def test_state_that_an_optimizer_would_get_is_refused():
+  with pytest.raises(ValueError, match=r"TrainState.create: FP8 state .* params of tuple"):
+    create(params=(VARIABLES, VARIABLES))
+  state = create(params={"one": VARIABLES})
+  with pytest.raises(ValueError, match=r"apply_gradients: grads must hold 'one', as params does"):
+    state.apply_gradients(grads={})
+  with pytest.raises(
+    ValueError, match=rf"grads must hold the collection '{OWG}', as params\['one'\] does"
+  ):
+    state.apply_gradients(grads={"one": {"params": VARIABLES["params"]}})
+
+
 def test_parameters_follow_flax_exactly():
   """Parameters and optimiser state are those that Flax gets from the parameters alone."""
   ours = create()
