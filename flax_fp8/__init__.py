@@ -4,6 +4,7 @@ from flax_fp8 import fp8_ops, ops, remat_policies
 from flax_fp8.capability import capability
 from flax_fp8.explain import GpuTarget, Report, assert_fp8, explain
 from flax_fp8.formats import Format
+from flax_fp8.fp8_ops.from_flax import from_flax_fp8_ops
 from flax_fp8.kernels import use_kernels
 from flax_fp8.linen import (
   ConversionReport,
@@ -43,7 +44,6 @@ from flax_fp8.training import (
   check_train_step,
   downgrade_variables,
   drop_metrics,
-  from_flax_fp8_ops,
   grad,
   partition_for_grad_overwrite,
   restore_checkpoint,

@@ -203,9 +203,10 @@ _enter.defvjp(_enter_forward, _enter_backward)
 def _cast_under_own_trace(value: Any) -> jax.Array:
   """Casts a float32 tracer, or returns the cast that was made of it before."""
   key = id(value)
-  tracer, cast_of = _casts.get(key, (None, None))
-  if tracer is not None and tracer() is value and (cast := cast_of()) is not None:
-    return cast
+  if key in _casts:
+    tracer, cast_of = _casts[key]
+    if tracer() is value and (cast := cast_of()) is not None:
+      return cast
   with _compat.under_trace_of(value):
     cast = to_max_grad(value)
 

@@ -292,8 +292,9 @@ def dot_chunks(lhs: QTensor, rhs: QTensor) -> jax.Array:
   def scaled(chunk: tuple[QTensor, QTensor]) -> jax.Array:
     x, y = chunk
     out = _dot(x.data, y.data, dims, jnp.float32, fast_accumulation=True)
-    scales = (jnp.broadcast_to(s, out.shape) for s in (x.scale[:, :, None], y.scale[:, None, :]))
-    return dequantize_product(out, *scales, jnp.float32)
+    lhs_scale = jnp.broadcast_to(x.scale[:, :, None], out.shape)
+    rhs_scale = jnp.broadcast_to(y.scale[:, None, :], out.shape)
+    return dequantize_product(out, lhs_scale, rhs_scale, jnp.float32)
 
   def add(total: jax.Array, chunk: tuple[QTensor, QTensor]) -> tuple[jax.Array, None]:
     return total + scaled(chunk), None

@@ -133,7 +133,8 @@ def _jvp(primals: Any, tangents: Any, *, value: Any, tangent: Any) -> Any:
   out = _bind(primals, value=value, tangent=tangent)
   known = [None if isinstance(dot, ad.Zero) else dot for dot in tangents]
   if all(dot is None for dot in known):
-    return [out], [ad.Zero.from_primal_value(out)]
+    zero: Any = ad.Zero
+    return [out], [zero.from_primal_value(out)]
   return [out], [tangent(list(primals), known)]
 
 

@@ -63,8 +63,9 @@ class Call:
       plan = plan_dot_general(name, module.recipe, lhs, rhs, given["dimension_numbers"], **how)
       return cls(plan, lhs, rhs, rhs, None, tuple(range(len(plan.fprop.gemm.shape))))
     parts = plan_einsum(name, module.recipe, equation, lhs, rhs, **how)
-    operands = parts.operands[::-1] if parts.plan.kernel_is_left else parts.operands
-    return cls(parts.plan, *operands, rhs, parts.kernel_reduction, parts.permutation)
+    first, second = parts.operands
+    x, kernel = (second, first) if parts.plan.kernel_is_left else (first, second)
+    return cls(parts.plan, x, kernel, rhs, parts.kernel_reduction, parts.permutation)
 
   def finish(self, out: jax.Array) -> jax.Array:
     """Makes of the contraction's result that of the module."""

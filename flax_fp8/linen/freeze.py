@@ -104,10 +104,10 @@ def _survey(module: nn.Module, variables: Any, args: Any, kwargs: Any) -> tuple[
   calls: dict[Path, Call] = {}
 
   def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-    if isinstance(context.module, FP8Contraction) and context.method_name == "__call__":
-      call = Call.of(context.module, args, kwargs)
-      calls[context.module.path] = call
-      mark(call.rhs, context.module.path)
+    module: Any = context.module
+    if isinstance(module, FP8Contraction) and context.method_name == "__call__":
+      calls[module.path] = Call.of(module, args, kwargs)
+      mark(calls[module.path].rhs, module.path)
     return next_fun(*args, **kwargs)
 
   def run(variables: Any) -> Any:

@@ -104,8 +104,9 @@ def _step(
     return given
   if name == "convert_element_type":
     origin = given[0]
-    first = origin is not None and not origin.is_cast
-    return [dataclasses.replace(origin, is_cast=True) if first else None]
+    if origin is None or origin.is_cast:
+      return [None]
+    return [dataclasses.replace(origin, is_cast=True)]
   if name == "scan":
     constants, carried = params["num_consts"], params["num_carry"]
     slices = [

@@ -118,13 +118,13 @@ def plan_einsum(
   dtype = check.result_dtype(name, lhs, rhs, preferred_element_type)
   check.recipe(name, recipe)
   parts = contraction.plan_einsum(equation, lhs.shape, rhs.shape)
-  operands = jnp.einsum(parts.lhs_reduction, lhs), jnp.einsum(parts.rhs_reduction, rhs)
+  first, second = jnp.einsum(parts.lhs_reduction, lhs), jnp.einsum(parts.rhs_reduction, rhs)
   roles = (Role.INPUT, Role.KERNEL)
   if parts.swap:
-    operands, roles = operands[::-1], roles[::-1]
+    first, second, roles = second, first, (Role.KERNEL, Role.INPUT)
   wanted = check.canonical_sharding(name, out_sharding, len(parts.permutation))
   wanted = transposed(wanted, np.argsort(parts.permutation).tolist())
   dims = parts.dimension_numbers
-  sharding = check.sharding_of_product(name, dims, *operands, wanted)
-  plan = make_plan(name, recipe, dims, *operands, roles=roles, dtype=dtype, sharding=sharding)
-  return Einsum(plan, operands, parts.rhs_reduction, parts.permutation)
+  sharding = check.sharding_of_product(name, dims, first, second, wanted)
+  plan = make_plan(name, recipe, dims, first, second, roles=roles, dtype=dtype, sharding=sharding)
+  return Einsum(plan, (first, second), parts.rhs_reduction, parts.permutation)

@@ -106,7 +106,7 @@ def multiply(plan: Plan, product: Product, lhs: Quantized, rhs: Quantized) -> ja
   def dot(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     return in_auto(in_matrices, gemm.sharding, lhs, rhs)
 
-  def tangent(primals: tuple[QTensor, QTensor], dots: tuple[QTensor, QTensor]) -> jax.Array:
+  def tangent(primals: Any, dots: Any) -> jax.Array:
     (lhs, rhs), (lhs_dot, rhs_dot) = primals, dots
     terms: list[jax.Array] = []
     if lhs_dot.data is not None:
@@ -139,7 +139,8 @@ def _stand_for(recipe: Recipe, q: QTensor, x: jax.Array, view: View) -> QTensor:
 
 
 def _in_fp8(q: QTensor) -> QTensor:
-  return QTensor(lax.convert_element_type(q.data, q.data.dtype.fp8), q.scale)
+  dtype: Any = q.data.dtype
+  return QTensor(lax.convert_element_type(q.data, dtype.fp8), q.scale)
 
 
 def _matrices(recipe: Recipe, q: QTensor, view: View) -> jax.Array:
@@ -148,7 +149,8 @@ def _matrices(recipe: Recipe, q: QTensor, view: View) -> jax.Array:
 
 def _dequantize(recipe: Recipe, q: QTensor, view: View) -> jax.Array:
   """Returns what a tensor stands for as ``[batch, kept, contracted]``, with its derivatives."""
-  dtype = q.data.dtype.tangent
+  stands_for: Any = q.data.dtype
+  dtype = stands_for.tangent
 
   def value(q: QTensor) -> jax.Array:
     matrices = recipe.in_matrices(_in_fp8(q), view)

@@ -5,7 +5,6 @@ from flax_fp8.training.calibrate import calibrate
 from flax_fp8.training.check import TrainStepReport, check_train_step
 from flax_fp8.training.checkpoint import restore_checkpoint, save_checkpoint
 from flax_fp8.training.downgrade import downgrade_variables
-from flax_fp8.training.from_flax import from_flax_fp8_ops
 from flax_fp8.training.loss_scale import DynamicScale
 from flax_fp8.training.max_grad import as_max_grad, grad, value_and_grad
 from flax_fp8.training.metrics import add_metrics, drop_metrics
@@ -27,7 +26,6 @@ __all__ = [
   "check_train_step",
   "downgrade_variables",
   "drop_metrics",
-  "from_flax_fp8_ops",
   "grad",
   "partition_for_grad_overwrite",
   "restore_checkpoint",

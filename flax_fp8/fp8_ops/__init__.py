@@ -4,18 +4,7 @@
 variables are those of Flax, so its checkpoints load; arithmetic and state are ours.
 """
 
-from flax_fp8.linen.flax_modules import (
-  DType,
-  Fp8DirectDotGeneralOp,
-  Fp8DotGeneral,
-  Fp8DotGeneralBase,
-  Fp8DotGeneralOp,
-  Fp8Einsum,
-  NANOOFp8DotGeneralOp,
-)
-from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
-from flax_fp8.meta_dtype import MaxGradDType, MaxGradRules, fp32_max_grad, max_grad
-from flax_fp8.ops.flax_dots import (
+from flax_fp8.fp8_ops.dots import (
   dot_general_transpose_lhs,
   dot_general_transpose_rhs,
   dot_general_with_precision,
@@ -25,7 +14,7 @@ from flax_fp8.ops.flax_dots import (
   quantized_dot_bwd,
   quantized_dot_fwd,
 )
-from flax_fp8.ops.in_out import (
+from flax_fp8.fp8_ops.in_out import (
   in_q,
   in_q_bwd,
   in_q_fwd,
@@ -39,7 +28,16 @@ from flax_fp8.ops.in_out import (
   out_qdq_bwd,
   out_qdq_fwd,
 )
-from flax_fp8.ops.quantization import (
+from flax_fp8.fp8_ops.modules import (
+  DType,
+  Fp8DirectDotGeneralOp,
+  Fp8DotGeneral,
+  Fp8DotGeneralBase,
+  Fp8DotGeneralOp,
+  Fp8Einsum,
+  NANOOFp8DotGeneralOp,
+)
+from flax_fp8.fp8_ops.quantization import (
   compute_amax_history,
   compute_scale,
   dequantize,
@@ -49,6 +47,8 @@ from flax_fp8.ops.quantization import (
   quantize_dequantize_update,
   update_fp8_meta,
 )
+from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
+from flax_fp8.meta_dtype import MaxGradDType, MaxGradRules, fp32_max_grad, max_grad
 
 CAN_USE_EARRAY = True
 Fp8MetaTyRules = MaxGradRules

@@ -12,10 +12,10 @@ from jax import lax
 
 from flax_fp8 import contraction
 from flax_fp8.formats import E5M2, Format
+from flax_fp8.fp8_ops.in_out import emit
+from flax_fp8.fp8_ops.quantization import delayed_step, dequantize
 from flax_fp8.meta_dtype import to_float32
 from flax_fp8.ops.dot_general import dot_general
-from flax_fp8.ops.in_out import emit
-from flax_fp8.ops.quantization import delayed_step, dequantize
 from flax_fp8.quantize import product
 from flax_fp8.recipes.delayed import DelayedScaling
 
