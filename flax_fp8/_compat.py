@@ -83,7 +83,8 @@ if _adders is not None:
 
 _jax_logical_sharding: Any = find("jax._src.sharding_impls", "logical_sharding")
 if _jax_logical_sharding is not None:
-  importlib.import_module("jax._src.sharding_impls").logical_sharding = _logical_sharding
+  _sharding_impls: Any = importlib.import_module("jax._src.sharding_impls")
+  _sharding_impls.logical_sharding = _logical_sharding
 
 
 def under_trace_of(tracer: Any) -> contextlib.AbstractContextManager[Any]:

@@ -8,7 +8,6 @@ too, so that the new state is not mapped and JAX has nothing to sum in the backw
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -131,19 +130,3 @@ def across_devices(largest: jax.Array, state: Any) -> jax.Array:
     *map(_compat.varying_axes, jax.tree.leaves(state))
   )
   return lax.pmax(largest, tuple(sorted(axes))) if axes else largest
-
-
-def emit_once(new_state: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-  """Prepares a new state for being summed over devices, as cotangents of a shard_map's inputs are.
-
-  Args:
-    new_state: one leaf; float32; equal on all devices.
-    axes: mesh axes that JAX will sum over; may be empty.
-
-  Returns:
-    The cotangent: ``new_state`` on the first device, and zero on the others.
-  """
-  if not axes:
-    return new_state
-  is_first = functools.reduce(operator.and_, [lax.axis_index(axis) == 0 for axis in axes])
-  return jnp.where(is_first, new_state, jnp.zeros_like(new_state))

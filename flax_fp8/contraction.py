@@ -67,6 +67,7 @@ class Gemm:
     shape: of its result, ``[*batch, *lhs kept, *rhs kept]``.
     permutation: axes for ``lax.transpose`` of its result.
     sharding: of the transposed result, on a mesh with explicit axes; else None.
+    shared: the operand, 0 or 1, that other GEMMs may take too, as layers with one input do.
   """
 
   dimension_numbers: DimensionNumbers
@@ -75,6 +76,7 @@ class Gemm:
   shape: Axes
   permutation: Axes
   sharding: NamedSharding | None = None
+  shared: int | None = None
 
   @property
   def dot_sharding(self) -> NamedSharding | None:

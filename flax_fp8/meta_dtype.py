@@ -145,6 +145,22 @@ def like(x: Any, old: Any) -> jax.Array:
 _casts: dict[int, tuple[weakref.ref[Any], Callable[[], Any]]] = {}
 
 
+def emit_once(new_state: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+  """Prepares a new state for being summed over devices, as cotangents of a shard_map's inputs are.
+
+  Args:
+    new_state: one leaf; float32; equal on all devices.
+    axes: mesh axes that JAX will sum over; may be empty.
+
+  Returns:
+    The cotangent: ``new_state`` on the first device, and zero on the others.
+  """
+  if not axes:
+    return new_state
+  is_first = functools.reduce(operator.and_, [lax.axis_index(axis) == 0 for axis in axes])
+  return jnp.where(is_first, new_state, jnp.zeros_like(new_state))
+
+
 def cast_once(value: Any) -> Any:
   """Casts a traced float32 value to fp32_max_grad, the same tracer always to the same cast.
 
@@ -193,8 +209,7 @@ def _enter_forward(axes: tuple[str, ...], value: jax.Array) -> tuple[jax.Array, 
 
 
 def _enter_backward(axes: tuple[str, ...], _: None, new: jax.Array) -> tuple[jax.Array]:
-  is_first = functools.reduce(operator.and_, [lax.axis_index(axis) == 0 for axis in axes])
-  return (jnp.where(is_first, to_float32(new), 0.0),)
+  return (emit_once(to_float32(new), axes),)
 
 
 _enter.defvjp(_enter_forward, _enter_backward)

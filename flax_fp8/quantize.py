@@ -211,8 +211,8 @@ def dequantize_product(
   def one_by_one(out: jax.Array, lhs_scale: jax.Array, rhs_scale: jax.Array) -> jax.Array:
     both = product(lhs_scale, rhs_scale)
     is_normal = both >= np.finfo(np.float32).tiny
-    first = jnp.where(is_normal, both, jnp.maximum(lhs_scale, rhs_scale))
-    second = jnp.where(is_normal, jnp.ones_like(both), jnp.minimum(lhs_scale, rhs_scale))
+    first = lax.select(is_normal, both, lax.max(lhs_scale, rhs_scale))
+    second = lax.select(is_normal, jnp.ones_like(both), lax.min(lhs_scale, rhs_scale))
     scaled = out.astype(jnp.float32) * widen(first)
     # XLA may not make one product of the two factors.
     return (lax.optimization_barrier(scaled) * widen(second)).astype(dtype)

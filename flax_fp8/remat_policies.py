@@ -1,10 +1,9 @@
 """Policies of ``jax.checkpoint`` and ``nn.remat`` that know what FP8 contractions save.
 
-A contraction names what it saves: ``fp8_input``, one byte an element; ``fp8_kernel`` likewise,
-unless it is a parameter, which is kept as it is; ``fp8_scalars``, scales and amaxes;
-``fp8_output``, or ``fp8_batched_output`` with batch axes, its result. To policies of JAX's own, a
-contraction in FP8 is no ``dot_general``: under ``jax.checkpoint_policies.dots_saveable`` its result
-is computed again. Those here save it.
+A contraction names what it saves: ``fp8_input`` and ``fp8_kernel``, one byte an element;
+``fp8_scalars``, new states; ``fp8_output``, or ``fp8_batched_output`` with batch axes, its result.
+To policies of JAX's own, a contraction in FP8 is no ``dot_general``: under
+``jax.checkpoint_policies.dots_saveable`` its result is computed again. Those here save it.
 """
 
 from __future__ import annotations

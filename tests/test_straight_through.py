@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import flax_fp8 as fp8
-from flax_fp8 import straight_through
+from flax_fp8 import ops, straight_through
 
 OWG = fp8.OVERWRITE_WITH_GRADIENT
 X = jnp.asarray(np.random.default_rng(0).normal(size=(16, 32)), jnp.float32)
@@ -130,6 +130,25 @@ def test_state_has_no_derivative_but_its_new_value():
     *(jnp.concatenate(jax.tree.leaves(jax.jit(fp8.grad(f))(variables)[OWG])) for f in (loss, both))
   )
   assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(alone(variables)))
+
+
+@pytest.mark.parametrize("name", ["current", "rowwise", "block", "mxfp8"])
+def test_on_a_mesh_with_explicit_axes(name):
+  mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+  recipe, kernel = RECIPES[name], 0.1 * jnp.asarray(np.random.default_rng(1).normal(size=(32, 32)))
+  dims = (((2,), (0,)), ((), ()))
+  state = ops.init_state(recipe)
+
+  def second(dot):
+    loss = lambda x, w: jnp.sum(jnp.sin(dot(x, w)))
+    return jax.jit(jax.grad(lambda x, w: jnp.sum(jax.grad(loss)(x, w) ** 2), (0, 1)))
+
+  with jax.set_mesh(mesh):
+    x = jax.device_put(X.reshape(8, 2, 32), jax.sharding.PartitionSpec("data"))
+    w = jax.device_put(jnp.asarray(kernel, jnp.float32), jax.sharding.PartitionSpec())
+    got = second(lambda x, w: ops.dot_general(x, w, dims, recipe=recipe, state=state))(x, w)
+    want = second(lambda x, w: jax.lax.dot_general(x, w, dims))(x, w)
+  assert error(jax.device_get(got), jax.device_get(want)) < 0.2
 
 
 def test_forward_mode_is_refused():

@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from flax_fp8 import _compat
-from flax_fp8.amax import emit_once
 from flax_fp8.fp8_ops.quantization import delayed_step, dequantize, quantize_dequantize_update
-from flax_fp8.meta_dtype import like, to_float32
+from flax_fp8.meta_dtype import emit_once, like, to_float32
 from flax_fp8.quantize import product
 
 

@@ -18,6 +18,8 @@ from flax_fp8.ops.plan import Plan
 class FP8Contraction:
   """Base of the modules that are called as ``lax.dot_general`` or ``jnp.einsum``.
 
+  They have a ``recipe``, and name their operands ``lhs`` and ``rhs``.
+
   Attributes:
     result_like_kernel: whether the result has the dtype of ``rhs`` unless another is asked for.
   """

@@ -44,10 +44,10 @@ class Fp8DotGeneral(FP8Contraction, nn.Module):
       False; see ``flax_fp8.capability``.
 
   Numerics:
-    See ``flax_fp8.ops.dot_general``. A layer called several times in one apply has one state, and
-    its new amax is the largest of the calls. Where that state enters a loop, a pipeline, a remat or
-    several applies from outside, differentiate with ``flax_fp8.value_and_grad``, so that there it
-    is the largest too.
+    See ``flax_fp8.ops.dot_general``. A state that is used several times, in one apply or in
+    several, has one new value: the largest amax that it saw. Only where a remat or a jitted
+    function takes the state as an argument and is called several times, differentiate with
+    ``flax_fp8.value_and_grad``, or call the model by ``flax_fp8.TrainState.apply_fn``.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp

@@ -105,7 +105,7 @@ def _survey(module: nn.Module, variables: Any, args: Any, kwargs: Any) -> tuple[
 
   def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     module: Any = context.module
-    if isinstance(module, FP8Contraction) and context.method_name == "__call__":
+    if isinstance(context.module, FP8Contraction) and context.method_name == "__call__":
       calls[module.path] = Call.of(module, args, kwargs)
       mark(calls[module.path].rhs, module.path)
     return next_fun(*args, **kwargs)

@@ -138,7 +138,7 @@ def _serve(module: Any, layers: Mapping[Path, FrozenLayer], call: Call) -> jax.A
       f"freeze_for_inference: the frozen model needs the collection {FP8_FROZEN!r}; got variables "
       f"without the kernel of {'/'.join(module.path)!r}. Pass what freeze_for_inference returned."
     )
-  plan = dataclasses.replace(call.plan, recipe=frozen_recipe(layer.recipe))
+  plan = dataclasses.replace(call.plan, recipe=frozen_recipe(layer.recipe), calibration=None)
   state = read_roles(plan.recipe, leaves)
   kernel = (
     QTensor(leaves["kernel"], leaves["kernel_scale"])

@@ -13,11 +13,10 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from flax_fp8.amax import emit_once
-from flax_fp8.meta_dtype import cast_once, like, to_float32
+from flax_fp8.meta_dtype import cast_once, emit_once, like, to_float32
 from flax_fp8.ops import check, saved
-from flax_fp8.ops.plan import Plan, make_plan
-from flax_fp8.ops.quantized import multiply, quantize
+from flax_fp8.ops.plan import Operand, Plan, make_plan
+from flax_fp8.ops.quantized import Quantized, multiply, quantize
 from flax_fp8.recipes.base import Recipe, Role, TensorState
 
 State: TypeAlias = Mapping[str, TensorState]
@@ -67,7 +66,8 @@ def dot_general(
 
   Numerics:
     GEMMs accumulate and are scaled in float32, then cast to the result's dtype. Where the state is
-    shared by mapped (``vmap``) or replicated (``shard_map``) operands, the amax is over all.
+    shared by mapped (``vmap``) or replicated (``shard_map``) operands, the amax is over all. Second
+    derivatives are those of the dequantized tensors, multiplied in the dtype of the operands.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -123,8 +123,8 @@ def contract(
 ) -> jax.Array:
   """Runs a planned contraction; arguments as for ``dot_general``."""
   check.state(plan.name, plan.recipe, state)
-  whole = {role.value: jax.tree.map(cast_once, dict(state.get(role.value, {}))) for role in Role}
-  return _contract(plan, lhs, rhs, whole, key if plan.recipe.rounds_by_key else None)
+  of_all = {role.value: jax.tree.map(cast_once, dict(state.get(role.value, {}))) for role in Role}
+  return _contract(plan, lhs, rhs, of_all, key if plan.recipe.rounds_by_key else None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -142,39 +142,45 @@ def _forward(
   plan: Plan, lhs: jax.Array, rhs: jax.Array, state: State, key: jax.Array | None
 ) -> tuple[jax.Array, Any]:
   """Quantizes both operands and multiplies; keeps them for the backward GEMMs, and new states."""
-  own, other = state[plan.lhs.role.value], state[plan.rhs.role.value]
-  (q_lhs, kept_lhs), new_lhs = quantize(plan, plan.lhs, lhs, own)
-  (q_rhs, kept_rhs), new_rhs = quantize(plan, plan.rhs, rhs, other)
-  if plan.kernel_is_left:
-    q_lhs = saved.name(q_lhs, saved.ONCE)
-  else:
-    q_rhs = saved.name(q_rhs, saved.ONCE)
-  kept_lhs = saved.name(kept_lhs, saved.OF_ROLE[plan.lhs.role])
-  kept_rhs = saved.name(kept_rhs, saved.OF_ROLE[plan.rhs.role])
-  new = {
-    plan.lhs.role.value: saved.name(_as_cotangent(new_lhs, own), saved.SCALARS),
-    plan.rhs.role.value: saved.name(_as_cotangent(new_rhs, other), saved.SCALARS),
-  }
+  q_lhs, kept_lhs, new_lhs = _quantize_operand(plan, plan.lhs, lhs, state)
+  q_rhs, kept_rhs, new_rhs = _quantize_operand(plan, plan.rhs, rhs, state)
   out = multiply(plan, plan.fprop, q_lhs, q_rhs)
   is_batched = bool(plan.fprop.gemm.lhs.batch)
   out = saved.name(out, saved.BATCHED_OUTPUT if is_batched else saved.OUTPUT)
-  return out, (kept_lhs, kept_rhs, new, state[Role.OUTPUT_GRAD.value], key)
+  return out, (kept_lhs, kept_rhs, {**new_lhs, **new_rhs}, state[Role.OUTPUT_GRAD.value], key)
+
+
+def _quantize_operand(
+  plan: Plan, operand: Operand, x: jax.Array, state: State
+) -> tuple[Quantized, Quantized, State]:
+  """Quantizes an operand; names what is kept of it, for policies of ``jax.checkpoint``.
+
+  Returns:
+    The operand for the forward GEMM, and for the backward one, which is kept; and its new state.
+  """
+  own = state[operand.role.value]
+  (now, later), new = quantize(plan, operand, x, own)
+  if operand.role is Role.KERNEL:
+    now = saved.name(now, saved.KERNEL_FORWARD)
+  later = saved.name(later, saved.OF_ROLE[operand.role])
+  new = saved.name(_as_cotangent(new, own), saved.SCALARS)
+  return now, later, {operand.role.value: new}
 
 
 def _backward(
   plan: Plan, residuals: Any, grad: jax.Array
 ) -> tuple[jax.Array, jax.Array, State, None]:
   """Quantizes the output gradient, and multiplies it with both operands."""
-  lhs, rhs, new, own, key = residuals
-  if plan.calibration is None:
+  q_lhs, q_rhs, new, own, key = residuals
+  if plan.rounds_gradients:
     check.key(plan.name, plan.recipe, key)
-  (by_rhs, by_lhs), new_grad = quantize(plan, plan.output_grad, grad, own, key)
-  grad_lhs = multiply(plan, plan.lhs_grad, by_rhs, rhs)
-  grad_rhs = multiply(plan, plan.rhs_grad, by_lhs, lhs)
-  new = {**new, Role.OUTPUT_GRAD.value: _as_cotangent(new_grad, own)}
+  (grad_for_lhs, grad_for_rhs), new_own = quantize(plan, plan.output_grad, grad, own, key)
+  lhs_grad = multiply(plan, plan.lhs_gemm, grad_for_lhs, q_rhs)
+  rhs_grad = multiply(plan, plan.rhs_gemm, grad_for_rhs, q_lhs)
+  new = {**new, Role.OUTPUT_GRAD.value: _as_cotangent(new_own, own)}
   if axes := plan.summed_axes():
     new = jax.tree.map(lambda leaf: like(emit_once(to_float32(leaf), axes), leaf), new)
-  return plan.lhs.reduce(grad_lhs), plan.rhs.reduce(grad_rhs), new, None
+  return plan.lhs.reduce(lhs_grad), plan.rhs.reduce(rhs_grad), new, None
 
 
 def _as_cotangent(new: TensorState, old: TensorState) -> TensorState:

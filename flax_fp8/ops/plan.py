@@ -52,13 +52,13 @@ class Operand(Tensor):
   sharding: NamedSharding | None
 
   def reduce(self, grad: jax.Array) -> jax.Array:
-    """Sums a gradient over the mesh axes along which the operand is one."""
+    """Sums a gradient over the mesh axes over which the operand is replicated."""
     axes = _compat.varying_axes(grad) - self.varying
     return _compat.psum(grad, tuple(sorted(axes))) if axes else grad
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Product:
+class PlannedGemm:
   """One of the three GEMMs.
 
   Attributes:
@@ -79,7 +79,8 @@ class Plan:
   ::
 
       out = fprop(lhs, rhs)
-      lhs_grad, rhs_grad = lhs_grad_product(output_grad, rhs), rhs_grad_product(output_grad, lhs)
+      grad_of_lhs = lhs_gemm(output_grad, rhs)  # dgrad, if the left operand is the input
+      grad_of_rhs = rhs_gemm(output_grad, lhs)  # wgrad, if the right one is the kernel
 
   Attributes:
     name: what error messages call the contraction.
@@ -88,9 +89,9 @@ class Plan:
     lhs: its left operand.
     rhs: its right operand.
     output_grad: the gradient of its result.
-    fprop: the product that gives the result.
-    lhs_grad: the product that gives the left operand's gradient.
-    rhs_grad: the product that gives the right operand's gradient.
+    fprop: the GEMM that gives the result.
+    lhs_gemm: the GEMM that gives the left operand's gradient.
+    rhs_gemm: the GEMM that gives the right operand's gradient.
     body: the body of the ``shard_map(check_vma=False)`` that it is in, if any.
   """
 
@@ -100,10 +101,16 @@ class Plan:
   lhs: Operand
   rhs: Operand
   output_grad: Tensor
-  fprop: Product
-  lhs_grad: Product
-  rhs_grad: Product
+  fprop: PlannedGemm
+  lhs_gemm: PlannedGemm
+  rhs_gemm: PlannedGemm
   body: weakref.ref[Any] | None
+
+  @property
+  def rounds_gradients(self) -> bool:
+    """Whether the output gradient is rounded by a PRNG key."""
+    in_fp8 = not all(map(self.recipe.is_high_precision, self.output_grad.kinds))
+    return in_fp8 and self.recipe.rounds_by_key and self.calibration is None
 
   def summed_axes(self) -> tuple[str, ...]:
     """Returns the mesh axes over which JAX will sum the cotangents that this backward pass gives.
@@ -146,11 +153,16 @@ def make_plan(
   """
   shapes = lhs.shape, rhs.shape
   kernel = roles.index(Role.KERNEL)
-  fprop = contraction.forward_gemm(dimension_numbers, *shapes, kernel=kernel).sharded(sharding)
+  fprop = contraction.forward_gemm(dimension_numbers, *shapes, kernel=kernel)
   to_lhs, to_rhs = contraction.backward_gemms(dimension_numbers, *shapes)
   lhs_kind, rhs_kind = (_GRADIENT_OF[role] for role in roles)
+  # Each operand meets the output gradient in the GEMM that gives the other one's gradient.
   left = _operand(lhs, roles[0], rhs_kind, (fprop.lhs, to_rhs.rhs))
   right = _operand(rhs, roles[1], lhs_kind, (fprop.rhs, to_lhs.rhs))
+  of_input = lambda role: 1 if role is Role.INPUT else None
+  fprop = dataclasses.replace(fprop, sharding=sharding, shared=1 - kernel)
+  to_lhs = dataclasses.replace(to_lhs, sharding=left.sharding, shared=of_input(roles[1]))
+  to_rhs = dataclasses.replace(to_rhs, sharding=right.sharding, shared=of_input(roles[0]))
   return Plan(
     name=name,
     recipe=recipe,
@@ -160,9 +172,9 @@ def make_plan(
     output_grad=Tensor(
       role=Role.OUTPUT_GRAD, kinds=(lhs_kind, rhs_kind), views=(to_lhs.lhs, to_rhs.lhs)
     ),
-    fprop=Product(kind=GemmKind.FPROP, gemm=fprop, dtype=dtype),
-    lhs_grad=Product(kind=lhs_kind, gemm=to_lhs.sharded(left.sharding), dtype=left.dtype),
-    rhs_grad=Product(kind=rhs_kind, gemm=to_rhs.sharded(right.sharding), dtype=right.dtype),
+    fprop=PlannedGemm(kind=GemmKind.FPROP, gemm=fprop, dtype=dtype),
+    lhs_gemm=PlannedGemm(kind=lhs_kind, gemm=to_lhs, dtype=left.dtype),
+    rhs_gemm=PlannedGemm(kind=rhs_kind, gemm=to_rhs, dtype=right.dtype),
     body=_compat.running_body() if _compat.unchecked_manual_axes() else None,
   )
 

@@ -16,7 +16,7 @@ from flax_fp8.contraction import View
 from flax_fp8.meta_dtype import to_float32
 from flax_fp8.ops import metrics
 from flax_fp8.ops.calibration import Calibration
-from flax_fp8.ops.plan import Plan, Product, Tensor
+from flax_fp8.ops.plan import Plan, PlannedGemm, Tensor
 from flax_fp8.products import dot_high_precision
 from flax_fp8.quantize import QTensor, dequantize
 from flax_fp8.recipes.base import Recipe, TensorState
@@ -50,8 +50,8 @@ def quantize(
   """
   recipe = plan.recipe
   state = {name: lax.stop_gradient(to_float32(leaf)) for name, leaf in state.items()}
-  whole = [recipe.is_high_precision(kind) for kind in tensor.kinds]
-  if all(whole):
+  as_is = [recipe.is_high_precision(kind) for kind in tensor.kinds]
+  if all(as_is):
     return (x, x), state
   own, old_metrics = metrics.split(state)
   values = lax.stop_gradient(x)
@@ -60,10 +60,10 @@ def quantize(
   pair, new = recipe.quantize(values, own, tensor.role, tensor.views, key, observed=observed)
   if old_metrics and observed:
     new = {**new, **_measure(plan, tensor, values, pair, old_metrics)}
-  first = x if whole[0] else _stand_for(recipe, pair[0], x, tensor.views[0])
-  if pair[0] is pair[1] and not any(whole):
+  first = x if as_is[0] else _stand_for(recipe, pair[0], x, tensor.views[0])
+  if pair[0] is pair[1] and not any(as_is):
     return (first, first), new
-  second = x if whole[1] else _stand_for(recipe, pair[1], x, tensor.views[1])
+  second = x if as_is[1] else _stand_for(recipe, pair[1], x, tensor.views[1])
   return (first, second), new
 
 
@@ -76,48 +76,47 @@ def _calibrate(
   old_metrics: TensorState,
 ) -> TensorState:
   """Returns the new state of a tensor that is multiplied as it is."""
-  finalize = lambda state: how.finalize(plan.recipe, state, tensor.role)
-  if how.finalizes and not old_metrics:
-    return finalize(own)
+  if how.finalizes:
+    own = how.finalize(plan.recipe, own, tensor.role)
+    if not old_metrics:
+      return own
   x = in_auto(how.clip, explicit_sharding(x), x)
   pair, new = plan.recipe.quantize(x, own, tensor.role, tensor.views)
-  new = finalize(own) if how.finalizes else new
+  new = own if how.finalizes else new
   return {**new, **_measure(plan, tensor, x, pair, old_metrics)} if old_metrics else new
 
 
-def multiply(plan: Plan, product: Product, lhs: Quantized, rhs: Quantized) -> jax.Array:
+def multiply(plan: Plan, planned: PlannedGemm, lhs: Quantized, rhs: Quantized) -> jax.Array:
   """Multiplies two tensors as ``quantize`` prepared them.
 
   Its derivative is that of the product of the dequantized tensors, in high precision.
   """
-  recipe, gemm, dtype = plan.recipe, product.gemm, product.dtype
+  recipe, gemm, dtype = plan.recipe, planned.gemm, planned.dtype
   if not (isinstance(lhs, QTensor) and isinstance(rhs, QTensor)):
     assert not isinstance(lhs, QTensor)
     assert not isinstance(rhs, QTensor)
     return dot_high_precision(lhs, rhs, gemm, dtype)
 
   def value(lhs: QTensor, rhs: QTensor) -> jax.Array:
-    return recipe.contract(_in_fp8(lhs), _in_fp8(rhs), gemm, product.kind, dtype)
-
-  def in_matrices(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    out = lax.dot_general(lhs, rhs, (((2,), (2,)), ((0,), (0,)))).reshape(gemm.shape)
-    return lax.transpose(out, gemm.permutation).astype(dtype)
+    return recipe.contract(_in_fp8(lhs), _in_fp8(rhs), gemm, planned.kind, dtype)
 
   def dot(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    return in_auto(in_matrices, gemm.sharding, lhs, rhs)
+    dims = (((2,), (2,)), ((0,), (0,)))
+    out = lax.dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32).reshape(gemm.shape)
+    return lax.transpose(out, gemm.permutation)
+
+  def product_rule(lhs: QTensor, rhs: QTensor, lhs_dot: Any, rhs_dot: Any) -> jax.Array:
+    terms: list[jax.Array] = []
+    if lhs_dot is not None:
+      left = recipe.in_matrices(QTensor(lhs_dot, lhs.scale), gemm.lhs).data
+      terms.append(dot(left, _dequantize(recipe, rhs, gemm.rhs)))
+    if rhs_dot is not None:
+      right = recipe.in_matrices(QTensor(rhs_dot, rhs.scale), gemm.rhs).data
+      terms.append(dot(_dequantize(recipe, lhs, gemm.lhs), right))
+    return sum(terms[1:], terms[0]).astype(dtype)
 
   def tangent(primals: Any, dots: Any) -> jax.Array:
-    (lhs, rhs), (lhs_dot, rhs_dot) = primals, dots
-    terms: list[jax.Array] = []
-    if lhs_dot.data is not None:
-      left = _matrices(recipe, QTensor(lhs_dot.data, lhs.scale), gemm.lhs)
-      terms.append(dot(left, _dequantize(recipe, rhs, gemm.rhs)))
-    if rhs_dot.data is not None:
-      right = _matrices(recipe, QTensor(rhs_dot.data, rhs.scale), gemm.rhs)
-      terms.append(dot(_dequantize(recipe, lhs, gemm.lhs), right))
-    return (
-      sum(terms[1:], terms[0]) if terms else jnp.zeros(jax.typeof(value(lhs, rhs)).shape, dtype)
-    )
+    return in_auto(product_rule, gemm.sharding, *primals, *(dot.data for dot in dots))
 
   return with_tangent(value, tangent, lhs, rhs)
 
@@ -128,11 +127,13 @@ def _stand_for(recipe: Recipe, q: QTensor, x: jax.Array, view: View) -> QTensor:
 
   def tangent(primals: Any, dots: Any) -> jax.Array:
     data, scale, _ = primals
-    lay_out = jax.linear_transpose(
-      lambda data: recipe.in_matrices(QTensor(data, scale), view).data,
-      jax.ShapeDtypeStruct(data.shape, values),
-    )
-    return lay_out(view.matrices(dots[2]))[0]
+
+    def lay_out(x_dot: jax.Array, scale: jax.Array) -> jax.Array:
+      data_of = lambda data: recipe.in_matrices(QTensor(data, scale), view).data
+      inverse = jax.linear_transpose(data_of, jax.ShapeDtypeStruct(data.shape, values))
+      return inverse(view.matrices(x_dot))[0]
+
+    return in_auto(lay_out, explicit_sharding(data), dots[2], scale)
 
   convert = lambda data, scale, x: lax.convert_element_type(data, dtype)
   return QTensor(with_tangent(convert, tangent, q.data, q.scale, x), q.scale)
@@ -141,10 +142,6 @@ def _stand_for(recipe: Recipe, q: QTensor, x: jax.Array, view: View) -> QTensor:
 def _in_fp8(q: QTensor) -> QTensor:
   dtype: Any = q.data.dtype
   return QTensor(lax.convert_element_type(q.data, dtype.fp8), q.scale)
-
-
-def _matrices(recipe: Recipe, q: QTensor, view: View) -> jax.Array:
-  return recipe.in_matrices(q, view).data
 
 
 def _dequantize(recipe: Recipe, q: QTensor, view: View) -> jax.Array:
@@ -157,7 +154,7 @@ def _dequantize(recipe: Recipe, q: QTensor, view: View) -> jax.Array:
     return dequantize(matrices.data, matrices.scale, dtype)
 
   def tangent(primals: Any, dots: Any) -> jax.Array:
-    return _matrices(recipe, QTensor(dots[0].data, primals[0].scale), view)
+    return recipe.in_matrices(QTensor(dots[0].data, primals[0].scale), view).data
 
   return with_tangent(value, tangent, q)
 

@@ -1,8 +1,8 @@
 """Names of what a contraction saves for its backward pass, for policies of ``jax.checkpoint``.
 
-What a GEMM multiplies at once has no name that a policy would ask for. Where a policy saves what is
-also used, ``jax.checkpoint`` passes it through ``lax.reduce_precision``, which takes E4M3 for a
-format with infinities: values beyond 240 become NaN, subnormals zero.
+A policy that saves a value that is also used at once makes ``jax.checkpoint`` pass it through
+``lax.reduce_precision``. For plain E4M3 arrays that makes NaN of values beyond 240 and zero of
+subnormals. So what the forward GEMM multiplies has no name that a policy would ask for.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ SCALARS = "fp8_scalars"
 OUTPUT = "fp8_output"
 BATCHED_OUTPUT = "fp8_batched_output"
 
-# What no policy of ``jax.checkpoint`` names: kernels as the forward GEMM takes them.
-ONCE = "fp8_once"
+# For ``training.once``, and no policy of ``jax.checkpoint``.
+KERNEL_FORWARD = "fp8_kernel_forward"
 
 OF_ROLE = {Role.INPUT: INPUT, Role.KERNEL: KERNEL}
-# All that is made of kernels alone, and so once for several passes with the same variables.
-OF_KERNELS = (KERNEL, SCALARS, ONCE)
+# What may hang on kernels and their state alone, and is then the same for several passes.
+OF_KERNELS = (KERNEL, KERNEL_FORWARD, SCALARS)
 
 Tree = TypeVar("Tree")
 

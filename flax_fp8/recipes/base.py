@@ -43,14 +43,6 @@ class GemmKind(enum.Enum):
   DGRAD = "dgrad"
   WGRAD = "wgrad"
 
-  @property
-  def shared_operand(self) -> int | None:
-    """The operand that several layers may share, their input; None in dgrad.
-
-    ``input @ kernel``, ``output_grad @ kernel.T``, ``output_grad.T @ input``
-    """
-    return {"fprop": 0, "dgrad": None, "wgrad": 1}[self.value]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe(abc.ABC):
@@ -138,7 +130,8 @@ class Recipe(abc.ABC):
   def in_matrices(self, q: QTensor, view: View) -> QTensor:
     """Returns a quantized tensor in the layout that its GEMM sees, without padding.
 
-    ``view.matrices(x) ≈ data * scale``. Linear in the data, which may be of any dtype.
+    ``view.matrices(x) ≈ data * scale``. It moves data, of any dtype, and leaves out what padding
+    added. Its transpose, which pads with zeros, lays out other values as ``quantize`` does.
 
     Args:
       q: as ``quantize`` returned it for one GEMM.

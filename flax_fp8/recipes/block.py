@@ -77,8 +77,7 @@ class Float8BlockScaling(StatelessRecipe):
     """
     first, second = (_sharding(x, view) for view in views)
     if role is Role.KERNEL:
-      tiles = lambda x, key: self._tiles(x, views, key)
-      return in_auto(tiles, (first, second), x, key)
+      return in_auto(lambda x: self._tiles(x, views), (first, second), x)
     strips = lambda x, keys: (
       self._strips(x, role, views[0], keys[0]),
       self._strips(x, role, views[1], keys[1]),
@@ -91,13 +90,11 @@ class Float8BlockScaling(StatelessRecipe):
     blocks = in_blocks(matrices, 1, BLOCK)
     return _chunks(self._quantize_blocks(blocks, role, key), matrices.shape[1])
 
-  def _tiles(
-    self, x: jax.Array, views: tuple[View, View], key: jax.Array | None
-  ) -> tuple[QTensor, QTensor]:
+  def _tiles(self, x: jax.Array, views: tuple[View, View]) -> tuple[QTensor, QTensor]:
     """Quantises in blocks of 128×128, the same values and scales for both GEMMs."""
     matrices = views[0].matrices(x)
     _, rows, columns = matrices.shape
-    q = self._quantize_blocks(in_blocks(matrices, BLOCK, BLOCK), Role.KERNEL, key)
+    q = self._quantize_blocks(in_blocks(matrices, BLOCK, BLOCK), Role.KERNEL, None)
     transposed = jax.tree.map(lambda x: lax.transpose(x, (0, 3, 4, 1, 2)), q)
     return _chunks(q, rows), _chunks(transposed, columns)
 

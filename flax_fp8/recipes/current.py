@@ -74,7 +74,7 @@ class Float8CurrentScaling(StatelessRecipe):
   ) -> jax.Array:
     """One GEMM; fast accumulation going forward, full going backward."""
     fast = kind is GemmKind.FPROP
-    return dot_per_tensor(lhs, rhs, gemm, dtype, fast_accumulation=fast, shared=kind.shared_operand)
+    return dot_per_tensor(lhs, rhs, gemm, dtype, fast_accumulation=fast, shared=gemm.shared)
 
   @property
   def needs(self) -> Needs:

@@ -268,7 +268,7 @@ class DelayedScaling(StatefulRecipe):
       gemm,
       dtype,
       fast_accumulation=kind is GemmKind.FPROP,
-      shared=kind.shared_operand,
+      shared=gemm.shared,
       scales_at_once=True,
     )
 

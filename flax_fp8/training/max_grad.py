@@ -74,7 +74,10 @@ def value_and_grad(
 ) -> Callable[..., Any]:
   """Like ``jax.value_and_grad``, but state met on several paths comes back as the maximum.
 
-  ``jax.value_and_grad(fun)(as_max_grad(variables))``, the state then cast back to float32.
+  ``jax.value_and_grad(fun)(as_max_grad(variables))``, the state then cast back to float32. The
+  modules make this cast themselves, so plain ``jax.value_and_grad`` differs in two things only: it
+  sums state that several calls of one remat or jitted function take as an argument, and it gives
+  zero for state that no path used.
 
   Args:
     fun: function of arrays and pytrees, returning a real scalar, or a pair if ``has_aux``. It sees
@@ -94,6 +97,9 @@ def value_and_grad(
 
   Numerics:
     Gradients of everything else are those of ``jax.value_and_grad``, bit for bit.
+    ``jax.lax.stop_gradient`` does not stop state here: JAX returns extended dtypes unchanged. To
+    run a frozen teacher by the same variables, use ``jax.value_and_grad`` and
+    ``TrainState.apply_fn``.
 
   Example:
     >>> import jax, jax.numpy as jnp, flax.linen as nn

@@ -283,11 +283,13 @@ def test_emulation_in_a_layer(described, cls):
 def test_nothing_outlives_an_apply():
   module = nn.Dense(4, dot_general_cls=CLS)
   variables = module.init(KEY, X)
+  gc.collect()
+  before = len(meta_dtype._casts)  # of tracers that other tests hold
   with jax.checking_leaks():
     jax.jit(jax.grad(lambda v: jnp.sum(module.apply(v, X))))(variables)
   jax.grad(lambda v: jnp.sum(module.apply(v, X)))(variables)
   gc.collect()
-  assert len(meta_dtype._casts) == 0
+  assert len(meta_dtype._casts) <= before
 
 
 def test_equal_models_compile_once():

@@ -131,6 +131,69 @@ def our_train_state(variables: Any = VARIABLES, tx: Any = SGD, model: nn.Module 
 # Right ones.
 
 
+class Shared(nn.Module):
+  """Attention and a gated MLP: query, key and value read one input, and so do gate and up."""
+
+  cls: Any = None
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    layer = functools.partial(nn.Dense, dot_general_cls=self.cls, dtype=self.dtype)
+    tokens = jnp.stack([x, jnp.roll(x, 1, -1)], 1)
+    query, key, value = (layer(WIDTH, name=name)(tokens) for name in ("query", "key", "value"))
+    mixed = nn.softmax(query @ key.swapaxes(1, 2)) @ value
+    hidden = nn.silu(layer(8, name="gate")(mixed)) * layer(8, name="up")(mixed)
+    return (x + jnp.mean(layer(WIDTH, name="down")(hidden), 1)).astype(jnp.float32)
+
+
+class SharedStack(nn.Module):
+  """Two such blocks, scanned."""
+
+  cls: Any = None
+  remat: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    block = nn.remat(Shared) if self.remat else Shared
+    body = lambda block, x: (block(x), None)
+    scanned = fp8.scan(body, {"params": 0}, split_rngs={"params": True}, length=2)
+    return scanned(block(self.cls), x)[0]
+
+
+CONFIG = fp8.Fp8Config(recipe=fp8.DelayedScaling(amax_history_len=LENGTH), multiple_of=1)
+SHARED = {
+  "written": Shared(CLS),
+  "written_bfloat16": Shared(CLS, jnp.bfloat16),
+  "converted": fp8.fp8_linear_layers(Shared(), CONFIG),
+  "scanned": SharedStack(CLS),
+  "scanned_remat": SharedStack(CLS, remat=True),
+  "converted_scanned": fp8.fp8_linear_layers(SharedStack(), CONFIG),
+}
+
+
+def _shared_inputs(name: str, differentiate: Any) -> Any:
+  @jax.jit
+  def step(state, batch):
+    loss = lambda v: jnp.mean((state.apply_fn(v, batch["x"]) - batch["y"]) ** 2)
+    return state.apply_gradients(grads=differentiate(loss)(state.params))
+
+  model = SHARED[name]
+  return step, our_train_state(init(model), model=model)
+
+
+def _enter_shared_inputs() -> None:
+  for name in SHARED:
+    for label, differentiate in (("jax", jax.grad), ("fp8", fp8.grad)):
+      make = functools.partial(_shared_inputs, name, differentiate)
+      functools.update_wrapper(make, _shared_inputs)
+      make.__name__ = f"shared_inputs_{name}_{label}"
+      loop(slow=label == "fp8" and name != "written")(make)
+
+
+_enter_shared_inputs()
+
+
 @loop()
 def train_state_and_value_and_grad() -> Any:
   """The README's; jitted, its state donated."""
