@@ -102,6 +102,16 @@ def keeps_its_operands(tracer: Any) -> bool:
   return hasattr(tracer, "parent") or hasattr(tracer, "recipe")
 
 
+def scan_counts(params: Any) -> tuple[int, int] | None:
+  """Returns how many constants and carries a scan's equation takes; None if it can't be told."""
+  if "num_consts" in params:
+    return params["num_consts"], params["num_carry"]
+  if "ft_in" in params:
+    constants, carries, _ = map(len, params["ft_in"].unpack())
+    return constants, carries
+  return None
+
+
 def is_ambiguous_sharding(error: Exception) -> bool:
   """Tells whether JAX refused an operation because it can't tell how its result is sharded."""
   kind = find("jax._src.core", "ShardingTypeError")

@@ -49,6 +49,11 @@ class QuantizedRules:
     return dtype.tangent
 
   @staticmethod
+  def zero(dtype: QuantizedDType) -> jax.Array:
+    """What fills a residual of a branch that was not taken."""
+    return lax.convert_element_type(np.zeros((), dtype.fp8), dtype)
+
+  @staticmethod
   def full(shape: Any, fill_value: Any, dtype: QuantizedDType) -> jax.Array:
     """As ``lax.full``."""
     return lax.convert_element_type(lax.full(shape, fill_value, dtype.fp8), dtype)

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jax.interpreters import ad, batching, mlir
 
+from flax_fp8 import _compat
+
 Path: TypeAlias = tuple[str, ...]
 
 
@@ -107,13 +109,13 @@ def _step(
     if origin is None or origin.is_cast:
       return [None]
     return [dataclasses.replace(origin, is_cast=True)]
-  if name == "scan":
-    constants, carried = params["num_consts"], params["num_carry"]
+  if name == "scan" and (counts := _compat.scan_counts(params)) is not None:
+    constants, carries = counts
     slices = [
       None if x is None or x.is_cast else dataclasses.replace(x, stacked=x.stacked + 1)
-      for x in given[constants + carried :]
+      for x in given[constants + carries :]
     ]
-    _walk(params["jaxpr"].jaxpr, [*given[:constants], *[None] * carried, *slices], found)
+    _walk(params["jaxpr"].jaxpr, [*given[:constants], *[None] * carries, *slices], found)
     return []
   if name == "while":
     constants = given[params["cond_nconsts"] :][: params["body_nconsts"]]

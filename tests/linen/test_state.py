@@ -2,7 +2,6 @@
 
 import functools
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -95,7 +94,8 @@ def test_a_layer_that_the_loss_leaves_out_keeps_nothing_from_another(run, differ
 def test_jit_equals_eager_where_states_differ():
   model = Projections()
   variables = apart(model.init(jax.random.key(0), X))
-  chex.assert_trees_all_equal(jax.jit(model.apply)(variables, X), model.apply(variables, X))
+  got = jax.jit(model.apply)(variables, X)
+  np.testing.assert_allclose(got, model.apply(variables, X), rtol=1e-5, atol=1e-6)
 
 
 def test_weight_norm_must_leave_state_alone():
