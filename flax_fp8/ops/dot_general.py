@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from flax_fp8.meta_dtype import cast_once, emit_once, like, to_float32
 from flax_fp8.ops import check, saved
-from flax_fp8.ops.plan import Operand, Plan, make_plan
+from flax_fp8.ops.plan import Plan, make_plan
 from flax_fp8.ops.quantized import Quantized, multiply, quantize
 from flax_fp8.recipes.base import Recipe, Role, TensorState
 
@@ -142,29 +142,20 @@ def _forward(
   plan: Plan, lhs: jax.Array, rhs: jax.Array, state: State, key: jax.Array | None
 ) -> tuple[jax.Array, Any]:
   """Quantizes both operands and multiplies; keeps them for the backward GEMMs, and new states."""
-  q_lhs, kept_lhs, new_lhs = _quantize_operand(plan, plan.lhs, lhs, state)
-  q_rhs, kept_rhs, new_rhs = _quantize_operand(plan, plan.rhs, rhs, state)
-  out = multiply(plan, plan.fprop, q_lhs, q_rhs)
+  now: list[Quantized] = []
+  later: list[Quantized] = []
+  new: dict[str, TensorState] = {}
+  for operand, x in ((plan.lhs, lhs), (plan.rhs, rhs)):
+    role, own = operand.role, state[operand.role.value]
+    (forward, backward), seen = quantize(plan, operand, x, own)
+    is_kernel = role is Role.KERNEL
+    now.append(saved.name(forward, saved.KERNEL_FORWARD) if is_kernel else forward)
+    later.append(saved.name(backward, saved.OF_ROLE[role]))
+    new[role.value] = saved.name(_as_cotangent(seen, own), saved.SCALARS)
+  out = multiply(plan, plan.fprop, *now)
   is_batched = bool(plan.fprop.gemm.lhs.batch)
   out = saved.name(out, saved.BATCHED_OUTPUT if is_batched else saved.OUTPUT)
-  return out, (kept_lhs, kept_rhs, {**new_lhs, **new_rhs}, state[Role.OUTPUT_GRAD.value], key)
-
-
-def _quantize_operand(
-  plan: Plan, operand: Operand, x: jax.Array, state: State
-) -> tuple[Quantized, Quantized, State]:
-  """Quantizes an operand; names what is kept of it, for policies of ``jax.checkpoint``.
-
-  Returns:
-    The operand for the forward GEMM, and for the backward one, which is kept; and its new state.
-  """
-  own = state[operand.role.value]
-  (now, later), new = quantize(plan, operand, x, own)
-  if operand.role is Role.KERNEL:
-    now = saved.name(now, saved.KERNEL_FORWARD)
-  later = saved.name(later, saved.OF_ROLE[operand.role])
-  new = saved.name(_as_cotangent(new, own), saved.SCALARS)
-  return now, later, {operand.role.value: new}
+  return out, (*later, new, state[Role.OUTPUT_GRAD.value], key)
 
 
 def _backward(
