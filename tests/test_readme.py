@@ -98,7 +98,7 @@ def test_the_programs_of_whole_models_run(capsys):
     "x": x,
     "bf16_variables": (plain := jax.jit(model.init)(jax.random.key(1), x)),
     "batches": [x, 2 * x],
-    "loss_fn": lambda variables, x: jnp.mean(names["twin"].apply(variables, x) ** 2),
+    "loss_fn": lambda variables, x: jnp.mean(names["converted"].apply(variables, x) ** 2),
   }
   for program in programs:
     exec(compile(program, "whole_models.py", "exec"), names)
@@ -108,4 +108,4 @@ def test_the_programs_of_whole_models_run(capsys):
   assert "layers_2/up" in shown
   jax.tree.map(np.testing.assert_array_equal, names["bf16_variables"], plain)
   got = jax.jit(names["served"].apply)(names["frozen"], x)
-  np.testing.assert_array_equal(got, jax.jit(names["twin"].apply)(names["variables"], x))
+  np.testing.assert_array_equal(got, jax.jit(names["converted"].apply)(names["variables"], x))

@@ -2,8 +2,8 @@
 
 What a contraction multiplies is known only while the model runs: the dtype that its kernel is cast
 to, the axes that it contracts. So freezing runs the model once, abstractly, and writes down each
-contraction; then each kernel is quantised, and its parameter is gone. The twin that serves them
-gives the model NaN for the parameter, which no contraction reads.
+contraction; then each kernel is quantised, and its parameter is gone. The converted
+module that serves them gives the model NaN for the parameter, which no contraction reads.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import jax.numpy as jnp
 from flax_fp8.linen.arguments import fill, require_variables
 from flax_fp8.linen.boxes import unbox
 from flax_fp8.linen.contractions import Call, FP8Contraction
+from flax_fp8.linen.converted import make_converted
 from flax_fp8.linen.frozen import FP8_FROZEN, Flat, Frozen, FrozenLayer, Path, read_roles
 from flax_fp8.linen.provenance import Origin, mark, origins
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
-from flax_fp8.linen.twin import make_twin
 from flax_fp8.ops.frozen import quantize_kernel
 from flax_fp8.recipes.base import GemmKind, Role, StatefulRecipe
 from flax_fp8.recipes.delayed import DelayedScaling
@@ -41,7 +41,7 @@ def freeze_for_inference(
       fp8_frozen = {"kernel": quantize(kernel.astype(dtype)), "kernel_scale": ..., "input_...": ...}
 
   Args:
-    module: the FP8 model: a twin of ``fp8_linear_layers``, or one with ``Fp8DotGeneral`` and
+    module: the FP8 model: converted by ``fp8_linear_layers``, or with ``Fp8DotGeneral`` and
       ``Fp8Einsum`` in it.
     variables: its variables, trained or calibrated; arrays, or ShapeDtypeStructs to learn the
       shapes that a checkpoint of the result has.
@@ -87,7 +87,7 @@ def freeze_for_inference(
   if not abstract:
     _require_seen(layers, made)
   rest = {name: value for name, value in variables.items() if name != OVERWRITE_WITH_GRADIENT}
-  return make_twin(module, Frozen(layers)), {**rest, **made}
+  return make_converted(module, Frozen(layers)), {**rest, **made}
 
 
 def _check_arguments(module: Any, variables: Any) -> None:

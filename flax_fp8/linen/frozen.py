@@ -1,4 +1,4 @@
-"""The twin that serves a frozen model: its contractions read kernels that are FP8 already.
+"""The conversion that serves a frozen model: its contractions read kernels in FP8.
 
 The parameters that these kernels were are gone. The model finds NaN there, which no contraction
 reads; whatever else does is seen.
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_fp8.linen.contractions import Call, FP8Contraction
-from flax_fp8.linen.twin import Run
+from flax_fp8.linen.converted import Run
 from flax_fp8.ops import check
 from flax_fp8.ops.frozen import contract_as_is, contract_frozen, quantize_kernel
 from flax_fp8.ops.plan import Plan

@@ -20,17 +20,17 @@ from flax_fp8.linen import state
 from flax_fp8.linen.convert.config import Decision, Fp8Config
 from flax_fp8.linen.convert.patterns import Layer, at
 from flax_fp8.linen.convert.walk import Walk
+from flax_fp8.linen.converted import Run, make_converted, original
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
-from flax_fp8.linen.twin import Run, make_twin, original
 from flax_fp8.recipes.base import Recipe
 
 
 def fp8_linear_layers(
   module: nn.Module, config: Fp8Config | None = None, *init_args: Any, **init_kwargs: Any
 ) -> nn.Module:
-  """Makes the FP8 twin of a Linen model.
+  """Converts a Linen model to FP8.
 
-  The twin is of a subclass of the model's class, with the same fields, methods and ``params``.
+  The result is of a subclass of the model's class, with the same fields, methods and ``params``.
   Each contraction that ``config`` takes runs in FP8: of ``nn.Dense`` and ``nn.DenseGeneral``, also
   those inside attention and recurrent cells; of ``nn.Einsum``; and of modules that are named in
   ``Fp8Config.functions``. State is where hand-edited layers have it: ``Dense_0/Fp8DotGeneral_0``.
@@ -44,13 +44,13 @@ def fp8_linear_layers(
     **init_kwargs: the same by keyword.
 
   Returns:
-    The twin. ``twin.init`` makes ``params`` as the model does, bit for bit, and the FP8 state
-    beside them; see ``upgrade_variables`` for parameters that are there already.
+    The converted module. Its ``init`` makes ``params`` as the model does, bit for bit, and the FP8
+    state beside them; see ``upgrade_variables`` for parameters that are there already.
 
   Raises:
     TypeError: ``module`` is no Linen module, ``config`` no ``Fp8Config``.
     ValueError: ``module`` is bound; a pattern matches no layer; no layer is left to convert; and
-      when the twin runs: it is inside another module, or a call in FP8 has arguments that FP8 does
+      when it runs: it is inside another module, or a call in FP8 has arguments that FP8 does
       not have.
 
   Numerics:
@@ -60,8 +60,8 @@ def fp8_linear_layers(
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> import flax_fp8 as fp8
     >>> model = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=32)
-    >>> twin = fp8.fp8_linear_layers(model)
-    >>> variables = twin.init(jax.random.key(0), jnp.ones((1, 4, 16)))
+    >>> converted = fp8.fp8_linear_layers(model)
+    >>> variables = converted.init(jax.random.key(0), jnp.ones((1, 4, 16)))
     >>> sorted(variables["_overwrite_with_gradient"])
     ['key', 'out', 'query', 'value']
 
@@ -76,7 +76,7 @@ def fp8_linear_layers(
     conversion.require_some(Decision(row.recipe, row.rule) for row in report.rows)
     order = tuple(row.layer.path for row in report.rows)
     conversion = dataclasses.replace(conversion, order=order)
-  return make_twin(plain, conversion)
+  return make_converted(plain, conversion)
 
 
 def _check_arguments(module: Any, config: Any) -> None:
@@ -197,7 +197,7 @@ def _merge(params: Any, state: Any, path: tuple[str, ...]) -> Any:
     raise ValueError(
       f"fp8_linear_layers: FP8 state must be of the model that params are of; got state for "
       f"{'/'.join(path)!r}, which params hold as an array. Make state for these parameters with "
-      "upgrade_variables(twin, {'params': params}, *init_args)."
+      "upgrade_variables(converted, {'params': params}, *init_args)."
     )
   below = {key: value for key, value in state.items() if isinstance(value, Mapping)}
   leaves = {key: value for key, value in state.items() if key not in below}

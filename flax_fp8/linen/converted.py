@@ -1,6 +1,6 @@
-"""A twin of a Linen module: the same class and fields, whose runs stand under a conversion.
+"""A converted Linen module: the same class and fields, whose runs stand under a conversion.
 
-``init``, ``apply`` and ``bind`` are where a model meets its variables. A twin is of a subclass that
+``init``, ``apply`` and ``bind`` are where a model meets its variables. It is of a subclass that
 overrides these three: it hands the conversion the variables on their way in and out, and lets its
 interceptor see each method call in between. All else is inherited: methods, signature, fields.
 """
@@ -21,7 +21,7 @@ from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 
 
 class Conversion(Protocol):
-  """What stands between a twin and its variables; hashable, compared by value."""
+  """What stands between a converted module and its variables; hashable, compared by value."""
 
   def enter(self, variables: Any) -> dict[str, Any]:
     """Turns the variables that a user has into those that the model finds."""
@@ -38,7 +38,7 @@ class Conversion(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One run of a twin.
+  """One run of a converted module.
 
   Attributes:
     module: the model, unmodified and unbound.
@@ -57,19 +57,19 @@ class Run:
 
 Conversions: TypeAlias = tuple[Conversion, ...]
 
-# The conversions of the twins that run here.
+# The conversions of the converted modules that run here.
 _running: ContextVar[tuple[Conversions, ...]] = ContextVar("running", default=())
 
 
-def make_twin(module: nn.Module, *conversions: Conversion) -> nn.Module:
-  """Makes the twin of an unbound module; of a twin, one under more conversions, the last inmost."""
+def make_converted(module: nn.Module, *conversions: Conversion) -> nn.Module:
+  """Converts an unbound module; a converted one comes under more conversions, the last inmost."""
   plain, fields = original(module), _fields(module)
   before = fields.pop("fp8_conversions", ())
-  return _twin_class(type(plain))(**fields, fp8_conversions=(*before, *conversions))
+  return _converted_class(type(plain))(**fields, fp8_conversions=(*before, *conversions))
 
 
 def original(module: nn.Module) -> nn.Module:
-  """Returns the module that a twin was made of; any other module itself."""
+  """Returns the module that a converted one was made of; any other module itself."""
   cls: Any = type(module)
   if not hasattr(cls, "fp8_original"):
     return module
@@ -84,8 +84,8 @@ def _fields(module: nn.Module) -> dict[str, Any]:
 
 
 @functools.cache
-def _twin_class(cls: type[nn.Module]) -> Any:
-  """Makes the subclass, once a class: two equal twins are of one class, and compile once."""
+def _converted_class(cls: type[nn.Module]) -> Any:
+  """Makes the subclass, once a class: equal converted modules compile once."""
 
   def post_init(self: Any) -> None:
     cls.__post_init__(self)
@@ -117,7 +117,7 @@ def _twin_class(cls: type[nn.Module]) -> Any:
     return Bound(bound, run, self)
 
   def reduce(self: Any) -> Any:
-    return make_twin, (original(self), *self.fp8_conversions)
+    return make_converted, (original(self), *self.fp8_conversions)
 
   methods = {
     "__post_init__": post_init,
@@ -189,11 +189,11 @@ def _narrow(variables: dict[str, Any], mutable: Any) -> dict[str, Any]:
 
 
 class Bound:
-  """A bound twin, or something that one holds: what is called on it runs under the conversion."""
+  """A bound converted module, or what it holds: calls of it run under the conversion."""
 
-  def __init__(self, value: Any, run: Run, twin: Any) -> None:
-    """Wraps a module, a method or a container of a bound twin."""
-    self._value, self._run, self._twin = value, run, twin
+  def __init__(self, value: Any, run: Run, converted: Any) -> None:
+    """Wraps a module, a method or a container of a bound converted module."""
+    self._value, self._run, self._converted = value, run, converted
 
   def __getattr__(self, name: str) -> Any:
     with self._extent():
@@ -219,14 +219,14 @@ class Bound:
   @property
   def variables(self) -> Any:
     """The variables, as the user gave them."""
-    return _leave(self._twin.fp8_conversions, self._value.variables)
+    return _leave(self._converted.fp8_conversions, self._value.variables)
 
   def unbind(self) -> tuple[Any, Any]:
-    """Returns the unbound twin and its variables."""
-    return self._twin, self.variables
+    """Returns the unbound converted module and its variables."""
+    return self._converted, self.variables
 
   def _extent(self) -> Any:
-    return _extent(self._twin.fp8_conversions, self._run)
+    return _extent(self._converted.fp8_conversions, self._run)
 
   def _wrap(self, value: Any) -> Any:
     holds = isinstance(value, (list, tuple, Mapping)) and any(
@@ -236,4 +236,4 @@ class Bound:
       getattr(value, "__self__", None), nn.Module
     )
     wanted = isinstance(value, nn.Module) or holds or bound_method
-    return Bound(value, self._run, self._twin) if wanted else value
+    return Bound(value, self._run, self._converted) if wanted else value
