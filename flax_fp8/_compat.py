@@ -164,18 +164,44 @@ def unchecked_manual_axes() -> tuple[str, ...]:
   return tuple(a for a in axes if a not in varying_axes(jax.lax.axis_index(a)))
 
 
+def _with_parents(trace: Any) -> list[Any]:
+  """Returns a trace and its parents, without evaluation; the last one is that of a body."""
+  traces: list[Any] = []
+  while trace is not None:
+    if type(trace).__name__ != "EvalTrace":
+      traces.append(trace)
+    trace = getattr(trace, "parent_trace", None)
+  return traces
+
+
+def _running() -> list[Any]:
+  return _with_parents(getattr(find("jax._src.core", "trace_ctx"), "trace", None))
+
+
 def running_body() -> weakref.ref[Any] | None:
   """Returns a reference to the trace of the innermost shard_map body that runs.
 
   JAX's backward pass of a shard_map runs in a body of its own. One that a body asks for itself, by
   ``jax.grad``, runs in this same body.
   """
-  context = find("jax._src.core", "trace_ctx")
-  trace, body = getattr(context, "trace", None), None
-  while trace is not None:
-    body = body if type(trace).__name__ == "EvalTrace" else trace
-    trace = getattr(trace, "parent_trace", None)
-  return None if body is None else weakref.ref(body)
+  traces = _running()
+  return weakref.ref(traces[-1]) if traces else None
+
+
+def is_of_running_body(tracer: Any) -> bool:
+  """Tells whether a tracer was made in the innermost shard_map body that runs."""
+  own, running = _with_parents(getattr(tracer, "_trace", None)), _running()
+  return bool(own and running) and own[-1] is running[-1]
+
+
+def in_running_body() -> contextlib.AbstractContextManager[Any]:
+  """Makes a context whose operations belong to the body itself, not to a loop or a remat in it."""
+  enter, traces = find("jax._src.core", "set_current_trace"), _running()
+  if enter is None or not traces:
+    return contextlib.nullcontext()
+  is_loop = [type(trace).__name__ == "DynamicJaxprTrace" for trace in traces[:-1]]
+  outside = len(is_loop) - is_loop[::-1].index(True) if True in is_loop else 0
+  return enter(traces[outside])
 
 
 def manual_axes(x: Any) -> frozenset[str]:

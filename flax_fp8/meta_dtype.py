@@ -180,12 +180,13 @@ def cast_once(value: Any) -> Any:
     return value
   cast = value if is_max_grad(value) else _cast_under_own_trace(value)
   axes = frozenset(_compat.unchecked_manual_axes()) - _compat.manual_axes(value)
-  if not axes:
+  if not axes or _compat.is_of_running_body(value):
     return cast
   # JAX sums cotangents at that boundary, as it can do in float32 alone.
   with _compat.under_trace_of(cast):
     plain = _in_float32(cast)
-  return _enter(tuple(sorted(axes)), plain)
+  with _compat.in_running_body():
+    return _enter(tuple(sorted(axes)), plain)
 
 
 @jax.custom_vjp

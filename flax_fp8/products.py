@@ -383,4 +383,6 @@ def _stack_rows(mapped: jax.Array) -> jax.Array:
 def _dequantize_microscaled(x: QTensor) -> jax.Array:
   block = x.data.shape[-1] // x.scale.shape[-1]
   repeated = jnp.repeat(x.scale.astype(jnp.float32), block, axis=-1)
-  return dequantize(x.data, repeated, jnp.bfloat16)
+  values = dequantize(x.data, repeated, jnp.bfloat16)
+  # Near the end of float32's range a value may have been rounded up to 2**128.
+  return jnp.clip(values, jnp.finfo(jnp.bfloat16).min, jnp.finfo(jnp.bfloat16).max)

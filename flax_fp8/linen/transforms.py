@@ -17,7 +17,7 @@ from flax.core.scope import in_filter, union_filters
 from jax import lax
 
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, STOCHASTIC_ROUNDING
-from flax_fp8.meta_dtype import to_float32, to_max_grad
+from flax_fp8.meta_dtype import cast_once, to_float32, to_max_grad
 
 
 def scan(
@@ -185,7 +185,7 @@ def cond(
 
 def _where(taken: Any, fun: Callable[..., Any]) -> Callable[..., Any]:
   """Runs a function whose state gets no cotangent where it is not taken."""
-  silence = lambda state: jax.tree.map(lambda leaf: _silence(to_max_grad(leaf), taken), state)
+  silence = lambda state: jax.tree.map(lambda leaf: _silence(to_max_grad(cast_once(leaf)), taken), state)
   return nn.map_variables(fun, OVERWRITE_WITH_GRADIENT, trans_in_fn=silence)
 
 

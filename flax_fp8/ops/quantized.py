@@ -101,8 +101,9 @@ def multiply(plan: Plan, planned: PlannedGemm, lhs: Quantized, rhs: Quantized) -
     return recipe.contract(_in_fp8(lhs), _in_fp8(rhs), gemm, planned.kind, dtype)
 
   def dot(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    wide = jnp.promote_types(jnp.promote_types(lhs.dtype, rhs.dtype), dtype)
     dims = (((2,), (2,)), ((0,), (0,)))
-    out = lax.dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32).reshape(gemm.shape)
+    out = lax.dot_general(lhs.astype(wide), rhs.astype(wide), dims).reshape(gemm.shape)
     return lax.transpose(out, gemm.permutation)
 
   def product_rule(lhs: QTensor, rhs: QTensor, lhs_dot: Any, rhs_dot: Any) -> jax.Array:

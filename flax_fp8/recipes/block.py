@@ -106,7 +106,11 @@ class Float8BlockScaling(StatelessRecipe):
   def in_matrices(self, q: QTensor, view: View) -> QTensor:
     """Puts the blocks of each row side by side."""
     columns = view.sizes[2]
-    join = lambda x: lax.transpose(x, (1, 2, 0, 3)).reshape(*x.shape[1:3], -1)[:, :, :columns]
+
+    def join(x: jax.Array) -> jax.Array:
+      chunks, batch, rows, width = x.shape
+      return lax.transpose(x, (1, 2, 0, 3)).reshape(batch, rows, chunks * width)[:, :, :columns]
+
     return QTensor(join(q.data), join(jnp.broadcast_to(q.scale[..., None], q.data.shape)))
 
   def contract(

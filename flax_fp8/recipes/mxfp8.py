@@ -98,8 +98,8 @@ class MXFP8BlockScaling(StatelessRecipe):
     ValueError: ``scale_rounding``, ``high_precision`` or ``grad_rounding`` is unknown.
 
   Numerics:
-    Scaling is exact. Finite values beyond ``(2 - 2**-mantissa_bits) * 2**127``, 3.19e38 in E4M3,
-    saturate to it: rounded up, they would leave float32. Sizes that are no multiples of 32 are
+    Scaling is exact. Where dequantized values are multiplied, one that is rounded up to ``2**128``
+    is the largest of bfloat16, not infinity. Sizes that are no multiples of 32 are
     padded with zeros, which changes neither scales nor sums. A block of zeros has scale 1. One that
     holds a NaN or an infinity has scale NaN, and so have the elements of the product that sum over
     it. Several contracted axes count as one, in their order.
@@ -142,7 +142,7 @@ class MXFP8BlockScaling(StatelessRecipe):
 
   def _blocks(self, x: jax.Array, role: Role, view: View, key: jax.Array | None) -> QTensor:
     float8 = self.float8(role)
-    blocks = in_blocks(_within_float32(view.matrices(x), float8), 1, BLOCK)
+    blocks = in_blocks(view.matrices(x), 1, BLOCK)
     codes = microscale(largest_magnitude(blocks, (4,)), float8, self.scale_rounding)
     e8m0 = lax.bitcast_convert_type(codes, jnp.float8_e8m0fnu)
     scale = e8m0.astype(jnp.float32)
@@ -172,18 +172,6 @@ class MXFP8BlockScaling(StatelessRecipe):
   def needs(self) -> Needs:
     """The formats, and matrix units that scale blocks by E8M0."""
     return Needs(self.fp8_format, block_scales=jnp.float8_e8m0fnu)
-
-
-def _within_float32(x: jax.Array, float8: Float8) -> jax.Array:
-  """Limits finite values to the largest that FP8 and a power of two make within float32's range.
-
-  What lies between that value and float32's largest would be rounded up to ``2**128``.
-  """
-  largest = np.float32((2.0 - 2.0**-float8.mantissa_bits) * 2.0**127)
-  if x.dtype == jnp.float16:
-    return x
-  largest = largest.astype(x.dtype)
-  return jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
 
 
 def _sharding(x: jax.Array, view: View) -> NamedSharding | None:
