@@ -126,8 +126,11 @@ def dot_per_tensor(
   def cuda(lhs: QTensor, rhs: QTensor) -> jax.Array:
     if is_large:
       return scaled_within(lhs, rhs)
-    left, right, _ = _set_apart(lhs.data, rhs.data, lhs.scale, shared)
-    return scaled_after(QTensor(left, lhs.scale), QTensor(right, rhs.scale))
+    hidden = [
+      QTensor(lax.optimization_barrier(q.data), q.scale) if index == shared else q
+      for index, q in enumerate((lhs, rhs))
+    ]
+    return scaled_after(*hidden)
 
   if dtype != jnp.bfloat16 or not _is_fp8_gemm(lhs.data, rhs.data, dims):
     return scaled_after(lhs, rhs)

@@ -153,7 +153,7 @@ class Case:
     jit: whether the gradient is compiled.
     outside: whether the loop lies outside of the model.
     inside: "pmap" or "shard_map", where each device takes the gradient of a scan over two halves
-      of its part, and gradients are averaged.
+      of its part, and gradients are averaged; or "closure", a shard_map that closes over variables.
     nested: whether the variables are those of one of several models.
     expect: outcome by column where it is not "right".
     inputs: what the model is initialised with.
@@ -268,12 +268,13 @@ def sharded(check_vma: bool) -> Callable[[Callable[..., Any]], Loss]:
 
 
 def closed_over(apply: Callable[..., Any]) -> Loss:
-  """``shard_map(check_vma=False)`` whose body closes over the variables, and uses them twice."""
+  """``shard_map(check_vma=False)`` whose body closes over the variables: in a loop and outside."""
 
   def loss(variables: Any) -> jax.Array:
     def local(x: jax.Array, c: jax.Array) -> jax.Array:
-      halves = (_loss(apply, variables, x[0, i : i + 2], c[0, i : i + 2]) for i in (0, 2))
-      return jax.lax.psum(sum(halves), "data")
+      first = _loss(apply, variables, x[0, :2], c[0, :2])
+      rest = microbatches(apply, x[0, 2:, None], c[0, 2:, None])(variables)
+      return jax.lax.psum(first + rest, "data")
 
     specs = {"in_specs": (P("data"), P("data")), "out_specs": P(), "check_vma": False}
     return jax.shard_map(local, mesh=mesh(), **specs)(jnp.asarray(X), jnp.asarray(C))
@@ -392,6 +393,10 @@ CASES = [
   ),
   Case("shard_map, check_vma=False, closed over", program=closed_over, **LAYER),
   Case("shard_map, check_vma=False, pmean", program=microbatches, inside="shard_map", **LAYER),
+  Case("shard_map, closure, pmean", program=microbatches, inside="closure", **LAYER),
+  Case(
+    "shard_map, closure, pmean, eager", program=microbatches, inside="closure", jit=False, **LAYER
+  ),
   Case("pmap, pmean", program=microbatches, inside="pmap", **LAYER),
   Case("pjit, sharded batch", program=pjit, **LAYER),
   Case("vmap of scan", program=vmap_of_scan, **LAYER),
@@ -431,6 +436,10 @@ def gradient_of(
     mapped = jax.pmap(local, "data", in_axes=(None, 0, 0))
     return lambda variables: jax.tree.map(lambda leaf: leaf[0], mapped(variables, X, C))
   specs = {"in_specs": (P(), P("data"), P("data")), "out_specs": P(), "check_vma": False}
+  if case.inside == "closure":
+    specs["in_specs"] = specs["in_specs"][1:]
+    over = lambda variables: lambda x, c: local(variables, x[0], c[0])
+    return lambda variables: jax.shard_map(over(variables), mesh=mesh(), **specs)(X, C)
   mapped = jax.shard_map(lambda v, x, c: local(v, x[0], c[0]), mesh=mesh(), **specs)
   return lambda variables: mapped(variables, X, C)
 

@@ -69,6 +69,12 @@ class Call:
     x, kernel = (second, first) if parts.plan.kernel_is_left else (first, second)
     return cls(parts.plan, x, kernel, rhs, parts.kernel_reduction, parts.permutation)
 
+  @property
+  def layout(self) -> Any:
+    """What the data of a kernel that is stored for this call depend on, beside its recipe."""
+    operand = self.plan.lhs if self.plan.kernel_is_left else self.plan.rhs
+    return operand.role, operand.views[0], operand.dtype, self.rhs.dtype, self.reduction
+
   def finish(self, out: jax.Array) -> jax.Array:
     """Makes of the contraction's result that of the module."""
     return lax.transpose(out, self.permutation)

@@ -46,6 +46,7 @@ class Run:
     kwargs: of the method.
     method: the method, None for ``__call__``.
     variables: those that the model finds; None while it is initialised.
+    rngs: PRNG keys that were passed.
   """
 
   module: nn.Module
@@ -53,6 +54,7 @@ class Run:
   kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   method: Any = None
   variables: Any = None
+  rngs: Any = None
 
 
 Conversions: TypeAlias = tuple[Conversion, ...]
@@ -101,7 +103,7 @@ def _converted_class(cls: type[nn.Module]) -> Any:
 
   def apply(self: Any, variables: Any, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
     found = _enter(self.fp8_conversions, variables)
-    run = Run(original(self), args, *_split(kwargs), found)
+    run = Run(original(self), args, *_split(kwargs), found, kwargs.get("rngs"))
     with _extent(self.fp8_conversions, run):
       out = cls.apply(self, found, *args, mutable=_widen(mutable), **kwargs)
     if mutable is False and not kwargs.get("capture_intermediates"):

@@ -60,7 +60,9 @@ def freeze_for_inference(
       in FP8; a tensor under ``first_step="current"`` was never seen.
 
   Numerics:
-    Outputs are those of ``module.apply(variables, ...)``, bit for bit under jit. Recipes without
+    Outputs are those of ``module.apply(variables, ...)``, bit for bit under jit; but a model that
+    differentiates inside has gradients in high precision. Each run checks, by tracing the model
+    once more, that it multiplies by the parameters that were frozen. Recipes without
     state scale inputs by themselves, as in training. Under ``overflow="current"`` scales are static
     all the same: what is beyond their range saturates.
 
@@ -101,13 +103,14 @@ def _check_arguments(module: Any, variables: Any) -> None:
 
 def _survey(module: nn.Module, variables: Any, args: Any, kwargs: Any) -> tuple[FrozenLayer, ...]:
   """Traces a model, and writes down what it contracts in FP8 and which parameters it takes."""
-  calls: dict[Path, Call] = {}
+  calls: dict[Path, list[Call]] = {}
 
   def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     module: Any = context.module
     if isinstance(context.module, FP8Contraction) and context.method_name == "__call__":
-      calls[module.path] = Call.of(module, args, kwargs)
-      mark(calls[module.path].rhs, module.path)
+      call = Call.of(module, args, kwargs)
+      calls.setdefault(module.path, []).append(call)
+      mark(call.rhs, module.path)
     return next_fun(*args, **kwargs)
 
   def run(variables: Any) -> Any:
@@ -123,15 +126,17 @@ def _survey(module: nn.Module, variables: Any, args: Any, kwargs: Any) -> tuple[
       f"{type(module).__name__}. Convert it with fp8_linear_layers, and train or calibrate it."
     )
   params = flax.traverse_util.flatten_dict(nn.meta.unbox(variables["params"]))
-  return tuple(_describe(path, call, kernels[path], params) for path, call in calls.items())
+  return tuple(_describe(path, calls[path], kernels.get(path), params) for path in calls)
 
 
 def _describe(
-  path: Path, call: Call, origin: Origin | None, params: Mapping[Path, Any]
+  path: Path, calls: list[Call], origin: Origin | None, params: Mapping[Path, Any]
 ) -> FrozenLayer:
-  """Describes a contraction whose kernel is a parameter, or None."""
-  layer = FrozenLayer(path, call.plan, call.rhs.dtype, call.reduction)
-  if origin is None or call.plan.recipe.is_high_precision(GemmKind.FPROP):
+  """Describes a contraction; its kernel is stored where every call takes one parameter alike."""
+  call = calls[-1]
+  layer = FrozenLayer(path, call.plan, call.layout, call.rhs.dtype, call.reduction)
+  alike = all(other.layout == call.layout for other in calls)
+  if origin is None or not alike or call.plan.recipe.is_high_precision(GemmKind.FPROP):
     return layer
   param = params[origin.path]
   return dataclasses.replace(

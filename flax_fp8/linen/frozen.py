@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, TypeAlias
 
+import flax.core
 import flax.linen as nn
 import flax.traverse_util
 import jax
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 
 from flax_fp8.linen.contractions import Call, FP8Contraction
 from flax_fp8.linen.converted import Run
+from flax_fp8.linen.provenance import mark, origins
 from flax_fp8.ops import check
 from flax_fp8.ops.frozen import contract_as_is, contract_frozen, quantize_kernel
 from flax_fp8.ops.plan import Plan
@@ -37,6 +39,7 @@ class FrozenLayer:
   Attributes:
     path: of the module that contracts.
     plan: of the contraction.
+    layout: of the kernel, as ``Call`` has it.
     dtype: in which the kernel is multiplied, but for FP8.
     reduction: einsum equation for what precedes the contraction of a kernel, if anything.
     parameter: path of the kernel among the parameters; None where the kernel is no parameter as it
@@ -48,6 +51,7 @@ class FrozenLayer:
 
   path: Path
   plan: Plan
+  layout: Any
   dtype: Any
   reduction: str | None = None
   parameter: Path | None = None
@@ -110,6 +114,8 @@ class Frozen:
         "Make its variables with freeze_for_inference(module, variables, *init_args)."
       )
     layers = {layer.path: layer for layer in self.layers}
+    if run.method != "bind":
+      _check_kernels(layers, run)
 
     def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
       if not isinstance(context.module, FP8Contraction) or context.method_name != "__call__":
@@ -118,6 +124,44 @@ class Frozen:
 
     with nn.intercept_methods(intercept):
       yield
+
+
+def _check_kernels(layers: Mapping[Path, FrozenLayer], run: Run) -> None:
+  """Raises ValueError where a run multiplies by something else than the parameters that are frozen.
+
+  It traces the model another time, for which contractions give zeros.
+  """
+
+  def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    module: Any = context.module
+    if not isinstance(context.module, FP8Contraction) or context.method_name != "__call__":
+      return next_fun(*args, **kwargs)
+    call, layer = Call.of(module, args, kwargs), layers.get(module.path)
+    mark(call.rhs, module.path)
+    if layer is not None and layer.stored and call.layout != layer.layout:
+      _refuse_kernel(module.path)
+    return call.finish(jnp.zeros(call.plan.fprop.gemm.shape, call.plan.fprop.dtype))
+
+  def apply(variables: Any) -> Any:
+    how = {"rngs": run.rngs, "method": run.method, "mutable": flax.core.DenyList("params")}
+    return run.module.apply(variables, *run.args, **how, **run.kwargs)
+
+  with nn.intercept_methods(intercept):
+    found = origins(apply, run.variables)
+  for path, origin in found.items():
+    layer = layers.get(path)
+    if layer is None or not layer.stored:
+      continue
+    if origin is None or (origin.path, origin.stacked) != (layer.parameter, layer.stacked):
+      _refuse_kernel(path)
+
+
+def _refuse_kernel(path: Path) -> None:
+  raise ValueError(
+    "freeze_for_inference: a frozen model multiplies by the parameters that it did when it was "
+    f"frozen; got another kernel at {'/'.join(path)!r}. Freeze it with the arguments, flags and "
+    "method that it is served with."
+  )
 
 
 def _serve(module: Any, layers: Mapping[Path, FrozenLayer], call: Call) -> jax.Array:

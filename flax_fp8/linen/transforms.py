@@ -185,7 +185,9 @@ def cond(
 
 def _where(taken: Any, fun: Callable[..., Any]) -> Callable[..., Any]:
   """Runs a function whose state gets no cotangent where it is not taken."""
-  silence = lambda state: jax.tree.map(lambda leaf: _silence(to_max_grad(cast_once(leaf)), taken), state)
+  silence = lambda state: jax.tree.map(
+    lambda leaf: _silence(to_max_grad(cast_once(leaf)), taken), state
+  )
   return nn.map_variables(fun, OVERWRITE_WITH_GRADIENT, trans_in_fn=silence)
 
 

@@ -248,6 +248,39 @@ def test_only_a_kernel_that_is_the_parameter_is_stored(model, stored):
   assert stored == any(leaf.dtype == jnp.float8_e4m3fn for leaf in jax.tree.leaves(frozen))
 
 
+class Flagged(nn.Module):
+  @nn.compact
+  def __call__(self, x, flag=False, twice=False):
+    einsum = fp8.Fp8Einsum(recipe=RECIPES["current"])
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), (D, D))
+    y = einsum("mk,kn->mn", x, 2 * kernel if flag else kernel)
+    return y + einsum("mk,nk->mn", x, kernel) if twice else y
+
+  def decode(self, x):
+    return self(x, flag=True)
+
+
+def test_a_kernel_that_is_multiplied_in_two_layouts_is_not_stored():
+  model, x = Flagged(), normal(4, D)
+  variables = jax.jit(model.init)(KEY, x)
+  served, frozen = fp8.freeze_for_inference(model, variables, x, twice=True)
+  want = jax.jit(lambda v: model.apply(v, x, twice=True))(variables)
+  got = jax.jit(lambda v: served.apply(v, x, twice=True))(frozen)
+  np.testing.assert_array_equal(got, want)
+
+
+def test_what_a_flag_does_to_a_frozen_kernel_is_refused():
+  model, x = Flagged(), normal(4, D)
+  variables = jax.jit(model.init)(KEY, x)
+  served, frozen = fp8.freeze_for_inference(model, variables, x)
+  np.testing.assert_array_equal(
+    jax.jit(served.apply)(frozen, x), jax.jit(model.apply)(variables, x)
+  )
+  for how in ({"flag": True}, {"twice": True}, {"method": "decode"}):
+    with pytest.raises(ValueError, match=r"got another kernel at 'Fp8Einsum_0'. Freeze it with"):
+      served.apply(frozen, x, **how)
+
+
 class ReadsItsKernel(nn.Module):
   @nn.compact
   def __call__(self, x):
