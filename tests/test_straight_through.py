@@ -112,6 +112,32 @@ def test_at_every_loss_scale(name, scale):
   assert error(got, jax.jit(penalty(plain, {}))(variables["params"])) < 0.2
 
 
+@pytest.mark.parametrize("name", ["current", "block", "mxfp8"])
+def test_nothing_in_nothing_out(name):
+  recipe = RECIPES[name]
+  state = ops.init_state(recipe)
+  dot = lambda x, w: ops.dot_general(x, w, (((1,), (0,)), ((), ())), recipe=recipe, state=state)
+  square = lambda x, w: jnp.sum(jax.grad(lambda x, w: jnp.sum(jnp.sin(dot(x, w))))(x, w) ** 2)
+  for m, k, n in ((0, 32, 8), (4, 0, 8), (4, 32, 0)):
+    grads = jax.grad(square, (0, 1))(jnp.ones((m, k)), jnp.ones((k, n)))
+    assert [grad.shape for grad in grads] == [(m, k), (k, n)]
+    assert not any(np.any(grad) for grad in grads)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_in_the_dtype_of_the_computation(dtype):
+  """Compiled, forward over reverse: a GEMM that a CPU has."""
+  ours = nn.Dense(32, dtype=dtype, dot_general_cls=RECIPES["current"].dot_general_cls)
+  plain = nn.Dense(32, dtype=dtype)
+  params = plain.init(jax.random.key(0), X)
+
+  def product(model):
+    loss = lambda p: jnp.mean(model.apply(p, X).astype(jnp.float32) ** 3)
+    return jax.jit(lambda p: jax.jvp(jax.grad(loss), (p,), (jax.tree.map(jnp.cos, p),))[1])
+
+  assert error(product(ours)(params), product(plain)(params)) < 0.2
+
+
 def test_clipping_has_the_derivative_of_the_tensor():
   """At the amax, too, where a clip has a half."""
   layer = nn.Dense(1, use_bias=False, dot_general_cls=RECIPES["current"].dot_general_cls)
