@@ -275,3 +275,27 @@ def test_what_no_path_used_stays(differentiate):
   equal(found["none"], variables[OWG]["none"])
   for name in ("once", "twice"):
     assert float(found[name]["Fp8DotGeneral_0"]["input_amax_history"][0]) > 0
+
+
+TEACHER = {
+  "jax.grad": lambda state, loss: jax.grad(loss(MODEL.apply)),
+  "jax.grad of apply_fn": lambda state, loss: jax.grad(loss(state.apply_fn)),
+  # JAX returns arrays of extended dtypes from stop_gradient as they are.
+  "fp8.grad": lambda state, loss: fp8.grad(loss(MODEL.apply)),
+}
+
+
+@pytest.mark.parametrize(
+  "how",
+  [
+    pytest.param(n, marks=pytest.mark.xfail(strict=True)) if n == "fp8.grad" else n for n in TEACHER
+  ],
+)
+def test_a_frozen_teacher_leaves_state_alone(how):
+  def loss(apply):
+    teacher = lambda v: apply(jax.lax.stop_gradient(v), 9 * X)
+    return lambda v: jnp.mean((apply(v, X) - teacher(v)) ** 2)
+
+  state = fp8.TrainState.create(apply_fn=MODEL.apply, params=VARIABLES, tx=optax.sgd(0.1))
+  new = jax.jit(TEACHER[how](state, loss))(VARIABLES)[OWG]["layers_0"]["Fp8DotGeneral_0"]
+  assert float(new["input_amax_history"][0]) == np.abs(X).max()
