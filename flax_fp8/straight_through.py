@@ -116,7 +116,20 @@ def with_tangent(value: Callable[..., Any], tangent: Callable[..., Any], *args: 
     return tangent(jax.tree.unflatten(tree, primals), jax.tree.unflatten(tree, tangents))
 
   jaxpr = jax.make_jaxpr(lambda *leaves: value(*jax.tree.unflatten(tree, leaves)))(*leaves)
-  return _bind(leaves, value=jaxpr, tangent=flat)
+  return _bind(leaves, value=jaxpr, tangent=_Rule(flat))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _Rule:
+  """A derivative, as a parameter of an equation: two traces of one program print alike."""
+
+  function: Callable[..., Any]
+
+  def __call__(self, primals: Any, tangents: Any) -> Any:
+    return self.function(primals, tangents)
+
+  def __repr__(self) -> str:
+    return "rule"
 
 
 def _bind(leaves: Any, **params: Any) -> jax.Array:
@@ -150,7 +163,7 @@ def _batch(args: Any, axes: Any, *, value: Any, tangent: Any) -> tuple[list[jax.
 
   one = lambda *args: _function(value)(*args)[0]
   jaxpr = jax.make_jaxpr(jax.vmap(one, tuple(axes)))(*args)
-  return [_bind(args, value=jaxpr, tangent=mapped)], [0]
+  return [_bind(args, value=jaxpr, tangent=_Rule(mapped))], [0]
 
 
 ad.primitive_jvps[_with_tangent] = _jvp
