@@ -4,18 +4,18 @@ import pytest
 
 from tests import transformations
 
-# Fourteen seconds each: JAX runs an eager shard_map one operation at a time.
-SLOW = "shard_map, check_vma=True, eager"
+# Seven seconds and more each: JAX runs an eager shard_map one operation at a time.
+SLOW = {"shard_map, check_vma=True, eager", "shard_map, closure, pmean, eager"}
 cases = [
-  pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name == SLOW else ())
+  pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name in SLOW else ())
   for case in transformations.CASES
 ]
 
 
-# Fourteen seconds each: JAX runs an eager shard_map one operation at a time.
-SLOW = "shard_map, check_vma=True, eager"
+# Seven seconds and more each: JAX runs an eager shard_map one operation at a time.
+SLOW = {"shard_map, check_vma=True, eager", "shard_map, closure, pmean, eager"}
 cases = [
-  pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name == SLOW else ())
+  pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name in SLOW else ())
   for case in transformations.CASES
 ]
 
