@@ -60,6 +60,15 @@ def wrapped_from_shards(aval: Any, sharding: Any, arrays: Any, committed: bool) 
   return wrapped_result_handler(aval, sharding, committed)([array._data for array in arrays])
 
 
+class ElementRules:
+  """What JAX asks of every extended dtype whose elements are scalars in memory."""
+
+  allow_conversion: bool = True
+  scalar_elements: bool = True
+  global_sharded_result_handler = staticmethod(wrapped_result_handler)
+  make_sharded_array = staticmethod(wrapped_from_shards)
+
+
 def _add_eagerly(x: Any, y: Any) -> Any:
   return x.dtype._rules.add(x.dtype, x, y)
 

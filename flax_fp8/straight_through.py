@@ -22,11 +22,8 @@ from jax.interpreters import ad, batching, mlir
 from flax_fp8 import _compat
 
 
-class QuantizedRules:
+class QuantizedRules(_compat.ElementRules):
   """What JAX asks of an extended dtype."""
-
-  allow_conversion: bool = True
-  scalar_elements: bool = True
 
   @staticmethod
   def physical_element_aval(dtype: Any) -> Any:
@@ -57,9 +54,6 @@ class QuantizedRules:
   def full(shape: Any, fill_value: Any, dtype: QuantizedDType) -> jax.Array:
     """As ``lax.full``."""
     return lax.convert_element_type(lax.full(shape, fill_value, dtype.fp8), dtype)
-
-  global_sharded_result_handler = staticmethod(_compat.wrapped_result_handler)
-  make_sharded_array = staticmethod(_compat.wrapped_from_shards)
 
 
 class quantized(jax.dtypes.extended):  # noqa: N801 - a scalar type, named as NumPy names them

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from flax_fp8 import _compat
 from flax_fp8.fp8_ops.quantization import delayed_step, dequantize, quantize_dequantize_update
-from flax_fp8.meta_dtype import emit_once, like, to_float32
+from flax_fp8.meta_dtype import like, to_float32
 from flax_fp8.quantize import product
+from flax_fp8.state_cast import emit_once
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

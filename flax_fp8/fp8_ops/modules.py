@@ -15,9 +15,9 @@ from flax_fp8.fp8_ops.dots import dot_general_with_precision, warn_of_precision
 from flax_fp8.fp8_ops.in_out import in_qdq, out_qdq
 from flax_fp8.linen.contractions import FP8Contraction
 from flax_fp8.linen.state import read_recipe_state, read_state
-from flax_fp8.meta_dtype import cast_once
 from flax_fp8.ops import check
 from flax_fp8.recipes.delayed import DelayedScaling
+from flax_fp8.state_cast import cast_once
 
 DType = Any
 

@@ -12,6 +12,7 @@ from jax import lax
 
 from flax_fp8.ops.dot_general import plan_dot_general
 from flax_fp8.ops.einsum import plan_einsum
+from flax_fp8.ops.frozen import kernel_operand
 from flax_fp8.ops.plan import Plan
 
 
@@ -69,11 +70,16 @@ class Call:
     x, kernel = (second, first) if parts.plan.kernel_is_left else (first, second)
     return cls(parts.plan, x, kernel, rhs, parts.kernel_reduction, parts.permutation)
 
+  def takes_kernel_as(self, other: Any) -> bool:
+    """Tells whether the kernel stored for another call, or a frozen layer, serves this one."""
+    own, theirs = (kernel_operand(each.plan) for each in (self, other))
+    same_view = (own.views[0], own.dtype) == (theirs.views[0], theirs.dtype)
+    return same_view and (self.dtype, self.reduction) == (other.dtype, other.reduction)
+
   @property
-  def layout(self) -> Any:
-    """What the data of a kernel that is stored for this call depend on, beside its recipe."""
-    operand = self.plan.lhs if self.plan.kernel_is_left else self.plan.rhs
-    return operand.role, operand.views[0], operand.dtype, self.rhs.dtype, self.reduction
+  def dtype(self) -> Any:
+    """In which the kernel is multiplied, but for FP8."""
+    return self.rhs.dtype
 
   def finish(self, out: jax.Array) -> jax.Array:
     """Makes of the contraction's result that of the module."""

@@ -2,8 +2,8 @@
 
 What a contraction multiplies is known only while the model runs: the dtype that its kernel is cast
 to, the axes that it contracts. So freezing runs the model once, abstractly, and writes down each
-contraction; then each kernel is quantised, and its parameter is gone. The converted
-module that serves them gives the model NaN for the parameter, which no contraction reads.
+contraction; then each kernel is quantized, and its parameter is gone. The converted module that
+serves them gives the model NaN for the parameter, which no contraction reads.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ def _describe(
 ) -> FrozenLayer:
   """Describes a contraction; its kernel is stored where every call takes one parameter alike."""
   call = calls[-1]
-  layer = FrozenLayer(path, call.plan, call.layout, call.rhs.dtype, call.reduction)
-  alike = all(other.layout == call.layout for other in calls)
+  layer = FrozenLayer(path, call.plan, call.dtype, call.reduction)
+  alike = all(other.takes_kernel_as(call) for other in calls)
   if origin is None or not alike or call.plan.recipe.is_high_precision(GemmKind.FPROP):
     return layer
   param = params[origin.path]

@@ -39,7 +39,6 @@ class FrozenLayer:
   Attributes:
     path: of the module that contracts.
     plan: of the contraction.
-    layout: of the kernel, as ``Call`` has it.
     dtype: in which the kernel is multiplied, but for FP8.
     reduction: einsum equation for what precedes the contraction of a kernel, if anything.
     parameter: path of the kernel among the parameters; None where the kernel is no parameter as it
@@ -51,7 +50,6 @@ class FrozenLayer:
 
   path: Path
   plan: Plan
-  layout: Any
   dtype: Any
   reduction: str | None = None
   parameter: Path | None = None
@@ -138,7 +136,7 @@ def _check_kernels(layers: Mapping[Path, FrozenLayer], run: Run) -> None:
       return next_fun(*args, **kwargs)
     call, layer = Call.of(module, args, kwargs), layers.get(module.path)
     mark(call.rhs, module.path)
-    if layer is not None and layer.stored and call.layout != layer.layout:
+    if layer is not None and layer.stored and not call.takes_kernel_as(layer):
       _refuse_kernel(module.path)
     return call.finish(jnp.zeros(call.plan.fprop.gemm.shape, call.plan.fprop.dtype))
 

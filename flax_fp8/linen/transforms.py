@@ -17,7 +17,8 @@ from flax.core.scope import in_filter, union_filters
 from jax import lax
 
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, STOCHASTIC_ROUNDING
-from flax_fp8.meta_dtype import cast_once, to_float32, to_max_grad
+from flax_fp8.meta_dtype import to_float32, to_max_grad
+from flax_fp8.state_cast import cast_once
 
 
 def scan(

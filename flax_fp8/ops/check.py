@@ -14,10 +14,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flax_fp8 import _compat
 from flax_fp8.capability import capability
 from flax_fp8.contraction import DimensionNumbers
-from flax_fp8.meta_dtype import entered_since_cast, is_max_grad
+from flax_fp8.meta_dtype import is_max_grad
 from flax_fp8.ops.metrics import METRICS, init_metrics
 from flax_fp8.recipes.base import Recipe, Role
 from flax_fp8.sharding import explicit_sharding
+from flax_fp8.state_cast import entered_since_cast
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 

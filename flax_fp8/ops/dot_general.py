@@ -13,11 +13,12 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from flax_fp8.meta_dtype import cast_once, emit_once, like, to_float32
+from flax_fp8.meta_dtype import like, to_float32
 from flax_fp8.ops import check, saved
 from flax_fp8.ops.plan import Plan, make_plan
 from flax_fp8.ops.quantized import Quantized, multiply, quantize
 from flax_fp8.recipes.base import Recipe, Role, TensorState
+from flax_fp8.state_cast import cast_once, emit_once
 
 State: TypeAlias = Mapping[str, TensorState]
 

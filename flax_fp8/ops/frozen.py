@@ -31,7 +31,7 @@ def quantize_kernel(plan: Plan, kernel: jax.Array, state: State) -> QTensor:
     Data and scale as the recipe lays them out; but data of the kernel's own shape with the
     contracted axes last, the only order that FP8 GEMMs of NVIDIA GPUs before Blackwell read.
   """
-  operand = _operands(plan)[1]
+  operand = kernel_operand(plan)
   own = state.get(operand.role.value, {})
   (q, _), _ = plan.recipe.quantize(kernel, own, operand.role, operand.views, observed=False)
   return QTensor(lax.transpose(q.data, _order(operand.views[0])), q.scale) if _is_plain(q) else q
@@ -49,7 +49,7 @@ def contract_frozen(plan: Plan, x: jax.Array, kernel: QTensor, state: State) -> 
   Returns:
     The product.
   """
-  operand, other = _operands(plan)
+  operand, other = plan.rhs if plan.kernel_is_left else plan.lhs, kernel_operand(plan)
   (q, _), _ = quantize(plan, operand, x, state.get(operand.role.value, {}), observed=False)
   data = kernel.data
   if _is_plain(kernel):
@@ -66,9 +66,9 @@ def contract_as_is(plan: Plan, x: jax.Array, kernel: jax.Array) -> jax.Array:
   return multiply(plan, plan.fprop, *operands)
 
 
-def _operands(plan: Plan) -> tuple[Operand, Operand]:
-  """Returns the input and the kernel."""
-  return (plan.rhs, plan.lhs) if plan.kernel_is_left else (plan.lhs, plan.rhs)
+def kernel_operand(plan: Plan) -> Operand:
+  """Returns the operand that is the kernel."""
+  return plan.lhs if plan.kernel_is_left else plan.rhs
 
 
 def _is_plain(q: QTensor) -> bool:

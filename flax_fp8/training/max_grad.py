@@ -13,7 +13,8 @@ from jax import lax
 
 from flax_fp8 import _compat
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
-from flax_fp8.meta_dtype import cast_here, cast_once, fp32_max_grad, is_max_grad, to_max_grad
+from flax_fp8.meta_dtype import fp32_max_grad, is_max_grad, to_max_grad
+from flax_fp8.state_cast import cast_here, cast_once
 from flax_fp8.training.state import overwrite_leaf
 
 

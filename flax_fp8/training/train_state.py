@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax.training import train_state
 
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
-from flax_fp8.meta_dtype import cast_here
+from flax_fp8.state_cast import cast_here
 from flax_fp8.training.loss_scale import all_finite
 from flax_fp8.training.max_grad import as_max_grad, is_state
 from flax_fp8.training.metrics import NAMES

@@ -11,7 +11,7 @@ import pytest
 from flax import traverse_util
 
 import flax_fp8 as fp8
-from flax_fp8 import formats, meta_dtype
+from flax_fp8 import formats, state_cast
 
 OWG = fp8.OVERWRITE_WITH_GRADIENT
 RECIPE = fp8.DelayedScaling(amax_history_len=4)
@@ -284,12 +284,12 @@ def test_nothing_outlives_an_apply():
   module = nn.Dense(4, dot_general_cls=CLS)
   variables = module.init(KEY, X)
   gc.collect()
-  before = len(meta_dtype._casts)  # of tracers that other tests hold
+  before = len(state_cast._casts)  # of tracers that other tests hold
   with jax.checking_leaks():
     jax.jit(jax.grad(lambda v: jnp.sum(module.apply(v, X))))(variables)
   jax.grad(lambda v: jnp.sum(module.apply(v, X)))(variables)
   gc.collect()
-  assert len(meta_dtype._casts) <= before
+  assert len(state_cast._casts) <= before
 
 
 def test_equal_models_compile_once():

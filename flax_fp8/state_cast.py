@@ -1,0 +1,141 @@
+"""Where state is cast to ``fp32_max_grad``: all of its cotangents must meet behind the cast.
+
+A cast belongs outside of every loop and inside of every boundary at which JAX sums cotangents by
+itself, as it does at an unchecked shard_map.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import operator
+import weakref
+from collections.abc import Callable, Generator
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+from jax import lax
+
+from flax_fp8 import _compat
+from flax_fp8.meta_dtype import is_max_grad, to_float32, to_max_grad
+
+# The cast of each float32 tracer that is alive: a reference to the tracer, and a way to its cast.
+_casts: dict[int, tuple[weakref.ref[Any], Callable[[], Any]]] = {}
+
+
+def emit_once(new_state: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+  """Prepares a new state for being summed over devices, as cotangents of a shard_map's inputs are.
+
+  Args:
+    new_state: one leaf; float32; equal on all devices.
+    axes: mesh axes that JAX will sum over; may be empty.
+
+  Returns:
+    The cotangent: ``new_state`` on the first device, and zero on the others.
+  """
+  if not axes:
+    return new_state
+  is_first = functools.reduce(operator.and_, [lax.axis_index(axis) == 0 for axis in axes])
+  return jnp.where(is_first, new_state, jnp.zeros_like(new_state))
+
+
+def cast_once(value: Any) -> Any:
+  """Casts a traced float32 value to fp32_max_grad, the same tracer always to the same cast.
+
+  State may be read in several places: in a loop and behind it, in two applies of one loss. If each
+  place made its own cast, their cotangents would meet behind the casts, in float32, and be summed.
+  So the cast is made once, under the trace that the tracer belongs to, outside of every loop that
+  closes over it. An entry lives as long as its tracer does.
+
+  Args:
+    value: any value.
+
+  Returns:
+    The cast of a float32 tracer; fp32_max_grad, or what is not traced, as it is. Where the body of
+    a ``shard_map(check_vma=False)`` closes over the tracer, a cast that is made inside.
+  """
+  if not isinstance(value, jax.core.Tracer):
+    return value
+  cast = value if is_max_grad(value) else _cast_under_own_trace(value)
+  axes = frozenset(_compat.unchecked_manual_axes()) - _compat.manual_axes(value)
+  if not axes or _compat.is_of_running_body(value):
+    return cast
+  # JAX sums cotangents at that boundary, as it can do in float32 alone.
+  with _compat.under_trace_of(cast):
+    plain = _in_float32(cast)
+  with _compat.in_running_body():
+    return _enter(tuple(sorted(axes)), plain)
+
+
+@jax.custom_vjp
+def _in_float32(value: jax.Array) -> jax.Array:
+  """``to_float32`` with a derivative, which JAX's conversion from an extended dtype lacks."""
+  return to_float32(value)
+
+
+_in_float32.defvjp(lambda value: (to_float32(value), None), lambda _, new: (to_max_grad(new),))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _enter(axes: tuple[str, ...], value: jax.Array) -> jax.Array:
+  """Casts a value that comes from outside of a shard_map; only one device gives its cotangent."""
+  del axes
+  return to_max_grad(value)
+
+
+def _enter_forward(axes: tuple[str, ...], value: jax.Array) -> tuple[jax.Array, None]:
+  return _enter(axes, value), None
+
+
+def _enter_backward(axes: tuple[str, ...], _: None, new: jax.Array) -> tuple[jax.Array]:
+  return (emit_once(to_float32(new), axes),)
+
+
+_enter.defvjp(_enter_forward, _enter_backward)
+
+
+def _cast_under_own_trace(value: Any) -> jax.Array:
+  """Casts a float32 tracer, or returns the cast that was made of it before."""
+  key = id(value)
+  if key in _casts:
+    tracer, cast_of = _casts[key]
+    if tracer() is value and (cast := cast_of()) is not None:
+      return cast
+  with _compat.under_trace_of(value):
+    cast = to_max_grad(value)
+
+  def forget(dead: weakref.ref[Any]) -> None:
+    if _casts.get(key, (None,))[0] is dead:
+      del _casts[key]
+
+  # A cast in a jaxpr holds its operand, and its program holds the cast: here it is held weakly.
+  held = weakref.ref(cast) if _compat.keeps_its_operands(cast) else lambda: cast
+  _casts[key] = (weakref.ref(value, forget), held)
+  return cast
+
+
+_cast_under: contextvars.ContextVar[frozenset[str] | None]
+_cast_under = contextvars.ContextVar("cast_under", default=None)
+
+
+@contextlib.contextmanager
+def cast_here() -> Generator[None]:
+  """Notes inside which unchecked shard_maps state is cast, for ``entered_since_cast``."""
+  token = _cast_under.set(frozenset(_compat.unchecked_manual_axes()))
+  try:
+    yield
+  finally:
+    _cast_under.reset(token)
+
+
+def entered_since_cast() -> frozenset[str]:
+  """Returns the axes of unchecked shard_maps between the cast to fp32_max_grad and here.
+
+  At their boundary JAX sums cotangents, which it can't do in this dtype, and says so only when it
+  compiles, in words that don't help.
+  """
+  under = _cast_under.get()
+  return frozenset() if under is None else frozenset(_compat.unchecked_manual_axes()) - under
