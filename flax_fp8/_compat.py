@@ -106,6 +106,33 @@ def under_trace_of(tracer: Any) -> contextlib.AbstractContextManager[Any]:
   return contextlib.nullcontext() if enter is None or trace is None else enter(trace)
 
 
+def staging_trace() -> Any:
+  """Returns the innermost trace that writes a program down; None where all is evaluated."""
+  kinds = ("DynamicJaxprTrace", "JaxprTrace")
+  return next((trace for trace in _running() if type(trace).__name__ in kinds), None)
+
+
+def transpositions() -> int:
+  """Counts the backward passes inside which operations are bound now, as JAX names them."""
+  stack = require("jax._src.source_info_util", "current_name_stack")().stack
+  return sum(getattr(entry, "name", "") == "transpose" for entry in stack)
+
+
+def python_dispatch() -> contextlib.AbstractContextManager[Any]:
+  """Makes a context in which JAX binds each jitted function that is called, even eagerly.
+
+  Where nothing is traced and no axis has a name, a compiled function runs without being bound.
+  """
+  if not require("jax._src.core", "trace_state_clean")():
+    return contextlib.nullcontext()
+  return require("jax._src.core", "extend_axis_env_nd")([("eager", 1)])
+
+
+def remat_primitive() -> Any:
+  """Returns the primitive of ``jax.checkpoint``."""
+  return require("jax._src.ad_checkpoint", "remat_p")
+
+
 def keeps_its_operands(tracer: Any) -> bool:
   """Tells whether a tracer keeps alive what it was computed from, as those of a jaxpr do."""
   return hasattr(tracer, "parent") or hasattr(tracer, "recipe")

@@ -65,19 +65,15 @@ _running: ContextVar[tuple[Conversions, ...]] = ContextVar("running", default=()
 
 def make_converted(module: nn.Module, *conversions: Conversion) -> nn.Module:
   """Converts an unbound module; a converted one comes under more conversions, the last inmost."""
-  plain, fields = original(module), _fields(module)
-  before = fields.pop("fp8_conversions", ())
-  return _converted_class(type(plain))(**fields, fp8_conversions=(*before, *conversions))
+  plain = original(module)
+  before = getattr(module, "fp8_conversions", ())
+  return _converted_class(type(plain), (*before, *conversions))(**_fields(plain))
 
 
 def original(module: nn.Module) -> nn.Module:
   """Returns the module that a converted one was made of; any other module itself."""
   cls: Any = type(module)
-  if not hasattr(cls, "fp8_original"):
-    return module
-  fields = _fields(module)
-  del fields["fp8_conversions"]
-  return cls.fp8_original(**fields)
+  return cls.fp8_original(**_fields(module)) if hasattr(cls, "fp8_original") else module
 
 
 def _fields(module: nn.Module) -> dict[str, Any]:
@@ -86,40 +82,44 @@ def _fields(module: nn.Module) -> dict[str, Any]:
 
 
 @functools.cache
-def _converted_class(cls: type[nn.Module]) -> Any:
-  """Makes the subclass, once a class: equal converted modules compile once."""
+def _converted_class(cls: type[nn.Module], conversions: Conversions) -> Any:
+  """Makes the subclass, once: equal converted modules are of one class, and compile once.
+
+  Conversions are no field of it: lifted transformations (``nn.remat(Model)``) make the model's own
+  class of the fields.
+  """
 
   def post_init(self: Any) -> None:
     cls.__post_init__(self)
-    if self.parent is not None and self.fp8_conversions not in _running.get():
+    if self.parent is not None and conversions not in _running.get():
       _refuse_parent(self)
 
   def init_with_output(self: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
     mutable = kwargs.pop("mutable", flax.core.scope.DenyList("intermediates"))
     run = Run(original(self), args, *_split(kwargs))
-    with _extent(self.fp8_conversions, run):
+    with _extent(conversions, run):
       out, made = cls.init_with_output(self, rngs, *args, mutable=_widen(mutable), **kwargs)
-    return out, _narrow(_leave(self.fp8_conversions, made), mutable)
+    return out, _narrow(_leave(conversions, made), mutable)
 
   def apply(self: Any, variables: Any, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
-    found = _enter(self.fp8_conversions, variables)
+    found = _enter(conversions, variables)
     run = Run(original(self), args, *_split(kwargs), found, kwargs.get("rngs"))
-    with _extent(self.fp8_conversions, run):
+    with _extent(conversions, run):
       out = cls.apply(self, found, *args, mutable=_widen(mutable), **kwargs)
     if mutable is False and not kwargs.get("capture_intermediates"):
       return out
     captured = flax.core.scope.union_filters(mutable, "intermediates")
-    return out[0], _narrow(_leave(self.fp8_conversions, out[1]), captured)
+    return out[0], _narrow(_leave(conversions, out[1]), captured)
 
   def bind(self: Any, variables: Any, *args: Any, **kwargs: Any) -> Any:
-    found = _enter(self.fp8_conversions, variables)
+    found = _enter(conversions, variables)
     run = Run(original(self), method="bind", variables=found)
-    with _extent(self.fp8_conversions, run):
+    with _extent(conversions, run):
       bound = cls.bind(self, found, *args, **kwargs)
     return Bound(bound, run, self)
 
   def reduce(self: Any) -> Any:
-    return make_converted, (original(self), *self.fp8_conversions)
+    return make_converted, (original(self), *conversions)
 
   methods = {
     "__post_init__": post_init,
@@ -127,15 +127,16 @@ def _converted_class(cls: type[nn.Module]) -> Any:
     "apply": nn.nowrap(apply),
     "bind": nn.nowrap(bind),
     "__reduce__": nn.nowrap(reduce),
-    "__annotations__": {"fp8_conversions": Any},
-    "fp8_conversions": dataclasses.field(default=(), kw_only=True),
+    "fp8_conversions": conversions,
     "fp8_original": cls,
     "__module__": cls.__module__,
     "__qualname__": cls.__qualname__,
     "__doc__": cls.__doc__,
   }
   metaclass: Any = type(cls)
-  return metaclass(cls.__name__, (cls,), methods)
+  made: Any = metaclass(cls.__name__, (cls,), methods)
+  made.__init__ = cls.__init__  # which may do more than to set the fields
+  return made
 
 
 def _refuse_parent(module: Any) -> None:

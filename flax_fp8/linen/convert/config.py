@@ -10,7 +10,6 @@ from typing import Any
 import flax.linen as nn
 
 from flax_fp8.linen.convert.patterns import (
-  FUNCTIONS,
   Layer,
   Pattern,
   check_patterns,
@@ -21,6 +20,7 @@ from flax_fp8.linen.convert.patterns import (
 )
 from flax_fp8.linen.convert.report import ConversionReport, Row
 from flax_fp8.linen.convert.survey import survey
+from flax_fp8.linen.converted import original
 from flax_fp8.ops import check
 from flax_fp8.recipes.base import Recipe
 from flax_fp8.recipes.delayed import DelayedScaling
@@ -35,32 +35,36 @@ class Exclusion:
     names: globs of the last name of the path.
     narrowing: of these layers only those whose features are at most the contracted size divided by
       this; 0 for all.
+    but: globs of last names that are none of these all the same.
   """
 
   reason: str
   names: tuple[str, ...]
   narrowing: int = 0
+  but: tuple[str, ...] = ()
 
   def applies(self, layer: Layer) -> bool:
     """Tells whether a layer is one of these."""
     name = layer.module.path.rpartition("/")[2].lower()
-    last = dataclasses.replace(layer, path=name)
+    last = dataclasses.replace(layer, path=name, owner=None)
     if self.narrowing and layer.features * self.narrowing > layer.contracted:
       return False
-    return first_match(self.names, last) is not None
+    return first_match(self.names, last) is not None and first_match(self.but, last) is None
 
 
 _DEFAULT_RECIPE = DelayedScaling()
 
 DEFAULT_EXCLUSIONS = (
+  Exclusion(
+    reason="output head",
+    names=("head", "*_head", "head_dense", "*logit*", "classifier", "unembed*"),
+    but=("pre_*",),  # a hidden layer before the head
+  ),
   Exclusion(reason="embedding", names=("*embed*",)),
   Exclusion(reason="norm", names=("*norm*",)),
   Exclusion(reason="router", names=("*router*",)),
   # SwiGLU has a gate too, but that one is wide.
   Exclusion(reason="router", names=("gate", "*_gate", "gating*"), narrowing=8),
-  Exclusion(
-    reason="output head", names=("head", "*_head", "head_*", "*logit*", "classifier", "unembed*")
-  ),
 )
 
 
@@ -94,8 +98,9 @@ class Fp8Config:
     exclude: layers not to convert.
     default_exclude: what is left out unasked: embeddings, norms, routers, output heads. ``()`` for
       none.
-    functions: modules whose own calls of ``jnp.einsum`` and ``lax.dot_general`` are converted;
-      their right operand is the kernel.
+    functions: modules of which all contractions of their own methods are converted, however they
+      are written: ``jnp.einsum``, ``x @ w``, ``lax.dot_general``. The operand on the right is the
+      kernel.
     skip_first: of all linear layers, in the order of their calls, so many stay as they are.
     skip_last: the same from the end.
     multiple_of: contracted size and features must be multiples of this, as FP8 kernels want.
@@ -181,10 +186,11 @@ class Fp8Config:
       >>> [(row.layer.path, row.rule) for row in report.rows]
       [('layers_0', "target '*'"), ('layers_2', 'features 10 not a multiple of 16')]
     """
-    seen = survey(module, self.functions, init_args, init_kwargs)
-    self.check_matches([row.layer for row in seen], complete=True)
-    order = tuple(row.layer.path for row in seen)
-    self._check_skips(seen, order)
+    seen = survey(original(module), self.functions, init_args, init_kwargs)
+    contractions = [row for row in seen if row.contracts]
+    self.check_matches([row.layer for row in contractions], complete=True)
+    order = tuple(row.layer.path for row in contractions)
+    self._check_skips(contractions, order)
     rows = [
       dataclasses.replace(row, rule=decision.rule, recipe=decision.recipe)
       for row in seen
@@ -254,21 +260,22 @@ class Fp8Config:
     named["recipes"] = tuple(pattern for pattern, _ in self.recipes)
     for field, patterns in named.items():
       for pattern in patterns:
-        known = complete or isinstance(pattern, (str, re.Pattern))
+        known = pattern != "*" and (complete or isinstance(pattern, (str, re.Pattern)))
         if known and not any(matches(pattern, layer) for layer in layers):
           raise ValueError(
             f"Fp8Config: every pattern must match a layer; got {show(pattern)} in {field}, which "
             f"matches none of {len(set(paths))}. Near misses: {near_misses(pattern, paths)}. Mend "
             "the pattern, or leave it out."
           )
-    own = [layer.module for layer in layers if layer.kind in FUNCTIONS]
+    plain = ("Dense", "DenseGeneral", "Einsum")
+    own = [layer.module for layer in layers if layer.is_function or layer.kind not in plain]
     for pattern in self.functions if complete else ():
       if not any(matches(pattern, layer) for layer in own):
         raise ValueError(
-          f"Fp8Config: every pattern in functions must match a module that itself calls jnp.einsum "
-          f"or lax.dot_general on two operands; got {show(pattern)}, which matches none. Modules "
-          f"with layers: {near_misses(pattern, paths)}. Name the module whose method makes the "
-          "call, not its parent."
+          "Fp8Config: every pattern in functions must match a module that itself calls a "
+          f"contraction, such as jnp.einsum or x @ w; got {show(pattern)}, which matches none. "
+          f"Paths with contractions: {near_misses(pattern, paths)}. Name the module whose method "
+          "makes the call, not its parent. Linear layers need no name."
         )
 
   def _check_skips(self, rows: Iterable[Row], order: tuple[str, ...]) -> None:

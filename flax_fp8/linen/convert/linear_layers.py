@@ -15,6 +15,7 @@ from typing import Any
 
 import flax.linen as nn
 import flax.traverse_util
+import jax
 
 from flax_fp8.linen import state
 from flax_fp8.linen.convert.config import Decision, Fp8Config
@@ -134,18 +135,11 @@ class Fp8Conversion:
   @contextlib.contextmanager
   def during(self, run: Run) -> Generator[None]:
     """Lets the layers that the config takes run in FP8."""
-    order = self._order(run)
-    seen: dict[str, tuple[Layer, Decision]] = {}
-
-    def decide(layer: Layer, root: Any) -> Recipe | None:
-      del root
-      decision = self.config.decide(layer, order)
-      seen[layer.path] = layer, decision
-      return decision.recipe
-
-    walk = Walk(decide, self.config.functions, emulate=self.config.emulate)
+    visitor = _Decisions(self.config, self._order(run))
+    walk = Walk(visitor, self.config.functions, emulate=self.config.emulate)
     with nn.intercept_methods(walk.intercept), state.among_params():
       yield
+    seen = visitor.seen
     if self.order is None and run.method is None:
       self._check(run.variables, [layer for layer, _ in seen.values()])
       if not has_state(run.variables):
@@ -183,6 +177,31 @@ class Fp8Conversion:
       )
     report = self.config.report(run.module, *run.args, **run.kwargs)
     return tuple(row.layer.path for row in report.rows)
+
+
+class _Decisions:
+  """Decides by a config about what a walk meets."""
+
+  def __init__(self, config: Fp8Config, order: tuple[str, ...] | None) -> None:
+    self.config, self.order = config, order
+    self.seen: dict[str, tuple[Layer, Decision]] = {}
+
+  def decide(self, layer: Layer, root: Any) -> Recipe | None:
+    del root
+    decision = self.config.decide(layer, self.order)
+    self.seen[layer.path] = layer, decision
+    return decision.recipe
+
+  def asked(self, layer: Layer, kernel: jax.Array) -> jax.Array:
+    del layer
+    return kernel
+
+  def unasked(self, module: str, kernel: jax.Array) -> jax.Array:
+    del module
+    return kernel
+
+  def leave(self, module: nn.Module) -> None:
+    del module
 
 
 def has_state(variables: Any) -> bool:

@@ -16,7 +16,8 @@ class Layer:
 
   Attributes:
     path: names of the modules down to it, ``"encoder/layers_0/Dense_1"``; ``""`` is the root.
-    kind: class of the module, or the function that the module calls, ``"jnp.einsum"``.
+    owner: path of the module whose method contracts; the same, where that is a layer.
+    kind: class of the layer, or the function that the module calls, ``"jnp.einsum"``.
     inputs: elements of the input, of one call.
     contracted: size of the contracted axes, K.
     features: size of the kernel's own axes, N.
@@ -27,6 +28,7 @@ class Layer:
   """
 
   path: str
+  owner: str | None = None
   kind: str
   inputs: int
   contracted: int
@@ -43,13 +45,13 @@ class Layer:
 
   @property
   def module(self) -> Layer:
-    """The module that calls, where the layer is a function that it calls; else the layer."""
-    if self.kind not in FUNCTIONS:
-      return self
-    return dataclasses.replace(self, path=self.path.rpartition("/")[0])
+    """The module whose method contracts."""
+    return self if self.owner is None else dataclasses.replace(self, path=self.owner)
 
-
-FUNCTIONS = ("jnp.einsum", "lax.dot_general")
+  @property
+  def is_function(self) -> bool:
+    """Tells whether a module that is no layer contracts."""
+    return self.owner not in (None, self.path)
 
 
 def at(path: str) -> Layer:
@@ -61,9 +63,13 @@ Pattern: TypeAlias = str | re.Pattern[str] | Callable[[Layer], bool]
 
 
 def matches(pattern: Pattern, layer: Layer) -> bool:
-  """Tells whether a pattern means a layer: a glob its whole path, a regex any part of it."""
+  """Tells whether a pattern means a layer: a glob its whole path, a regex any part of it.
+
+  A contraction of a module's own is meant by the path of the module too.
+  """
   if isinstance(pattern, str):
-    return fnmatch.fnmatchcase(layer.path, pattern)
+    paths = {layer.path, layer.module.path}
+    return any(fnmatch.fnmatchcase(path, pattern) for path in paths)
   if isinstance(pattern, re.Pattern):
     return pattern.search(layer.path) is not None
   return bool(pattern(layer))
@@ -79,7 +85,7 @@ def show(pattern: Pattern) -> str:
   if isinstance(pattern, str):
     return repr(pattern)
   if isinstance(pattern, re.Pattern):
-    return f"re {pattern.pattern!r}"
+    return f"re '{pattern.pattern}'"
   return getattr(pattern, "__name__", repr(pattern))
 
 

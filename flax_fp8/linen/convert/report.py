@@ -23,6 +23,8 @@ class Row:
     stacked: layers that the one program stands for, under ``nn.scan`` or ``nn.vmap``.
     rule: what decided.
     recipe: in which it will run; None for high precision.
+    contracts: whether it is a contraction; else it is a module whose matrices none of these uses.
+    is_last: whether it is the last contraction, and as wide as the model's output.
   """
 
   layer: Layer
@@ -30,6 +32,8 @@ class Row:
   stacked: int = 1
   rule: str = ""
   recipe: Recipe | None = None
+  contracts: bool = True
+  is_last: bool = False
 
   @property
   def taken(self) -> bool:
@@ -61,7 +65,8 @@ class ConversionReport:
   """What ``fp8_linear_layers`` makes of a model; ``print`` it.
 
   Attributes:
-    rows: the layers, in the order of their first calls.
+    rows: the contractions, in the order of their first calls; then the modules with parameters of
+      two or more axes that no contraction among these uses, each with what it would take.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -97,18 +102,28 @@ class ConversionReport:
 
   def _parts(self) -> tuple[Table | str, ...]:
     columns = ("<layer", "<kind", "K x N", "times", "<FP8", "MiB saved", "<rule")
-    return Table(columns, tuple(map(_cells, self.rows))), self._totals()
+    parts = Table(columns, tuple(map(_cells, self.rows))), self._totals()
+    last = next((row for row in self.taken if row.is_last), None)
+    if last is None or any(row.rule.startswith("output head") for row in self.rows):
+      return parts
+    return (
+      *parts,
+      f"{last.layer.path or '(root)'} gives the model's output and becomes FP8. If it is the output "
+      f"head, exclude={last.layer.path!r} keeps it in high precision.",
+    )
 
   def _totals(self) -> str:
-    of_all = sum(row.stacked for row in self.rows)
+    of_all = sum(row.stacked for row in self.rows if row.contracts)
     of_taken = sum(row.stacked for row in self.taken)
     kernels = [sum(row.layer.kernel_size * row.stacked for row in rows) for rows in self._both]
     share = 100 * kernels[0] / kernels[1] if kernels[1] else 0.0
     less = "less" if self.bytes_saved >= 0 else "more"
+    paths = sum(row.contracts for row in self.rows)
+    stacked = f" ({paths} paths; nn.scan and nn.vmap stack layers)" if of_all > paths else ""
     return (
-      f"{of_taken} of {of_all} layers become FP8: {share:.1f} % of their kernels' "
-      f"{kernels[1]:,} elements. About {abs(self.bytes_saved) / _MIB:.1f} MiB {less} is kept "
-      "between forward and backward pass."
+      f"{of_taken} of {of_all} layers become FP8{stacked}: {share:.1f} % of the {kernels[1]:,} elements of "
+      f"all matrices. About {abs(self.bytes_saved) / _MIB:.1f} MiB {less} is kept between forward "
+      "and backward pass."
     )
 
   @property
@@ -122,10 +137,10 @@ def _cells(row: Row) -> tuple[str, ...]:
   return (
     layer.path or "(root)",
     layer.kind,
-    f"{batch}{layer.contracted} x {layer.features}",
-    str(row.stacked * row.calls),
+    f"{batch}{layer.contracted} x {layer.features}" if layer.features > 1 else f"{layer.contracted}",
+    str(row.stacked * row.calls) if row.contracts else str(row.stacked),
     _name(row.recipe),
-    f"{row.bytes_saved / _MIB:.2f}" if row.taken else "",
+    f"{round(row.bytes_saved / _MIB, 2) + 0.0:.2f}" if row.taken else "",
     row.rule,
   )
 

@@ -1,54 +1,64 @@
-"""A dry run: the layers of an unmodified model in the order of their calls, without arithmetic."""
+"""A dry run: what an unmodified model contracts, in the order of its calls, without arithmetic."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from typing import Any
 
+import flax.core
 import flax.linen as nn
 import flax.traverse_util
 import jax
+import numpy as np
 
 from flax_fp8.linen.arguments import fill
+from flax_fp8.linen.convert.parameters import CONVOLUTION, LOOKUP, Path, uses
 from flax_fp8.linen.convert.patterns import Layer, Pattern
 from flax_fp8.linen.convert.report import Row
 from flax_fp8.linen.convert.walk import Walk, join
+from flax_fp8.linen.provenance import mark
 
-Shapes = dict[str, dict[str, tuple[int, ...]]]
+# By the path of a module: its class, and the shapes of its own parameters in its own trace.
+Modules = dict[str, tuple[str, dict[str, tuple[int, ...]]]]
 
 
-def survey(module: nn.Module, own: tuple[Pattern, ...], args: Any, kwargs: Any) -> tuple[Row, ...]:
-  """Initialises a model abstractly and writes down its layers.
+def survey(
+  module: nn.Module, functions: tuple[Pattern, ...], args: Any, kwargs: Any
+) -> tuple[Row, ...]:
+  """Initializes a model abstractly and writes down what it contracts.
 
   Args:
     module: the model, unmodified.
-    own: modules whose own calls of JAX's functions count as layers.
+    functions: modules whose own contractions count as layers.
     args: what its ``init`` takes after the key; arrays, ShapeDtypeStructs, anything static.
     kwargs: the same by keyword.
 
   Returns:
-    One row a layer, in the order of first calls, without a decision.
+    One row a contraction, in the order of first calls, without a decision; then one for each module
+    with matrices that none of these contractions uses.
   """
-  layers: dict[str, Layer] = {}
-  calls: dict[str, Counter[Any]] = defaultdict(Counter)
-  inner: Shapes = {}
+  visitor = _Survey()
+  params = init_shapes(module, args, kwargs).get("params", {})
+  outputs: list[Any] = []
 
-  def record(layer: Layer, root: Any) -> None:
-    layers[layer.path] = layer
-    calls[layer.path][root] += 1
+  def run(params: Any) -> None:
+    walk = Walk(visitor, functions, everything=True)
+    with nn.intercept_methods(walk.intercept):
+      outputs.extend(jax.tree.leaves(_initialize(module, params, args, kwargs)))
 
-  def leave(module: nn.Module) -> None:
-    inner.setdefault(join(module.path), _own_shapes(module.variables.get("params", {})))
-
-  walk = Walk(record, own, leave=leave)
-  with nn.intercept_methods(walk.intercept):
-    params = init_shapes(module, args, kwargs).get("params", {})
-  # A lifted transformation traces its body more than once, each time with a root scope of its own.
-  return tuple(
-    Row(layer, calls=max(calls[path].values()), stacked=_stacked(layer, inner, params))
-    for path, layer in layers.items()
-  )
+  used = uses(run, flax.core.unfreeze(params))
+  flat = flax.traverse_util.flatten_dict(params)
+  rows = [
+    Row(layer, calls=max(visitor.calls[path].values()), stacked=visitor.stacked(layer, flat))
+    for path, layer in visitor.layers.items()
+  ]
+  if rows:
+    widths = {np.shape(leaf)[-1] for leaf in outputs if np.ndim(leaf)}
+    rows[-1] = dataclasses.replace(rows[-1], is_last=rows[-1].layer.features in widths)
+  return (*rows, *_unused(visitor.modules, flat, used))
 
 
 def init_shapes(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -61,19 +71,101 @@ def init_shapes(module: nn.Module, args: Any, kwargs: Any) -> Any:
   return jax.eval_shape(init)
 
 
-def _own_shapes(params: Any) -> dict[str, tuple[int, ...]]:
-  """Shapes of the parameters that a module holds itself, not in a submodule."""
-  own: dict[str, Any] = {name: nn.meta.unbox(leaf) for name, leaf in params.items()}
-  return {name: leaf.shape for name, leaf in own.items() if hasattr(leaf, "shape")}
+def _initialize(module: nn.Module, params: Any, args: Any, kwargs: Any) -> Any:
+  """Runs a model as ``init`` does, but with parameters that are given; returns its output."""
+  args, kwargs = fill((args, dict(kwargs)))
+  method = kwargs.pop("method", None) or "__call__"
+  for name in ("mutable", "capture_intermediates"):
+    kwargs.pop(name, None)
+
+  def call(scope: Any) -> Any:
+    bound = module.clone(parent=scope, _deep_clone=True)
+    run = getattr(type(bound), method) if isinstance(method, str) else method
+    return run(bound, *args, **kwargs)
+
+  flags = {"initializing": True}
+  given, rngs = {"params": params}, {"params": jax.random.key(0)}
+  return flax.core.apply(call, mutable=True, flags=flags)(given, rngs=rngs)[0]
 
 
-def _stacked(layer: Layer, inner: Shapes, params: Any) -> int:
-  """Counts the layers that one call stands for: what lifted axes add to a parameter's shape."""
-  names = layer.path.split("/")
-  flat: dict[str, Any] = flax.traverse_util.flatten_dict(params, sep="/")
-  for path in ("/".join(names), "/".join(names[:-1])):
-    for name, shape in inner.get(path, {}).items():
-      whole = flat.get(f"{path}/{name}".lstrip("/"))
-      if whole is not None:
-        return math.prod(whole.shape) // max(1, math.prod(shape))
-  return 1
+class _Survey:
+  """Writes down what a walk meets."""
+
+  def __init__(self) -> None:
+    self.layers: dict[str, Layer] = {}
+    self.calls: dict[str, Counter[Any]] = defaultdict(Counter)
+    self.modules: Modules = {}
+
+  def decide(self, layer: Layer, root: Any) -> None:
+    self.layers[layer.path] = layer
+    # A lifted transformation traces its body more than once, each time with a root of its own.
+    self.calls[layer.path][root] += 1
+
+  def asked(self, layer: Layer, kernel: jax.Array) -> jax.Array:
+    return mark(kernel, ("layer", layer.path))
+
+  def unasked(self, module: str, kernel: jax.Array) -> jax.Array:
+    return mark(kernel, ("module", module))
+
+  def leave(self, module: nn.Module) -> None:
+    own: dict[str, Any] = dict(module.variables.get("params", {}))
+    shapes = {name: np.shape(nn.meta.unbox(x)) for name, x in own.items() if _is_leaf(x)}
+    self.modules.setdefault(join(module.path), (type(module).__name__, shapes))
+
+  def stacked(self, layer: Layer, params: dict[Path, Any]) -> int:
+    """Counts the layers that one call stands for: what lifted axes add to a parameter's shape."""
+    for path in (layer.path, layer.module.path):
+      _, shapes = self.modules.get(path, ("", {}))
+      for name, shape in shapes.items():
+        whole = params.get((*_split(path), name))
+        if whole is not None:
+          return math.prod(whole.shape) // max(1, math.prod(shape))
+    return 1
+
+
+def _is_leaf(x: Any) -> bool:
+  return not isinstance(x, (dict, flax.core.FrozenDict))
+
+
+def _split(path: str) -> Path:
+  return tuple(path.split("/")) if path else ()
+
+
+def _unused(modules: Modules, params: dict[Path, Any], used: Any) -> Iterator[Row]:
+  """Yields a row for each module with matrices that no layer contracts."""
+  converted = set[Path]()
+  by: dict[Path, str] = {}
+  for key, paths in used.items():
+    if key in (CONVOLUTION, LOOKUP):
+      continue
+    kind, name = key
+    if kind == "layer":
+      converted |= paths
+    else:
+      by |= dict.fromkeys(paths, name)
+  for path, (kind, shapes) in modules.items():
+    names = [(*_split(path), name) for name, shape in shapes.items() if len(shape) > 1]
+    left = [name for name in names if name in params and name not in converted]
+    if left:
+      sizes = [math.prod(shapes[name[-1]]) for name in left]
+      features = shapes[left[0][-1]][-1] if len(left) == 1 else 1
+      layer = Layer(
+        path=path,
+        kind=kind,
+        inputs=0,
+        contracted=sum(sizes) // features,
+        features=features,
+        refusal=_reason(left, by, used),
+      )
+      yield Row(layer, stacked=params[left[0]].size // sizes[0], contracts=False)
+
+
+def _reason(params: list[Path], by: dict[Path, str], used: Any) -> str:
+  callers = dict.fromkeys(by[param] for param in params if param in by)
+  if callers:
+    shown = repr(next(iter(callers))) if len(callers) == 1 else repr(tuple(callers))
+    return f"in no linear layer: to convert it, functions={shown}"
+  for kind in (CONVOLUTION, LOOKUP):
+    if used.get(kind, set()) & set(params):
+      return kind
+  return "not contracted"

@@ -1,32 +1,123 @@
-"""Walks through a model as it runs, and has someone decide about each contraction with a kernel.
+"""Walks through a model as it runs, and has a visitor decide about each contraction of its layers.
 
-An interceptor of Linen sees each method of each module. Before a Dense or DenseGeneral runs it gets
-the ``dot_general_cls`` of its recipe; while a module runs whose own contractions are meant, JAX's
-functions are handed to one that runs them in FP8. Modules get their old attributes back.
+An interceptor of Linen sees each method of each module. While a layer's method runs, or that of a
+module whose own contractions are meant, every contraction that it binds is handed to the visitor.
+The module whose method it is, its path and its scope are known from the call, not inferred.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from typing import Any, TypeAlias
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.core import freeze
 from jax import lax
 
-from flax_fp8.contraction import plan_einsum
-from flax_fp8.linen.convert import functions
+from flax_fp8 import _compat
+from flax_fp8.linen.contractions import FP8Contraction
+from flax_fp8.linen.convert import binding
 from flax_fp8.linen.convert.patterns import Layer, Pattern, at, first_match
 from flax_fp8.linen.dot_general import Fp8DotGeneral, Fp8Einsum
+from flax_fp8.linen.state import read_state
 from flax_fp8.ops.check import COMPUTE_DTYPES
 from flax_fp8.recipes.base import Recipe
 
-# Given a contraction and the root scope of the trace that it is in.
-Decide: TypeAlias = Callable[[Layer, Any], Recipe | None]
+LAYERS = (nn.Dense, nn.DenseGeneral, nn.Einsum)
+
+# A flag of Linen's scopes: lifted transformations pass it on, a module's own `apply` does not.
+_RUN = "fp8_run"
+
+
+class Visitor(Protocol):
+  """Who is asked about the contractions of a model."""
+
+  def decide(self, layer: Layer, root: Any) -> Recipe | None:
+    """Returns the recipe of a contraction, or None to let it be.
+
+    Args:
+      layer: the contraction.
+      root: scope of the trace that it is in; a lifted transformation has one for each trace.
+    """
+    ...
+
+  def unasked(self, module: str, kernel: jax.Array) -> jax.Array:
+    """Is told of a contraction of a module that is neither a layer nor named; returns its kernel."""
+    ...
+
+  def asked(self, layer: Layer, kernel: jax.Array) -> jax.Array:
+    """Is told of a contraction that JAX will carry out; returns its kernel."""
+    ...
+
+  def leave(self, module: nn.Module) -> None:
+    """Is told that a method of a module is through."""
+    ...
+
+
+@dataclasses.dataclass
+class _Names:
+  """Numbers the contractions in one scope, from one call of a method from outside to its end.
+
+  Attributes:
+    entry: the method that was called; the first part of the name, unless it is ``__call__``.
+    counts: contractions so far, by the first part of the name.
+    repeated: the same at the end of a trace of a program. JAX may trace it again, which starts from
+      ``counts`` too, until it binds the program.
+  """
+
+  entry: str
+  counts: Counter[str] = dataclasses.field(default_factory=Counter)
+  repeated: Counter[str] = dataclasses.field(default_factory=Counter)
+
+  def next(self, kind: str) -> str:
+    """Makes a new name."""
+    name = kind if self.entry == "__call__" else f"{self.entry}_{kind}"
+    self.counts[name] += 1
+    return f"{name}_{self.counts[name] - 1}"
+
+  def settle(self) -> None:
+    """Goes on behind a program that is bound."""
+    self.counts |= self.repeated
+
+  @contextlib.contextmanager
+  def again(self) -> Generator[_Names]:
+    """Makes the names for one trace of a program that JAX may trace several times."""
+    inner = _Names(self.entry, Counter(self.counts))
+    yield inner
+    self.repeated |= inner.counts | inner.repeated
+
+
+@dataclasses.dataclass
+class _Frame:
+  """One method of one module that runs.
+
+  Attributes:
+    module: whose method it is.
+    path: of the module, as patterns see it.
+    scope: where the state of its contractions is.
+    own: whether the module is the model's; another is run by its own ``apply`` inside of it.
+    prefix: path of the root of such another.
+    sealed: whether the module contracts by means of its own, with all that it calls.
+    trace: in which the method runs.
+    names: of its contractions.
+  """
+
+  module: Any
+  path: tuple[str, ...]
+  scope: Any
+  own: bool
+  prefix: tuple[str, ...]
+  sealed: bool
+  trace: Any
+  names: _Names
 
 
 class Walk:
@@ -34,144 +125,206 @@ class Walk:
 
   def __init__(
     self,
-    decide: Decide,
-    own: tuple[Pattern, ...],
+    visitor: Visitor,
+    functions: tuple[Pattern, ...],
     *,
     emulate: bool = False,
-    leave: Callable[[nn.Module], None] = lambda module: None,
+    everything: bool = False,
   ) -> None:
     """Prepares a walk.
 
     Args:
-      decide: is asked about each contraction; the recipe to run it in, or None to let it be.
-      own: modules whose own calls of JAX's functions are contractions to decide about.
+      visitor: is asked about each contraction.
+      functions: modules whose own contractions are to be decided about.
       emulate: as for ``Fp8DotGeneral``.
-      leave: is called with each module when one of its methods is through.
+      everything: whether the visitor is told of the contractions of all other modules too.
     """
-    self.decide, self.own, self.emulate, self.leave = decide, own, emulate, leave
-    self.contracted = 0
+    self.visitor, self.functions = visitor, functions
+    self.emulate, self.everything = emulate, everything
+    self._stack: list[_Frame] = []
+    self._token: Any = None
 
   def intercept(self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     """Runs one method of one module."""
     module = context.module
-    if module.scope is None or context.method_name == "setup":
+    if module.scope is None:
       return next_fun(*args, **kwargs)
-    if isinstance(module, Fp8DotGeneral | Fp8Einsum):
-      self.contracted += 1
-    if isinstance(module, nn.Dense | nn.DenseGeneral) and context.method_name == "__call__":
-      inputs = kwargs["inputs"] if "inputs" in kwargs else args[0]
-      with functions.handed_to(None), self._converted(module, jnp.asarray(inputs)):
+    self._recognize(module.scope)
+    if context.method_name == "setup":
+      with binding.handed_to(None):
+        return next_fun(*args, **kwargs)
+    # A lifted function is no method: its contractions are those of the call that lifts it.
+    method = context.method_name
+    method = method if hasattr(type(module), method) else "__call__"
+    with self._frame(module, method, (*args, *kwargs.values())) as handler:
+      with binding.handed_to(handler), _parameters_made_by_jax(module, handler):
         out = next_fun(*args, **kwargs)
-    else:
-      with functions.handed_to(self._handler(module)):
-        out = next_fun(*args, **kwargs)
-    self.leave(module)
+    self.visitor.leave(module)
     return out
 
-  @contextmanager
-  def _converted(self, module: nn.Dense | nn.DenseGeneral, inputs: jax.Array) -> Generator[None]:
-    """Gives a layer the ``dot_general_cls`` of its recipe while it runs."""
-    assert module.scope is not None
-    recipe = self.decide(_describe(module, inputs), module.scope.root)
-    if recipe is None:
-      yield
+  def _recognize(self, scope: Any) -> None:
+    """Marks the model's root scope, in which the first method runs."""
+    if self._stack:
       return
-    contracted = self.contracted
-    made_by = functools.partial(
-      Fp8DotGeneral, recipe=recipe, emulate=self.emulate, out_sharding=_out_sharding(module)
-    )
-    object.__setattr__(module, "dot_general_cls", made_by)
-    try:
-      yield
-    finally:
-      object.__setattr__(module, "dot_general_cls", None)
-    if self.contracted == contracted:
-      raise ValueError(
-        f"fp8_linear_layers: a layer to convert must contract with its dot_general_cls; got "
-        f"{type(module).__name__} at {join(module.path)!r}, whose __call__ did not. Exclude it, or "
-        "name it in functions if it calls jnp.einsum or lax.dot_general."
-      )
+    self._token = scope.root.flags.get(_RUN) or object()
+    for each in {scope.root, scope}:
+      each.flags = freeze({**each.flags, _RUN: self._token})
 
-  def _handler(self, module: nn.Module) -> functions.Handler | None:
-    """Returns who contracts for a module; one and the same while its methods call each other."""
-    running = functions.current()
-    if isinstance(running, _OwnContractions) and running.module is module:
-      return running
-    named = first_match(self.own, at(join(module.path))) is not None
-    if isinstance(module, nn.Einsum) or named:
-      return _OwnContractions(self, module)
+  @contextlib.contextmanager
+  def _frame(self, module: Any, method: str, given: Any) -> Generator[binding.Handler | None]:
+    outer = self._stack[-1] if self._stack else None
+    own = module.scope.flags.get(_RUN) is self._token
+    prefix, path, scope = (), module.path, module.scope
+    if not own and outer is not None:
+      prefix = outer.prefix
+      if not module.path or outer.own:
+        prefix = (*outer.path, module.name or type(module).__name__)
+      path = (*prefix, *module.path)
+      base = next(frame for frame in reversed(self._stack) if frame.own)
+      scope = functools.reduce(_push, path[len(base.path) :], base.scope)
+    sealed = outer is not None and outer.sealed
+    refusal = _own_dot_general(module)
+    if refusal and method == "__call__":
+      self.visitor.decide(_describe(module, join(path), jnp.asarray(given[0]), refusal), scope.root)
+    with self._names(path, module.scope.root, method) as names:
+      sealed, trace = sealed or bool(refusal), _compat.staging_trace()
+      frame = _Frame(module, path, scope, own, prefix, sealed, trace, names)
+      self._stack.append(frame)
+      try:
+        yield self._handler(frame)
+      finally:
+        self._stack.pop()
+
+  @contextlib.contextmanager
+  def _names(self, path: tuple[str, ...], root: Any, method: str) -> Generator[_Names]:
+    """Goes on with the names of a method that is running in this scope, or starts anew."""
+    outer = next((frame for frame in reversed(self._stack) if frame.path == path), None)
+    if outer is None:
+      yield _Names(method)
+    elif outer.module.scope.root is root or outer.trace is _compat.staging_trace():
+      yield outer.names
+    else:  # in a lifted transformation, which traces it as often as it likes
+      with outer.names.again() as names:
+        yield names
+
+  def _handler(self, frame: _Frame) -> binding.Handler | None:
+    """Returns who contracts for a method; None where that is JAX."""
+    if frame.sealed or isinstance(frame.module, FP8Contraction):
+      return None
+    named = first_match(self.functions, at(join(frame.path))) is not None
+    if named or self.everything or isinstance(frame.module, LAYERS) or _may_have_kernel(frame):
+      return _Contractions(self, frame, named=named)
     return None
 
 
-class _OwnContractions:
-  """Contracts for one module, in the order of its calls: ``Fp8Einsum_0``, ``Fp8Einsum_1``..."""
+def _may_have_kernel(frame: _Frame) -> bool:
+  """Tells whether a module has, or may be about to make, a parameter named as Linen's layers do."""
+  return frame.module.is_mutable_collection("params") or _kernel(frame.module) is not None
 
-  def __init__(self, walk: Walk, module: nn.Module) -> None:
-    self.walk, self.module = walk, module
-    self.calls: dict[str, int] = {}
 
-  def einsum(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    equation, *operands = args
-    if not isinstance(equation, str) or len(operands) != 2:
-      return original(*args, **kwargs)
-    lhs, rhs = map(jnp.asarray, operands)
-    sizes = lambda: _einsum_sizes(equation, lhs, rhs)
-    module = self._module(Fp8Einsum, "jnp.einsum", lhs, rhs, sizes, kwargs)
-    if module is None:
-      return original(*args, **kwargs)
-    return module(equation, lhs, rhs, **kwargs)
+def _kernel(module: Any) -> Any:
+  """Returns the parameter of a module that has the name of the kernel of Linen's layers."""
+  own: Mapping[str, Any] = module.variables.get("params", {})
+  found = nn.meta.unbox(own.get("kernel"))
+  return found if isinstance(found, jax.Array | np.ndarray) and found.ndim > 1 else None
 
-  def dot_general(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    names = ("lhs", "rhs", "dimension_numbers", "precision", "preferred_element_type")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    lhs, rhs = (jnp.asarray(given.pop(name)) for name in ("lhs", "rhs"))
-    numbers = given.pop("dimension_numbers")
-    sizes = lambda: _sizes(rhs.shape, numbers[0][1], numbers[1][1])
-    module = self._module(Fp8DotGeneral, "lax.dot_general", lhs, rhs, sizes, given)
-    if module is None:
-      return original(*args, **kwargs)
-    return module(lhs, rhs, numbers, **given)
 
-  def _module(
-    self,
-    cls: type[Fp8DotGeneral | Fp8Einsum],
-    kind: str,
-    lhs: jax.Array,
-    rhs: jax.Array,
-    sizes: Callable[[], dict[str, int]],
-    options: dict[str, Any],
-  ) -> Any:
-    """Makes the FP8 module of this call, or None where it is to stay as it is."""
-    is_layer, path = isinstance(self.module, nn.Einsum), join(self.module.path)
-    name = f"{cls.__name__}_{self.calls.get(cls.__name__, 0)}"
-    self.calls[cls.__name__] = self.calls.get(cls.__name__, 0) + 1
-    layer = Layer(
+@contextlib.contextmanager
+def _parameters_made_by_jax(module: Any, handler: Any) -> Generator[None]:
+  """Leaves what initializers contract to JAX."""
+  if handler is None or "param" in vars(module) or not module.is_mutable_collection("params"):
+    yield
+    return
+
+  def quietly(make: Callable[..., Any]) -> Callable[..., Any]:
+    def made(*args: Any, **kwargs: Any) -> Any:
+      with binding.handed_to(None):
+        return make(*args, **kwargs)
+
+    return made
+
+  for name in ("param", "variable"):
+    object.__setattr__(module, name, quietly(getattr(module, name)))
+  try:
+    yield
+  finally:
+    for name in ("param", "variable"):
+      object.__delattr__(module, name)
+
+
+class _Contractions:
+  """Contracts for one method of one module."""
+
+  def __init__(self, walk: Walk, frame: _Frame, *, named: bool) -> None:
+    self.walk, self.frame, self.named = walk, frame, named
+
+  def contract(
+    self, lhs: jax.Array, rhs: jax.Array, *, kind: str, kernel: int, params: Mapping[str, Any]
+  ) -> jax.Array | None:
+    operands = [lhs, rhs]
+    if not self.named and not self._of_layer(operands[kernel]):
+      operands[kernel] = self.walk.visitor.unasked(join(self.frame.path), operands[kernel])
+      return lax.dot_general_p.bind(*operands, **params)
+    cls = Fp8Einsum if kind == "jnp.einsum" else Fp8DotGeneral
+    name = self.frame.names.next(f"{self._part}{cls.__name__}")
+    layer = self._layer(name, operands, kind, kernel, params)
+    recipe = self.walk.visitor.decide(layer, self.frame.scope.root)
+    if recipe is None:
+      operands[kernel] = self.walk.visitor.asked(layer, operands[kernel])
+      return lax.dot_general_p.bind(*operands, **params)
+    how = {"recipe": recipe, "emulate": self.walk.emulate, "name": name}
+    given = {key: params[key] for key in ("preferred_element_type", "out_sharding")}
+    module: Any = cls(**how, parent=_push(self.frame.scope, name))
+    if _compat.staging_trace() is not self.frame.trace:  # variables are not of a loop's body
+      with jax.ensure_compile_time_eval():
+        read_state(module, recipe)
+    if cls is Fp8DotGeneral:
+      return module(lhs, rhs, params["dimension_numbers"], **given)
+    equation = _equation(params["dimension_numbers"], lhs.ndim, rhs.ndim, kernel)
+    return module(equation, operands[1 - kernel], operands[kernel], **given)
+
+  def _of_layer(self, kernel: jax.Array) -> bool:
+    """Tells whether this is a layer: of Linen's, or one that has its kernel in ``kernel``."""
+    own = _kernel(self.frame.module)
+    return isinstance(self.frame.module, LAYERS) or (own is not None and own.size == kernel.size)
+
+  @contextlib.contextmanager
+  def repeated(self) -> Generator[None]:
+    names = self.frame.names
+    with names.again() as self.frame.names:
+      yield
+    self.frame.names = names
+
+  def bound(self) -> None:
+    self.frame.names.settle()
+
+  @property
+  def _part(self) -> str:
+    """What tells the contractions of modules apart that share one scope."""
+    name, path = self.frame.module.name, self.frame.module.path
+    return f"{name}_" if name and path and name != path[-1] else ""
+
+  def _layer(
+    self, name: str, operands: list[jax.Array], kind: str, kernel: int, params: Mapping[str, Any]
+  ) -> Layer:
+    module, path = self.frame.module, join(self.frame.path)
+    is_first = name in ("Fp8DotGeneral_0", "Fp8Einsum_0")
+    is_layer = self.frame.own and is_first and self._of_layer(operands[kernel])
+    contract, batch = (axes[kernel] for axes in params["dimension_numbers"])
+    x, w = operands[1 - kernel], operands[kernel]
+    refusal = _refuse(params["precision"], x.dtype, w.dtype)
+    if not self.frame.own and not self.named:
+      refusal = f"run by an apply of its own: to convert it, functions={path!r}"
+    return Layer(
       path=path if is_layer else f"{path}/{name}".lstrip("/"),
-      kind="Einsum" if is_layer else kind,
-      inputs=lhs.size,
-      itemsize=jnp.promote_types(lhs.dtype, rhs.dtype).itemsize,
-      stored=_is_among(self.module.variables.get("params", {}), rhs),
-      refusal=_refuse(options.get("precision"), lhs.dtype, rhs.dtype),
-      **sizes(),
+      owner=path,
+      kind=type(module).__name__ if is_layer else kind,
+      inputs=x.size,
+      itemsize=jnp.promote_types(x.dtype, w.dtype).itemsize,
+      stored=_is_among(module.variables.get("params", {}), w),
+      refusal=refusal,
+      **_sizes(w.shape, contract, batch),
     )
-    scope: Any = self.module.scope
-    if (recipe := self.walk.decide(layer, scope.root)) is None:
-      return None
-    left = {key: value for key, value in options.items() if value is not None}
-    if unknown := sorted(left.keys() - {"precision", "preferred_element_type", "out_sharding"}):
-      raise ValueError(
-        f"fp8_linear_layers: {kind} in FP8 takes no {', '.join(unknown)}; got a call at {path!r}. "
-        f"Exclude {layer.path!r}, or leave the argument out."
-      )
-    for key in options.keys() - left.keys():
-      del options[key]
-    return cls(recipe=recipe, emulate=self.walk.emulate, parent=scope.push(name, reuse=True))
-
-
-def _is_among(params: Any, kernel: jax.Array) -> bool:
-  """Tells whether parameters hold a kernel, judged by its dtype and size."""
-  leaves = jax.tree.leaves(params)
-  return any(leaf.dtype == kernel.dtype and leaf.size == kernel.size for leaf in leaves)
 
 
 def join(path: tuple[str, ...]) -> str:
@@ -179,53 +332,58 @@ def join(path: tuple[str, ...]) -> str:
   return "/".join(path)
 
 
-def _describe(module: nn.Dense | nn.DenseGeneral, inputs: jax.Array) -> Layer:
-  """Describes a layer from its fields and its input, before its kernel is there."""
-  axis, batch_dims, features = -1, (), module.features
-  if isinstance(module, nn.DenseGeneral):
-    axis, batch_dims = module.axis, module.batch_dims
-  dtype = module.dtype or jnp.promote_types(inputs.dtype, module.param_dtype)
-  sizes = [math.prod(inputs.shape[a] for a in _tuple(axes)) for axes in (axis, batch_dims)]
+def _push(scope: Any, name: str) -> Any:
+  return scope.push(name, reuse=True)
+
+
+def _is_among(params: Any, kernel: jax.Array) -> bool:
+  """Tells whether parameters hold a kernel, judged by its dtype and size; for the report alone."""
+  leaves = jax.tree.leaves(params)
+  return any(leaf.dtype == kernel.dtype and leaf.size == kernel.size for leaf in leaves)
+
+
+def _own_dot_general(module: Any) -> str:
+  """Says by which means of its own a layer contracts, or ``""``."""
+  for name in ("dot_general_cls", "dot_general"):
+    held: Any = getattr(module, name, None) if isinstance(module, LAYERS[:2]) else None
+    plain = isinstance(held, functools.partial) and held.func is lax.dot_general
+    if held is not None and not plain:
+      return f"has its own {name}"
+  return ""
+
+
+def _describe(module: Any, path: str, inputs: jax.Array, refusal: str) -> Layer:
+  """Describes a layer that contracts by its own means, from its fields and its input."""
+  axis, batch = getattr(module, "axis", -1), getattr(module, "batch_dims", ())
+  sizes = [math.prod(inputs.shape[a] for a in _tuple(axes)) for axes in (axis, batch)]
   return Layer(
-    path=join(module.path),
+    path=path,
+    owner=path,
     kind=type(module).__name__,
     inputs=inputs.size,
     contracted=sizes[0],
-    features=math.prod(_tuple(features)),
+    features=math.prod(_tuple(module.features)),
     batch=sizes[1],
-    itemsize=jnp.dtype(dtype).itemsize,
-    stored=jnp.dtype(dtype) == module.param_dtype,
-    refusal=_own_dot_general(module) or _refuse(module.precision, jnp.dtype(dtype)),
+    refusal=refusal,
   )
 
 
-def _own_dot_general(module: nn.Dense | nn.DenseGeneral) -> str:
-  names = ("dot_general_cls", "dot_general")
-  if _out_sharding(module) is not None:  # JAX's own, told how to shard: ours is told the same
-    names = names[:1]
-  return next((f"has its own {n}" for n in names if getattr(module, n) is not None), "")
-
-
-def _out_sharding(module: nn.Dense | nn.DenseGeneral) -> Any:
-  """Returns what ``partial(lax.dot_general, out_sharding=...)`` holds, if a layer has that."""
-  held: Any = module.dot_general
-  plain = isinstance(held, functools.partial) and held.func is lax.dot_general and not held.args
-  return held.keywords["out_sharding"] if plain and {*held.keywords} == {"out_sharding"} else None
-
-
 def _refuse(precision: Any, *dtypes: Any) -> str:
-  if precision not in (None, lax.Precision.DEFAULT):
-    return f"has precision {precision}"
+  if precision is not None and precision != _default_precision():
+    of_each = precision if isinstance(precision, tuple) else (precision,)
+    if any(each != lax.Precision.DEFAULT for each in of_each):
+      names = dict.fromkeys(getattr(each, "name", str(each)) for each in of_each)
+      return f"has precision {' and '.join(names)}"
   unfit = [dtype.name for dtype in dtypes if dtype.name not in COMPUTE_DTYPES]
   return f"computes in {unfit[0]}" if unfit else ""
 
 
-def _einsum_sizes(equation: str, lhs: jax.Array, rhs: jax.Array) -> dict[str, int]:
-  plan = plan_einsum(equation, lhs.shape, rhs.shape)
-  kernel = jax.eval_shape(functools.partial(jnp.einsum, plan.rhs_reduction), rhs)
-  side = 0 if plan.swap else 1
-  (contract, batch) = (axes[side] for axes in plan.dimension_numbers)
-  return _sizes(kernel.shape, contract, batch)
+def _default_precision() -> Any:
+  """Returns the precision that JAX's settings give a contraction that asks for none."""
+  one = jax.ShapeDtypeStruct((1,), jnp.float32)
+  numbers = (((0,), (0,)), ((), ()))
+  jaxpr = jax.make_jaxpr(lambda x, y: lax.dot_general(x, y, numbers))(one, one)
+  return jaxpr.eqns[0].params["precision"]
 
 
 def _sizes(shape: tuple[int, ...], contract: Any, batch: Any) -> dict[str, int]:
@@ -233,6 +391,21 @@ def _sizes(shape: tuple[int, ...], contract: Any, batch: Any) -> dict[str, int]:
   paired = {int(axis) for axis in (*contract, *batch)}
   features = math.prod(size for axis, size in enumerate(shape) if axis not in paired)
   return {"contracted": sizes[0], "batch": sizes[1], "features": features}
+
+
+def _equation(numbers: Any, lhs_ndim: int, rhs_ndim: int, kernel: int) -> str:
+  """Writes dimension numbers as an einsum equation of the input and the kernel."""
+  (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = numbers
+  letters = iter(map(chr, (*range(ord("a"), ord("z") + 1), *range(ord("A"), ord("Z") + 1))))
+  lhs = [next(letters) for _ in range(lhs_ndim)]
+  rhs = [next(letters) for _ in range(rhs_ndim)]
+  for left, right in ((lhs_batch, rhs_batch), (lhs_contract, rhs_contract)):
+    for i, j in zip(left, right, strict=True):
+      rhs[j] = lhs[i]
+  batch = [lhs[i] for i in lhs_batch]
+  own = [label for label in lhs if label not in rhs] + [label for label in rhs if label not in lhs]
+  x, w, out = map("".join, (*((rhs, lhs) if kernel == 0 else (lhs, rhs)), batch + own))
+  return f"{x},{w}->{out}"
 
 
 def _tuple(x: Any) -> tuple[int, ...]:

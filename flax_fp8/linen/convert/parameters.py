@@ -1,0 +1,85 @@
+"""What becomes of each parameter of a model? Read from the traced program.
+
+A value is made of parameters where nothing but parameters and constants went into it: a kernel that
+is cast, transposed, or the sum of two others. What hangs on the model's input is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+from jax.extend.core import Literal
+
+from flax_fp8 import _compat
+from flax_fp8.linen.convert.binding import subprograms
+
+Path: TypeAlias = tuple[str, ...]
+# None is a value that is not made of parameters alone.
+Made: TypeAlias = frozenset[Path] | None
+
+CONVOLUTION, LOOKUP = "convolution", "lookup"
+
+
+def uses(fun: Callable[[Any], Any], params: Any) -> dict[Hashable, set[Path]]:
+  """Traces a function, and finds the parameters of which each marked value is made.
+
+  Args:
+    fun: takes parameters; marks values by ``provenance.mark``.
+    params: nested dict of ShapeDtypeStructs.
+
+  Returns:
+    Paths of parameters by mark; and by ``CONVOLUTION`` and ``LOOKUP`` those of its kernels and
+    tables.
+  """
+  jaxpr = jax.make_jaxpr(fun)(params).jaxpr
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  inputs = [frozenset({tuple(entry.key for entry in path)}) for path, _ in leaves]
+  found: dict[Hashable, set[Path]] = {}
+  _walk(jaxpr, inputs, found)
+  return found
+
+
+def _walk(jaxpr: Any, inputs: Sequence[Made], found: dict[Hashable, set[Path]]) -> list[Made]:
+  known: dict[Any, Made] = dict(zip(jaxpr.invars, inputs, strict=True))
+  of = lambda atom: frozenset() if isinstance(atom, Literal) else known.get(atom)
+  for equation in jaxpr.eqns:
+    given = [of(atom) for atom in equation.invars]
+    _note(equation, given, found)
+    known.update(zip(equation.outvars, _results(equation, given, found), strict=True))
+  return [of(atom) for atom in jaxpr.outvars]
+
+
+def _note(equation: Any, given: Sequence[Made], found: dict[Hashable, set[Path]]) -> None:
+  name = equation.primitive.name
+  where = {"mark": (equation.params.get("name"), 0)}
+  where |= {"conv_general_dilated": (CONVOLUTION, 1), "gather": (LOOKUP, 0)}
+  if name in where:
+    key, operand = where[name]
+    found.setdefault(key, set()).update(given[operand] or ())
+
+
+def _results(
+  equation: Any, given: Sequence[Made], found: dict[Hashable, set[Path]]
+) -> Sequence[Made]:
+  name, params, count = equation.primitive.name, equation.params, len(equation.outvars)
+  inputs = list(given)
+  if name == "scan" and (counts := _compat.scan_counts(params)) is not None:
+    constants, carries = counts
+    inputs[constants : constants + carries] = [None] * carries
+  if name == "while":
+    skipped = params["cond_nconsts"]
+    constants = params["body_nconsts"]
+    inputs = [*given[skipped:][:constants], *[None] * (len(given) - skipped - constants)]
+  if name == "cond":
+    inputs = inputs[1:]
+  results: list[list[Made]] = []
+  for inner in subprograms(params):
+    fits = len(inner.invars) == len(inputs)
+    results.append(_walk(inner, inputs if fits else [None] * len(inner.invars), found))
+  if results:
+    same = len(results[0]) == count and name not in ("while", "cond")
+    return results[0] if same else [None] * count
+  made = None if None in given else frozenset().union(*(each or () for each in given))
+  return [made] * count
