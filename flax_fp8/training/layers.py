@@ -1,7 +1,7 @@
 """The FP8 contractions that a tree holds state of: names and leaves, stacks taken apart.
 
-``nn.scan`` and ``nn.vmap`` stack the state of layers along leading axes. The state of one
-contraction is a scale ``(1,)`` and a history ``(length,)``; what comes before is the stack.
+``nn.scan`` and ``nn.vmap`` stack the state of layers along any axis. The state of one contraction
+is a scale ``(1,)`` and a history ``(length,)``. All other axes are the stack, in their order.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import jax.core
 import numpy as np
 
 from flax_fp8.linen.boxes import unbox
+from flax_fp8.linen.lifted import lifted_first
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.meta_dtype import to_float32
 from flax_fp8.ops.metrics import METRICS
@@ -34,7 +35,7 @@ class Layer:
 
   Attributes:
     name: path of the module, ``layers[3]/query``.
-    state: leaves by variable name, without leading axes.
+    state: leaves by variable name, without the axes of stacks.
   """
 
   name: str
@@ -58,13 +59,14 @@ def layers(tree: Any) -> Iterator[Layer]:
   Raises:
     TypeError: a leaf of the state is traced or abstract.
   """
-  found = dict(_modules(tree, (), False))
+  read = jax.device_get(dict(_modules(tree, (), False)))
+  found = {path: lifted_first(state) for path, state in read.items()}
   stacks = {path: _stack(state) for path, state in found.items()}
   below: dict[Path, list[tuple[int, ...]]] = {}
   for path, stack in stacks.items():
     for length in range(1, len(path) + 1):
       below.setdefault(path[:length], []).append(stack)
-  for path, state in jax.device_get(found).items():
+  for path, state in found.items():
     name, at = _short(path, below), _outermost(path, below)
     for index in np.ndindex(stacks[path]):
       part = {key: leaf[index] if leaf.shape else leaf for key, leaf in state.items()}
@@ -99,7 +101,7 @@ def _concrete(leaf: Any, path: Path) -> Any:
 
 
 def _stack(state: Mapping[str, Any]) -> tuple[int, ...]:
-  """Returns the leading axes of a module's leaves: all but their own last one."""
+  """Returns the leading axes of a module's leaves, whose own axis is the last."""
   return max((leaf.shape[:-1] for leaf in state.values()), key=len)
 
 

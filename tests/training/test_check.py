@@ -1,5 +1,7 @@
 """``check_train_step`` on loops that users write: right ones pass, wrong ones are named."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import flax_fp8 as fp8
 from flax_fp8.training.check.fit import judge
 from flax_fp8.training.check.report import _ADVICE, Finding
+from tests.linen import lifts
 from tests.training import loops
 from tests.training.loops import BATCH, OWG, VARIABLES
 
@@ -59,6 +62,27 @@ def test_one_known_slot_is_enough():
     (right * (1 - 1e-4), "decayed"),
   ):
     assert judge(right, old, got).kind == kind
+
+
+LIFTED = [("1", 3), ("1 in 0", 1), ("1 in 0", 3), ("params -1, state 1", 1)]
+LIFTED += [("params for all, state 1", 1)]
+
+
+@pytest.mark.parametrize(("name", "length"), LIFTED)
+def test_stacks_along_any_axis(name, length):
+  """Histories of one slot are judged by the kernels; three is the length of a stack, too."""
+  model = lifts.written(name, fp8.DelayedScaling(amax_history_len=length))
+  variables = lifts.trained(model)
+
+  def step(times, variables, x):
+    grads = fp8.grad(lambda v: jnp.mean((model.apply(v, x) - 1) ** 2))(variables)
+    new, rest = fp8.partition_for_grad_overwrite(grads)
+    new = jax.tree.map(lambda leaf: times * leaf, new)
+    return fp8.apply_updates(variables, jax.tree.map(lambda g: -0.1 * g, rest), new)
+
+  for times, kinds in ((1, set()), (2, {"summed"})):
+    report = fp8.check_train_step(jax.jit(functools.partial(step, times)), variables, lifts.X)
+    assert report.kinds == kinds, report
 
 
 def right_step(state, batch):

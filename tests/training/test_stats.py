@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import flax_fp8 as fp8
+from flax_fp8.training.paths import leaves_by_path
+from tests.linen import lifts
 
 OWG = fp8.OVERWRITE_WITH_GRADIENT
 
@@ -94,6 +96,34 @@ def test_stacked_layers_have_a_row_each():
   ]
   assert set(rows) == {"twin", "head", *each}
   assert [rows[f"layers[{i}]/attention/query"].amax for i in range(3)] == [2, 2, 7]
+
+
+@pytest.mark.parametrize("length", [1, 3, 4])
+@pytest.mark.parametrize("stack", [(3,), (3, 2), (4, 1), (1, 4)], ids=str)
+def test_stacks_along_any_axis(stack, length):
+  """Scales and histories say together which axis is whose, also where sizes are alike."""
+  state = tensor("kernel", range(1, length + 1), 0.5, stack, amax=1.0, noise=0.25)
+  index = np.arange(np.prod(stack), dtype=np.float32).reshape(*stack, 1)
+  state = {name: leaf + index for name, leaf in state.items()}
+  wanted = fp8.stats({OWG: {"layers": {"up": state}}})
+  for axis in range(len(stack)):
+    moved = {name: jnp.moveaxis(leaf, -1, axis) for name, leaf in state.items()}
+    got = fp8.stats({OWG: {"layers": {"up": moved}}})
+    by_history = lambda rows: sorted((row.history, row.figures()["scale"]) for row in rows)
+    assert by_history(got.rows) == by_history(wanted.rows)
+    if 1 not in (*stack, length):
+      assert str(got) == str(wanted)
+
+
+@pytest.mark.parametrize("name", ["1", "-1", "-2", "1 in 0", "params 1, state 0", "vmap in scan 1"])
+def test_models_lifted_along_any_axis(name):
+  """Each row has the amax of its own layer's kernel."""
+  recipe = fp8.DelayedScaling(amax_history_len=5)
+  variables = lifts.trained(lifts.written(name, recipe))
+  rows = [row for row in fp8.stats(variables).rows if row.role == "kernel" and "up" in row.layer]
+  (kernel,) = (x for p, x in leaves_by_path(variables["params"]).items() if p.endswith("up/kernel"))
+  sizes = [axis for axis, size in enumerate(kernel.shape) if size in (lifts.D, lifts.F)]
+  np.testing.assert_array_equal([row.amax for row in rows], jnp.max(abs(kernel), sizes).ravel())
 
 
 def test_of_a_contraction_that_is_the_model():

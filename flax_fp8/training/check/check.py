@@ -90,11 +90,12 @@ def check_train_step(step_fn: Callable[..., Any], state: Any, batch: Any) -> Tra
   base, first = _until_moved(step, state)
   if missing := [leaf for leaf in step.own if leaf.path not in first.fp8]:
     return _report(step, [_finding("dropped", missing, "is not in the state that came back")])
-  if reshaped := [leaf for leaf in step.own if first.fp8[leaf.path].shape != leaf.shape]:
-    seen = f"has shape {first.fp8[reshaped[0].path].shape}, not {reshaped[0].shape}"
+  shapes = {path: np.shape(leaf) for path, leaf in paths.leaves_by_path(first.state).items()}
+  if reshaped := [leaf for leaf in step.own if shapes[leaf.path] != leaf.shape]:
+    seen = f"has shape {shapes[reshaped[0].path]}, not {reshaped[0].shape}"
     return _report(step, [_finding("reshaped", reshaped, seen)])
   before, after = _plant_and_run(step, base, first)
-  found = rows(step.own, before, after, _kernels(step, base))
+  found = rows(step.own, before, after, _kernels(step, base, after[0]))
   verdicts = judge_all(found)
   if all(verdict == REPLACED for _, verdict in verdicts):
     raise ValueError(
@@ -160,22 +161,66 @@ def _values(
       newest = amax[..., :1]
       newest = np.where(np.isfinite(newest) & (newest > 0), newest, 1.0).clip(1e-30, 1e30)
       unit = factor if leaf.key == HISTORY else factor / 448
-      yield leaf.path, newest * unit * random.uniform(2, 4, leaf.shape)
+      old = first.fp8[leaf.path]
+      yield leaf.path, leaf.place(newest * unit * random.uniform(2, 4, old.shape))
 
 
-def _kernels(step: Step, state: Any) -> dict[str, np.ndarray]:
+def _kernels(step: Step, state: Any, after: Outcome) -> dict[str, np.ndarray]:
   """Finds the kernel parameter of each kernel tensor: its largest magnitude, by stack."""
   others = {p: x for p, x in paths.leaves_by_path(state).items() if p.endswith("/kernel")}
   found: dict[str, np.ndarray] = {}
   for leaf in step.own:
     if leaf.role != "kernel" or leaf.key != HISTORY:
       continue
-    stack = leaf.shape[:-1]
+    newest = after.fp8[leaf.path][..., 0]
     for path in sorted(beside(leaf.below, leaf.group, others), key=len):
       kernel = np.abs(np.asarray(others[path]).astype(np.float64))
-      if kernel.shape[: len(stack)] == stack:
-        found.setdefault(leaf.tensor, kernel.max(axis=tuple(range(len(stack), kernel.ndim))))
+      found.setdefault(leaf.tensor, _by_stack(kernel, newest))
   return found
+
+
+def _by_stack(kernel: np.ndarray, newest: np.ndarray) -> np.ndarray:
+  """Takes the maximum of a kernel for each of a stack.
+
+  Shapes alone do not say which axes of the kernel are those of the stack. Where they are chosen
+  rightly, the recorded amaxes are one multiple of the kernel's.
+
+  Args:
+    kernel: magnitudes.
+    newest: what a step recorded for each of the stack.
+
+  Returns:
+    Of the shape of ``newest``. An axis of the stack that the kernel lacks shares one kernel.
+  """
+  shared = kernel.ndim
+  options = [
+    [*(axis for axis, other in enumerate(kernel.shape) if other == size), shared]
+    for size in newest.shape
+  ]
+  found = [
+    _largest(kernel, axes, newest.shape)
+    for axes in itertools.product(*options)
+    if len({*axes} - {shared}) == sum(axis != shared for axis in axes)
+  ]
+
+  def spread(largest: np.ndarray) -> float:
+    if not (np.all(newest > 0) and np.all(largest > 0)):
+      return math.inf
+    return float(np.ptp(np.log(newest / largest)))
+
+  return min(found, key=spread)
+
+
+def _largest(kernel: np.ndarray, axes: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:
+  """Takes the maximum along all axes but some, which become axes of ``shape``.
+
+  One beyond the kernel's axes stands for an axis of ``shape`` along which the maximum is the same.
+  """
+  own = [axis for axis in axes if axis < kernel.ndim]
+  largest = kernel.max(axis=tuple(axis for axis in range(kernel.ndim) if axis not in own))
+  largest = largest.transpose([sorted(own).index(axis) for axis in own])
+  sizes = [size if axis in own else 1 for axis, size in zip(axes, shape, strict=True)]
+  return np.broadcast_to(largest.reshape(sizes), shape)
 
 
 def _findings(verdicts: Sequence[tuple[Row, Verdict]]) -> list[Finding]:

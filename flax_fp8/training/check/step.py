@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_fp8.linen.lifted import own_axes, own_back, own_last
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.meta_dtype import is_max_grad, like, to_float32
 from flax_fp8.recipes.base import Role
@@ -35,6 +36,7 @@ class Leaf:
     key: "amax_history", "scale" and so on.
     in_optimiser: whether it lies in the state of an optimiser.
     shape: of the array.
+    axis: of the array, along which a history has its slots; all others are axes of stacks.
   """
 
   path: str
@@ -43,11 +45,17 @@ class Leaf:
   key: str
   in_optimiser: bool
   shape: tuple[int, ...]
+  axis: int = 0
 
   @property
   def tensor(self) -> str:
     """Path of the tensor that it describes."""
     return self.path.removesuffix("/value").removesuffix(f"_{self.key}")
+
+  @property
+  def module(self) -> str:
+    """Path of the contraction that it belongs to."""
+    return self.tensor.removesuffix(self.role).removesuffix("/")
 
   @property
   def history(self) -> str:
@@ -59,6 +67,15 @@ class Leaf:
     """The tensor within the collection."""
     return self.tensor.removeprefix(self.group).removeprefix("/")
 
+  def read(self, leaf: Any) -> np.ndarray:
+    """Reads the array as float64, with the axes of stacks first if it has kept its rank."""
+    value = np.asarray(to_float32(leaf)).astype(np.float64)
+    return own_last(value, self.axis) if value.ndim == len(self.shape) else value
+
+  def place(self, value: np.ndarray) -> np.ndarray:
+    """Lays values that have the axes of stacks first out as the array is."""
+    return own_back(value, self.axis)
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -66,7 +83,7 @@ class Outcome:
 
   Attributes:
     state: the new training state.
-    fp8: its FP8 state by path; float64.
+    fp8: its FP8 state by path; float64, with the axes of stacks first.
     prints: a fingerprint of each of its other arrays, by path.
   """
 
@@ -102,7 +119,18 @@ def find_state(state: Any) -> list[Leaf]:
     in_optimiser = _in_optimiser(state, path[: depth or len(path)])
     group, shape = "/".join(parts[:depth]), np.shape(leaf)
     leaves.append(Leaf("/".join(parts), group, role, key, in_optimiser, shape))
-  return leaves
+  return _with_axes(leaves)
+
+
+def _with_axes(leaves: Sequence[Leaf]) -> list[Leaf]:
+  """Finds the axis of slots of each leaf, from the shapes of all leaves of its module."""
+  modules: dict[str, dict[str, tuple[int, ...]]] = {}
+  for leaf in leaves:
+    if leaf.role:
+      modules.setdefault(leaf.module, {})[leaf.path] = leaf.shape
+  axes = {path: axis for shapes in modules.values() for path, axis in own_axes(shapes).items()}
+  last = lambda leaf: max(len(leaf.shape) - 1, 0)
+  return [dataclasses.replace(leaf, axis=axes.get(leaf.path, last(leaf))) for leaf in leaves]
 
 
 def _role(name: str) -> tuple[str, str]:
@@ -163,11 +191,6 @@ def _like(value: np.ndarray, leaf: Any) -> Any:
   return like(there, leaf)
 
 
-def number(leaf: Any) -> np.ndarray:
-  """Reads a leaf of FP8 state as float64."""
-  return np.asarray(to_float32(leaf)).astype(np.float64)
-
-
 class Step:
   """A training step, counted and copied for.
 
@@ -182,9 +205,9 @@ class Step:
     self._step_fn, self._batch = step_fn, batch
     self.leaves = find_state(state)
     self._all = set(paths.leaves_by_path(state))
-    self._fp8 = {leaf.path for leaf in self.leaves}
+    self._fp8 = {leaf.path: leaf for leaf in self.leaves}
     self.own = [leaf for leaf in self.leaves if not leaf.in_optimiser] or self.leaves
-    self.others = frozenset(self._all - self._fp8)
+    self.others = frozenset(self._all - self._fp8.keys())
     self.calls = 0
 
   def __call__(self, state: Any, batch: Any = None) -> Outcome:
@@ -214,7 +237,7 @@ class Step:
 
   def _outcome(self, new: Any) -> Outcome:
     leaves = paths.leaves_by_path(new)
-    fp8 = {path: number(leaves[path]) for path in sorted(self._fp8) if path in leaves}
+    fp8 = {p: leaf.read(leaves[p]) for p, leaf in sorted(self._fp8.items()) if p in leaves}
     prints = {p: _print(leaves[p]) for p in sorted(self.others) if _is_trained(leaves[p])}
     return Outcome(new, fp8, prints)
 
@@ -225,7 +248,7 @@ class Step:
   def _new_state(self, output: Any) -> Any:
     """Finds the new state in what the step returned."""
     candidates = list(_within(output, _DEPTH))
-    for wanted in (self._all, self._all - self._fp8):
+    for wanted in (self._all, self.others):
       for tree in candidates:
         if wanted and wanted <= set(paths.leaves_by_path(tree)):
           return tree
