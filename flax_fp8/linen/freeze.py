@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import flax.core
@@ -21,12 +22,25 @@ import jax.numpy as jnp
 
 from flax_fp8.linen.arguments import fill, require_variables
 from flax_fp8.linen.boxes import unbox
-from flax_fp8.linen.contractions import Call, FP8Contraction
+from flax_fp8.linen.contractions import Call
 from flax_fp8.linen.converted import make_converted
-from flax_fp8.linen.frozen import FP8_FROZEN, Flat, Frozen, FrozenLayer, Path, read_roles
-from flax_fp8.linen.provenance import Origin, mark, origins
-from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
+from flax_fp8.linen.frozen import (
+  FP8_FROZEN,
+  Flat,
+  Frozen,
+  FrozenLayer,
+  Lifted,
+  Path,
+  is_contraction,
+  parameter_of,
+  read_roles,
+  running_applies,
+)
+from flax_fp8.linen.lifted import own_axes, own_back, own_last
+from flax_fp8.linen.provenance import Origins, mark, origins
+from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, find_state, is_among_params
 from flax_fp8.ops.frozen import quantize_kernel
+from flax_fp8.quantize import QTensor
 from flax_fp8.recipes.base import GemmKind, Role, StatefulRecipe
 from flax_fp8.recipes.delayed import DelayedScaling
 
@@ -51,20 +65,28 @@ def freeze_for_inference(
   Returns:
     The serving module, called as ``module``; and its variables: ``params`` without the kernels, the
     collection ``fp8_frozen``, and every other collection as it was. A kernel stays a parameter, and
-    is quantised in each run, where it is not multiplied as it is stored but made of parameters; or
-    where the recipe has its forward GEMM in high precision.
+    is quantized in each run, where it is not multiplied as it is stored but made of parameters;
+    where layers share it, each with a scale of its own; or where the recipe has its forward GEMM in
+    high precision. A module that the model runs by a nested ``apply`` keeps its variables.
+
+    A kernel that ``nn.scan`` or ``nn.vmap`` stacks is stacked along the same axis in
+    ``fp8_frozen``. Where that is not the first one, ``kernel_scale`` has the kernel's rank.
 
   Raises:
     TypeError: ``module`` is no Linen module.
-    ValueError: ``variables`` is no variables dict, or lacks FP8 state; the model contracts nothing
-      in FP8; a tensor under ``first_step="current"`` was never seen.
+    ValueError: ``variables`` is no variables dict, or lacks FP8 state; or the model contracts
+      nothing in FP8.
 
   Numerics:
     Outputs are those of ``module.apply(variables, ...)``, bit for bit under jit; but a model that
     differentiates inside has gradients in high precision. Each run checks, by tracing the model
     once more, that it multiplies by the parameters that were frozen. Recipes without
     state scale inputs by themselves, as in training. Under ``overflow="current"`` scales are static
-    all the same: what is beyond their range saturates.
+    all the same: what is beyond their range saturates. Under ``first_step="current"`` a history of
+    zeros leaves the scale to the tensor to come, as the next step of training does: that of an
+    input that was never seen, or was zero whenever it was. Such an input is read once more in each
+    run to find its amax. From shapes alone, this holds for every contraction under
+    ``first_step="current"``, as their histories are not known.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -82,14 +104,29 @@ def freeze_for_inference(
     Micikevicius et al., FP8 Formats for Deep Learning, https://arxiv.org/abs/2209.05433, section 5.
   """
   _check_arguments(module, variables)
-  layers = _survey(module, variables, init_args, init_kwargs)
-  freeze = functools.partial(_freeze, layers=layers)
+  survey = _survey(module, variables, init_args, init_kwargs)
+  freeze = functools.partial(_freeze, survey=survey)
   abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(variables))
   made = jax.eval_shape(freeze, variables) if abstract else jax.jit(freeze)(variables)
-  if not abstract:
-    _require_seen(layers, made)
+  layers = _with_waits(survey.layers, made[FP8_FROZEN])
   rest = {name: value for name, value in variables.items() if name != OVERWRITE_WITH_GRADIENT}
   return make_converted(module, Frozen(layers)), {**rest, **made}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Survey:
+  """What a model contracts in FP8.
+
+  Attributes:
+    layers: its contractions.
+    stacks: by the path of a contraction, the axes that lifted transformations made of its kernel's
+      state; None where that can't be told.
+    kept: paths of modules whose state a nested ``apply`` reads.
+  """
+
+  layers: tuple[FrozenLayer, ...]
+  stacks: Mapping[Path, Lifted | None]
+  kept: frozenset[Path]
 
 
 def _check_arguments(module: Any, variables: Any) -> None:
@@ -101,16 +138,23 @@ def _check_arguments(module: Any, variables: Any) -> None:
   require_variables("freeze_for_inference", variables)
 
 
-def _survey(module: nn.Module, variables: Any, args: Any, kwargs: Any) -> tuple[FrozenLayer, ...]:
-  """Traces a model, and writes down what it contracts in FP8 and which parameters it takes."""
+def _survey(module: nn.Module, variables: Any, args: Any, kwargs: Any) -> _Survey:
+  """Traces a model, and writes down what it contracts in FP8 and which variables it takes."""
   calls: dict[Path, list[Call]] = {}
+  in_params: set[Path] = set()
+  own, nested = running_applies() + 1, itertools.count()
 
   def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     module: Any = context.module
-    if isinstance(context.module, FP8Contraction) and context.method_name == "__call__":
-      call = Call.of(module, args, kwargs)
-      calls.setdefault(module.path, []).append(call)
-      mark(call.rhs, module.path)
+    if is_contraction(context):
+      call, state = Call.of(module, args, kwargs), find_state(module)
+      if running_applies() > own:
+        mark(next(nested), call.rhs, *state.values())
+      else:
+        calls.setdefault(module.path, []).append(call)
+        in_params.update([module.path] if is_among_params() else [])
+        keys = (f"{Role.KERNEL.value}_{key}" for key in call.plan.recipe.init_state(Role.KERNEL))
+        mark(module.path, call.rhs, *(state[key] for key in keys if key in state))
     return next_fun(*args, **kwargs)
 
   def run(variables: Any) -> Any:
@@ -119,91 +163,149 @@ def _survey(module: nn.Module, variables: Any, args: Any, kwargs: Any) -> tuple[
     return module.apply(variables, *full_args, mutable=kept, **full_kwargs)
 
   with nn.intercept_methods(intercept):
-    kernels = origins(run, flax.core.unfreeze(variables))
+    found = origins(run, flax.core.unfreeze(variables))
   if not calls:
     raise ValueError(
       "freeze_for_inference: the model must contract something in FP8; got none in "
       f"{type(module).__name__}. Convert it with fp8_linear_layers, and train or calibrate it."
     )
+  read = {
+    origin.path
+    for name in range(next(nested))
+    for values in found.get(name, ())
+    for origin in values
+    if origin is not None
+  }
   params = flax.traverse_util.flatten_dict(nn.meta.unbox(variables["params"]))
-  return tuple(_describe(path, calls[path], kernels.get(path), params) for path in calls)
-
-
-def _describe(
-  path: Path, calls: list[Call], origin: Origin | None, params: Mapping[Path, Any]
-) -> FrozenLayer:
-  """Describes a contraction; its kernel is stored where every call takes one parameter alike."""
-  call = calls[-1]
-  layer = FrozenLayer(path, call.plan, call.dtype, call.reduction)
-  alike = all(other.takes_kernel_as(call) for other in calls)
-  if origin is None or not alike or call.plan.recipe.is_high_precision(GemmKind.FPROP):
-    return layer
-  param = params[origin.path]
-  return dataclasses.replace(
-    layer,
-    parameter=origin.path,
-    shape=param.shape,
-    parameter_dtype=param.dtype,
-    stacked=origin.stacked,
+  left = {path: leaf for path, leaf in params.items() if ("params", *path) not in read}
+  stacks = {path: _stack_of_state(found.get(path, ())) for path in calls}
+  layers = (_describe(calls[path], found.get(path, ()), stacks[path], left) for path in calls)
+  return _Survey(
+    layers=tuple(
+      dataclasses.replace(layer, path=path, in_params=path in in_params)
+      for path, layer in zip(calls, layers, strict=True)
+    ),
+    stacks=stacks,
+    kept=frozenset(path[1:-1] for path in read if path[0] == OVERWRITE_WITH_GRADIENT),
   )
 
 
-def _freeze(variables: Any, *, layers: tuple[FrozenLayer, ...]) -> dict[str, Any]:
-  """Quantises the kernels, and keeps of the state what forward passes need."""
-  params: Flat = flax.traverse_util.flatten_dict(nn.meta.unbox(variables["params"]))
-  state: Flat = flax.traverse_util.flatten_dict(unbox(variables.get(OVERWRITE_WITH_GRADIENT, {})))
+def _stack_of_state(found: Collection[Origins]) -> Lifted | None:
+  """Returns the axes that lifted transformations made of a kernel's state; None if unknown."""
+  stacks = {origin and origin.lifted for values in found for origin in values[1:]}
+  return next(iter(stacks), ()) if len(stacks) <= 1 else None
+
+
+def _describe(
+  calls: Sequence[Call],
+  found: Collection[Origins],
+  stack: Lifted | None,
+  params: Mapping[Path, Any],
+) -> FrozenLayer:
+  """Describes a contraction; its kernel is stored where every call takes one parameter alike."""
+  call = calls[-1]
+  layer = FrozenLayer((), call.plan, call.dtype, call.reduction)
+  kernel = parameter_of({values[0] for values in found})
+  alike = all(other.takes_kernel_as(call) for other in calls)
+  if kernel is None or not alike or call.plan.recipe.is_high_precision(GemmKind.FPROP):
+    return layer
+  path, lifted = kernel
+  # A kernel that is shared where its scale is not has no one value in FP8.
+  is_one = stack is not None and {level for level, _ in stack} <= {level for level, _ in lifted}
+  if not is_one or path not in params:
+    return layer
+  param = params[path]
+  return dataclasses.replace(
+    layer, parameter=path, shape=param.shape, parameter_dtype=param.dtype, lifted=lifted
+  )
+
+
+def _freeze(variables: Any, *, survey: _Survey) -> dict[str, Any]:
+  """Quantizes the kernels, and keeps of the state what forward passes need."""
+  flatten, unflatten = flax.traverse_util.flatten_dict, flax.traverse_util.unflatten_dict
+  params: Flat = flatten(nn.meta.unbox(variables["params"]))
+  state: Flat = flatten(unbox(variables.get(OVERWRITE_WITH_GRADIENT, {})))
   made: dict[Path, Any] = {}
-  for layer in layers:
-    kernel = None if layer.parameter is None else params[layer.parameter]
-    of_layer = {path[-1]: leaf for path, leaf in state.items() if path[:-1] == layer.path}
-    leaves = _freeze_layer(layer, kernel, of_layer)
-    made |= {(*layer.path, name): leaf for name, leaf in leaves.items()}
-  gone = {layer.parameter for layer in layers}
+  for layer in survey.layers:
+    leaves = {path[-1]: leaf for path, leaf in state.items() if path[:-1] == layer.path}
+    own = _freeze_state(layer, leaves)
+    if layer.parameter is not None:
+      kernel, stack = params[layer.parameter], survey.stacks[layer.path] or ()
+      own |= _freeze_kernel(layer, kernel, leaves, stack)
+    made |= {(*layer.path, name): leaf for name, leaf in own.items()}
+  gone = {layer.parameter for layer in survey.layers}
   kept = {path: leaf for path, leaf in params.items() if path not in gone}
-  unflatten = flax.traverse_util.unflatten_dict
-  return {"params": unflatten(kept), FP8_FROZEN: unflatten(made)}
+  nested = {path: leaf for path, leaf in state.items() if path[:-1] in survey.kept}
+  rest = {OVERWRITE_WITH_GRADIENT: unflatten(nested)} if nested else {}
+  return {"params": unflatten(kept), FP8_FROZEN: unflatten(made), **rest}
 
 
-def _freeze_layer(
-  layer: FrozenLayer, kernel: jax.Array | None, leaves: Mapping[str, jax.Array]
-) -> dict[str, jax.Array]:
-  """Freezes one layer, or as many as are stacked."""
-  if layer.recipe.is_high_precision(GemmKind.FPROP):
+def _freeze_state(layer: FrozenLayer, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """Keeps of a layer's state what forward passes need, laid out as it was."""
+  recipe = layer.recipe
+  if not isinstance(recipe, StatefulRecipe) or recipe.is_high_precision(GemmKind.FPROP):
     return {}
+  axes = own_axes({name: leaf.shape for name, leaf in leaves.items()})
+  state = read_roles(recipe, {name: own_last(leaf, axes[name]) for name, leaf in leaves.items()})
+  made: dict[str, jax.Array] = {}
+  for role in (Role.INPUT,) if layer.stored else (Role.INPUT, Role.KERNEL):
+    freeze = recipe.freeze
+    for _ in range(max(leaf.ndim for leaf in state[role.value].values()) - 1):
+      freeze = jax.vmap(freeze)
+    for key, leaf in freeze(state[role.value]).items():
+      name = f"{role.value}_{key}"
+      made[name] = own_back(leaf, axes[name])
+  return made
 
-  def freeze(kernel: jax.Array | None, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    state = read_roles(layer.recipe, leaves)
-    made: dict[str, jax.Array] = {}
-    if isinstance(layer.recipe, StatefulRecipe):
-      for role in (Role.INPUT,) if layer.stored else (Role.INPUT, Role.KERNEL):
-        own = layer.recipe.freeze(state[role.value])
-        made |= {f"{role.value}_{key}": leaf for key, leaf in own.items()}
-    if kernel is None:
-      return made
+
+def _freeze_kernel(
+  layer: FrozenLayer, kernel: jax.Array, leaves: Mapping[str, jax.Array], stack: Lifted
+) -> dict[str, jax.Array]:
+  """Quantizes a kernel, or all that are stacked in one parameter.
+
+  Args:
+    layer: its contraction.
+    kernel: the parameter.
+    leaves: of the state of the layer, by name.
+    stack: axes that lifted transformations made of the kernel's state.
+  """
+
+  def freeze(kernel: jax.Array, leaves: Mapping[str, jax.Array]) -> QTensor:
     kernel = kernel.astype(layer.dtype)
     if layer.reduction is not None:
       kernel = jnp.einsum(layer.reduction, kernel)
-    q = quantize_kernel(layer.plan, kernel, state)
-    return {"kernel": q.data, "kernel_scale": q.scale, **made}
+    return quantize_kernel(layer.plan, kernel, read_roles(layer.recipe, leaves))
 
-  # Lifted axes lead, of the kernel and of the state; one that the state lacks is shared.
-  depth = {name: leaf.ndim - 1 for name, leaf in leaves.items()}
-  for level in range(max([layer.stacked, *depth.values()])):
-    axes = {name: 0 if own > level else None for name, own in depth.items()}
-    freeze = jax.vmap(freeze, in_axes=(0 if layer.stacked > level else None, axes))
-  return freeze(kernel, leaves)
+  axes = dict(stack)
+
+  def over(lifted: Lifted, kernel: jax.Array, leaves: Mapping[str, jax.Array]) -> QTensor:
+    if not lifted:
+      return freeze(kernel, leaves)
+    (level, _), *inner = lifted
+    each = functools.partial(over, tuple(inner))
+    if level not in axes and level.is_scan:
+      # Its steps share the state, but one does not see the tensors of others.
+      return jax.lax.map(lambda kernel: each(kernel, leaves), kernel)
+    return jax.vmap(each, in_axes=(0, 0 if level in axes else None))(kernel, leaves)
+
+  lead = lambda leaf, axes: jnp.moveaxis(leaf, axes, tuple(range(len(axes))))
+  of_state = tuple(axes[level] for level, _ in layer.lifted if level in axes)
+  leaves = {k: lead(x, of_state) for k, x in leaves.items() if k.startswith(Role.KERNEL.value)}
+  q = over(layer.lifted, lead(kernel, tuple(axis for _, axis in layer.lifted)), leaves)
+  return {"kernel": layer.place(q.data), "kernel_scale": layer.place(q.scale)}
 
 
-def _require_seen(layers: tuple[FrozenLayer, ...], made: Any) -> None:
-  """Raises ValueError where a scale would have been that of the first tensor to come."""
-  leaves: Flat = flax.traverse_util.flatten_dict(made[FP8_FROZEN])
-  for layer in layers:
-    history = leaves.get((*layer.path, "input_amax_history"))
+def _with_waits(layers: tuple[FrozenLayer, ...], made: Any) -> tuple[FrozenLayer, ...]:
+  """Notes which contractions have a history of zeros, and so a scale of the tensor to come."""
+  leaves: Flat = flax.traverse_util.flatten_dict(made)
+
+  def waits(layer: FrozenLayer) -> bool:
     recipe = layer.recipe
-    waits = isinstance(recipe, DelayedScaling) and recipe.first_step == "current"
-    if waits and history is not None and not jnp.all(history > 0):
-      raise ValueError(
-        "freeze_for_inference: under first_step='current' each tensor must have been seen; got an "
-        f"empty history of the input of {'/'.join(layer.path)!r}. Train a step, or "
-        "calibrate(module, variables, batches) before freezing."
-      )
+    if not isinstance(recipe, DelayedScaling) or recipe.first_step != "current":
+      return False
+    names = ("input_amax_history", "kernel_amax_history")
+    found = [leaves[path] for name in names if (path := (*layer.path, name)) in leaves]
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in found)
+    return abstract or any(bool(jnp.any(history == 0)) for history in found)
+
+  return tuple(dataclasses.replace(layer, waits=waits(layer)) for layer in layers)

@@ -1,35 +1,42 @@
 """The conversion that serves a frozen model: its contractions read kernels in FP8.
 
 The parameters that these kernels were are gone. The model finds NaN there, which no contraction
-reads; whatever else does is seen.
+reads; whatever else does is seen. FP8 kernels are below the modules that contract, in ``params``,
+and static scales are where the state was: a lifted transformation slices each as it did before.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Mapping
+import math
+from collections.abc import Callable, Collection, Generator, Mapping
 from typing import Any, TypeAlias
 
 import flax.core
 import flax.linen as nn
+import flax.linen.module as linen_module
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
 from flax_fp8.linen.contractions import Call, FP8Contraction
 from flax_fp8.linen.converted import Run
-from flax_fp8.linen.provenance import mark, origins
+from flax_fp8.linen.provenance import Level, Origin, mark, origins
+from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, find_state
 from flax_fp8.ops import check
 from flax_fp8.ops.frozen import contract_as_is, contract_frozen, quantize_kernel
 from flax_fp8.ops.plan import Plan
 from flax_fp8.quantize import QTensor
 from flax_fp8.recipes.base import GemmKind, Recipe, Role, StatefulRecipe, TensorState
+from flax_fp8.recipes.delayed import DelayedScaling
 
 FP8_FROZEN = "fp8_frozen"
+_KERNEL = frozenset({"kernel", "kernel_scale"})
 
 Path: TypeAlias = tuple[str, ...]
 Flat: TypeAlias = dict[Path, Any]
+Lifted: TypeAlias = tuple[tuple[Level, int], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +52,9 @@ class FrozenLayer:
       is stored, and so is quantized in each run.
     shape: of the parameter.
     parameter_dtype: of the parameter.
-    stacked: leading axes of it that lifted transformations made.
+    lifted: axes of it that lifted transformations made, each with what made it; in their order.
+    in_params: whether the model has its state among the parameters.
+    waits: whether a tensor that was never seen, or always zero, may have the scale of its amax.
   """
 
   path: Path
@@ -55,7 +64,9 @@ class FrozenLayer:
   parameter: Path | None = None
   shape: tuple[int, ...] = ()
   parameter_dtype: Any = None
-  stacked: int = 0
+  lifted: Lifted = ()
+  in_params: bool = False
+  waits: bool = False
 
   @property
   def recipe(self) -> Recipe:
@@ -66,6 +77,42 @@ class FrozenLayer:
   def stored(self) -> bool:
     """Tells whether the kernel is stored in FP8."""
     return self.parameter is not None
+
+  @property
+  def serving_recipe(self) -> Recipe:
+    """How its operands are scaled from frozen state."""
+    recipe = self.recipe.frozen if isinstance(self.recipe, StatefulRecipe) else self.recipe
+    if isinstance(recipe, DelayedScaling) and not self.waits:
+      return dataclasses.replace(recipe, first_step="stored")
+    return recipe
+
+  @property
+  def lifted_leads(self) -> bool:
+    """Tells whether the axes of lifted transformations come first in the parameter."""
+    return _axes(self.lifted) == [*range(len(self.lifted))]
+
+  def place(self, leaf: jax.Array) -> jax.Array:
+    """Lays data or scales of a kernel out so that a lift of the parameters slices them rightly.
+
+    Where the lifted axes don't come first in the parameter, an axis that the user counts from the
+    front or from the end is the right one only in a leaf of the parameter's rank.
+
+    Args:
+      leaf: its lifted axes first, in the order of ``lifted``.
+
+    Returns:
+      ``leaf`` if lifted axes lead; else a reshape of the parameter's rank, its lifted axes where
+      the parameter has them.
+    """
+    if self.lifted_leads:
+      return leaf
+    count = len(self.lifted)
+    rank = len(self.shape) - count
+    sizes = (1,) * rank + leaf.shape[count:]
+    merged = len(sizes) - rank + 1
+    rest = (math.prod(sizes[:merged]), *sizes[merged:])
+    leaf = leaf.reshape(*leaf.shape[:count], *rest)
+    return jnp.moveaxis(leaf, range(count), _axes(self.lifted))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,25 +129,42 @@ class Frozen:
     """Puts what is frozen among the parameters, and NaN where a kernel was."""
     given = dict(variables)
     frozen = flax.traverse_util.flatten_dict(given.pop(FP8_FROZEN, {}))
-    params = flax.traverse_util.flatten_dict(nn.meta.unbox(given.get("params", {})))
+    params: Flat = flax.traverse_util.flatten_dict(nn.meta.unbox(given.get("params", {})))
+    state: Flat = flax.traverse_util.flatten_dict(given.pop(OVERWRITE_WITH_GRADIENT, {}))
     # No contraction reads them. Whatever else does is seen.
-    gone = {
+    params |= {
       layer.parameter: jnp.full(layer.shape, jnp.nan, layer.parameter_dtype)
       for layer in self.layers
       if layer.parameter is not None
     }
-    inside = {(*path[:-1], FP8_FROZEN, path[-1]): leaf for path, leaf in frozen.items()}
-    given["params"] = flax.traverse_util.unflatten_dict({**params, **gone, **inside})
+    stored = {layer.path for layer in self.layers if layer.stored}
+    in_params = {layer.path for layer in self.layers if layer.in_params}
+    for path, leaf in frozen.items():
+      *module, name = path
+      if path[:-1] in stored and name in _KERNEL:
+        params[*module, FP8_FROZEN, name] = leaf
+      elif path[:-1] in in_params:
+        params[*module, OVERWRITE_WITH_GRADIENT, name] = leaf
+      else:
+        state[path] = leaf
+    given["params"] = flax.traverse_util.unflatten_dict(params)
+    if state:
+      given[OVERWRITE_WITH_GRADIENT] = flax.traverse_util.unflatten_dict(state)
     return given
 
   def leave(self, variables: Any) -> dict[str, Any]:
-    """Takes out of the parameters what ``enter`` put there."""
+    """Takes out what ``enter`` put there."""
     given = dict(variables)
-    params = flax.traverse_util.flatten_dict(given.get("params", {}))
-    gone = {layer.parameter for layer in self.layers}
-    kept = {path: x for path, x in params.items() if path not in gone and FP8_FROZEN not in path}
+    own = {layer.path for layer in self.layers}
+    put = {layer.parameter for layer in self.layers}
+    put |= {(*path, key) for path in own for key in (FP8_FROZEN, OVERWRITE_WITH_GRADIENT)}
     if "params" in given:
+      params = flax.traverse_util.flatten_dict(given["params"])
+      kept = {path: x for path, x in params.items() if path not in put and path[:-1] not in put}
       given["params"] = flax.traverse_util.unflatten_dict(kept)
+    state = flax.traverse_util.flatten_dict(given.pop(OVERWRITE_WITH_GRADIENT, {}))
+    if kept := {path: x for path, x in state.items() if path[:-1] not in own}:
+      given[OVERWRITE_WITH_GRADIENT] = flax.traverse_util.unflatten_dict(kept)
     return given
 
   @contextlib.contextmanager
@@ -112,11 +176,12 @@ class Frozen:
         "Make its variables with freeze_for_inference(module, variables, *init_args)."
       )
     layers = {layer.path: layer for layer in self.layers}
+    own = running_applies() + (run.method != "bind")
     if run.method != "bind":
       _check_kernels(layers, run)
 
     def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-      if not isinstance(context.module, FP8Contraction) or context.method_name != "__call__":
+      if not is_contraction(context) or running_applies() > own:
         return next_fun(*args, **kwargs)
       return _serve(context.module, layers, Call.of(context.module, args, kwargs))
 
@@ -124,34 +189,62 @@ class Frozen:
       yield
 
 
+def is_contraction(context: Any) -> bool:
+  """Tells whether a method call is that of a module that contracts in FP8."""
+  return isinstance(context.module, FP8Contraction) and context.method_name == "__call__"
+
+
+def running_applies() -> int:
+  """Counts the calls of ``init`` and ``apply`` that run, each inside of the one before.
+
+  A module may run another by its ``apply``. Paths in there begin anew, and may be those of others.
+  """
+  return len(getattr(getattr(linen_module, "_context", None), "capture_stack", ()))
+
+
 def _check_kernels(layers: Mapping[Path, FrozenLayer], run: Run) -> None:
   """Raises ValueError where a run multiplies by something else than the parameters that are frozen.
 
   It traces the model another time, for which contractions give zeros.
   """
+  own = running_applies() + 1
 
   def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     module: Any = context.module
-    if not isinstance(context.module, FP8Contraction) or context.method_name != "__call__":
+    if not is_contraction(context) or running_applies() > own:
       return next_fun(*args, **kwargs)
     call, layer = Call.of(module, args, kwargs), layers.get(module.path)
-    mark(call.rhs, module.path)
+    mark(module.path, call.rhs)
     if layer is not None and layer.stored and not call.takes_kernel_as(layer):
       _refuse_kernel(module.path)
     return call.finish(jnp.zeros(call.plan.fprop.gemm.shape, call.plan.fprop.dtype))
 
   def apply(variables: Any) -> Any:
-    how = {"rngs": run.rngs, "method": run.method, "mutable": flax.core.DenyList("params")}
+    kept = flax.core.DenyList(("params", OVERWRITE_WITH_GRADIENT))
+    how = {"rngs": run.rngs, "method": run.method, "mutable": kept}
     return run.module.apply(variables, *run.args, **how, **run.kwargs)
 
   with nn.intercept_methods(intercept):
     found = origins(apply, run.variables)
-  for path, origin in found.items():
-    layer = layers.get(path)
-    if layer is None or not layer.stored:
+  for path, layer in layers.items():
+    kernels = {values[0] for values in found.get(path, ())}
+    if not layer.stored or not kernels:
       continue
-    if origin is None or (origin.path, origin.stacked) != (layer.parameter, layer.stacked):
+    parameter, lifted = parameter_of(kernels) or (None, ())
+    if (parameter, _axes(lifted)) != (layer.parameter, _axes(layer.lifted)):
       _refuse_kernel(path)
+
+
+def _axes(lifted: Lifted) -> list[int]:
+  return [axis for _, axis in lifted]
+
+
+def parameter_of(kernels: Collection[Origin | None]) -> tuple[Path, Lifted] | None:
+  """Returns path and lifted axes of the parameter that all kernels are; None if they are none."""
+  origin = next(iter(kernels)) if len(kernels) == 1 else None
+  if origin is None or not origin.is_stored or origin.path[0] != "params":
+    return None
+  return origin.path[1:], tuple(sorted(origin.lifted, key=lambda pair: pair[1]))
 
 
 def _refuse_kernel(path: Path) -> None:
@@ -175,24 +268,31 @@ def _serve(module: Any, layers: Mapping[Path, FrozenLayer], call: Call) -> jax.A
     return call.finish(contract_as_is(call.plan, call.input, call.kernel))
   scope = module.scope.push(FP8_FROZEN, reuse=True)
   leaves = dict(scope.variables().get("params", {}))
-  if layer.stored and "kernel" not in leaves:
+  plan = dataclasses.replace(call.plan, recipe=layer.serving_recipe, calibration=None)
+  state = read_roles(plan.recipe, find_state(module))
+  if layer.stored and not leaves.keys() >= _KERNEL:
     raise ValueError(
       f"freeze_for_inference: the frozen model needs the collection {FP8_FROZEN!r}; got variables "
       f"without the kernel of {'/'.join(module.path)!r}. Pass what freeze_for_inference returned."
     )
-  plan = dataclasses.replace(call.plan, recipe=frozen_recipe(layer.recipe), calibration=None)
-  state = read_roles(plan.recipe, leaves)
   kernel = (
-    QTensor(leaves["kernel"], leaves["kernel_scale"])
+    _stored_kernel(layer, plan, call, leaves)
     if layer.stored
     else quantize_kernel(plan, call.kernel, state)
   )
   return call.finish(contract_frozen(plan, call.input, kernel, state))
 
 
-def frozen_recipe(recipe: Recipe) -> Recipe:
-  """Returns the recipe that serves what another has trained."""
-  return recipe.frozen if isinstance(recipe, StatefulRecipe) else recipe
+def _stored_kernel(
+  layer: FrozenLayer, plan: Plan, call: Call, leaves: Mapping[str, jax.Array]
+) -> QTensor:
+  """Reads a kernel, in the layout in which it was quantized."""
+  stored = QTensor(leaves["kernel"], leaves["kernel_scale"])
+  if layer.lifted_leads:
+    return stored
+  state: Any = {Role.KERNEL.value: plan.recipe.init_state(Role.KERNEL)}
+  layout = jax.eval_shape(lambda kernel: quantize_kernel(plan, kernel, state), call.kernel)
+  return jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), stored, layout)
 
 
 def read_roles(recipe: Recipe, leaves: Mapping[str, jax.Array]) -> dict[str, TensorState]:

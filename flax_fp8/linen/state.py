@@ -114,6 +114,17 @@ def among_params() -> Any:
   return _among_params(True)
 
 
+def is_among_params() -> bool:
+  """Tells whether state is below its module in ``params`` here."""
+  return _among_params.value
+
+
+def find_state(module: nn.Module) -> dict[str, Any]:
+  """Returns the variables of a module's state that there are, by name, without boxes."""
+  scope, collection = _home(module)
+  return unbox(dict(scope.variables().get(collection, {})))
+
+
 def _home(module: nn.Module) -> tuple[Any, str]:
   """Returns the scope and the collection of a module's state."""
   scope: Any = module.scope

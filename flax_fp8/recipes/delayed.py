@@ -235,17 +235,21 @@ class DelayedScaling(StatefulRecipe):
 
   @property
   def frozen(self) -> DelayedScaling:
-    """A history of one amax, and no reason to look at the tensor."""
-    return dataclasses.replace(
-      self, amax_history_len=1, interval=1, first_step="stored", overflow="saturate"
-    )
+    """A history of one amax; of tensors that were seen, no reason to look at them."""
+    return dataclasses.replace(self, amax_history_len=1, interval=1, overflow="saturate")
 
   def freeze(self, state: TensorState) -> TensorState:
-    """Keeps of the history the one amax that the scale comes from."""
+    """Keeps of the history the one amax that the scale comes from.
+
+    It is infinite, which is no amax, where the scale comes from the one before, but the history is
+    not empty: the first step is over.
+    """
     history = state["amax_history"]
     largest = jnp.max(history, axis=0) if self.amax_compute_algo == "max" else history[0]
     if self.interval > 1:
       largest = jnp.where(self._is_due(state), largest, 0.0)
+    if self.first_step == "current":
+      largest = jnp.where((largest == 0.0) & ~self._is_empty(state), jnp.inf, largest)
     return {"scale": state["scale"], "amax_history": largest.reshape(1)}
 
   def finalize_scale(self, state: TensorState, role: Role) -> TensorState:

@@ -11,6 +11,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 import flax_fp8 as fp8
+from flax_fp8.training.paths import leaves_by_path
+from tests.linen import lifts
 from tests.linen.convert.models import CASES, D, normal
 
 OWG = fp8.OVERWRITE_WITH_GRADIENT
@@ -313,12 +315,81 @@ def test_bad_input(wide):
     served.apply({"params": frozen["params"]}, x)
 
 
-def test_a_tensor_that_was_never_seen():
-  first = fp8.DelayedScaling(first_step="current", amax_history_len=4)
-  layer, x = nn.Dense(D, dot_general_cls=first.dot_general_cls), normal(4, D)
-  variables = jax.jit(layer.init)(KEY, x)
-  with pytest.raises(ValueError, match="must have been seen; got an empty history of the input"):
-    fp8.freeze_for_inference(layer, variables, x)
+MAKE = {"written": lifts.written, "converted": lifts.converted}
+LIFTED = [
+  *(("written", name, "delayed") for name in lifts.LIFTS),
+  *(("written", name, recipe) for name, recipe in (("1", "block"), ("-1", "mxfp8"))),
+  ("converted", "-1", "delayed"),
+  ("converted", "0 in -1", "block"),
+  ("converted", "scan in vmap 1", "delayed"),
+]
+QUICK = {"1", "-1", "-2", "0 in -1", "scan in vmap 1"} | {n for n in lifts.LIFTS if "state" in n}
+SLOW = [
+  *(("written", name, recipe) for name in lifts.LIFTS for recipe in ("rowwise", "block", "mxfp8")),
+  *(("converted", name, recipe) for name in lifts.CONVERTIBLE for recipe in ("delayed", "block")),
+]
+
+
+def lifted_cases():
+  for case in dict.fromkeys([*LIFTED, *SLOW]):
+    slow = case not in LIFTED or case[1] not in QUICK
+    yield pytest.param(*case, marks=pytest.mark.slow if slow else (), id=", ".join(case))
+
+
+@pytest.mark.parametrize(("make", "name", "recipe"), [*lifted_cases()])
+def test_axes_of_lifted_transformations_anywhere(make, name, recipe):
+  model = MAKE[make](name, RECIPES[recipe])
+  variables = lifts.trained(model)
+  _, frozen = assert_serves_the_same(model, variables, (lifts.X,))
+  # A kernel that steps share, each with its own scale, stays a parameter.
+  shared = recipe == "delayed" and name in (
+    "params for all, state 1",
+    "params 1 in all, state all in 1",
+  )
+  kernels = [leaf for leaf in jax.tree.leaves(frozen) if leaf.dtype == jnp.float8_e4m3fn]
+  assert len(kernels) == (0 if shared else 2)
+  state = leaves_by_path(variables.get(OWG, {}))
+  for path, leaf in leaves_by_path(frozen["fp8_frozen"]).items():
+    if "input" in path:
+      scale = state[path.replace("amax_history", "scale")]
+      assert leaf.shape == scale.shape
+
+
+def test_a_frozen_stack_is_laid_out_as_its_parameter():
+  for name, axes in (("0", (0, 1, 2)), ("1", (1, 0, 2)), ("-1", (2, 0, 1))):
+    model = lifts.written(name, RECIPES["delayed"])
+    _, frozen = fp8.freeze_for_inference(model, lifts.trained(model), lifts.X)
+    up = frozen["fp8_frozen"]["below"]["body"]["up"]["Fp8DotGeneral_0"]
+    stack, *rest = up["kernel"].transpose(axes).shape
+    assert (stack, rest) == (3, [lifts.F, lifts.D])
+    assert up["kernel_scale"].size == 3
+    assert up["kernel_scale"].ndim == (1 if name == "0" else 3)
+
+
+class Decoder(nn.Module):
+  """Layers under a scan, of which a method runs all in each step of a loop."""
+
+  @nn.compact
+  def __call__(self, x, steps=None):
+    stack = lifts.Scanned((1,), (1,), (2,), RECIPES["delayed"].dot_general_cls, name="stack")
+    if steps is None:
+      return stack(x)
+    loop = nn.scan(
+      lambda stack, x, _: (stack(x), None),
+      variable_broadcast=("params", OWG),
+      split_rngs={"params": False},
+      length=steps,
+    )
+    return loop(stack, x, None)[0]
+
+
+def test_a_loop_around_frozen_layers():
+  model = Decoder()
+  variables = lifts.trained(model)
+  served, frozen = fp8.freeze_for_inference(model, variables, lifts.X)
+  want = jax.jit(lambda v: model.apply(v, lifts.X, steps=3))(variables)
+  got = jax.jit(lambda v: served.apply(v, lifts.X, steps=3))(frozen)
+  np.testing.assert_array_equal(got, want)
 
 
 class Later(nn.Module):
