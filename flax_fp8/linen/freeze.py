@@ -37,7 +37,7 @@ from flax_fp8.linen.frozen import (
   running_applies,
 )
 from flax_fp8.linen.lifted import own_axes, own_back, own_last
-from flax_fp8.linen.provenance import Origins, mark, origins
+from flax_fp8.linen.provenance import Found, Origins, mark, origins
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, find_state, is_among_params
 from flax_fp8.ops.frozen import quantize_kernel
 from flax_fp8.quantize import QTensor
@@ -169,25 +169,38 @@ def _survey(module: nn.Module, variables: Any, args: Any, kwargs: Any) -> _Surve
       "freeze_for_inference: the model must contract something in FP8; got none in "
       f"{type(module).__name__}. Convert it with fp8_linear_layers, and train or calibrate it."
     )
-  read = {
-    origin.path
-    for name in range(next(nested))
-    for values in found.get(name, ())
-    for origin in values
-    if origin is not None
-  }
   params = flax.traverse_util.flatten_dict(nn.meta.unbox(variables["params"]))
-  left = {path: leaf for path, leaf in params.items() if ("params", *path) not in read}
+  return _decide(calls, found, params, in_params)
+
+
+def _decide(
+  calls: Mapping[Path, Sequence[Call]], found: Found, params: Flat, in_params: Collection[Path]
+) -> _Survey:
+  """Decides which kernels are stored: those of which nothing reads the parameter itself."""
+  of_nested = [values for name, seen in found.items() if isinstance(name, int) for values in seen]
+  read = {origin.path for values in of_nested for origin in values if origin}
+  kept = frozenset(path[1:-1] for path in read if path[0] == OVERWRITE_WITH_GRADIENT)
   stacks = {path: _stack_of_state(found.get(path, ())) for path in calls}
-  layers = (_describe(calls[path], found.get(path, ()), stacks[path], left) for path in calls)
-  return _Survey(
-    layers=tuple(
-      dataclasses.replace(layer, path=path, in_params=path in in_params)
-      for path, layer in zip(calls, layers, strict=True)
-    ),
-    stacks=stacks,
-    kept=frozenset(path[1:-1] for path in read if path[0] == OVERWRITE_WITH_GRADIENT),
-  )
+  kernels = {
+    path: _stored_as(calls[path], found.get(path, ()), stacks[path])
+    for path in calls
+    if path not in kept
+  }
+  as_they_are = [
+    values for path in calls if not kernels.get(path) for values in found.get(path, ())
+  ]
+  read |= {values[0].path for values in as_they_are if values[0]}
+  layers: list[FrozenLayer] = []
+  for path, (*_, call) in calls.items():
+    layer = FrozenLayer(path, call.plan, call.dtype, call.reduction)
+    layer = dataclasses.replace(layer, in_params=path in in_params, runs_as_is=path in kept)
+    kernel = kernels.get(path)
+    if kernel is not None and ("params", *kernel[0]) not in read:
+      param = params[kernel[0]]
+      known = {"shape": param.shape, "parameter_dtype": param.dtype, "lifted": kernel[1]}
+      layer = dataclasses.replace(layer, parameter=kernel[0], **known)
+    layers.append(layer)
+  return _Survey(tuple(layers), stacks, kept)
 
 
 def _stack_of_state(found: Collection[Origins]) -> Lifted | None:
@@ -196,28 +209,18 @@ def _stack_of_state(found: Collection[Origins]) -> Lifted | None:
   return next(iter(stacks), ()) if len(stacks) <= 1 else None
 
 
-def _describe(
-  calls: Sequence[Call],
-  found: Collection[Origins],
-  stack: Lifted | None,
-  params: Mapping[Path, Any],
-) -> FrozenLayer:
-  """Describes a contraction; its kernel is stored where every call takes one parameter alike."""
+def _stored_as(
+  calls: Sequence[Call], found: Collection[Origins], stack: Lifted | None
+) -> tuple[Path, Lifted] | None:
+  """Returns the parameter that every call takes alike, and its lifted axes; None without one."""
   call = calls[-1]
-  layer = FrozenLayer((), call.plan, call.dtype, call.reduction)
   kernel = parameter_of({values[0] for values in found})
   alike = all(other.takes_kernel_as(call) for other in calls)
   if kernel is None or not alike or call.plan.recipe.is_high_precision(GemmKind.FPROP):
-    return layer
-  path, lifted = kernel
+    return None
   # A kernel that is shared where its scale is not has no one value in FP8.
-  is_one = stack is not None and {level for level, _ in stack} <= {level for level, _ in lifted}
-  if not is_one or path not in params:
-    return layer
-  param = params[path]
-  return dataclasses.replace(
-    layer, parameter=path, shape=param.shape, parameter_dtype=param.dtype, lifted=lifted
-  )
+  is_one = stack is not None and {level for level, _ in stack} <= {level for level, _ in kernel[1]}
+  return kernel if is_one else None
 
 
 def _freeze(variables: Any, *, survey: _Survey) -> dict[str, Any]:
@@ -227,6 +230,8 @@ def _freeze(variables: Any, *, survey: _Survey) -> dict[str, Any]:
   state: Flat = flatten(unbox(variables.get(OVERWRITE_WITH_GRADIENT, {})))
   made: dict[Path, Any] = {}
   for layer in survey.layers:
+    if layer.runs_as_is:
+      continue
     leaves = {path[-1]: leaf for path, leaf in state.items() if path[:-1] == layer.path}
     own = _freeze_state(layer, leaves)
     if layer.parameter is not None:

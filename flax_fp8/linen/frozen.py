@@ -55,6 +55,7 @@ class FrozenLayer:
     lifted: axes of it that lifted transformations made, each with what made it; in their order.
     in_params: whether the model has its state among the parameters.
     waits: whether a tensor that was never seen, or always zero, may have the scale of its amax.
+    runs_as_is: whether its state is kept, as a nested ``apply`` reads it too.
   """
 
   path: Path
@@ -67,6 +68,7 @@ class FrozenLayer:
   lifted: Lifted = ()
   in_params: bool = False
   waits: bool = False
+  runs_as_is: bool = False
 
   @property
   def recipe(self) -> Recipe:
@@ -155,7 +157,7 @@ class Frozen:
   def leave(self, variables: Any) -> dict[str, Any]:
     """Takes out what ``enter`` put there."""
     given = dict(variables)
-    own = {layer.path for layer in self.layers}
+    own = {layer.path for layer in self.layers if not layer.runs_as_is}
     put = {layer.parameter for layer in self.layers}
     put |= {(*path, key) for path in own for key in (FP8_FROZEN, OVERWRITE_WITH_GRADIENT)}
     if "params" in given:
@@ -182,6 +184,9 @@ class Frozen:
 
     def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
       if not is_contraction(context) or running_applies() > own:
+        return next_fun(*args, **kwargs)
+      layer = layers.get(context.module.path)
+      if layer is not None and layer.runs_as_is:
         return next_fun(*args, **kwargs)
       return _serve(context.module, layers, Call.of(context.module, args, kwargs))
 

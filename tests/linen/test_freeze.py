@@ -1,6 +1,7 @@
 """A frozen model gives what the trained one gave, from half of BF16's bytes."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -390,6 +391,126 @@ def test_a_loop_around_frozen_layers():
   want = jax.jit(lambda v: model.apply(v, lifts.X, steps=3))(variables)
   got = jax.jit(lambda v: served.apply(v, lifts.X, steps=3))(frozen)
   np.testing.assert_array_equal(got, want)
+
+
+FIRST = fp8.DelayedScaling(
+  first_step="current", amax_history_len=4, amax_compute_algo="most_recent"
+)
+
+
+class Query(nn.Module):
+  """A decoder whose queries start at zero."""
+
+  recipe: object
+
+  @nn.compact
+  def __call__(self, x):
+    queries = self.param("queries", nn.initializers.zeros, (4, D))
+    layer = functools.partial(nn.Dense, D, dot_general_cls=self.recipe.dot_general_cls)
+    twice = self.recipe.einsum_cls(name="twice")
+    kernel = self.param("kernel", nn.initializers.zeros, (D, D))
+    return layer(name="query")(queries) + layer(name="key")(x) + twice("mk,kn->mn", x, 2 * kernel)
+
+
+def amaxes_read(served, frozen, x):
+  return str(jax.make_jaxpr(served.apply)(frozen, x)).count("reduce_max")
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_a_tensor_that_was_always_zero(interval):
+  recipe = dataclasses.replace(FIRST, interval=interval)
+  model, x = Query(recipe), normal(4, D)
+  variables = jax.jit(model.init)(KEY, x)
+  calibrated = fp8.calibrate(model, variables, [x, 2 * x], progress=False)
+  for each in (variables, calibrated, train(model, calibrated, (x,))):
+    served, frozen = assert_serves_the_same(model, each, (x,))
+    other = {"queries": 3 * normal(4, D), "kernel": 5 * normal(D, D)}
+    want = jax.jit(model.apply)({**each, "params": each["params"] | other}, x)
+    got = jax.jit(served.apply)({**frozen, "params": frozen["params"] | other}, x)
+    np.testing.assert_array_equal(got, want)
+  # By shapes alone, every tensor may be the first.
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
+  served, like = fp8.freeze_for_inference(model, shapes, x)
+  assert jax.tree.map(jnp.shape, like) == jax.tree.map(jnp.shape, frozen)
+  want = jax.jit(model.apply)(each, x)
+  np.testing.assert_array_equal(jax.jit(served.apply)(frozen, x), want)
+
+
+def test_tensors_that_were_seen_are_not_read_for_their_amax():
+  layer, x = nn.Dense(D, dot_general_cls=FIRST.dot_general_cls), normal(4, D)
+  variables = jax.jit(layer.init)(KEY, x)
+  assert amaxes_read(*assert_serves_the_same(layer, variables, (x,)), x) > 0
+  variables = fp8.calibrate(layer, variables, [x], progress=False)
+  assert amaxes_read(*assert_serves_the_same(layer, variables, (x,)), x) == 0
+  # The newest amax is zero; the history is not.
+  variables = fp8.calibrate(layer, variables, [0 * x], progress=False)
+  assert amaxes_read(*assert_serves_the_same(layer, variables, (x,)), x) == 0
+
+
+@pytest.mark.parametrize("name", ["1", "vmap 1", "params 1, state for all"])
+def test_stacks_of_which_nothing_was_seen(name):
+  model = lifts.written(name, FIRST)
+  assert_serves_the_same(model, lifts.trained(model, steps=0), (lifts.X,))
+
+
+class Teacher(nn.Module):
+  cls: object
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(D, dot_general_cls=self.cls)(x)
+
+
+class Nested(nn.Module):
+  """Its own layer, and one of the same path in a model that it runs by ``apply``."""
+
+  cls: object
+  how: str
+
+  @nn.compact
+  def __call__(self, x):
+    inner = Teacher(self.cls, parent=None)
+    if self.how == "a parameter":
+      x = nn.Dense(D, dot_general_cls=self.cls)(x)
+      return inner.apply(self.param("teacher", lambda key: inner.init(key, x)), x)
+    own = Teacher(self.cls, name="own")
+    x = own(x)
+    return inner.apply(own.variables, x)
+
+
+@pytest.mark.parametrize("how", ["a parameter", "own variables"])
+@pytest.mark.parametrize("recipe", ["delayed", "rowwise"])
+def test_a_model_that_is_run_by_a_nested_apply(recipe, how):
+  model, x = Nested(RECIPES[recipe].dot_general_cls, how), normal(4, D)
+  variables = lifts.trained(model, x=x)
+  served, frozen = assert_serves_the_same(model, variables, (x,))
+  kernels = [leaf for leaf in jax.tree.leaves(frozen) if leaf.dtype == jnp.float8_e4m3fn]
+  assert len(kernels) == (how == "a parameter")
+  _, new = served.apply(frozen, x, mutable=True)
+  assert leaves_by_path(new).keys() == leaves_by_path(frozen).keys() - {
+    path for path in leaves_by_path(frozen) if path.startswith("fp8_frozen")
+  }
+
+
+class Tied(nn.Module):
+  """One kernel, multiplied in FP8 as it is stored; and otherwise."""
+
+  recipe: object
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), (D, D))
+    kept = dataclasses.replace(self.recipe, high_precision=("fprop",))
+    x = self.recipe.einsum_cls(name="first")("mk,kn->mn", x, kernel)
+    x = self.recipe.einsum_cls(name="second")("mk,kn->mn", x, kernel.T)
+    return kept.einsum_cls(name="third")("mk,kn->mn", x, kernel)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "rowwise"])
+def test_a_parameter_that_another_contraction_reads_is_not_removed(recipe):
+  model, x = Tied(RECIPES[recipe]), normal(4, D)
+  _, frozen = assert_serves_the_same(model, lifts.trained(model, x=x), (x,))
+  assert "kernel" in frozen["params"]
 
 
 class Later(nn.Module):
