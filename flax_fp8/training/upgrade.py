@@ -119,9 +119,15 @@ def _take(old: Any, fresh: Any) -> Any:
 def _take_leaf(key: str, old: Mapping[str, Any], fresh: Mapping[str, jax.Array]) -> jax.Array:
   leaf, shape = to_float32(old.get(key)), fresh[key].shape
   if getattr(leaf, "shape", None) == shape:
-    return leaf
+    return leaf if _scale_shape(key, old) == _scale_shape(key, fresh) else fresh[key]
   axis = _resized_axis(key, old, fresh)
   return fresh[key] if axis is None else resize_history(leaf, shape[axis], axis)
+
+
+def _scale_shape(key: str, leaves: Mapping[str, Any]) -> tuple[int, ...] | None:
+  """Returns the shape of the scale beside a history, which tells which axis has the slots."""
+  scale = key.removesuffix(HISTORY) + "_scale"
+  return getattr(leaves.get(scale), "shape", None) if key.endswith(HISTORY) else None
 
 
 def _resized_axis(key: str, old: Mapping[str, Any], fresh: Mapping[str, jax.Array]) -> int | None:

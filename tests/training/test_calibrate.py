@@ -11,6 +11,7 @@ import pytest
 
 import flax_fp8 as fp8
 from tests import oracle
+from tests.linen import lifts
 from tests.recipes import cases
 
 OWG = fp8.OVERWRITE_WITH_GRADIENT
@@ -315,3 +316,23 @@ def test_errors():
     calibrate(MODEL, VARIABLES, BATCHES, MODEL.apply)
   with pytest.raises(ValueError, match=r"calibrate: variables must be a variables dict"):
     calibrate(MODEL, VARIABLES["params"], BATCHES)
+
+
+@pytest.mark.parametrize("name", ["1", "-1", "params 0, state 1"])
+def test_stacks_along_any_axis(name):
+  """As along the first: the same kernels, wherever their axes are."""
+  want, got = (lifts.written(each, fp8.DelayedScaling(amax_history_len=3)) for each in ("0", name))
+  first = lifts.trained(want, steps=0)
+  axis = {"1": 1, "-1": -1}.get(name, 0)
+  variables = lifts.trained(got, steps=0)
+  moved = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, axis), first["params"])
+  variables, first = (
+    fp8.add_metrics(model, each, lifts.X)
+    for model, each in ((got, {**variables, "params": moved}), (want, first))
+  )
+  loss = lambda model: lambda variables, x: jnp.mean(jnp.square(model.apply(variables, x)))
+  tables = (
+    str(fp8.stats(fp8.calibrate(model, each, [lifts.X, 2 * lifts.X], loss(model), progress=False)))
+    for model, each in ((got, variables), (want, first))
+  )
+  assert next(tables) == next(tables)

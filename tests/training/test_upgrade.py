@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import flax_fp8 as fp8
+from tests.linen import lifts
 
 OWG = fp8.OVERWRITE_WITH_GRADIENT
 X = jnp.ones((2, 16))
@@ -187,3 +188,22 @@ class TestVariablesOfAnotherModel:
     equal(new["params"], variables["params"])
     with pytest.raises(ValueError, match=r"'kernel \(16, 8\) for \(2, 8\)'"):
       fp8.upgrade_variables(model, variables, X[:, :2])
+
+
+@pytest.mark.parametrize("name", ["1", "-2", "1 in 0"])
+def test_histories_of_stacks_along_any_axis(name):
+  """Three slots, as many as there are layers, become five."""
+  models = {n: lifts.written(name, fp8.DelayedScaling(amax_history_len=n)) for n in (3, 5)}
+  before = lifts.trained(models[3])
+  after = fp8.upgrade_variables(models[5], before, lifts.X)
+  for old, new in zip(fp8.stats(before).rows, fp8.stats(after).rows, strict=True):
+    assert new.history == (0, 0, *old.history)
+    assert (new.path, new.scale) == (old.path, old.scale)
+  equal(fp8.upgrade_variables(models[3], after, lifts.X), before)
+
+
+def test_a_history_whose_slots_lie_along_another_axis_is_made_anew():
+  recipe = fp8.DelayedScaling(amax_history_len=3)
+  before = lifts.trained(lifts.written("params 0, state 1", recipe))
+  after = fp8.upgrade_variables(lifts.written("0", recipe), before, lifts.X)
+  assert all(row.largest == 0 for row in fp8.stats(after).rows)
