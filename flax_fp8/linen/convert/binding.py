@@ -48,7 +48,7 @@ class Handler(Protocol):
     """
     ...
 
-  def repeated(self) -> contextlib.AbstractContextManager[Any]:
+  def repeated(self, program: Any) -> contextlib.AbstractContextManager[Any]:
     """Stands around one trace of a program, which JAX may trace several times."""
     ...
 
@@ -254,7 +254,7 @@ def _within(active: _Active, closed: Any) -> Callable[..., Any]:
     here = dataclasses.replace(
       active, trace=_compat.staging_trace(), depth=_compat.transpositions(), marks=[]
     )
-    with active.handler.repeated(), _set(here):
+    with active.handler.repeated(closed), _set(here):
       return jax.extend.core.jaxpr_as_fun(closed)(*args)
 
   return run

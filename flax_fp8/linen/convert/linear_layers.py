@@ -161,8 +161,9 @@ class Fp8Conversion:
       counts = Counter(decision.rule for decision in decisions)
       raise ValueError(
         f"fp8_linear_layers: at least one layer must become FP8; got none of {len(decisions)}, by "
-        f"the rules {dict(counts)}. Print Fp8Config.report(module, *init_args), and change "
-        "targets, exclude, default_exclude, functions, multiple_of or min_kernel_size."
+        f"the rules {dict(counts)}. Print Fp8Config.report(module, *init_args), which says for each "
+        "module how to include it; change targets, exclude, default_exclude, functions, multiple_of "
+        "or min_kernel_size."
       )
 
   def _order(self, run: Run) -> tuple[str, ...] | None:
@@ -192,13 +193,11 @@ class _Decisions:
     self.seen[layer.path] = layer, decision
     return decision.recipe
 
-  def asked(self, layer: Layer, kernel: jax.Array) -> jax.Array:
-    del layer
-    return kernel
+  def asked(self, layer: Layer, kernel: jax.Array) -> None:
+    del layer, kernel
 
-  def unasked(self, module: str, kernel: jax.Array) -> jax.Array:
-    del module
-    return kernel
+  def unasked(self, module: str, kernel: jax.Array) -> None:
+    del module, kernel
 
   def leave(self, module: nn.Module) -> None:
     del module

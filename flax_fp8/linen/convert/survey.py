@@ -101,11 +101,11 @@ class _Survey:
     # A lifted transformation traces its body more than once, each time with a root of its own.
     self.calls[layer.path][root] += 1
 
-  def asked(self, layer: Layer, kernel: jax.Array) -> jax.Array:
-    return mark(kernel, ("layer", layer.path))
+  def asked(self, layer: Layer, kernel: jax.Array) -> None:
+    mark(("layer", layer.path), kernel)
 
-  def unasked(self, module: str, kernel: jax.Array) -> jax.Array:
-    return mark(kernel, ("module", module))
+  def unasked(self, module: str, kernel: jax.Array) -> None:
+    mark(("module", module), kernel)
 
   def leave(self, module: nn.Module) -> None:
     own: dict[str, Any] = dict(module.variables.get("params", {}))

@@ -49,12 +49,12 @@ class Visitor(Protocol):
     """
     ...
 
-  def unasked(self, module: str, kernel: jax.Array) -> jax.Array:
-    """Is told of a contraction of a module that is neither a layer nor named; returns its kernel."""
+  def unasked(self, module: str, kernel: jax.Array) -> None:
+    """Is told of a contraction of a module that is neither a layer nor named."""
     ...
 
-  def asked(self, layer: Layer, kernel: jax.Array) -> jax.Array:
-    """Is told of a contraction that JAX will carry out; returns its kernel."""
+  def asked(self, layer: Layer, kernel: jax.Array) -> None:
+    """Is told of a contraction that was decided about and that JAX will carry out."""
     ...
 
   def leave(self, module: nn.Module) -> None:
@@ -71,11 +71,13 @@ class _Names:
     counts: contractions so far, by the first part of the name.
     repeated: the same at the end of a trace of a program. JAX may trace it again, which starts from
       ``counts`` too, until it binds the program.
+    program: what the trace was of; another program goes on from its end.
   """
 
   entry: str
   counts: Counter[str] = dataclasses.field(default_factory=Counter)
   repeated: Counter[str] = dataclasses.field(default_factory=Counter)
+  program: Any = None
 
   def next(self, kind: str) -> str:
     """Makes a new name."""
@@ -86,10 +88,14 @@ class _Names:
   def settle(self) -> None:
     """Goes on behind a program that is bound."""
     self.counts |= self.repeated
+    self.program = None
 
   @contextlib.contextmanager
-  def again(self) -> Generator[_Names]:
+  def again(self, program: Any) -> Generator[_Names]:
     """Makes the names for one trace of a program that JAX may trace several times."""
+    if program is not self.program:
+      self.settle()
+    self.program = program
     inner = _Names(self.entry, Counter(self.counts))
     yield inner
     self.repeated |= inner.counts | inner.repeated
@@ -156,7 +162,8 @@ class Walk:
     # A lifted function is no method: its contractions are those of the call that lifts it.
     method = context.method_name
     method = method if hasattr(type(module), method) else "__call__"
-    with self._frame(module, method, (*args, *kwargs.values())) as handler:
+    given = (*args, *kwargs.values())
+    with self._frame(module, method, context.orig_method, given) as handler:
       with binding.handed_to(handler), _parameters_made_by_jax(module, handler):
         out = next_fun(*args, **kwargs)
     self.visitor.leave(module)
@@ -171,7 +178,9 @@ class Walk:
       each.flags = freeze({**each.flags, _RUN: self._token})
 
   @contextlib.contextmanager
-  def _frame(self, module: Any, method: str, given: Any) -> Generator[binding.Handler | None]:
+  def _frame(
+    self, module: Any, method: str, function: Any, given: Any
+  ) -> Generator[binding.Handler | None]:
     outer = self._stack[-1] if self._stack else None
     own = module.scope.flags.get(_RUN) is self._token
     prefix, path, scope = (), module.path, module.scope
@@ -186,7 +195,8 @@ class Walk:
     refusal = _own_dot_general(module)
     if refusal and method == "__call__":
       self.visitor.decide(_describe(module, join(path), jnp.asarray(given[0]), refusal), scope.root)
-    with self._names(path, module.scope.root, method) as names:
+    function = getattr(function, "func", function)  # a partial of the module
+    with self._names(path, module.scope.root, method, function) as names:
       sealed, trace = sealed or bool(refusal), _compat.staging_trace()
       frame = _Frame(module, path, scope, own, prefix, sealed, trace, names)
       self._stack.append(frame)
@@ -196,7 +206,9 @@ class Walk:
         self._stack.pop()
 
   @contextlib.contextmanager
-  def _names(self, path: tuple[str, ...], root: Any, method: str) -> Generator[_Names]:
+  def _names(
+    self, path: tuple[str, ...], root: Any, method: str, function: Any
+  ) -> Generator[_Names]:
     """Goes on with the names of a method that is running in this scope, or starts anew."""
     outer = next((frame for frame in reversed(self._stack) if frame.path == path), None)
     if outer is None:
@@ -204,7 +216,7 @@ class Walk:
     elif outer.module.scope.root is root or outer.trace is _compat.staging_trace():
       yield outer.names
     else:  # in a lifted transformation, which traces it as often as it likes
-      with outer.names.again() as names:
+      with outer.names.again(function) as names:
         yield names
 
   def _handler(self, frame: _Frame) -> binding.Handler | None:
@@ -263,19 +275,18 @@ class _Contractions:
   ) -> jax.Array | None:
     operands = [lhs, rhs]
     if not self.named and not self._of_layer(operands[kernel]):
-      operands[kernel] = self.walk.visitor.unasked(join(self.frame.path), operands[kernel])
-      return lax.dot_general_p.bind(*operands, **params)
+      return self.walk.visitor.unasked(join(self.frame.path), operands[kernel])
     cls = Fp8Einsum if kind == "jnp.einsum" else Fp8DotGeneral
     name = self.frame.names.next(f"{self._part}{cls.__name__}")
     layer = self._layer(name, operands, kind, kernel, params)
     recipe = self.walk.visitor.decide(layer, self.frame.scope.root)
     if recipe is None:
-      operands[kernel] = self.walk.visitor.asked(layer, operands[kernel])
-      return lax.dot_general_p.bind(*operands, **params)
+      return self.walk.visitor.asked(layer, operands[kernel])
     how = {"recipe": recipe, "emulate": self.walk.emulate, "name": name}
     given = {key: params[key] for key in ("preferred_element_type", "out_sharding")}
     module: Any = cls(**how, parent=_push(self.frame.scope, name))
-    if _compat.staging_trace() is not self.frame.trace:  # variables are not of a loop's body
+    creates = self.frame.scope.is_mutable_collection("params")
+    if creates and _compat.staging_trace() is not self.frame.trace:  # none is of a loop's body
       with jax.ensure_compile_time_eval():
         read_state(module, recipe)
     if cls is Fp8DotGeneral:
@@ -289,9 +300,9 @@ class _Contractions:
     return isinstance(self.frame.module, LAYERS) or (own is not None and own.size == kernel.size)
 
   @contextlib.contextmanager
-  def repeated(self) -> Generator[None]:
+  def repeated(self, program: Any) -> Generator[None]:
     names = self.frame.names
-    with names.again() as self.frame.names:
+    with names.again(program) as self.frame.names:
       yield
     self.frame.names = names
 
