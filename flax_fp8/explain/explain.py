@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -157,7 +158,7 @@ def assert_fp8(
   *args: Any,
   target: str | GpuTarget | None = None,
   mesh: AnyMesh | None = None,
-  exclude: Sequence[str] = (),
+  exclude: Sequence[str | re.Pattern[str]] = (),
   name: str | None = None,
   timeout: float = 600.0,
 ) -> Report:
@@ -168,7 +169,7 @@ def assert_fp8(
     *args: as for ``explain``.
     target: as for ``explain``.
     mesh: as for ``explain``.
-    exclude: patterns of module paths, as in ``fnmatch``, that may be of any dtype:
+    exclude: modules that may be of any dtype, by the patterns that ``Fp8Config`` takes:
       ``["*/head", "*/attention"]``. A pattern that matches no GEMM is an error.
     name: as for ``explain``.
     timeout: as for ``explain``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import fnmatch
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,6 +17,7 @@ from flax_fp8.explain.gemms import Gemm
 from flax_fp8.explain.roofline import ClassTotal
 from flax_fp8.explain.target import GpuTarget
 from flax_fp8.explain.traffic import Kernel, KernelClass
+from flax_fp8.patterns import matches_path
 from flax_fp8.tables import Table
 
 _GEMMS = (KernelClass.FP8_GEMM, KernelClass.GEMM)
@@ -145,11 +146,11 @@ class Report:
       f"{self.total_gemms} GEMMs are FP8, {100 * self.fp8_flops_share:.0f} % of their FLOPs"
     )
 
-  def assert_fp8(self, exclude: Sequence[str] = ()) -> None:
+  def assert_fp8(self, exclude: Sequence[str | re.Pattern[str]] = ()) -> None:
     """Raises AssertionError unless every GEMM is FP8, but for those of the excluded modules.
 
     Args:
-      exclude: patterns of module paths, as in ``fnmatch``.
+      exclude: globs or regular expressions of module paths, as ``Fp8Config`` takes them.
 
     Raises:
       AssertionError: a GEMM is not FP8, or there is none; the message has each with its reason.
@@ -159,7 +160,7 @@ class Report:
     self._require_matches(exclude)
     if not self.gemms:
       raise AssertionError(f"assert_fp8: {self.name} must have FP8 GEMMs; got no GEMM at all.")
-    matches = lambda gemm: any(fnmatch.fnmatchcase(gemm.path, pattern) for pattern in exclude)
+    matches = lambda gemm: any(_matches(pattern, gemm.path) for pattern in exclude)
     if wrong := [gemm for gemm in self.gemms if not gemm.is_fp8 and not matches(gemm)]:
       lines = "\n".join(f"  {_line(gemm)}" for gemm in wrong)
       raise AssertionError(
@@ -167,16 +168,17 @@ class Report:
         f"{len(wrong)} that are not. Mend them, or name their modules in exclude=:\n{lines}"
       )
 
-  def _require_matches(self, patterns: Sequence[str]) -> None:
-    if isinstance(patterns, str):
+  def _require_matches(self, patterns: Sequence[str | re.Pattern[str]]) -> None:
+    if isinstance(patterns, str | re.Pattern):
       raise TypeError(
         f"assert_fp8: exclude must be a sequence of patterns; got {patterns!r}. Pass "
         f"[{patterns!r}]."
       )
     paths = sorted({gemm.path for gemm in self.gemms})
     for pattern in patterns:
-      if not fnmatch.filter(paths, pattern):
-        near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.3) or paths[:10]
+      if not any(_matches(pattern, path) for path in paths):
+        text = pattern if isinstance(pattern, str) else pattern.pattern
+        near = difflib.get_close_matches(text, paths, n=3, cutoff=0.3) or paths[:10]
         raise ValueError(
           f"assert_fp8: each pattern of exclude must match a module that has a GEMM; got "
           f"{pattern!r}. The nearest are {near}."
@@ -276,6 +278,11 @@ def short_dtype(dtype: str) -> str:
   return dtype.removeprefix("f8").removesuffix("fn") if dtype.startswith("f8") else dtype
 
 
+def _matches(pattern: str | re.Pattern[str], path: str) -> bool:
+  model, _, inside = path.partition("/")
+  return matches_path(pattern, path) or matches_path(pattern, inside, model)
+
+
 def _size(gemm: Gemm) -> str:
   extent = gemm.extent
   batch = f"{extent.batch} * " if extent.batch > 1 else ""
@@ -283,8 +290,7 @@ def _size(gemm: Gemm) -> str:
 
 
 def _line(gemm: Gemm) -> str:
-  extent = gemm.extent
-  size = f"{extent.m}x{extent.n}x{extent.k}"
+  size = _size(gemm).replace(" ", "")
   return f"{gemm.path or '(no module)'} {gemm.role.value}, {size} by {gemm.kernel}: {gemm.reason}"
 
 

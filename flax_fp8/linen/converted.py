@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeAlias
 import flax.core.scope
 import flax.linen as nn
 
-from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
+from flax_fp8.linen.state import GUARD_DTYPE, OVERWRITE_WITH_GRADIENT
 
 
 class Conversion(Protocol):
@@ -28,7 +28,11 @@ class Conversion(Protocol):
     ...
 
   def leave(self, variables: Any) -> dict[str, Any]:
-    """Turns the variables that the model made or changed into those that the user gets."""
+    """Turns the variables that the model has or changed into those that the user gets."""
+    ...
+
+  def initialized(self, variables: Any) -> dict[str, Any]:
+    """Turns the variables that ``init`` made into those that the user gets."""
     ...
 
   def during(self, run: Run) -> contextlib.AbstractContextManager[Any]:
@@ -58,6 +62,16 @@ class Run:
 
 
 Conversions: TypeAlias = tuple[Conversion, ...]
+
+# A flag of the scopes of one run. Lifted transformations pass it on. A module that the model runs
+# by another `apply` has a root scope without it.
+RUN_FLAG = "fp8_run"
+
+
+def mark_root(scope: flax.core.Scope) -> None:
+  """Marks a root scope, before it has others in it, as that of a run of its own."""
+  scope.flags = flax.core.freeze({**scope.flags, RUN_FLAG: object()})
+
 
 # The conversions of the converted modules that run here.
 _running: ContextVar[tuple[Conversions, ...]] = ContextVar("running", default=())
@@ -97,14 +111,17 @@ def _converted_class(cls: type[nn.Module], conversions: Conversions) -> Any:
   def init_with_output(self: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
     mutable = kwargs.pop("mutable", flax.core.scope.DenyList("intermediates"))
     run = Run(original(self), args, *_split(kwargs))
-    with _extent(conversions, run):
-      out, made = cls.init_with_output(self, rngs, *args, mutable=_widen(mutable), **kwargs)
-    return out, _narrow(_leave(conversions, made), mutable)
+    with _extent(conversions, run), _explained():
+      out, found = cls.init_with_output(self, rngs, *args, mutable=_widen(mutable), **kwargs)
+    made: dict[str, Any] = dict(found)
+    for conversion in reversed(conversions):
+      made = conversion.initialized(made)
+    return out, _narrow(made, mutable)
 
   def apply(self: Any, variables: Any, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
     found = _enter(conversions, variables)
     run = Run(original(self), args, *_split(kwargs), found, kwargs.get("rngs"))
-    with _extent(conversions, run):
+    with _extent(conversions, run), _explained():
       out = cls.apply(self, found, *args, mutable=_widen(mutable), **kwargs)
     if mutable is False and not kwargs.get("capture_intermediates"):
       return out
@@ -118,6 +135,11 @@ def _converted_class(cls: type[nn.Module], conversions: Conversions) -> Any:
       bound = cls.bind(self, found, *args, **kwargs)
     return Bound(bound, run, self)
 
+  def clone(self: Any, *, parent: Any = None, **kwargs: Any) -> Any:
+    if isinstance(parent, flax.core.Scope) and RUN_FLAG not in parent.flags:
+      mark_root(parent)
+    return cls.clone(self, parent=parent, **kwargs)
+
   def reduce(self: Any) -> Any:
     return make_converted, (original(self), *conversions)
 
@@ -126,6 +148,7 @@ def _converted_class(cls: type[nn.Module], conversions: Conversions) -> Any:
     "init_with_output": nn.nowrap(init_with_output),
     "apply": nn.nowrap(apply),
     "bind": nn.nowrap(bind),
+    "clone": nn.nowrap(clone),
     "__reduce__": nn.nowrap(reduce),
     "fp8_conversions": conversions,
     "fp8_original": cls,
@@ -145,6 +168,38 @@ def _refuse_parent(module: Any) -> None:
     f"apply or bind; got {type(module).__name__} inside {type(module.parent).__name__}. Convert "
     "the outermost module, and choose what of it becomes FP8 with Fp8Config(targets=...)."
   )
+
+
+@contextlib.contextmanager
+def _explained() -> Generator[None]:
+  """Explains the error of a function that computes with all of the parameters at once."""
+  try:
+    yield
+  except TypeError as error:
+    if GUARD_DTYPE not in str(error):
+      raise
+    raise ValueError(
+      "fp8_linear_layers: what computes with parameters inside of the model, as nn.map_variables "
+      f"does, must leave FP8 state alone, which is among them below {OVERWRITE_WITH_GRADIENT!r}; "
+      f"got {error} Let it change the leaves that it means by their names."
+    ) from error
+
+
+def take_in(variables: Any, collection: str) -> dict[str, Any]:
+  """Returns variables with a collection that is among the parameters as one of its own.
+
+  Wrappers of models, such as those of Hugging Face, hand on ``params`` and no other collection.
+  """
+  params = variables.get("params")
+  if not isinstance(params, Mapping) or collection not in params:
+    return dict(variables)
+  if collection in variables:
+    raise ValueError(
+      f"fp8_linear_layers: the collection {collection!r} must be passed once; got it in variables "
+      "and among their params. Leave one out."
+    )
+  rest = {name: value for name, value in params.items() if name != collection}
+  return {**variables, "params": rest, collection: params[collection]}
 
 
 def _enter(conversions: Conversions, variables: Any) -> Any:

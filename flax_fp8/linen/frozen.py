@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from flax_fp8.linen.contractions import Call, FP8Contraction
-from flax_fp8.linen.converted import Run
+from flax_fp8.linen.converted import Run, make_converted, take_in
 from flax_fp8.linen.provenance import Level, Origin, mark, origins
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, find_state
+from flax_fp8.meta_dtype import to_float32
 from flax_fp8.ops import check
 from flax_fp8.ops.frozen import contract_as_is, contract_frozen, quantize_kernel
 from flax_fp8.ops.plan import Plan
@@ -129,7 +130,7 @@ class Frozen:
 
   def enter(self, variables: Any) -> dict[str, Any]:
     """Puts what is frozen among the parameters, and NaN where a kernel was."""
-    given = dict(variables)
+    given = take_in(variables, FP8_FROZEN)
     frozen = flax.traverse_util.flatten_dict(given.pop(FP8_FROZEN, {}))
     params: Flat = flax.traverse_util.flatten_dict(nn.meta.unbox(given.get("params", {})))
     state: Flat = flax.traverse_util.flatten_dict(given.pop(OVERWRITE_WITH_GRADIENT, {}))
@@ -169,14 +170,17 @@ class Frozen:
       given[OVERWRITE_WITH_GRADIENT] = flax.traverse_util.unflatten_dict(kept)
     return given
 
+  def initialized(self, variables: Any) -> dict[str, Any]:
+    """Keeps other collections, such as a cache: what is frozen comes from freezing alone."""
+    gone = ("params", OVERWRITE_WITH_GRADIENT)
+    return {name: value for name, value in variables.items() if name not in gone}
+
   @contextlib.contextmanager
   def during(self, run: Run) -> Generator[None]:
     """Lets contractions read what is frozen."""
-    if run.variables is None:
-      raise ValueError(
-        "freeze_for_inference: a frozen model has no parameters to initialise; got a call of init. "
-        "Make its variables with freeze_for_inference(module, variables, *init_args)."
-      )
+    if run.variables is None:  # the model makes what ``initialized`` keeps
+      yield
+      return
     layers = {layer.path: layer for layer in self.layers}
     own = running_applies() + (run.method != "bind")
     if run.method != "bind":
@@ -227,7 +231,7 @@ def _check_kernels(layers: Mapping[Path, FrozenLayer], run: Run) -> None:
   def apply(variables: Any) -> Any:
     kept = flax.core.DenyList(("params", OVERWRITE_WITH_GRADIENT))
     how = {"rngs": run.rngs, "method": run.method, "mutable": kept}
-    return run.module.apply(variables, *run.args, **how, **run.kwargs)
+    return make_converted(run.module).apply(variables, *run.args, **how, **run.kwargs)
 
   with nn.intercept_methods(intercept):
     found = origins(apply, run.variables)
@@ -274,7 +278,8 @@ def _serve(module: Any, layers: Mapping[Path, FrozenLayer], call: Call) -> jax.A
   scope = module.scope.push(FP8_FROZEN, reuse=True)
   leaves = dict(scope.variables().get("params", {}))
   plan = dataclasses.replace(call.plan, recipe=layer.serving_recipe, calibration=None)
-  state = read_roles(plan.recipe, find_state(module))
+  found = {name: to_float32(leaf) for name, leaf in find_state(module).items()}
+  state = read_roles(plan.recipe, found)
   if layer.stored and not leaves.keys() >= _KERNEL:
     raise ValueError(
       f"freeze_for_inference: the frozen model needs the collection {FP8_FROZEN!r}; got variables "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import flax.linen.module as linen_module
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.random import define_prng_impl
 
 from flax_fp8.linen.boxes import box_as, unbox
 from flax_fp8.ops import check
@@ -125,6 +127,34 @@ def find_state(module: nn.Module) -> dict[str, Any]:
   return unbox(dict(scope.variables().get(collection, {})))
 
 
+# Beside state that is among the parameters: a leaf of a dtype that no arithmetic takes. A function
+# that computes with all parameters, as of ``nn.map_variables``, fails and leaves the state alone.
+GUARD = "guard"
+GUARD_DTYPE = "key<fp8 state>"
+
+
+def _no_key(*_: Any, **__: Any) -> Any:
+  raise TypeError(f"{GUARD_DTYPE} is the dtype of a guard, not of PRNG keys.")
+
+
+_GUARD_IMPL = define_prng_impl(
+  key_shape=(1,),
+  seed=_no_key,
+  split=_no_key,
+  random_bits=_no_key,
+  fold_in=_no_key,
+  name="fp8_state",
+  tag="fp8 state",
+)
+
+
+def state_guard(leaves: Mapping[str, Any]) -> dict[str, Any]:
+  """Makes the guard of a module's state, with the axes of lifted transformations that it has."""
+  shape = min((unbox(leaf).shape for leaf in leaves.values()), key=math.prod)
+  data = jnp.zeros((*shape, 1), jnp.uint32)
+  return {GUARD: jax.random.wrap_key_data(data, impl=_GUARD_IMPL)}
+
+
 def _home(module: nn.Module) -> tuple[Any, str]:
   """Returns the scope and the collection of a module's state."""
   scope: Any = module.scope
@@ -152,6 +182,8 @@ def _variable(module: nn.Module, name: str, fresh: np.ndarray) -> Any | None:
       return None
     own = _parameters_beside(module)
     scope.variable(collection, name, lambda: box_as(jnp.asarray(fresh), own))
+    if _among_params.value and not scope.has_variable(collection, GUARD):
+      scope.variable(collection, GUARD, lambda: state_guard({name: fresh})[GUARD])
   return unbox(scope.get_variable(collection, name))
 
 

@@ -120,13 +120,18 @@ def handed_to(handler: Handler | None) -> Generator[None]:
     with _set(None), jax.disable_jit(outer.disable_jit), _marking(False):
       yield
     return
-  disable_jit = outer.disable_jit if outer else bool(getattr(jax.config, "jax_disable_jit"))
+  disable_jit = outer.disable_jit if outer else _disables_jit()
   here = _compat.staging_trace(), _compat.transpositions()
   inner = _Active(handler, *here, disable_jit=disable_jit)
   # Functions of jnp are told apart by their jit.
   how = jax.disable_jit(False), _marking(True), _compat.python_dispatch()
   with _installed(), _set(inner), how[0], how[1], how[2]:
     yield
+
+
+def _disables_jit() -> bool:
+  config: Any = jax.config
+  return bool(config.jax_disable_jit)
 
 
 @contextlib.contextmanager

@@ -86,9 +86,13 @@ class Fp8Config:
   """Which layers of a model run in FP8, and how.
 
   A pattern is a glob over the whole module path (``"*/mlp/*"``; ``*`` crosses slashes), a compiled
-  regular expression that is searched in it, or a function of a ``Layer``. Rules are tried in this
-  order, and the first that applies decides: what a layer itself rules out, ``targets``,
-  ``exclude``, ``default_exclude``, ``skip_first`` and ``skip_last``, sizes.
+  regular expression that is searched in it, or a function of a ``Layer``. A path may have the
+  model's class before it, as ``assert_fp8`` shows it: ``"Net/mlp/up"`` is ``"mlp/up"``.
+
+  A layer is an ``nn.Dense``, ``nn.DenseGeneral`` or ``nn.Einsum``, also of a subclass, or a module
+  that contracts with its own parameter ``kernel``. Rules are tried in this order, and the first
+  that applies decides: what a layer itself rules out, ``targets``, ``exclude``,
+  ``default_exclude``, ``skip_first`` and ``skip_last``, sizes.
 
   Attributes:
     recipe: how the layers are scaled.

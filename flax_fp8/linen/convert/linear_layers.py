@@ -21,8 +21,8 @@ from flax_fp8.linen import state
 from flax_fp8.linen.convert.config import Decision, Fp8Config
 from flax_fp8.linen.convert.patterns import Layer, at
 from flax_fp8.linen.convert.walk import Walk
-from flax_fp8.linen.converted import Run, make_converted, original
-from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
+from flax_fp8.linen.converted import Run, make_converted, original, take_in
+from flax_fp8.linen.state import GUARD, OVERWRITE_WITH_GRADIENT, state_guard
 from flax_fp8.recipes.base import Recipe
 
 
@@ -32,9 +32,10 @@ def fp8_linear_layers(
   """Converts a Linen model to FP8.
 
   The result is of a subclass of the model's class, with the same fields, methods and ``params``.
-  Each contraction that ``config`` takes runs in FP8: of ``nn.Dense`` and ``nn.DenseGeneral``, also
-  those inside attention and recurrent cells; of ``nn.Einsum``; and of modules that are named in
-  ``Fp8Config.functions``. State is where hand-edited layers have it: ``Dense_0/Fp8DotGeneral_0``.
+  Each contraction that ``config`` takes runs in FP8: those of linear layers, also inside attention
+  and recurrent cells, and those of modules that are named in ``Fp8Config.functions``. State is
+  where hand-edited layers have it: ``Dense_0/Fp8DotGeneral_0``. A module that the model runs by an
+  ``apply`` of its own, as Hugging Face runs tied heads, stays in high precision unless it is named.
 
   Args:
     module: an unbound Linen module, the outermost one.
@@ -46,7 +47,9 @@ def fp8_linear_layers(
 
   Returns:
     The converted module. Its ``init`` makes ``params`` as the model does, bit for bit, and the FP8
-    state beside them; see ``upgrade_variables`` for parameters that are there already.
+    state beside them; see ``upgrade_variables`` for parameters that are there already. A wrapper
+    that passes parameters alone may have the state among them:
+    ``{"params": {**params, "_overwrite_with_gradient": state}}``.
 
   Raises:
     TypeError: ``module`` is no Linen module, ``config`` no ``Fp8Config``.
@@ -117,7 +120,7 @@ class Fp8Conversion:
         f"fp8_linear_layers: variables must be a variables dict; got {type(variables)}. Pass "
         "{'params': params, ...}."
       )
-    given = dict(variables)
+    given = take_in(variables, OVERWRITE_WITH_GRADIENT)
     if OVERWRITE_WITH_GRADIENT in given:
       given["params"] = _merge(given.get("params", {}), given[OVERWRITE_WITH_GRADIENT], ())
     return given
@@ -132,26 +135,32 @@ class Fp8Conversion:
       given[OVERWRITE_WITH_GRADIENT] = own
     return given
 
+  def initialized(self, variables: Any) -> dict[str, Any]:
+    """Does as ``leave``."""
+    return self.leave(variables)
+
   @contextlib.contextmanager
   def during(self, run: Run) -> Generator[None]:
     """Lets the layers that the config takes run in FP8."""
     visitor = _Decisions(self.config, self._order(run))
-    walk = Walk(visitor, self.config.functions, emulate=self.config.emulate)
+    model, emulate = type(run.module).__name__, self.config.emulate
+    walk = Walk(visitor, self.config.functions, model=model, emulate=emulate)
     with nn.intercept_methods(walk.intercept), state.among_params():
       yield
     seen = visitor.seen
     if self.order is None and run.method is None:
-      self._check(run.variables, [layer for layer, _ in seen.values()])
+      self._check(run, [layer for layer, _ in seen.values()])
       if not has_state(run.variables):
         self.require_some(decision for _, decision in seen.values())
 
-  def _check(self, variables: Any, layers: list[Layer]) -> None:
+  def _check(self, run: Run, layers: list[Layer]) -> None:
     """Raises where a pattern can't have meant this model, of which a run may see a part."""
+    variables, model = run.variables, type(run.module).__name__
     if variables is None:
       self.config.check_matches(layers, complete=True)
       return
     modules = {path[:-1] for path in flax.traverse_util.flatten_dict(variables.get("params", {}))}
-    known = [at("/".join(path)) for path in modules if OVERWRITE_WITH_GRADIENT not in path]
+    known = [at("/".join(path), model) for path in modules if OVERWRITE_WITH_GRADIENT not in path]
     self.config.check_matches([*layers, *known], complete=False)
 
   def require_some(self, decisions: Iterable[Decision]) -> None:
@@ -161,9 +170,9 @@ class Fp8Conversion:
       counts = Counter(decision.rule for decision in decisions)
       raise ValueError(
         f"fp8_linear_layers: at least one layer must become FP8; got none of {len(decisions)}, by "
-        f"the rules {dict(counts)}. Print Fp8Config.report(module, *init_args), which says for each "
-        "module how to include it; change targets, exclude, default_exclude, functions, multiple_of "
-        "or min_kernel_size."
+        f"the rules {dict(counts)}. Print Fp8Config.report(module, *init_args), which says for "
+        "each module how to include it. Change targets, exclude, default_exclude, functions, "
+        "multiple_of or min_kernel_size."
       )
 
   def _order(self, run: Run) -> tuple[str, ...] | None:
@@ -220,7 +229,7 @@ def _merge(params: Any, state: Any, path: tuple[str, ...]) -> Any:
   below = {key: value for key, value in state.items() if isinstance(value, Mapping)}
   leaves = {key: value for key, value in state.items() if key not in below}
   merged = {key: _merge(params.get(key, {}), value, (*path, key)) for key, value in below.items()}
-  own = {OVERWRITE_WITH_GRADIENT: leaves} if leaves else {}
+  own = {OVERWRITE_WITH_GRADIENT: leaves | state_guard(leaves)} if leaves else {}
   return {**params, **merged, **own}
 
 
@@ -230,6 +239,7 @@ def _split(params: Any) -> tuple[Any, Any]:
     return params, {}
   rest: dict[str, Any] = {}
   found = dict(params.get(OVERWRITE_WITH_GRADIENT, {}))
+  found.pop(GUARD, None)
   for key in params.keys() - {OVERWRITE_WITH_GRADIENT}:
     below, found_below = _split(params[key])
     if found_below:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import fnmatch
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
+
+from flax_fp8.patterns import matches_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Layer:
     itemsize: bytes of an element in the dtype of the GEMM.
     stored: whether the kernel is a parameter of that dtype, which stays in memory in any case.
     refusal: why it can't be FP8 whatever is asked for, or ``""``.
+    model: class of the model.
   """
 
   path: str
@@ -37,6 +39,7 @@ class Layer:
   itemsize: int = 4
   stored: bool = False
   refusal: str = ""
+  model: str = ""
 
   @property
   def kernel_size(self) -> int:
@@ -54,24 +57,19 @@ class Layer:
     return self.owner not in (None, self.path)
 
 
-def at(path: str) -> Layer:
+def at(path: str, model: str = "") -> Layer:
   """Makes a layer of which nothing but the path is known."""
-  return Layer(path=path, kind="", inputs=0, contracted=0, features=0)
+  return Layer(path=path, kind="", inputs=0, contracted=0, features=0, model=model)
 
 
 Pattern: TypeAlias = str | re.Pattern[str] | Callable[[Layer], bool]
 
 
 def matches(pattern: Pattern, layer: Layer) -> bool:
-  """Tells whether a pattern means a layer: a glob its whole path, a regex any part of it.
-
-  A contraction of a module's own is meant by the path of the module too.
-  """
-  if isinstance(pattern, str):
-    paths = {layer.path, layer.module.path}
-    return any(fnmatch.fnmatchcase(path, pattern) for path in paths)
-  if isinstance(pattern, re.Pattern):
-    return pattern.search(layer.path) is not None
+  """Tells whether a pattern means a layer; of a module's own contractions, also the module."""
+  if isinstance(pattern, str | re.Pattern):
+    path = layer.path if layer.is_function else f"{layer.path}/Fp8DotGeneral_0".lstrip("/")
+    return matches_path(pattern, path, layer.model)
   return bool(pattern(layer))
 
 

@@ -108,8 +108,8 @@ class ConversionReport:
       return parts
     return (
       *parts,
-      f"{last.layer.path or '(root)'} gives the model's output and becomes FP8. If it is the output "
-      f"head, exclude={last.layer.path!r} keeps it in high precision.",
+      f"{last.layer.path or '(root)'} gives the model's output and becomes FP8. If it is the "
+      f"output head, exclude={last.layer.path!r} keeps it in high precision.",
     )
 
   def _totals(self) -> str:
@@ -121,8 +121,8 @@ class ConversionReport:
     paths = sum(row.contracts for row in self.rows)
     stacked = f" ({paths} paths; nn.scan and nn.vmap stack layers)" if of_all > paths else ""
     return (
-      f"{of_taken} of {of_all} layers become FP8{stacked}: {share:.1f} % of the {kernels[1]:,} elements of "
-      f"all matrices. About {abs(self.bytes_saved) / _MIB:.1f} MiB {less} is kept between forward "
+      f"{of_taken} of {of_all} layers become FP8{stacked}: {share:.1f} % of the {kernels[1]:,} "
+      f"elements of all matrices. About {abs(self.bytes_saved) / _MIB:.1f} MiB {less} is kept between forward "
       "and backward pass."
     )
 
@@ -134,10 +134,13 @@ class ConversionReport:
 def _cells(row: Row) -> tuple[str, ...]:
   layer = row.layer
   batch = f"{layer.batch} x " if layer.batch > 1 else ""
+  size = f"{batch}{layer.contracted} x {layer.features}"
   return (
     layer.path or "(root)",
     layer.kind,
-    f"{batch}{layer.contracted} x {layer.features}" if layer.features > 1 else f"{layer.contracted}",
+    f"{batch}{layer.contracted} x {layer.features}"
+    if layer.features > 1
+    else f"{layer.contracted}",
     str(row.stacked * row.calls) if row.contracts else str(row.stacked),
     _name(row.recipe),
     f"{round(row.bytes_saved / _MIB, 2) + 0.0:.2f}" if row.taken else "",

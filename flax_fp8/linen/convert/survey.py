@@ -19,6 +19,7 @@ from flax_fp8.linen.convert.parameters import CONVOLUTION, LOOKUP, Path, uses
 from flax_fp8.linen.convert.patterns import Layer, Pattern
 from flax_fp8.linen.convert.report import Row
 from flax_fp8.linen.convert.walk import Walk, join
+from flax_fp8.linen.converted import mark_root
 from flax_fp8.linen.provenance import mark
 
 # By the path of a module: its class, and the shapes of its own parameters in its own trace.
@@ -45,7 +46,7 @@ def survey(
   outputs: list[Any] = []
 
   def run(params: Any) -> None:
-    walk = Walk(visitor, functions, everything=True)
+    walk = Walk(visitor, functions, model=type(module).__name__, everything=True)
     with nn.intercept_methods(walk.intercept):
       outputs.extend(jax.tree.leaves(_initialize(module, params, args, kwargs)))
 
@@ -79,6 +80,7 @@ def _initialize(module: nn.Module, params: Any, args: Any, kwargs: Any) -> Any:
     kwargs.pop(name, None)
 
   def call(scope: Any) -> Any:
+    mark_root(scope)
     bound = module.clone(parent=scope, _deep_clone=True)
     run = getattr(type(bound), method) if isinstance(method, str) else method
     return run(bound, *args, **kwargs)
@@ -110,7 +112,9 @@ class _Survey:
   def leave(self, module: nn.Module) -> None:
     own: dict[str, Any] = dict(module.variables.get("params", {}))
     shapes = {name: np.shape(nn.meta.unbox(x)) for name, x in own.items() if _is_leaf(x)}
-    self.modules.setdefault(join(module.path), (type(module).__name__, shapes))
+    # Inside of a lifted transformation first, where they have no axes of its.
+    kind, first = self.modules.get(join(module.path), ("", {}))
+    self.modules[join(module.path)] = kind if first else type(module).__name__, shapes | first
 
   def stacked(self, layer: Layer, params: dict[Path, Any]) -> int:
     """Counts the layers that one call stands for: what lifted axes add to a parameter's shape."""

@@ -19,22 +19,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import freeze
 from jax import lax
 
 from flax_fp8 import _compat
 from flax_fp8.linen.contractions import FP8Contraction
 from flax_fp8.linen.convert import binding
 from flax_fp8.linen.convert.patterns import Layer, Pattern, at, first_match
+from flax_fp8.linen.converted import RUN_FLAG
 from flax_fp8.linen.dot_general import Fp8DotGeneral, Fp8Einsum
 from flax_fp8.linen.state import read_state
 from flax_fp8.ops.check import COMPUTE_DTYPES
 from flax_fp8.recipes.base import Recipe
 
 LAYERS = (nn.Dense, nn.DenseGeneral, nn.Einsum)
-
-# A flag of Linen's scopes: lifted transformations pass it on, a module's own `apply` does not.
-_RUN = "fp8_run"
 
 
 class Visitor(Protocol):
@@ -134,6 +131,7 @@ class Walk:
     visitor: Visitor,
     functions: tuple[Pattern, ...],
     *,
+    model: str = "",
     emulate: bool = False,
     everything: bool = False,
   ) -> None:
@@ -142,20 +140,22 @@ class Walk:
     Args:
       visitor: is asked about each contraction.
       functions: modules whose own contractions are to be decided about.
+      model: class of the model, as patterns may write it.
       emulate: as for ``Fp8DotGeneral``.
       everything: whether the visitor is told of the contractions of all other modules too.
     """
-    self.visitor, self.functions = visitor, functions
+    self.visitor, self.functions, self.model = visitor, functions, model
     self.emulate, self.everything = emulate, everything
     self._stack: list[_Frame] = []
-    self._token: Any = None
+    self._run: Any = None
 
   def intercept(self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     """Runs one method of one module."""
     module = context.module
     if module.scope is None:
       return next_fun(*args, **kwargs)
-    self._recognize(module.scope)
+    if not self._stack:
+      self._run = module.scope.flags.get(RUN_FLAG)
     if context.method_name == "setup":
       with binding.handed_to(None):
         return next_fun(*args, **kwargs)
@@ -163,26 +163,21 @@ class Walk:
     method = context.method_name
     method = method if hasattr(type(module), method) else "__call__"
     given = (*args, *kwargs.values())
-    with self._frame(module, method, context.orig_method, given) as handler:
-      with binding.handed_to(handler), _parameters_made_by_jax(module, handler):
-        out = next_fun(*args, **kwargs)
+    with (
+      self._frame(module, method, context.orig_method, given) as handler,
+      binding.handed_to(handler),
+      _parameters_made_by_jax(module, handler),
+    ):
+      out = next_fun(*args, **kwargs)
     self.visitor.leave(module)
     return out
-
-  def _recognize(self, scope: Any) -> None:
-    """Marks the model's root scope, in which the first method runs."""
-    if self._stack:
-      return
-    self._token = scope.root.flags.get(_RUN) or object()
-    for each in {scope.root, scope}:
-      each.flags = freeze({**each.flags, _RUN: self._token})
 
   @contextlib.contextmanager
   def _frame(
     self, module: Any, method: str, function: Any, given: Any
   ) -> Generator[binding.Handler | None]:
     outer = self._stack[-1] if self._stack else None
-    own = module.scope.flags.get(_RUN) is self._token
+    own = module.scope.flags.get(RUN_FLAG) is self._run
     prefix, path, scope = (), module.path, module.scope
     if not own and outer is not None:
       prefix = outer.prefix
@@ -194,7 +189,8 @@ class Walk:
     sealed = outer is not None and outer.sealed
     refusal = _own_dot_general(module)
     if refusal and method == "__call__":
-      self.visitor.decide(_describe(module, join(path), jnp.asarray(given[0]), refusal), scope.root)
+      layer = _describe(module, join(path), jnp.asarray(given[0]), refusal)
+      self.visitor.decide(dataclasses.replace(layer, model=self.model), scope.root)
     function = getattr(function, "func", function)  # a partial of the module
     with self._names(path, module.scope.root, method, function) as names:
       sealed, trace = sealed or bool(refusal), _compat.staging_trace()
@@ -223,7 +219,7 @@ class Walk:
     """Returns who contracts for a method; None where that is JAX."""
     if frame.sealed or isinstance(frame.module, FP8Contraction):
       return None
-    named = first_match(self.functions, at(join(frame.path))) is not None
+    named = first_match(self.functions, at(join(frame.path), self.model)) is not None
     if named or self.everything or isinstance(frame.module, LAYERS) or _may_have_kernel(frame):
       return _Contractions(self, frame, named=named)
     return None
@@ -282,7 +278,7 @@ class _Contractions:
     recipe = self.walk.visitor.decide(layer, self.frame.scope.root)
     if recipe is None:
       return self.walk.visitor.asked(layer, operands[kernel])
-    how = {"recipe": recipe, "emulate": self.walk.emulate, "name": name}
+    how: Any = {"recipe": recipe, "emulate": self.walk.emulate, "name": name}
     given = {key: params[key] for key in ("preferred_element_type", "out_sharding")}
     module: Any = cls(**how, parent=_push(self.frame.scope, name))
     creates = self.frame.scope.is_mutable_collection("params")
@@ -324,16 +320,17 @@ class _Contractions:
     contract, batch = (axes[kernel] for axes in params["dimension_numbers"])
     x, w = operands[1 - kernel], operands[kernel]
     refusal = _refuse(params["precision"], x.dtype, w.dtype)
-    if not self.frame.own and not self.named:
+    if foreign := not self.frame.own and not self.named:
       refusal = f"run by an apply of its own: to convert it, functions={path!r}"
     return Layer(
-      path=path if is_layer else f"{path}/{name}".lstrip("/"),
+      path=path if is_layer or foreign else f"{path}/{name}".lstrip("/"),
       owner=path,
       kind=type(module).__name__ if is_layer else kind,
       inputs=x.size,
       itemsize=jnp.promote_types(x.dtype, w.dtype).itemsize,
       stored=_is_among(module.variables.get("params", {}), w),
       refusal=refusal,
+      model=self.walk.model,
       **_sizes(w.shape, contract, batch),
     )
 
