@@ -215,7 +215,8 @@ def plan_einsum(equation: str, lhs_shape: Sequence[int], rhs_shape: Sequence[int
   meets a larger one under the same label broadcasts.
 
   Args:
-    equation: ``"lhs,rhs->out"`` or ``"lhs,rhs"``; may hold ellipses and blanks.
+    equation: ``"lhs,rhs->out"`` or ``"lhs,rhs"``; may hold ellipses and blanks. A label is any
+      character, such as ``"2"`` in ``"BSD,2KDH->2BSKH"``.
     lhs_shape: of the left operand.
     rhs_shape: of the right operand.
 
@@ -288,11 +289,12 @@ def _labels(equation: str, lhs_ndim: int, rhs_ndim: int) -> tuple[str, str, str]
     once = sorted(c for c, n in counts.items() if n == 1 and c not in ellipsis)
     out = "..." + "".join(once)
   out = out.replace("...", "".join(ellipsis))
-  legal = all(c.isalpha() for c in lhs + rhs + out)
+  legal = not set(lhs + rhs + out) & set(",.->")
   if not legal or len(set(out)) != len(out) or not set(out) <= set(lhs + rhs) or min(dots) < 0:
     raise ValueError(
-      "Fp8Einsum: labels are letters, and each label of the output must occur there once and in "
-      f"an operand; got {equation=} for operands of rank {lhs_ndim} and {rhs_ndim}. Mend it."
+      "Fp8Einsum: labels are letters or other single characters, and each label of the output "
+      f"must occur there once and in an operand; got {equation=} for operands of rank {lhs_ndim} "
+      f"and {rhs_ndim}. Mend it."
     )
   return lhs, rhs, out
 

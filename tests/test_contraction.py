@@ -80,6 +80,8 @@ EQUATIONS = {
   "bmk,bkn->bmn": ((1, 2, 3), (5, 3, 4)),
   "mk,kn->mn ": ((2, 1), (3, 4)),
   "zY,Yz->zY": ((2, 3), (3, 2)),
+  "BSD,2KDH->2BSKH": ((2, 3, 4), (2, 3, 4, 5)),
+  "1_,_%": ((2, 3), (3, 4)),
 }
 
 
@@ -126,7 +128,7 @@ BAD = {
   "three operands": ("mk,kn,n->m", (2, 3), (3, 4), "two operands"),
   "unknown output": ("mk,kn->mz", (2, 3), (3, 4), "labels are letters"),
   "repeated output": ("mk,kn->mm", (2, 3), (3, 4), "labels are letters"),
-  "no letter": ("m1,1n->mn", (2, 3), (3, 4), "labels are letters"),
+  "lone dot": ("m.,.n->mn", (2, 3), (3, 4), "labels are letters"),
   "too few labels": ("m,kn->mn", (2, 3), (3, 4), "one dimension a label"),
   "too many labels": ("mkz,kn->mn", (2, 3), (3, 4), "one dimension a label"),
   "too many beside dots": ("...mkz,kn->mn", (2, 3), (3, 4), "labels are letters"),

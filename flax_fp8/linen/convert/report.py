@@ -122,8 +122,8 @@ class ConversionReport:
     stacked = f" ({paths} paths; nn.scan and nn.vmap stack layers)" if of_all > paths else ""
     return (
       f"{of_taken} of {of_all} layers become FP8{stacked}: {share:.1f} % of the {kernels[1]:,} "
-      f"elements of all matrices. About {abs(self.bytes_saved) / _MIB:.1f} MiB {less} is kept between forward "
-      "and backward pass."
+      f"elements of all matrices. About {abs(self.bytes_saved) / _MIB:.1f} MiB {less} is kept "
+      "between forward and backward pass."
     )
 
   @property
@@ -138,9 +138,7 @@ def _cells(row: Row) -> tuple[str, ...]:
   return (
     layer.path or "(root)",
     layer.kind,
-    f"{batch}{layer.contracted} x {layer.features}"
-    if layer.features > 1
-    else f"{layer.contracted}",
+    size if row.contracts or layer.features > 1 else str(layer.contracted),
     str(row.stacked * row.calls) if row.contracts else str(row.stacked),
     _name(row.recipe),
     f"{round(row.bytes_saved / _MIB, 2) + 0.0:.2f}" if row.taken else "",
