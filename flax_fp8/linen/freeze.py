@@ -64,10 +64,11 @@ def freeze_for_inference(
 
   Returns:
     The serving module, called as ``module``; and its variables: ``params`` without the kernels, the
-    collection ``fp8_frozen``, and every other collection as it was. A kernel stays a parameter, and
-    is quantized in each run, where it is not multiplied as it is stored but made of parameters;
-    where layers share it, each with a scale of its own; or where the recipe has its forward GEMM in
-    high precision. A module that the model runs by a nested ``apply`` keeps its variables.
+    collection ``fp8_frozen``, and every other collection as it was. A kernel that is computed from
+    parameters, other than by a cast and a transpose, leaves these where they are, and is quantized
+    in each run. So does one that layers share, each with a scale of its own, and one of a recipe
+    with its forward GEMM in high precision. A module that the model runs by a nested ``apply``
+    keeps its variables.
 
     A kernel that ``nn.scan`` or ``nn.vmap`` stacks is stacked along the same axis in
     ``fp8_frozen``. Where that is not the first one, ``kernel_scale`` has the kernel's rank.
@@ -197,8 +198,9 @@ def _decide(
     kernel = kernels.get(path)
     if kernel is not None and ("params", *kernel[0]) not in read:
       param = params[kernel[0]]
-      known = {"shape": param.shape, "parameter_dtype": param.dtype, "lifted": kernel[1]}
-      layer = dataclasses.replace(layer, parameter=kernel[0], **known)
+      path, lifted, order = kernel
+      known = {"shape": param.shape, "parameter_dtype": param.dtype}
+      layer = dataclasses.replace(layer, parameter=path, lifted=lifted, order=order, **known)
     layers.append(layer)
   return _Survey(tuple(layers), stacks, kept)
 
@@ -211,8 +213,8 @@ def _stack_of_state(found: Collection[Origins]) -> Lifted | None:
 
 def _stored_as(
   calls: Sequence[Call], found: Collection[Origins], stack: Lifted | None
-) -> tuple[Path, Lifted] | None:
-  """Returns the parameter that every call takes alike, and its lifted axes; None without one."""
+) -> tuple[Path, Lifted, tuple[int, ...]] | None:
+  """Returns the parameter that every call takes alike, as ``parameter_of``; None without one."""
   call = calls[-1]
   kernel = parameter_of({values[0] for values in found})
   alike = all(other.takes_kernel_as(call) for other in calls)
@@ -276,7 +278,7 @@ def _freeze_kernel(
   """
 
   def freeze(kernel: jax.Array, leaves: Mapping[str, jax.Array]) -> QTensor:
-    kernel = kernel.astype(layer.dtype)
+    kernel = jnp.transpose(kernel, layer.order).astype(layer.dtype)
     if layer.reduction is not None:
       kernel = jnp.einsum(layer.reduction, kernel)
     return quantize_kernel(layer.plan, kernel, read_roles(layer.recipe, leaves))

@@ -54,6 +54,7 @@ class FrozenLayer:
     shape: of the parameter.
     parameter_dtype: of the parameter.
     lifted: axes of it that lifted transformations made, each with what made it; in their order.
+    order: permutation of its other axes that makes the kernel.
     in_params: whether the model has its state among the parameters.
     waits: whether a tensor that was never seen, or always zero, may have the scale of its amax.
     runs_as_is: whether its state is kept, as a nested ``apply`` reads it too.
@@ -67,6 +68,7 @@ class FrozenLayer:
   shape: tuple[int, ...] = ()
   parameter_dtype: Any = None
   lifted: Lifted = ()
+  order: tuple[int, ...] = ()
   in_params: bool = False
   waits: bool = False
   runs_as_is: bool = False
@@ -239,8 +241,9 @@ def _check_kernels(layers: Mapping[Path, FrozenLayer], run: Run) -> None:
     kernels = {values[0] for values in found.get(path, ())}
     if not layer.stored or not kernels:
       continue
-    parameter, lifted = parameter_of(kernels) or (None, ())
-    if (parameter, _axes(lifted)) != (layer.parameter, _axes(layer.lifted)):
+    parameter, lifted, order = parameter_of(kernels) or (None, (), ())
+    stored = layer.parameter, _axes(layer.lifted), layer.order
+    if (parameter, _axes(lifted), order) != stored:
       _refuse_kernel(path)
 
 
@@ -248,12 +251,14 @@ def _axes(lifted: Lifted) -> list[int]:
   return [axis for _, axis in lifted]
 
 
-def parameter_of(kernels: Collection[Origin | None]) -> tuple[Path, Lifted] | None:
-  """Returns path and lifted axes of the parameter that all kernels are; None if they are none."""
+def parameter_of(
+  kernels: Collection[Origin | None],
+) -> tuple[Path, Lifted, tuple[int, ...]] | None:
+  """Returns path, lifted axes and order of the parameter that all kernels are; None without one."""
   origin = next(iter(kernels)) if len(kernels) == 1 else None
-  if origin is None or not origin.is_stored or origin.path[0] != "params":
+  if origin is None or origin.casts > 1 or origin.path[0] != "params":
     return None
-  return origin.path[1:], tuple(sorted(origin.lifted, key=lambda pair: pair[1]))
+  return origin.path[1:], tuple(sorted(origin.lifted, key=lambda pair: pair[1])), origin.order
 
 
 def _refuse_kernel(path: Path) -> None:

@@ -55,9 +55,9 @@ class Origin:
   casts: int = 0
 
   @property
-  def is_stored(self) -> bool:
-    """Whether the value has the axes of the variable in their order, and was cast once at most."""
-    return self.casts <= 1 and self.axes == tuple(sorted(self.axes))
+  def order(self) -> tuple[int, ...]:
+    """The permutation that makes the value's axes of the variable's that are not lifted."""
+    return tuple(sorted(self.axes).index(axis) for axis in self.axes)
 
   def transposed(self, permutation: Sequence[int]) -> Origin:
     """Returns the origin of a transpose of the value."""

@@ -216,6 +216,12 @@ class Stacked(nn.Module):
     return fp8.scan(layer, {"params": 0}, split_rngs={"params": True}, length=2)(self, x)[0]
 
 
+def transposed(x, kernel, dimension_numbers, **kwargs):
+  """Contracts with the other axis of a square kernel."""
+  del dimension_numbers
+  return fp8.Fp8DotGeneral()(x, kernel.T, (((1,), (0,)), ((), ())), **kwargs)
+
+
 CHANGED = {
   "a subclass": (Tripled(D, dot_general_cls=fp8.Fp8DotGeneral), False),
   "a subclass, cast": (Tripled(D, dtype=jnp.bfloat16, dot_general_cls=fp8.Fp8DotGeneral), False),
@@ -237,6 +243,7 @@ CHANGED = {
     ),
     False,
   ),
+  "transposed": (nn.Dense(D, dot_general_cls=lambda: transposed), True),
   "remat": (Lifted(nn.remat), True),
   "jit": (Lifted(nn.jit), True),
   "scanned": (Stacked(), True),
