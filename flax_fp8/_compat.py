@@ -101,15 +101,30 @@ def under_trace_of(tracer: Any) -> contextlib.AbstractContextManager[Any]:
 
   What is computed there lies outside of every loop that closes over the tracer.
   """
+  return under_trace(getattr(tracer, "_trace", None))
+
+
+def under_trace(trace: Any) -> contextlib.AbstractContextManager[Any]:
+  """Makes a context whose operations belong to a trace; to the current one for None."""
   enter = find("jax._src.core", "set_current_trace")
-  trace = getattr(tracer, "_trace", None)
   return contextlib.nullcontext() if enter is None or trace is None else enter(trace)
+
+
+def current_trace() -> Any:
+  """Returns the trace to which operations belong now."""
+  return getattr(find("jax._src.core", "trace_ctx"), "trace", None)
 
 
 def staging_trace() -> Any:
   """Returns the innermost trace that writes a program down; None where all is evaluated."""
   kinds = ("DynamicJaxprTrace", "JaxprTrace")
   return next((trace for trace in _running() if type(trace).__name__ in kinds), None)
+
+
+def is_of_shard_map(staging_trace: Any) -> bool:
+  """Tells whether a trace writes down the body of a shard_map."""
+  debug_info = getattr(getattr(staging_trace, "frame", None), "debug_info", None)
+  return getattr(debug_info, "traced_for", "") == "shard_map"
 
 
 def transpositions() -> int:
@@ -131,6 +146,11 @@ def python_dispatch() -> contextlib.AbstractContextManager[Any]:
 def remat_primitive() -> Any:
   """Returns the primitive of ``jax.checkpoint``."""
   return require("jax._src.ad_checkpoint", "remat_p")
+
+
+def shard_map_primitive() -> Any:
+  """Returns the primitive of ``jax.shard_map``."""
+  return require("jax._src.shard_map", "shard_map_p")
 
 
 def keeps_its_operands(tracer: Any) -> bool:
@@ -211,7 +231,7 @@ def _with_parents(trace: Any) -> list[Any]:
 
 
 def _running() -> list[Any]:
-  return _with_parents(getattr(find("jax._src.core", "trace_ctx"), "trace", None))
+  return _with_parents(current_trace())
 
 
 def running_body() -> weakref.ref[Any] | None:

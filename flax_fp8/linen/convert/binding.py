@@ -1,13 +1,9 @@
 """Contractions, handed to someone else where JAX binds them, while a module's method runs.
 
-``jnp.einsum``, ``jnp.dot``, ``x @ w`` and ``lax.dot_general`` all end in one primitive. While any
-thread needs it, the ``bind`` of that primitive, and of those that hold programs, is replaced. Each
-thread, and within it each method, has its own handler. Without one, JAX's ``bind`` runs as ever.
-
-A program that holds contractions (a jitted function, a loop, a remat) is bound after it was traced,
-and JAX may have cached it. So nothing is replaced while it is traced: the method's own contractions
-are marked, and where the program is bound it is evaluated again, and these go to the handler. Those
-of modules that the method calls have been decided about, and are not marked.
+All spellings end in one primitive. While any thread needs it, the ``bind`` of that primitive, and
+of those that hold programs, is replaced. A program (a jitted function, a loop, a remat) is bound
+after it was traced, and JAX may have cached it. So nothing is replaced while it is traced. The
+method's own contractions are marked, and where the program is bound, it is evaluated again.
 """
 
 from __future__ import annotations
@@ -79,6 +75,7 @@ class _Active:
       looked at until it is bound.
     marks: of the program that is evaluated, those whose contraction is still to come; None where
       the method itself runs, all of whose contractions are its own.
+    in_body: whether a shard_map is bound, which traces its body, once.
     depth: of backward passes in which the method runs; those that it asks for itself carry out what
       the handler has seen.
     kind: the jitted function of ``jnp`` whose program is evaluated.
@@ -90,6 +87,7 @@ class _Active:
   handler: Handler
   trace: Any
   depth: int
+  in_body: bool = False
   marks: list[bool] | None = None
   kind: str = "lax.dot_general"
   kernels: Iterator[int] = dataclasses.field(default_factory=lambda: iter(()))
@@ -97,7 +95,9 @@ class _Active:
 
   def is_here(self) -> bool:
     """Tells whether what is bound now is for the handler."""
-    return _compat.staging_trace() is self.trace and _compat.transpositions() == self.depth
+    running = _compat.staging_trace()
+    is_body = self.in_body and _compat.is_of_shard_map(running)
+    return (running is self.trace or is_body) and _compat.transpositions() == self.depth
 
   def is_own(self) -> bool:
     """Tells whether a contraction that is bound here is the method's own."""
@@ -196,6 +196,7 @@ def _rules() -> Sequence[tuple[Any, Rule]]:
     (primitives.while_p, _while),
     (primitives.cond_p, _cond),
     (_compat.remat_primitive(), _remat),
+    (_compat.shard_map_primitive(), _shard_map),
   )
 
 
@@ -278,7 +279,8 @@ def _scan(
     out = run(*args[:n], *carry, *xs)
     return tuple(out[:k]), tuple(out[k:])
 
-  how = {name: params[name] for name in ("length", "reverse", "unroll")}
+  names = ("length", "reverse", "unroll", "_split_transpose")
+  how = {name: params[name] for name in names if name in params}
   carry, ys = lax.scan(body, tuple(args[n : n + k]), tuple(args[n + k :]), **how)
   return [*carry, *ys]
 
@@ -316,6 +318,13 @@ def _remat(
   run = _within(active, jax.extend.core.ClosedJaxpr(params["jaxpr"], ()))
   how = {name: params[name] for name in ("prevent_cse", "policy")}
   return jax.checkpoint(run, **how)(*args)
+
+
+def _shard_map(
+  active: _Active, original: Callable[..., Any], args: Sequence[Any], params: Mapping[str, Any]
+) -> Any:
+  with _set(dataclasses.replace(active, in_body=True)):
+    return original(*args, **params)
 
 
 def _is_marked(jaxpr: Any) -> bool:

@@ -15,10 +15,11 @@ import jax
 import numpy as np
 
 from flax_fp8.linen.arguments import fill
+from flax_fp8.linen.convert.method import join
 from flax_fp8.linen.convert.parameters import CONVOLUTION, LOOKUP, Path, uses
 from flax_fp8.linen.convert.patterns import Layer, Pattern
 from flax_fp8.linen.convert.report import Row
-from flax_fp8.linen.convert.walk import Walk, join
+from flax_fp8.linen.convert.walk import Walk
 from flax_fp8.linen.converted import mark_root
 from flax_fp8.linen.provenance import mark
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.numpy import einsum as imported_einsum
+from jax.sharding import PartitionSpec
 
 import flax_fp8 as fp8
 
@@ -70,6 +71,12 @@ def swapped_arguments(flag, w, x):
   return x @ w if flag else x
 
 
+def sharded(fun, **how):
+  mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+  specs = {"in_specs": (PartitionSpec("d"), PartitionSpec()), "out_specs": PartitionSpec("d")}
+  return jax.shard_map(fun, mesh=mesh, **specs, **how)
+
+
 SPELLINGS = {
   "einsum": lambda x, w: jnp.einsum("bk,kn->bn", x, w),
   "imported": lambda x, w: imported_einsum("bk,kn->bn", x, w),
@@ -93,6 +100,8 @@ SPELLINGS = {
   "fori_loop": lambda x, w: lax.fori_loop(0, 2, lambda _, c: jnp.tanh(c @ w), x),
   "cond": lambda x, w: lax.cond(x.sum() < 9e9, lambda: x @ w, lambda: x),
   "vmap_of_scan": lambda x, w: jax.vmap(lambda row: looped(row, w))(x),
+  "shard_map": lambda x, w: sharded(lambda x, w: jnp.tanh(x @ w))(x, w),
+  "unchecked_shard_map": lambda x, w: sharded(lambda x, w: looped(x, w), check_vma=False)(x, w),
   "gradient": lambda x, w: jax.grad(lambda x: jnp.sum(jnp.tanh(x @ w)))(x),
 }
 
