@@ -1,0 +1,238 @@
+"""What is asked of one model; each question is a stage, and one that fails stops no other."""
+
+import contextlib
+import functools
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import flax_fp8 as fp8
+from zoo.model import Case, Model
+
+STEPS, LEARNING_RATE = 8, 1e-3
+Tree = Any
+
+
+class Study:
+  """One model beside itself in FP8."""
+
+  def __init__(self, model: Model, target: str | None, timeout: float) -> None:
+    """Converts the model with the defaults alone."""
+    self.model, self.target, self.timeout = model, target, timeout
+    self.converted = fp8.fp8_linear_layers(model.module)
+    self.modules = {"plain": model.module, "fp8": self.converted}
+    is_array = {name: hasattr(value, "dtype") for name, value in model.kwargs.items()}
+    self.static = {name: value for name, value in model.kwargs.items() if not is_array[name]}
+    arrays = {name: value for name, value in model.kwargs.items() if is_array[name]}
+    self.inputs: tuple[Tree, Tree] = (model.args, arrays)
+
+  @functools.cached_property
+  def plain_variables(self) -> Tree:
+    """The initial variables of the model as it is."""
+    return self._init(self.model.module)
+
+  @functools.cached_property
+  def variables(self) -> dict[str, Tree]:
+    """The initial variables of both."""
+    return {"plain": self.plain_variables, "fp8": self._init(self.converted)}
+
+  @functools.cached_property
+  def target_values(self) -> jax.Array:
+    """What the loss wants: labels, or normal values."""
+    out = jax.eval_shape(functools.partial(self.run, "plain"), self.plain_variables, self.inputs)
+    key = jax.random.key(7)
+    if self.model.labels:
+      return jax.random.randint(key, out.shape[:-1], 0, out.shape[-1])
+    return jax.random.normal(key, out.shape)
+
+  def _keys(self, *names: str) -> dict[str, jax.Array]:
+    return {name: jax.random.key(number) for number, name in enumerate((*names, *self.model.rngs))}
+
+  def _init(self, module: Any) -> Tree:
+    args, arrays = self.inputs
+    init = lambda keys, args, arrays: module.init(keys, *args, **arrays, **self.static)
+    return jax.jit(init)(self._keys("params"), args, arrays)
+
+  def run(self, which: str, variables: Tree, inputs: tuple[Tree, Tree], apply: Any = None) -> Any:
+    """Runs a model, and returns the array that the loss is of."""
+    args, arrays = inputs
+    apply = apply or self.modules[which].apply
+    rngs = self._keys() or None
+    return self.model.read(apply(variables, *args, **arrays, **self.static, rngs=rngs))
+
+  def loss(self, which: str, variables: Tree, batch: Tree, apply: Any = None) -> jax.Array:
+    """Is the loss of a model, of its variables and of inputs and what is wanted."""
+    inputs, wanted = batch
+    out = self.run(which, variables, inputs, apply)
+    if self.model.labels:
+      return optax.softmax_cross_entropy_with_integer_labels(out, wanted).mean()
+    return jnp.mean(jnp.square(out - wanted))
+
+  @property
+  def batch(self) -> Tree:
+    """The one batch."""
+    return self.inputs, self.target_values
+
+  # The stages.
+
+  def plain(self) -> dict[str, Any]:
+    """Runs the model as it is: what fails here is no matter of conversion."""
+    return {
+      "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.plain_variables["params"]))
+    }
+
+  def layers(self) -> dict[str, Any]:
+    """Counts layers that become FP8, and the rules that left out the others."""
+    args, arrays = self.inputs
+    report = fp8.Fp8Config().report(self.model.module, *args, **arrays, **self.static)
+    left: Counter[str] = Counter()
+    for row in report.rows:
+      left[row.rule] += 0 if row.taken else row.stacked
+    return {
+      "converted": sum(row.stacked for row in report.taken),
+      "layers": sum(row.stacked for row in report.rows),
+      "left": {rule: count for rule, count in left.most_common() if count},
+    }
+
+  def init(self) -> dict[str, Any]:
+    """Compares the parameters of both."""
+    plain, ours = (self.variables[name]["params"] for name in ("plain", "fp8"))
+    same = jax.tree.structure(plain) == jax.tree.structure(ours)
+    return {
+      "params_equal": same
+      and all(
+        np.array_equal(*both) for both in zip(*map(jax.tree.leaves, (plain, ours)), strict=True)
+      )
+    }
+
+  def errors(self) -> dict[str, Any]:
+    """Compares outputs and gradients, at scale 1 and after calibration."""
+    started = self.variables["fp8"]
+    loss = functools.partial(self.loss, "fp8")
+    calibrated = fp8.calibrate(self.converted, started, [self.batch], loss, progress=False)
+    want = self._both("plain", self.variables["plain"])
+    found: dict[str, Any] = {}
+    for name, variables in {"fresh": started, "calibrated": calibrated}.items():
+      got = self._both("fp8", variables)
+      found |= {f"{name}_forward": relative(got[0], want[0])}
+      found |= {f"{name}_gradient": relative(got[1], want[1])}
+    return found
+
+  @functools.cached_property
+  def programs(self) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
+    """The output, and the gradients, of both."""
+    made: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+    for name, differentiate in {"plain": jax.grad, "fp8": fp8.grad}.items():
+      gradients: Any = differentiate(functools.partial(self.loss, name), allow_int=True)
+      made[name] = jax.jit(functools.partial(self.run, name)), jax.jit(gradients)
+    return made
+
+  def _both(self, which: str, variables: Tree) -> tuple[Tree, Tree]:
+    """Returns output and gradients of parameters."""
+    run, gradients = self.programs[which]
+    return run(variables, self.inputs), gradients(variables, self.batch)["params"]
+
+  @functools.cached_property
+  def trained(self) -> dict[str, tuple[Tree, float]]:
+    """Trains both: the variables, and the loss after the last step."""
+    return {name: self._train(name) for name in self.modules}
+
+  def _train(self, which: str) -> tuple[Tree, float]:
+    state = fp8.TrainState.create(
+      apply_fn=self.modules[which].apply,
+      params=self.variables[which],
+      tx=optax.adam(LEARNING_RATE),
+    )
+
+    @jax.jit
+    def step(state: fp8.TrainState, batch: Tree) -> tuple[fp8.TrainState, jax.Array]:
+      loss = lambda variables: self.loss(which, variables, batch, state.apply_fn)
+      value, gradients = fp8.value_and_grad(loss, allow_int=True)(state.params)
+      return state.apply_gradients(grads=gradients), value
+
+    for _ in range(STEPS):
+      state, _ = step(state, self.batch)
+    return state.params, float(step(state, self.batch)[1])
+
+  def training(self) -> dict[str, Any]:
+    """Compares the losses after some steps."""
+    return {f"loss_{name}": loss for name, (_, loss) in self.trained.items()}
+
+  def frozen(self) -> dict[str, Any]:
+    """Compares outputs of the frozen model with those of the trained one."""
+    variables, _ = self.trained["fp8"]
+    args, arrays = self.inputs
+    served, frozen = fp8.freeze_for_inference(
+      self.converted, variables, *args, **arrays, **self.static
+    )
+    want = self.programs["fp8"][0](variables, self.inputs)
+    run = lambda frozen, inputs: self.run("fp8", frozen, inputs, served.apply)
+    got = jax.jit(run)(frozen, self.inputs)
+    return {"frozen_difference": float(jnp.max(jnp.abs(got - want)))}
+
+  def gemms(self) -> dict[str, Any]:
+    """Counts GEMMs of loss and gradients, as compiled for a GPU."""
+    if self.target is None:
+      return {}
+    step = fp8.value_and_grad(functools.partial(self.loss, "fp8"), allow_int=True)
+    shapes = jax.eval_shape(lambda tree: tree, (self.variables["fp8"], self.batch))
+    try:
+      report = fp8.explain(step, *shapes, target=self.target, timeout=self.timeout)
+    except TimeoutError:
+      return {"gemms_left_out": f"compiling took longer than {self.timeout:g} s"}
+    return {"fp8_gemms": report.fp8_gemms, "gemms": report.total_gemms}
+
+
+STAGES: tuple[Callable[[Study], dict[str, Any]], ...] = (
+  Study.plain,
+  Study.layers,
+  Study.init,
+  Study.errors,
+  Study.training,
+  Study.frozen,
+  Study.gemms,
+)
+
+
+def relative(got: Tree, want: Tree) -> float:
+  """The norm of the difference of two trees, over the norm of the second."""
+  square = lambda tree: sum(float(jnp.sum(jnp.square(leaf))) for leaf in jax.tree.leaves(tree))
+  difference = jax.tree.map(lambda a, b: a.astype(jnp.float32) - b, got, want)
+  return (square(difference) / square(want)) ** 0.5
+
+
+def study(case: Case, target: str | None, timeout: float) -> dict[str, Any]:
+  """Asks everything of one model."""
+  row: dict[str, Any] = {"package": case.package, "name": case.name, "failures": {}}
+  try:
+    row["version"] = metadata.version(case.package)
+  except metadata.PackageNotFoundError:
+    return row | {"absent": True}
+  started = time.monotonic()
+  made: list[Study] = []
+  with _noting(row, "make"):
+    made.append(Study(case.make(), target, timeout))
+  for stage in STAGES if made else ():
+    with _noting(row, stage.__name__):
+      row |= stage(made[0])
+    if not {"plain", "init"}.isdisjoint(row["failures"]):
+      break
+  jax.clear_caches()
+  return row | {"seconds": round(time.monotonic() - started, 1)}
+
+
+@contextlib.contextmanager
+def _noting(row: Mapping[str, Any], stage: str) -> Generator[None]:
+  """Writes down why a stage failed."""
+  try:
+    yield
+  except Exception as error:  # whatever it is, the other models go on
+    first = (str(error).splitlines() or [""])[0]
+    row["failures"][stage] = f"{type(error).__name__}: {first}"
