@@ -23,12 +23,11 @@ listed. Rows of earlier runs stay in the JSON unless they are measured again.
 import argparse
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from flax_fp8.doctor import allow_missing_cuda
 from lm.files import write_text
@@ -83,23 +82,17 @@ def cells(row: Mapping[str, Any]) -> list[str]:
   ]
 
 
-def table(rows: Iterable[Mapping[str, Any]]) -> Table:
-  """The table for a terminal."""
-  grid = Table(title="Public models, converted with the defaults")
-  for heading in HEADINGS:
-    grid.add_column(heading)
-  for row in rows:
-    grid.add_row(*cells(row))
-  return grid
-
-
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
   """The table for a page of documentation."""
   escaped = ([cell.replace("|", "\\|") for cell in cells(row)] for row in rows)
   lines = (f"| {' | '.join(each)} |" for each in (HEADINGS, ["---"] * len(HEADINGS), *escaped))
+  return "\n".join([summary(rows), "", *lines]) + "\n"
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Counts the models without a failure."""
   passed = sum(not row["failures"] for row in rows)
-  summary = f"{passed} of {len(rows)} models pass every stage."
-  return "\n".join([summary, "", *lines]) + "\n"
+  return f"{passed} of {len(rows)} models pass every stage."
 
 
 def earlier(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -152,15 +145,17 @@ def main(words: Sequence[str] | None = None) -> list[Any]:
   arguments = parse(words)
   allow_missing_cuda()
   os.environ.setdefault("HF_HUB_OFFLINE", "1")  # configurations are made here, never fetched
+  # Hundreds of programs are compiled, each to run once or a few times.
+  os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
   console = Console()
   if arguments.tiny:
     cases = [flax_modules.TINY]
   else:
     old_names.restore()
     cases = chosen(arguments.only)
+  console.print(*HEADINGS, sep=" | ", highlight=False, soft_wrap=True)
   rows = measure(cases, arguments, console)
-  if len(rows) > 1:
-    console.print(table(rows))
+  console.print(summary(rows), highlight=False)
   return rows
 
 

@@ -16,7 +16,7 @@ ROWS, LENGTH, WIDTH, HEADS, VOCABULARY = 2, 32, 64, 4, 96
 SIZES = {
   "vocab_size": VOCABULARY,
   "hidden_size": WIDTH,
-  "num_hidden_layers": 2,
+  "num_hidden_layers": 1,
   "num_attention_heads": HEADS,
   "intermediate_size": 2 * WIDTH,
   "max_position_embeddings": 2 * LENGTH,
@@ -28,7 +28,7 @@ BOTH_SIDES = {
   **{
     f"{side}_{name}": size
     for side in ("encoder", "decoder")
-    for name, size in {"layers": 2, "attention_heads": HEADS, "ffn_dim": 2 * WIDTH}.items()
+    for name, size in {"layers": 1, "attention_heads": HEADS, "ffn_dim": 2 * WIDTH}.items()
   },
 }
 T5 = {
@@ -36,7 +36,7 @@ T5 = {
   "d_model": WIDTH,
   "d_kv": 16,
   "d_ff": 2 * WIDTH,
-  "num_layers": 2,
+  "num_layers": 1,
   "num_heads": HEADS,
 }
 IMAGES = {**SIZES, "image_size": 32, "patch_size": 8, "num_labels": 16}
@@ -128,7 +128,7 @@ CASES = (
       "vocab_size": VOCABULARY,
       "dim": WIDTH,
       "hidden_dim": 2 * WIDTH,
-      "n_layers": 2,
+      "n_layers": 1,
       "n_heads": HEADS,
       "max_position_embeddings": 2 * LENGTH,
     },
@@ -154,7 +154,7 @@ CASES = (
     {
       "vocab_size": VOCABULARY,
       "n_embd": WIDTH,
-      "n_layer": 2,
+      "n_layer": 1,
       "n_head": HEADS,
       "n_positions": 2 * LENGTH,
     },
@@ -180,7 +180,7 @@ CASES = (
     {
       "vocab_size": VOCABULARY,
       "n_embd": WIDTH,
-      "n_layer": 2,
+      "n_layer": 1,
       "n_head": HEADS,
       "rotary_dim": 8,
       "n_positions": 2 * LENGTH,
@@ -200,7 +200,7 @@ CASES = (
       "vocab_size": VOCABULARY,
       "d_model": WIDTH,
       "ffn_dim": 2 * WIDTH,
-      "num_layers": 2,
+      "num_layers": 1,
       "attention_heads": HEADS,
       "max_position_embeddings": 2 * LENGTH,
     },
@@ -209,7 +209,7 @@ CASES = (
     "FlaxBloomForCausalLM",
     "BloomConfig",
     _text,
-    {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "n_layer": 2, "n_head": HEADS},
+    {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "n_layer": 1, "n_head": HEADS},
   ),
   _case("FlaxLlamaForCausalLM", "LlamaConfig", _text, SIZES, num_key_value_heads=2),
   _case("FlaxGemmaForCausalLM", "GemmaConfig", _text, SIZES, num_key_value_heads=2, head_dim=16),

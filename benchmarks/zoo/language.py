@@ -22,7 +22,7 @@ def _dalle() -> Model:
   sides = {
     f"{side}_{name}": size
     for side in ("encoder", "decoder")
-    for name, size in {"layers": 2, "attention_heads": 4, "ffn_dim": 2 * WIDTH}.items()
+    for name, size in {"layers": 1, "attention_heads": 4, "ffn_dim": 2 * WIDTH}.items()
   }
   config = configuration.DalleBartConfig(
     d_model=WIDTH,
@@ -94,7 +94,7 @@ def _gpt2() -> Model:
     vocab_size: int = VOCABULARY
     n_positions: int = LENGTH
     n_embd: int = WIDTH
-    n_layer: int = 2
+    n_layer: int = 1
     n_head: int = 4
     n_inner: int | None = None
     activation_function: str = "gelu_new"
@@ -128,7 +128,7 @@ def _experts() -> Model:
   library: Any = importlib.import_module("nano_moe.model")
   sizes: Any = importlib.import_module("nano_moe.config")
   config = sizes.NanoMoEConfig(
-    vocab_size=VOCABULARY, n_layers=2, d_model=WIDTH, d_ff=2 * WIDTH, block_size=LENGTH
+    vocab_size=VOCABULARY, n_layers=1, d_model=WIDTH, d_ff=2 * WIDTH, block_size=LENGTH
   )
   inputs = (tokens(ROWS, LENGTH, VOCABULARY),)
   return Model(library.NanoMoE(config), inputs, {}, first_array, labels=True)

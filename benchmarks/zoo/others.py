@@ -11,7 +11,7 @@ from zoo.model import Case, Model, first_array, normal
 
 def _jvt() -> Model:
   library: Any = importlib.import_module("jvt.vit")
-  module = library.ViT(patch_size=8, out_features=16, width=64, depth=2, num_heads=4, dim_ffn=128)
+  module = library.ViT(patch_size=8, out_features=16, width=64, depth=1, num_heads=4, dim_ffn=128)
   return Model(module, (normal(2, 32, 32, 3),), labels=True)
 
 
@@ -24,7 +24,7 @@ def _transformer_in_transformer() -> Model:
   library: Any = importlib.import_module("transformer_in_transformer_flax")
   config = library.TNTConfig(
     num_classes=16,
-    depth=2,
+    depth=1,
     image_size=32,
     patch_size=16,
     inner_dim=32,
@@ -48,12 +48,6 @@ def _bottleneck() -> Model:
 def _resnet() -> Model:
   library: Any = importlib.import_module("jax_resnet")
   return Model(library.ResNet18(n_classes=16), (normal(2, 32, 32, 3),), labels=True)
-
-
-def _flaxmodels_resnet() -> Model:
-  library: Any = importlib.import_module("flaxmodels")
-  module = library.ResNet18(output="logits", pretrained=None, normalize=False, num_classes=16)
-  return Model(module, (normal(2, 32, 32, 3),), {"train": False}, labels=True)
 
 
 def _stylegan() -> Model:
@@ -101,7 +95,7 @@ CASES = (
   Case(
     "flaim",
     "Swin",
-    lambda: _flaim("swin", "Swin", depths=(1, 2), token_dim=32, n_heads=(2, 4), window_size=4),
+    lambda: _flaim("swin", "Swin", depths=(1, 1), token_dim=32, n_heads=(2, 4), window_size=4),
   ),
   Case(
     "flaim", "ConvNeXt", lambda: _flaim("convnext", "ConvNeXt", depths=(1, 1), out_dims=(32, 64))
@@ -109,7 +103,6 @@ CASES = (
   Case("transformer-in-transformer-flax", "TNT", _transformer_in_transformer),
   Case("bottleneck-transformer-flax", "BoTNet", _bottleneck),
   Case("jax-resnet", "ResNet18", _resnet),
-  Case("flaxmodels", "ResNet18", _flaxmodels_resnet),
   Case("flaxmodels", "MappingNetwork", _stylegan),
   Case("brax", "MLP", _policy),
   Case("brax", "SNMLP", _spectral_policy),

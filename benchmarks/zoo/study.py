@@ -67,13 +67,18 @@ class Study:
     rngs = self._keys() or None
     return self.model.read(apply(variables, *args, **arrays, **self.static, rngs=rngs))
 
-  def loss(self, which: str, variables: Tree, batch: Tree, apply: Any = None) -> jax.Array:
+  def loss(self, which: str, variables: Tree, batch: Tree) -> jax.Array:
     """Is the loss of a model, of its variables and of inputs and what is wanted."""
+    return self._loss_and_output(which, variables, batch)[0]
+
+  def _loss_and_output(
+    self, which: str, variables: Tree, batch: Tree
+  ) -> tuple[jax.Array, jax.Array]:
     inputs, wanted = batch
-    out = self.run(which, variables, inputs, apply)
+    out = self.run(which, variables, inputs)
     if self.model.labels:
-      return optax.softmax_cross_entropy_with_integer_labels(out, wanted).mean()
-    return jnp.mean(jnp.square(out - wanted))
+      return optax.softmax_cross_entropy_with_integer_labels(out, wanted).mean(), out
+    return jnp.mean(jnp.square(out - wanted)), out
 
   @property
   def batch(self) -> Tree:
@@ -117,27 +122,27 @@ class Study:
     started = self.variables["fp8"]
     loss = functools.partial(self.loss, "fp8")
     calibrated = fp8.calibrate(self.converted, started, [self.batch], loss, progress=False)
-    want = self._both("plain", self.variables["plain"])
+    (_, out), gradients = self.differentiated["plain"](self.variables["plain"], self.batch)
     found: dict[str, Any] = {}
     for name, variables in {"fresh": started, "calibrated": calibrated}.items():
-      got = self._both("fp8", variables)
-      found |= {f"{name}_forward": relative(got[0], want[0])}
-      found |= {f"{name}_gradient": relative(got[1], want[1])}
+      (_, got), got_gradients = self.differentiated["fp8"](variables, self.batch)
+      found[f"{name}_forward"] = relative(got, out)
+      found[f"{name}_gradient"] = relative(got_gradients["params"], gradients["params"])
     return found
 
   @functools.cached_property
-  def programs(self) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
-    """The output, and the gradients, of both."""
-    made: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
-    for name, differentiate in {"plain": jax.grad, "fp8": fp8.grad}.items():
-      gradients: Any = differentiate(functools.partial(self.loss, name), allow_int=True)
-      made[name] = jax.jit(functools.partial(self.run, name)), jax.jit(gradients)
-    return made
+  def run_fp8(self) -> Callable[..., Any]:
+    """The output in FP8, compiled."""
+    return jax.jit(functools.partial(self.run, "fp8"))
 
-  def _both(self, which: str, variables: Tree) -> tuple[Tree, Tree]:
-    """Returns output and gradients of parameters."""
-    run, gradients = self.programs[which]
-    return run(variables, self.inputs), gradients(variables, self.batch)["params"]
+  @functools.cached_property
+  def differentiated(self) -> dict[str, Callable[..., Any]]:
+    """Loss, output and gradients of both, compiled."""
+    made: dict[str, Callable[..., Any]] = {}
+    for name, differentiate in {"plain": jax.value_and_grad, "fp8": fp8.value_and_grad}.items():
+      loss = functools.partial(self._loss_and_output, name)
+      made[name] = jax.jit(differentiate(loss, has_aux=True, allow_int=True))
+    return made
 
   @functools.cached_property
   def trained(self) -> dict[str, tuple[Tree, float]]:
@@ -150,16 +155,13 @@ class Study:
       params=self.variables[which],
       tx=optax.adam(LEARNING_RATE),
     )
-
-    @jax.jit
-    def step(state: fp8.TrainState, batch: Tree) -> tuple[fp8.TrainState, jax.Array]:
-      loss = lambda variables: self.loss(which, variables, batch, state.apply_fn)
-      value, gradients = fp8.value_and_grad(loss, allow_int=True)(state.params)
-      return state.apply_gradients(grads=gradients), value
-
+    update = jax.jit(lambda state, gradients: state.apply_gradients(grads=gradients))
+    differentiated = self.differentiated[which]
     for _ in range(STEPS):
-      state, _ = step(state, self.batch)
-    return state.params, float(step(state, self.batch)[1])
+      _, gradients = differentiated(state.params, self.batch)
+      state = update(state, gradients)
+    (loss, _), _ = differentiated(state.params, self.batch)
+    return state.params, float(loss)
 
   def training(self) -> dict[str, Any]:
     """Compares the losses after some steps."""
@@ -172,7 +174,7 @@ class Study:
     served, frozen = fp8.freeze_for_inference(
       self.converted, variables, *args, **arrays, **self.static
     )
-    want = self.programs["fp8"][0](variables, self.inputs)
+    want = self.run_fp8(variables, self.inputs)
     run = lambda frozen, inputs: self.run("fp8", frozen, inputs, served.apply)
     got = jax.jit(run)(frozen, self.inputs)
     return {"frozen_difference": float(jnp.max(jnp.abs(got - want)))}

@@ -122,8 +122,8 @@ def test_training_writes_state_over(wrapped):
   if OWG in variables:
     of_twin = train_module(wrapper, variables, steps=4)
     jax.tree.map(np.testing.assert_array_equal, state.params, pack(of_twin))
-    history = state.params[OWG]["transformer"]["h"]["0"]["mlp"]["c_fc"]
-    assert all((history := next(iter(history.values())))["output_grad_amax_history"][:4] > 0)
+    seen = state.params[OWG]["transformer"]["h"]["0"]["mlp"]["c_fc"]["Fp8DotGeneral_0"]
+    assert (seen["output_grad_amax_history"] > 0).sum() == 4
 
 
 def train_module(wrapper, variables, steps):
