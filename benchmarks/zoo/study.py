@@ -98,11 +98,12 @@ class Study:
     args, arrays = self.inputs
     report = fp8.Fp8Config().report(self.model.module, *args, **arrays, **self.static)
     left: Counter[str] = Counter()
-    for row in report.rows:
+    contractions = [row for row in report.rows if row.contracts]
+    for row in contractions:
       left[row.rule] += 0 if row.taken else row.stacked
     return {
       "converted": sum(row.stacked for row in report.taken),
-      "layers": sum(row.stacked for row in report.rows),
+      "layers": sum(row.stacked for row in contractions),
       "left": {rule: count for rule, count in left.most_common() if count},
     }
 
