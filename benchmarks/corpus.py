@@ -1,7 +1,7 @@
 """Do public Linen models, unmodified, convert with the defaults alone?
 
-    pip install -e '.[dev]' transformers==4.52.4 diffusers==0.33.1    # and other packages of zoo/
-    python benchmarks/corpus.py              # no GPU needed; about an hour on two CPU cores
+    pip install -e '.[dev]' && pip install --no-deps -r benchmarks/zoo/requirements.txt
+    python benchmarks/corpus.py              # no GPU needed; about 30 minutes on two CPU cores
     python benchmarks/corpus.py --only transformers brax/MLP
 
 Each model comes from a package on PyPI, with a small configuration. ``fp8_linear_layers(model)``

@@ -4,7 +4,6 @@ The wrapper knows ``params`` alone. State travels inside them, under the names o
 """
 
 import functools
-import re
 import warnings
 
 import flax.serialization
@@ -70,9 +69,7 @@ def wrapped(request):
   recipe, tied = CASES[request.param]
   with jax.numpy_rank_promotion("allow"):
     wrapper = make_wrapper(tied)
-    # GPT-2's layers are of a class of its own, which calls lax.dot_general.
-    config = fp8.Fp8Config(recipe=recipe, functions=re.compile(r"c_\w+$"))
-    converted = fp8.fp8_linear_layers(wrapper.module, config)
+    converted = fp8.fp8_linear_layers(wrapper.module, fp8.Fp8Config(recipe=recipe))
     plain = {"params": wrapper.params}
     variables = fp8.upgrade_variables(converted, plain, *INPUTS)
     if OWG in variables:
