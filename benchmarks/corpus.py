@@ -119,7 +119,7 @@ def measure(cases: Sequence[Case], arguments: argparse.Namespace, console: Conso
     console.print(*cells(row), sep=" | ", markup=False, highlight=False, soft_wrap=True)
     order = [(case.package, case.name) for case in CASES]
     known = [rows[key] for key in order if key in rows]
-    document = {"environment": environment(), "target": target, "found": known}
+    document = {"environment": environment(), "found": known}
     write_text(path, json.dumps(document, indent=1) + "\n")
     write_text(arguments.out / "corpus.md", markdown(known))
   if absent:

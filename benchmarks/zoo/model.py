@@ -20,6 +20,7 @@ class Model(NamedTuple):
     labels: whether the loss is the cross-entropy of the last axis; if not, the mean square of the
       difference to normal values.
     rngs: names of PRNG keys that ``init`` and ``apply`` take besides ``params``.
+    mutable: collections that every run of the model changes; the changes are dropped.
   """
 
   module: nn.Module
@@ -28,6 +29,7 @@ class Model(NamedTuple):
   read: Callable[[Any], jax.Array] = lambda out: out
   labels: bool = False
   rngs: tuple[str, ...] = ()
+  mutable: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

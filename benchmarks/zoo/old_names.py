@@ -22,8 +22,8 @@ RENAMED: dict[str, dict[str, str]] = {
 def restore() -> None:
   """Puts the names back."""
   missing: tuple[tuple[Any, str, Any], ...] = (
-    (jnp, "DeviceArray", jax.Array),  # annotations of dalle-mini and jvt
-    (jax.random, "KeyArray", jax.Array),  # annotations of flaim and jvt
+    (jnp, "DeviceArray", jax.Array),  # annotations of dalle-mini
+    (jax.random, "KeyArray", jax.Array),  # annotations of flaim
     (jax.experimental, "PartitionSpec", jax.sharding.PartitionSpec),  # dalle-mini
   )
   for module, name, value in missing:

@@ -9,12 +9,6 @@ import jax.numpy as jnp
 from zoo.model import Case, Model, first_array, normal
 
 
-def _jvt() -> Model:
-  library: Any = importlib.import_module("jvt.vit")
-  module = library.ViT(patch_size=8, out_features=16, width=64, depth=1, num_heads=4, dim_ffn=128)
-  return Model(module, (normal(2, 32, 32, 3),), labels=True)
-
-
 def _flaim(file: str, name: str, **fields: Any) -> Model:
   library: Any = importlib.import_module(f"flaim.models.{file}")
   return Model(getattr(library, name)(n_classes=16, **fields), (normal(2, 32, 32, 3),), labels=True)
@@ -63,7 +57,12 @@ def _policy() -> Model:
 
 def _spectral_policy() -> Model:
   library: Any = importlib.import_module("brax.training.networks")
-  return Model(library.SNMLP(layer_sizes=(64, 64, 16)), (normal(32, 48),), rngs=("sing_vec",))
+  return Model(
+    library.SNMLP(layer_sizes=(64, 64, 16)),
+    (normal(32, 48),),
+    rngs=("sing_vec",),
+    mutable=("sing_vec",),
+  )
 
 
 def _vision_policy() -> Model:
@@ -91,7 +90,6 @@ def _equivariant() -> Model:
 
 
 CASES = (
-  Case("jvt", "ViT", _jvt),
   Case(
     "flaim",
     "Swin",

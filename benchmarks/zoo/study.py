@@ -64,8 +64,10 @@ class Study:
     """Runs a model, and returns the array that the loss is of."""
     args, arrays = inputs
     apply = apply or self.modules[which].apply
-    rngs = self._keys() or None
-    return self.model.read(apply(variables, *args, **arrays, **self.static, rngs=rngs))
+    mutable = list(self.model.mutable)
+    options = {"rngs": self._keys() or None, "mutable": mutable or False}
+    out = apply(variables, *args, **arrays, **self.static, **options)
+    return self.model.read(out[0] if mutable else out)
 
   def loss(self, which: str, variables: Tree, batch: Tree) -> jax.Array:
     """Is the loss of a model, of its variables and of inputs and what is wanted."""
@@ -190,7 +192,7 @@ class Study:
       report = fp8.explain(step, *shapes, target=self.target, timeout=self.timeout)
     except TimeoutError:
       return {"gemms_left_out": f"compiling took longer than {self.timeout:g} s"}
-    return {"fp8_gemms": report.fp8_gemms, "gemms": report.total_gemms}
+    return {"target": self.target, "fp8_gemms": report.fp8_gemms, "gemms": report.total_gemms}
 
 
 STAGES: tuple[Callable[[Study], dict[str, Any]], ...] = (
@@ -205,10 +207,10 @@ STAGES: tuple[Callable[[Study], dict[str, Any]], ...] = (
 
 
 def relative(got: Tree, want: Tree) -> float:
-  """The norm of the difference of two trees, over the norm of the second."""
+  """The norm of the difference of two trees, over the norm of the second if that is not zero."""
   square = lambda tree: sum(float(jnp.sum(jnp.square(leaf))) for leaf in jax.tree.leaves(tree))
   difference = jax.tree.map(lambda a, b: a.astype(jnp.float32) - b, got, want)
-  return (square(difference) / square(want)) ** 0.5
+  return (square(difference) / (square(want) or 1.0)) ** 0.5
 
 
 def study(case: Case, target: str | None, timeout: float) -> dict[str, Any]:
