@@ -79,9 +79,10 @@ def freeze_for_inference(
       nothing in FP8.
 
   Numerics:
-    Outputs are those of ``module.apply(variables, ...)``, bit for bit under jit; but a model that
-    differentiates inside has gradients in high precision. Each run checks, by tracing the model
-    once more, that it multiplies by the parameters that were frozen. Recipes without
+    Outputs are those of ``module.apply(variables, ...)``: the same FP8 values and scales. Under jit
+    they are the same bits, unless XLA fuses float32 arithmetic around a GEMM in another way. A
+    model that differentiates inside has gradients in high precision. Each run checks, by tracing
+    the model once more, that it multiplies by the parameters that were frozen. Recipes without
     state scale inputs by themselves, as in training. Under ``overflow="current"`` scales are static
     all the same: what is beyond their range saturates. Under ``first_step="current"`` a history of
     zeros leaves the scale to the tensor to come, as the next step of training does: that of an
@@ -161,7 +162,8 @@ def _survey(module: nn.Module, variables: Any, args: Any, kwargs: Any) -> _Surve
   def run(variables: Any) -> Any:
     full_args, full_kwargs = fill((args, kwargs))
     kept = flax.core.DenyList(("params", OVERWRITE_WITH_GRADIENT))
-    return module.apply(variables, *full_args, mutable=kept, **full_kwargs)
+    rngs = {"params": jax.random.key(0)}  # for whatever draws numbers, as in `init`
+    return module.apply(variables, *full_args, mutable=kept, rngs=rngs, **full_kwargs)
 
   with nn.intercept_methods(intercept):
     found = origins(run, flax.core.unfreeze(variables))

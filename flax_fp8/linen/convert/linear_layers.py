@@ -151,7 +151,11 @@ class Fp8Conversion:
     if self.order is None and run.method is None:
       self._check(run, [layer for layer, _ in seen.values()])
       if not has_state(run.variables):
-        self.require_some(decision for _, decision in seen.values())
+        decisions = [decision for _, decision in seen.values()]
+        if all(decision.recipe is None for decision in decisions):
+          rows = self.config.report(run.module, *run.args, **run.kwargs).rows
+          decisions = [Decision(row.recipe, row.rule) for row in rows]
+        self.require_some(decisions)
 
   def _check(self, run: Run, layers: list[Layer]) -> None:
     """Raises where a pattern can't have meant this model, of which a run may see a part."""

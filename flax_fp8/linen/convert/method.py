@@ -121,8 +121,10 @@ class Contractions:
 
   def _of_layer(self, kernel: jax.Array) -> bool:
     """Tells whether this is a layer: of Linen's, or one that has its kernel in ``kernel``."""
-    own = own_kernel(self.frame.module)
-    return isinstance(self.frame.module, LAYERS) or (own is not None and own.size == kernel.size)
+    if isinstance(self.frame.module, LAYERS):
+      return True
+    own = None if self.named else own_kernel(self.frame.module)
+    return own is not None and own.size == kernel.size
 
   @contextlib.contextmanager
   def repeated(self, program: Any) -> Generator[None]:

@@ -37,8 +37,6 @@ IDS = jax.random.randint(jax.random.key(1), (2, LENGTH), 3, VOCABULARY)
 INPUTS = (IDS, jnp.ones_like(IDS), jnp.broadcast_to(jnp.arange(LENGTH), IDS.shape))
 CASES = {
   "current": (fp8.Float8CurrentScaling(), False),
-  "delayed": (fp8.DelayedScaling(), False),
-  "current, tied head": (fp8.Float8CurrentScaling(), True),
   "delayed, tied head": (fp8.DelayedScaling(), True),
 }
 

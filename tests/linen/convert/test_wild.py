@@ -204,8 +204,11 @@ def test_a_hidden_layer_before_the_head_is_no_head():
 
 
 def test_a_model_without_linear_layers_says_what_it_has():
-  with pytest.raises(ValueError, match=r"got none of 8.*functions=.+cell.*says for each module"):
-    fp8.fp8_linear_layers(nn.RNN(nn.OptimizedLSTMCell(32)), None, X[None])
+  model, message = nn.RNN(nn.OptimizedLSTMCell(32)), r"got none of 8.*functions=.+cell.*says for"
+  with pytest.raises(ValueError, match=message):
+    fp8.fp8_linear_layers(model, None, X[None])
+  with pytest.raises(ValueError, match=message):
+    fp8.fp8_linear_layers(model).init(KEY, X[None])
 
 
 @pytest.mark.parametrize("pattern", ["out", "Many/out", "*/out", "Many/out/Fp8DotGeneral_0"])
@@ -311,6 +314,21 @@ def test_state_may_be_among_the_parameters(frozen):
     grads = jax.jit(fp8.grad(lambda p: model.apply({"params": p}, X).sum()))(packed)
     wanted = jax.jit(fp8.grad(lambda v: model.apply(v, X).sum()))(variables)
     jax.tree.map(np.testing.assert_array_equal, grads, {**wanted["params"], OWG: wanted[OWG]})
+
+
+def test_a_model_that_draws_numbers_is_frozen():
+  class Noisy(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(32)(x) + jax.random.normal(self.make_rng("noise"), (4, 32))
+
+  converted = fp8.fp8_linear_layers(Noisy())
+  variables = jax.jit(converted.init)(KEY, X)
+  served, frozen = fp8.freeze_for_inference(converted, variables, X)
+  rngs = {"noise": KEY}
+  np.testing.assert_array_equal(
+    served.apply(frozen, X, rngs=rngs), converted.apply(variables, X, rngs=rngs)
+  )
 
 
 def test_a_served_model_initializes_what_is_not_frozen():
