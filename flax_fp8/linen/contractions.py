@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from flax_fp8.ops.dot_general import plan_dot_general
@@ -51,7 +52,7 @@ class Call:
   @classmethod
   def of(cls, module: Any, args: Any, kwargs: Any) -> Call:
     """Reads the arguments of a call."""
-    given = inspect.signature(type(module).__call__).bind(module, *args, **kwargs).arguments
+    given = arguments(module, args, kwargs)
     lhs, rhs = jnp.asarray(given["lhs"]), jnp.asarray(given["rhs"])
     preferred = given.get("preferred_element_type")
     if module.result_like_kernel:
@@ -84,3 +85,14 @@ class Call:
   def finish(self, out: jax.Array) -> jax.Array:
     """Makes of the contraction's result that of the module."""
     return lax.transpose(out, self.permutation)
+
+
+def arguments(module: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+  """Returns the arguments of a call of a module by their names."""
+  return dict(inspect.signature(type(module).__call__).bind(module, *args, **kwargs).arguments)
+
+
+def blank(tree: Any) -> Any:
+  """Puts zeros in the place of arrays, which a traced program then does not read."""
+  is_array = lambda x: isinstance(x, jax.Array | np.ndarray)
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if is_array(x) else x, tree)

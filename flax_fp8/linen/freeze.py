@@ -2,8 +2,8 @@
 
 What a contraction multiplies is known only while the model runs: the dtype that its kernel is cast
 to, the axes that it contracts. So freezing runs the model once, abstractly, and writes down each
-contraction; then each kernel is quantized, and its parameter is gone. The converted module that
-serves them gives the model NaN for the parameter, which no contraction reads.
+contraction. Then each kernel is quantized, and its parameter is gone, unless something else reads
+it. The converted module that serves them gives the model NaN for a parameter that is gone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from flax_fp8.linen.arguments import fill, require_variables
 from flax_fp8.linen.boxes import unbox
-from flax_fp8.linen.contractions import Call
+from flax_fp8.linen.contractions import Call, arguments, blank
 from flax_fp8.linen.converted import make_converted
 from flax_fp8.linen.frozen import (
   FP8_FROZEN,
@@ -37,7 +37,7 @@ from flax_fp8.linen.frozen import (
   running_applies,
 )
 from flax_fp8.linen.lifted import own_axes, own_back, own_last
-from flax_fp8.linen.provenance import Found, Origins, mark, origins
+from flax_fp8.linen.provenance import READ, Found, Origins, mark, origins
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, find_state, is_among_params
 from flax_fp8.ops.frozen import quantize_kernel
 from flax_fp8.quantize import QTensor
@@ -66,9 +66,9 @@ def freeze_for_inference(
     The serving module, called as ``module``; and its variables: ``params`` without the kernels, the
     collection ``fp8_frozen``, and every other collection as it was. A kernel that is computed from
     parameters, other than by a cast and a transpose, leaves these where they are, and is quantized
-    in each run. So does one that layers share, each with a scale of its own, and one of a recipe
-    with its forward GEMM in high precision. A module that the model runs by a nested ``apply``
-    keeps its variables.
+    in each run. So does one that something else reads too, such as a table that is looked up; one
+    that layers share, each with a scale of its own; and one of a recipe with its forward GEMM in
+    high precision. A module that the model runs by a nested ``apply`` keeps its variables.
 
     A kernel that ``nn.scan`` or ``nn.vmap`` stacks is stacked along the same axis in
     ``fp8_frozen``. Where that is not the first one, ``kernel_scale`` has the kernel's rank.
@@ -149,14 +149,15 @@ def _survey(module: nn.Module, variables: Any, args: Any, kwargs: Any) -> _Surve
   def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     module: Any = context.module
     if is_contraction(context):
-      call, state = Call.of(module, args, kwargs), find_state(module)
+      rhs, state = jnp.asarray(arguments(module, args, kwargs)["rhs"]), find_state(module)
+      args, kwargs = blank((args, kwargs))
       if running_applies() > own:
-        mark(next(nested), call.rhs, *state.values())
+        mark(next(nested), rhs, *state.values())
       else:
-        calls.setdefault(module.path, []).append(call)
+        calls.setdefault(module.path, []).append(call := Call.of(module, args, kwargs))
         in_params.update([module.path] if is_among_params() else [])
         keys = (f"{Role.KERNEL.value}_{key}" for key in call.plan.recipe.init_state(Role.KERNEL))
-        mark(module.path, call.rhs, *(state[key] for key in keys if key in state))
+        mark(module.path, rhs, *(state[key] for key in keys if key in state))
     return next_fun(*args, **kwargs)
 
   def run(variables: Any) -> Any:
@@ -192,13 +193,13 @@ def _decide(
   as_they_are = [
     values for path in calls if not kernels.get(path) for values in found.get(path, ())
   ]
-  read |= {values[0].path for values in as_they_are if values[0]}
+  read |= {values[0].path for values in (*as_they_are, *found.get(READ, ())) if values[0]}
   layers: list[FrozenLayer] = []
   for path, (*_, call) in calls.items():
     layer = FrozenLayer(path, call.plan, call.dtype, call.reduction)
     layer = dataclasses.replace(layer, in_params=path in in_params, runs_as_is=path in kept)
     kernel = kernels.get(path)
-    if kernel is not None and ("params", *kernel[0]) not in read:
+    if kernel is not None and kernel[0] in params and ("params", *kernel[0]) not in read:
       param = params[kernel[0]]
       path, lifted, order = kernel
       known = {"shape": param.shape, "parameter_dtype": param.dtype}

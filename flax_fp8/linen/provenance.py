@@ -23,6 +23,9 @@ Path: TypeAlias = tuple[str, ...]
 Origins: TypeAlias = tuple["Origin | None", ...]
 Found: TypeAlias = dict[Hashable, set[Origins]]
 
+# The name under which ``origins`` reports variables that the program reads otherwise.
+READ = "read"
+
 
 @dataclasses.dataclass(frozen=True)
 class Level:
@@ -107,7 +110,7 @@ def origins(fun: Callable[[Any], Any], variables: Any) -> Found:
 
   Returns:
     By name, what the values are in each call of ``mark``: the variables, or None for one that is
-    none.
+    none. By ``READ``, each variable that something else reads.
   """
   jaxpr = jax.make_jaxpr(fun)(variables).jaxpr
   paths = [_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
@@ -122,7 +125,8 @@ def origins(fun: Callable[[Any], Any], variables: Any) -> Found:
 
 def _names(path: Any) -> Path:
   """Returns the keys of a leaf; a box around it has only fields."""
-  return tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
+  keys = (getattr(entry, "key", getattr(entry, "idx", None)) for entry in path)
+  return tuple(key for key in keys if key is not None)
 
 
 def _walk(
@@ -158,10 +162,13 @@ def _step(
     level = Level(scans, is_scan=True)
     slices = [origin and origin.sliced(level) for origin in given[constants + carries :]]
     inputs = [*given[:constants], *[None] * carries, *slices]
+    _read(given[constants : constants + carries], found)
     _walk(params["jaxpr"].jaxpr, inputs, found, scans + 1)
     return []
   if name == "while":
-    constants = given[params["cond_nconsts"] :][: params["body_nconsts"]]
+    skipped, count = params["cond_nconsts"], params["body_nconsts"]
+    constants = given[skipped : skipped + count]
+    _read([*given[:skipped], *given[skipped + count :]], found)
     body = params["body_jaxpr"].jaxpr
     _walk(body, [*constants, *[None] * (len(body.invars) - len(constants))], found, scans)
     return []
@@ -172,9 +179,15 @@ def _step(
   inner = list(_jaxprs(params))
   if name in _CALLS and len(inner) == 1 and len(inner[0].invars) == len(given):
     return _walk(inner[0], given, found, scans)
+  _read(given, found)
   for jaxpr in inner:
     _walk(jaxpr, [None] * len(jaxpr.invars), found, scans)
   return []
+
+
+def _read(given: Sequence[Origin | None], found: Found) -> None:
+  """Notes the variables that an equation reads."""
+  found.setdefault(READ, set()).update((origin,) for origin in given if origin)
 
 
 def _unmapped(given: Sequence[Origin | None], mapped: Sequence[Sequence[bool]]) -> Origins:

@@ -183,7 +183,7 @@ def _dispatch(original: Callable[..., Any], rule: Rule) -> Callable[..., Any]:
 
 def _by_jax(original: Callable[..., Any], args: Sequence[Any], params: Mapping[str, Any]) -> Any:
   """Lets JAX bind; what it binds to carry that out, as under vmap, is no call of the method."""
-  with _set(None):
+  with _set(None), _marking(False):
     return original(*args, **params)
 
 

@@ -104,7 +104,8 @@ class Fp8Config:
       none.
     functions: modules of which all contractions of their own methods are converted, however they
       are written: ``jnp.einsum``, ``x @ w``, ``lax.dot_general``. The operand on the right is the
-      kernel.
+      kernel. Their state is numbered in the order of the calls, as Linen numbers submodules without
+      a name: make the same calls in each run.
     skip_first: of all linear layers, in the order of their calls, so many stay as they are.
     skip_last: the same from the end.
     multiple_of: contracted size and features must be multiples of this, as FP8 kernels want.

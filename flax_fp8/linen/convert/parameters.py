@@ -35,10 +35,15 @@ def uses(fun: Callable[[Any], Any], params: Any) -> dict[Hashable, set[Path]]:
   """
   jaxpr = jax.make_jaxpr(fun)(params).jaxpr
   leaves = jax.tree_util.tree_leaves_with_path(params)
-  inputs = [frozenset({tuple(entry.key for entry in path)}) for path, _ in leaves]
+  inputs = [frozenset({path_of(path)}) for path, _ in leaves]
   found: dict[Hashable, set[Path]] = {}
   _walk(jaxpr, inputs, found)
   return found
+
+
+def path_of(path: Any) -> Path:
+  """Writes the path of a leaf as names; a parameter may be a dict or a list of arrays."""
+  return tuple(str(getattr(entry, "key", getattr(entry, "idx", entry))) for entry in path)
 
 
 def _walk(jaxpr: Any, inputs: Sequence[Made], found: dict[Hashable, set[Path]]) -> list[Made]:

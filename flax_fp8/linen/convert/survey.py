@@ -10,13 +10,12 @@ from typing import Any
 
 import flax.core
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import numpy as np
 
 from flax_fp8.linen.arguments import fill
 from flax_fp8.linen.convert.method import join
-from flax_fp8.linen.convert.parameters import CONVOLUTION, LOOKUP, Path, uses
+from flax_fp8.linen.convert.parameters import CONVOLUTION, LOOKUP, Path, path_of, uses
 from flax_fp8.linen.convert.patterns import Layer, Pattern
 from flax_fp8.linen.convert.report import Row
 from flax_fp8.linen.convert.walk import Walk
@@ -52,7 +51,8 @@ def survey(
       outputs.extend(jax.tree.leaves(_initialize(module, params, args, kwargs)))
 
   used = uses(run, flax.core.unfreeze(params))
-  flat = flax.traverse_util.flatten_dict(params)
+  leaves = jax.tree_util.tree_leaves_with_path(flax.core.unfreeze(params))
+  flat = {path_of(path): leaf for path, leaf in leaves}
   rows = [
     Row(layer, calls=max(visitor.calls[path].values()), stacked=visitor.stacked(layer, flat))
     for path, layer in visitor.layers.items()
@@ -148,21 +148,28 @@ def _unused(modules: Modules, params: dict[Path, Any], used: Any) -> Iterator[Ro
       converted |= paths
     else:
       by |= dict.fromkeys(paths, name)
-  for path, (kind, shapes) in modules.items():
-    names = [(*_split(path), name) for name, shape in shapes.items() if len(shape) > 1]
-    left = [name for name in names if name in params and name not in converted]
-    if left:
-      sizes = [math.prod(shapes[name[-1]]) for name in left]
-      features = shapes[left[0][-1]][-1] if len(left) == 1 else 1
+  left: dict[str, dict[Path, tuple[int, ...]]] = {path: {} for path in modules}
+  for path, leaf in params.items():
+    # A parameter may be a tree of arrays.
+    module = next(p for n in range(len(path) - 1, -1, -1) if (p := join(path[:n])) in modules)
+    _, shapes = modules[module]
+    name = "/".join(path[len(_split(module)) :])
+    shape: tuple[int, ...] = shapes[name] if name in shapes else leaf.shape
+    if len(shape) > 1 and path not in converted:
+      left[module][path] = shape
+  for path, found in left.items():
+    if found:
+      sizes = [math.prod(shape) for shape in found.values()]
+      features = next(iter(found.values()))[-1] if len(found) == 1 else 1
       layer = Layer(
         path=path,
-        kind=kind,
+        kind=modules[path][0],
         inputs=0,
         contracted=sum(sizes) // features,
         features=features,
-        refusal=_reason(left, by, used),
+        refusal=_reason(list(found), by, used),
       )
-      yield Row(layer, stacked=params[left[0]].size // sizes[0], contracts=False)
+      yield Row(layer, stacked=params[next(iter(found))].size // sizes[0], contracts=False)
 
 
 def _reason(params: list[Path], by: dict[Path, str], used: Any) -> str:

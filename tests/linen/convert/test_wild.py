@@ -183,6 +183,23 @@ def test_the_report_says_what_stays_and_how_to_include_it():
   assert error(converted.apply(variables, IDS), Many().apply(variables, IDS)) < 0.3
 
 
+def test_parameters_that_are_trees_of_arrays():
+  class Bag(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      make = lambda key: {"w": INIT(key, (32, 32)), "v": [INIT(key, (32, 32))]}
+      params = self.param("bag", make)
+      return nn.Dense(32, name="out")(x @ params["w"] @ params["v"][0])
+
+  said = rules(Bag(), X)
+  assert said == {"out": "target '*'", "": "in no linear layer: to convert it, functions=''"}
+  converted = fp8.fp8_linear_layers(Bag(), fp8.Fp8Config(functions=""))
+  variables = jax.jit(converted.init)(KEY, X)
+  assert len(contractions(variables)) == 3
+  served, frozen = fp8.freeze_for_inference(converted, variables, X)
+  np.testing.assert_allclose(served.apply(frozen, X), converted.apply(variables, X), rtol=1e-6)
+
+
 def test_the_report_points_at_the_last_layer(monkeypatch):
   monkeypatch.setenv("COLUMNS", "200")
   text = str(fp8.Fp8Config().report(nn.Sequential([nn.Dense(32), nn.Dense(48)]), X))
