@@ -71,6 +71,11 @@ class Call:
     x, kernel = (second, first) if parts.plan.kernel_is_left else (first, second)
     return cls(parts.plan, x, kernel, rhs, parts.kernel_reduction, parts.permutation)
 
+  def without_arrays(self) -> Call:
+    """Returns the call without its operands, to be kept when a trace is over."""
+    rhs: Any = jax.ShapeDtypeStruct(self.rhs.shape, self.rhs.dtype)
+    return dataclasses.replace(self, input=rhs, kernel=rhs, rhs=rhs)
+
   def takes_kernel_as(self, other: Any) -> bool:
     """Tells whether the kernel stored for another call, or a frozen layer, serves this one."""
     own, theirs = (kernel_operand(each.plan) for each in (self, other))

@@ -154,7 +154,8 @@ def _survey(module: nn.Module, variables: Any, args: Any, kwargs: Any) -> _Surve
       if running_applies() > own:
         mark(next(nested), rhs, *state.values())
       else:
-        calls.setdefault(module.path, []).append(call := Call.of(module, args, kwargs))
+        call = Call.of(module, args, kwargs).without_arrays()
+        calls.setdefault(module.path, []).append(call)
         in_params.update([module.path] if is_among_params() else [])
         keys = (f"{Role.KERNEL.value}_{key}" for key in call.plan.recipe.init_state(Role.KERNEL))
         mark(module.path, rhs, *(state[key] for key in keys if key in state))

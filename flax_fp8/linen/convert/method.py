@@ -62,6 +62,7 @@ class Frame:
     prefix: path of the root of such another.
     sealed: whether the module contracts by means of its own, with all that it calls.
     trace: in which the method runs.
+    methods: of the module, each called by the one before, but for ``__call__``.
     names: of its contractions.
   """
 
@@ -72,6 +73,7 @@ class Frame:
   prefix: tuple[str, ...]
   sealed: bool
   trace: Any
+  methods: tuple[str, ...]
   names: Names
 
 
@@ -140,9 +142,13 @@ class Contractions:
 
   @property
   def _part(self) -> str:
-    """What tells the contractions of modules apart that share one scope."""
+    """What tells apart the contractions of several methods, and of modules that share a scope.
+
+    It is the same whether a method is called from outside or by ``__call__``.
+    """
     name, path = self.frame.module.name, self.frame.module.path
-    return f"{name}_" if name and path and name != path[-1] else ""
+    shares = name and path and name != path[-1]
+    return "".join(f"{each}_" for each in ([name] if shares else []) + [*self.frame.methods])
 
   def _layer(
     self, name: str, operands: list[jax.Array], kind: str, kernel: int, params: Mapping[str, Any]

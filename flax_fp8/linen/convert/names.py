@@ -14,23 +14,20 @@ class Names:
   """Numbers the contractions in one scope, from one call of a method from outside to its end.
 
   Attributes:
-    entry: the method that was called; the first part of the name, unless it is ``__call__``.
-    counts: contractions so far, by the first part of the name.
+    counts: contractions so far, by kind.
     repeated: the same at the end of a trace of a program. JAX may trace it again, which starts from
       ``counts`` too, until it binds the program.
     program: what the trace was of; another program goes on from its end.
   """
 
-  entry: str
   counts: Counter[str] = dataclasses.field(default_factory=Counter)
   repeated: Counter[str] = dataclasses.field(default_factory=Counter)
   program: Any = None
 
   def next(self, kind: str) -> str:
     """Makes a new name."""
-    name = kind if self.entry == "__call__" else f"{self.entry}_{kind}"
-    self.counts[name] += 1
-    return f"{name}_{self.counts[name] - 1}"
+    self.counts[kind] += 1
+    return f"{kind}_{self.counts[kind] - 1}"
 
   def settle(self) -> None:
     """Goes on behind a program that is bound."""
@@ -43,6 +40,6 @@ class Names:
     if program is not self.program:
       self.settle()
     self.program = program
-    inner = Names(self.entry, Counter(self.counts))
+    inner = Names(Counter(self.counts))
     yield inner
     self.repeated |= inner.counts | inner.repeated

@@ -43,12 +43,13 @@ def survey(
   """
   visitor = _Survey()
   params = init_shapes(module, args, kwargs).get("params", {})
-  outputs: list[Any] = []
+  outputs: list[tuple[int, ...]] = []
 
   def run(params: Any) -> None:
     walk = Walk(visitor, functions, model=type(module).__name__, everything=True)
     with nn.intercept_methods(walk.intercept):
-      outputs.extend(jax.tree.leaves(_initialize(module, params, args, kwargs)))
+      out = _initialize(module, params, args, kwargs)
+      outputs.extend(map(np.shape, jax.tree.leaves(out)))
 
   used = uses(run, flax.core.unfreeze(params))
   leaves = jax.tree_util.tree_leaves_with_path(flax.core.unfreeze(params))
@@ -58,9 +59,10 @@ def survey(
     for path, layer in visitor.layers.items()
   ]
   if rows:
-    widths = {np.shape(leaf)[-1] for leaf in outputs if np.ndim(leaf)}
+    widths = {shape[-1] for shape in outputs if shape}
     rows[-1] = dataclasses.replace(rows[-1], is_last=rows[-1].layer.features in widths)
-  return (*rows, *_unused(visitor.modules, flat, used))
+  unused = _unused(visitor.modules, flat, used)
+  return (*rows, *(row for row in unused if row.layer.path not in visitor.layers))
 
 
 def init_shapes(module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -104,23 +104,31 @@ class Walk:
       layer = _describe(module, join(path), jnp.asarray(given[0]), refusal)
       self.visitor.decide(dataclasses.replace(layer, model=self.model), scope.root)
     function = getattr(function, "func", function)  # a partial of the module
-    with self._names(path, module.scope.root, method, function) as names:
+    with self._names(path, module.scope.root, function) as names:
       sealed, trace = sealed or bool(refusal), _compat.staging_trace()
-      frame = Frame(module, path, scope, own, prefix, sealed, trace, names)
+      methods = self._methods(path, method)
+      frame = Frame(module, path, scope, own, prefix, sealed, trace, methods, names)
       self._stack.append(frame)
       try:
         yield self._handler(frame)
       finally:
         self._stack.pop()
 
+  def _outer(self, path: tuple[str, ...]) -> Frame | None:
+    """Returns the method that is running in the same scope."""
+    return next((frame for frame in reversed(self._stack) if frame.path == path), None)
+
+  def _methods(self, path: tuple[str, ...], method: str) -> tuple[str, ...]:
+    outer = self._outer(path)
+    before = outer.methods if outer else ()
+    return before if method == "__call__" or before[-1:] == (method,) else (*before, method)
+
   @contextlib.contextmanager
-  def _names(
-    self, path: tuple[str, ...], root: Any, method: str, function: Any
-  ) -> Generator[Names]:
+  def _names(self, path: tuple[str, ...], root: Any, function: Any) -> Generator[Names]:
     """Goes on with the names of a method that is running in this scope, or starts anew."""
-    outer = next((frame for frame in reversed(self._stack) if frame.path == path), None)
+    outer = self._outer(path)
     if outer is None:
-      yield Names(method)
+      yield Names()
     elif outer.module.scope.root is root or outer.trace is _compat.staging_trace():
       yield outer.names
     else:  # in a lifted transformation, which traces it as often as it likes

@@ -341,7 +341,7 @@ CASES = {
   "custom_dot_general": Case(
     Custom(),
     (normal(4, D),),
-    ("factors/Fp8DotGeneral_0", "factors/Fp8DotGeneral_1"),
+    ("factors/contract_Fp8DotGeneral_0", "factors/contract_Fp8DotGeneral_1"),
     fp8.Fp8Config(functions="factors"),
   ),
   "recurrent": Case(
