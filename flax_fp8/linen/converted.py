@@ -116,6 +116,8 @@ def _converted_class(cls: type[nn.Module], conversions: Conversions) -> Any:
     made: dict[str, Any] = dict(found)
     for conversion in reversed(conversions):
       made = conversion.initialized(made)
+    if kwargs.get("capture_intermediates"):
+      mutable = flax.core.scope.union_filters(mutable, "intermediates")
     return out, _narrow(made, mutable)
 
   def apply(self: Any, variables: Any, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:

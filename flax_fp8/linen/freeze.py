@@ -38,7 +38,12 @@ from flax_fp8.linen.frozen import (
 )
 from flax_fp8.linen.lifted import own_axes, own_back, own_last
 from flax_fp8.linen.provenance import READ, Found, Origins, mark, origins
-from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, find_state, is_among_params
+from flax_fp8.linen.state import (
+  OVERWRITE_WITH_GRADIENT,
+  find_state,
+  is_among_params,
+  parameters_beside,
+)
 from flax_fp8.ops.frozen import quantize_kernel
 from flax_fp8.quantize import QTensor
 from flax_fp8.recipes.base import GemmKind, Role, StatefulRecipe
@@ -144,6 +149,7 @@ def _survey(module: nn.Module, variables: Any, args: Any, kwargs: Any) -> _Surve
   """Traces a model, and writes down what it contracts in FP8 and which variables it takes."""
   calls: dict[Path, list[Call]] = {}
   in_params: set[Path] = set()
+  ranks: dict[Path, int] = {}
   own, nested = running_applies() + 1, itertools.count()
 
   def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -156,6 +162,8 @@ def _survey(module: nn.Module, variables: Any, args: Any, kwargs: Any) -> _Surve
       else:
         call = Call.of(module, args, kwargs).without_arrays()
         calls.setdefault(module.path, []).append(call)
+        beside = parameters_beside(module)
+        ranks.update({(*module.path[:-1], name): jnp.ndim(x) for name, x in beside.items()})
         in_params.update([module.path] if is_among_params() else [])
         keys = (f"{Role.KERNEL.value}_{key}" for key in call.plan.recipe.init_state(Role.KERNEL))
         mark(module.path, rhs, *(state[key] for key in keys if key in state))
@@ -174,12 +182,18 @@ def _survey(module: nn.Module, variables: Any, args: Any, kwargs: Any) -> _Surve
       "freeze_for_inference: the model must contract something in FP8; got none in "
       f"{type(module).__name__}. Convert it with fp8_linear_layers, and train or calibrate it."
     )
-  params = flax.traverse_util.flatten_dict(nn.meta.unbox(variables["params"]))
-  return _decide(calls, found, params, in_params)
+  params: Flat = flax.traverse_util.flatten_dict(nn.meta.unbox(variables["params"]))
+  # A parameter that the model itself scans or maps over is no stack of variables.
+  depths = {path: jnp.ndim(params[path]) - rank for path, rank in ranks.items() if path in params}
+  return _decide(calls, found, params, in_params, depths)
 
 
 def _decide(
-  calls: Mapping[Path, Sequence[Call]], found: Found, params: Flat, in_params: Collection[Path]
+  calls: Mapping[Path, Sequence[Call]],
+  found: Found,
+  params: Flat,
+  in_params: Collection[Path],
+  depths: Mapping[Path, int],
 ) -> _Survey:
   """Decides which kernels are stored: those of which nothing reads the parameter itself."""
   of_nested = [values for name, seen in found.items() if isinstance(name, int) for values in seen]
@@ -187,7 +201,7 @@ def _decide(
   kept = frozenset(path[1:-1] for path in read if path[0] == OVERWRITE_WITH_GRADIENT)
   stacks = {path: _stack_of_state(found.get(path, ())) for path in calls}
   kernels = {
-    path: _stored_as(calls[path], found.get(path, ()), stacks[path])
+    path: _stored_as(calls[path], found.get(path, ()), stacks[path], depths)
     for path in calls
     if path not in kept
   }
@@ -216,13 +230,18 @@ def _stack_of_state(found: Collection[Origins]) -> Lifted | None:
 
 
 def _stored_as(
-  calls: Sequence[Call], found: Collection[Origins], stack: Lifted | None
+  calls: Sequence[Call],
+  found: Collection[Origins],
+  stack: Lifted | None,
+  depths: Mapping[Path, int],
 ) -> tuple[Path, Lifted, tuple[int, ...]] | None:
   """Returns the parameter that every call takes alike, as ``parameter_of``; None without one."""
   call = calls[-1]
   kernel = parameter_of({values[0] for values in found})
   alike = all(other.takes_kernel_as(call) for other in calls)
   if kernel is None or not alike or call.plan.recipe.is_high_precision(GemmKind.FPROP):
+    return None
+  if len(kernel[1]) != depths.get(kernel[0], 0):
     return None
   # A kernel that is shared where its scale is not has no one value in FP8.
   is_one = stack is not None and {level for level, _ in stack} <= {level for level, _ in kernel[1]}

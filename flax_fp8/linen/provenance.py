@@ -119,7 +119,7 @@ def origins(fun: Callable[[Any], Any], variables: Any) -> Found:
     for path, variable in zip(paths, jaxpr.invars, strict=True)
   ]
   found: Found = {}
-  _walk(jaxpr, inputs, found, 0)
+  _read(_walk(jaxpr, inputs, found, 0), found)
   return found
 
 
@@ -163,18 +163,19 @@ def _step(
     slices = [origin and origin.sliced(level) for origin in given[constants + carries :]]
     inputs = [*given[:constants], *[None] * carries, *slices]
     _read(given[constants : constants + carries], found)
-    _walk(params["jaxpr"].jaxpr, inputs, found, scans + 1)
+    _read(_walk(params["jaxpr"].jaxpr, inputs, found, scans + 1), found)
     return []
   if name == "while":
     skipped, count = params["cond_nconsts"], params["body_nconsts"]
     constants = given[skipped : skipped + count]
     _read([*given[:skipped], *given[skipped + count :]], found)
     body = params["body_jaxpr"].jaxpr
-    _walk(body, [*constants, *[None] * (len(body.invars) - len(constants))], found, scans)
+    inputs = [*constants, *[None] * (len(body.invars) - len(constants))]
+    _read(_walk(body, inputs, found, scans), found)
     return []
   if name == "cond":
     for branch in params["branches"]:
-      _walk(branch.jaxpr, given[1:], found, scans)
+      _read(_walk(branch.jaxpr, given[1:], found, scans), found)
     return []
   inner = list(_jaxprs(params))
   if name in _CALLS and len(inner) == 1 and len(inner[0].invars) == len(given):

@@ -180,17 +180,22 @@ def _variable(module: nn.Module, name: str, fresh: np.ndarray) -> Any | None:
   if not scope.has_variable(collection, name):
     if not scope.is_mutable_collection(collection):
       return None
-    own = _parameters_beside(module)
+    own = _parameters_beside(module).values()
     scope.variable(collection, name, lambda: box_as(jnp.asarray(fresh), own))
     if _among_params.value and not scope.has_variable(collection, GUARD):
       scope.variable(collection, GUARD, lambda: state_guard({name: fresh})[GUARD])
   return unbox(scope.get_variable(collection, name))
 
 
-def _parameters_beside(module: nn.Module) -> list[Any]:
-  """Returns the parameters, boxed or not, of the layer that a module is in."""
+def parameters_beside(module: nn.Module) -> dict[str, Any]:
+  """Returns the arrays among the parameters of the layer that a module is in, without boxes."""
+  own = {name: unbox(x) for name, x in _parameters_beside(module).items()}
+  return {name: x for name, x in own.items() if hasattr(x, "ndim")}
+
+
+def _parameters_beside(module: nn.Module) -> Mapping[str, Any]:
   layer: Any = module.scope and module.scope.parent
-  return [] if layer is None else list(layer.variables().get("params", {}).values())
+  return {} if layer is None else layer.variables().get("params", {})
 
 
 def _read(module: nn.Module, name: str, fresh: np.ndarray) -> jax.Array:

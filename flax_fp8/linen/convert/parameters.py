@@ -20,6 +20,7 @@ Path: TypeAlias = tuple[str, ...]
 Made: TypeAlias = frozenset[Path] | None
 
 CONVOLUTION, LOOKUP = "convolution", "lookup"
+CONTRACTED = "contracted by lax.ragged_dot, or in a function with a derivative of its own"
 
 
 def uses(fun: Callable[[Any], Any], params: Any) -> dict[Hashable, set[Path]]:
@@ -30,8 +31,8 @@ def uses(fun: Callable[[Any], Any], params: Any) -> dict[Hashable, set[Path]]:
     params: nested dict of ShapeDtypeStructs.
 
   Returns:
-    Paths of parameters by mark; and by ``CONVOLUTION`` and ``LOOKUP`` those of its kernels and
-    tables.
+    Paths of parameters by mark; by ``CONVOLUTION`` and ``LOOKUP`` those of its kernels and tables;
+    and by ``CONTRACTED`` those of any contraction.
   """
   jaxpr = jax.make_jaxpr(fun)(params).jaxpr
   leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -63,6 +64,8 @@ def _note(equation: Any, given: Sequence[Made], found: dict[Hashable, set[Path]]
   if name in where:
     key, operand = where[name]
     found.setdefault(key, set()).update(given[operand] or ())
+  if name in ("dot_general", "ragged_dot_general", "ragged_dot"):
+    found.setdefault(CONTRACTED, set()).update(*(made or () for made in given[:2]))
 
 
 def _results(

@@ -15,7 +15,14 @@ import numpy as np
 
 from flax_fp8.linen.arguments import fill
 from flax_fp8.linen.convert.method import join
-from flax_fp8.linen.convert.parameters import CONVOLUTION, LOOKUP, Path, path_of, uses
+from flax_fp8.linen.convert.parameters import (
+  CONTRACTED,
+  CONVOLUTION,
+  LOOKUP,
+  Path,
+  path_of,
+  uses,
+)
 from flax_fp8.linen.convert.patterns import Layer, Pattern
 from flax_fp8.linen.convert.report import Row
 from flax_fp8.linen.convert.walk import Walk
@@ -50,12 +57,13 @@ def survey(
     with nn.intercept_methods(walk.intercept):
       out = _initialize(module, params, args, kwargs)
       outputs.extend(map(np.shape, jax.tree.leaves(out)))
+      visitor.close()
 
   used = uses(run, flax.core.unfreeze(params))
   leaves = jax.tree_util.tree_leaves_with_path(flax.core.unfreeze(params))
   flat = {path_of(path): leaf for path, leaf in leaves}
   rows = [
-    Row(layer, calls=max(visitor.calls[path].values()), stacked=visitor.stacked(layer, flat))
+    Row(layer, calls=visitor.calls[path], stacked=visitor.stacked(layer, flat))
     for path, layer in visitor.layers.items()
   ]
   if rows:
@@ -98,13 +106,19 @@ class _Survey:
 
   def __init__(self) -> None:
     self.layers: dict[str, Layer] = {}
-    self.calls: dict[str, Counter[Any]] = defaultdict(Counter)
+    self.calls: Counter[str] = Counter()
+    self._by_root: dict[str, Counter[Any]] = defaultdict(Counter)
     self.modules: Modules = {}
 
   def decide(self, layer: Layer, root: Any) -> None:
     self.layers[layer.path] = layer
     # A lifted transformation traces its body more than once, each time with a root of its own.
-    self.calls[layer.path][root] += 1
+    self._by_root[layer.path][root] += 1
+
+  def close(self) -> None:
+    """Counts the calls, and forgets the traces that they were made in."""
+    self.calls = Counter({path: max(n.values()) for path, n in self._by_root.items()})
+    self._by_root.clear()
 
   def asked(self, layer: Layer, kernel: jax.Array) -> None:
     mark(("layer", layer.path), kernel)
@@ -114,7 +128,9 @@ class _Survey:
 
   def leave(self, module: nn.Module) -> None:
     own: dict[str, Any] = dict(module.variables.get("params", {}))
-    shapes = {name: np.shape(nn.meta.unbox(x)) for name, x in own.items() if _is_leaf(x)}
+    leaves = {name: nn.meta.unbox(x) for name, x in own.items() if _is_leaf(x)}
+    flat = jax.tree_util.tree_leaves_with_path(leaves)
+    shapes = {"/".join(path_of(path)): np.shape(leaf) for path, leaf in flat}
     # Inside of a lifted transformation first, where they have no axes of its.
     kind, first = self.modules.get(join(module.path), ("", {}))
     self.modules[join(module.path)] = kind if first else type(module).__name__, shapes | first
@@ -124,7 +140,7 @@ class _Survey:
     for path in (layer.path, layer.module.path):
       _, shapes = self.modules.get(path, ("", {}))
       for name, shape in shapes.items():
-        whole = params.get((*_split(path), name))
+        whole = params.get((*_split(path), *_split(name)))
         if whole is not None:
           return math.prod(whole.shape) // max(1, math.prod(shape))
     return 1
@@ -143,7 +159,7 @@ def _unused(modules: Modules, params: dict[Path, Any], used: Any) -> Iterator[Ro
   converted = set[Path]()
   by: dict[Path, str] = {}
   for key, paths in used.items():
-    if key in (CONVOLUTION, LOOKUP):
+    if key in (CONTRACTED, CONVOLUTION, LOOKUP):
       continue
     kind, name = key
     if kind == "layer":
@@ -156,7 +172,7 @@ def _unused(modules: Modules, params: dict[Path, Any], used: Any) -> Iterator[Ro
     module = next(p for n in range(len(path) - 1, -1, -1) if (p := join(path[:n])) in modules)
     _, shapes = modules[module]
     name = "/".join(path[len(_split(module)) :])
-    shape: tuple[int, ...] = shapes[name] if name in shapes else leaf.shape
+    shape: Any = shapes.get(name, leaf.shape)
     if len(shape) > 1 and path not in converted:
       left[module][path] = shape
   for path, found in left.items():
@@ -179,7 +195,7 @@ def _reason(params: list[Path], by: dict[Path, str], used: Any) -> str:
   if callers:
     shown = repr(next(iter(callers))) if len(callers) == 1 else repr(tuple(callers))
     return f"in no linear layer: to convert it, functions={shown}"
-  for kind in (CONVOLUTION, LOOKUP):
+  for kind in (CONVOLUTION, CONTRACTED, LOOKUP):
     if used.get(kind, set()) & set(params):
       return kind
   return "not contracted"

@@ -142,6 +142,14 @@ def test_a_wrapped_init_runs():
   assert converted.clone().config["features"] == 48
 
 
+class Around(nn.Module):
+  inner: nn.Module
+
+  @nn.compact
+  def __call__(self, x):
+    return self.inner.clone(name="own", parent=self)(x)
+
+
 class Own(nn.Module):
   @nn.compact
   def __call__(self, x):
@@ -331,6 +339,84 @@ def test_state_may_be_among_the_parameters(frozen):
     grads = jax.jit(fp8.grad(lambda p: model.apply({"params": p}, X).sum()))(packed)
     wanted = jax.jit(fp8.grad(lambda v: model.apply(v, X).sum()))(variables)
     jax.tree.map(np.testing.assert_array_equal, grads, {**wanted["params"], OWG: wanted[OWG]})
+
+
+def returned(x, w):
+  return x @ w, w.T.astype(jnp.bfloat16)
+
+
+def looped(x, w):
+  stack = jnp.stack([w, 2 * w])
+  return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), w), x, stack)
+
+
+def chosen(x, w):
+  other = jax.lax.cond(x.sum() > 0, lambda: w, lambda: 2 * w)
+  return x @ w, x @ other
+
+
+@pytest.mark.parametrize("call", [returned, looped, chosen])
+def test_a_parameter_that_is_handed_out_stays(call):
+  class Hands(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return call(x, self.param("w", INIT, (32, 32)))
+
+  converted = fp8.fp8_linear_layers(Hands(), fp8.Fp8Config(functions=""))
+  variables = jax.jit(converted.init)(KEY, X)
+  served, frozen = fp8.freeze_for_inference(converted, variables, X)
+  got, wanted = (jax.jit(m.apply)(v, X) for m, v in ((served, frozen), (converted, variables)))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, wanted)
+
+
+@pytest.mark.parametrize("how", ["scan", "map", "vmap"])
+def test_a_stack_that_the_model_maps_over_itself_is_frozen(how):
+  class Stack(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      w = self.param("w", INIT, (3, 32, 32))
+      if how == "scan":
+        return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, w)[0]
+      each = lambda w: x @ w
+      return (jax.lax.map(each, w) if how == "map" else jax.vmap(each)(w)).sum(0)
+
+  converted = fp8.fp8_linear_layers(Stack(), fp8.Fp8Config(functions=""))
+  variables = jax.jit(converted.init)(KEY, jnp.asarray(X))
+  served, frozen = fp8.freeze_for_inference(converted, variables, X)
+  got, wanted = served.apply(frozen, jnp.asarray(X)), converted.apply(variables, jnp.asarray(X))
+  np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_leaks():
+  config = fp8.Fp8Config(functions="own")
+  model = Around(Own())
+  converted = fp8.fp8_linear_layers(model, config)
+  variables = jax.jit(converted.init)(KEY, X)
+  with jax.checking_leaks():
+    config.report(model, X)
+    fp8.freeze_for_inference(converted, variables, X)
+    jax.jit(fp8.grad(lambda v: converted.apply(v, X).sum()))(variables)
+
+
+def test_what_is_contracted_elsewhere_is_said():
+  @jax.custom_vjp
+  def product(x, w):
+    return x @ w
+
+  product.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: (g @ r[1].T, r[0].T @ g))
+
+  class Custom(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return product(nn.Dense(32, name="first")(x), self.param("w", INIT, (32, 32)))
+
+  assert rules(Custom(), X)[""].startswith("contracted by lax.ragged_dot, or in a function with a")
+
+
+def test_intermediates_of_init():
+  converted = fp8.fp8_linear_layers(Inner())
+  made = converted.init(KEY, X, capture_intermediates=True)
+  assert made.keys() == {"params", OWG, "intermediates"}
 
 
 def test_a_model_that_draws_numbers_is_frozen():
