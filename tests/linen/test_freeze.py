@@ -431,7 +431,7 @@ def amaxes_read(served, frozen, x):
   return str(jax.make_jaxpr(served.apply)(frozen, x)).count("reduce_max")
 
 
-@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("interval", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_tensor_that_was_always_zero(interval):
   recipe = dataclasses.replace(FIRST, interval=interval)
   model, x = Query(recipe), normal(4, D)

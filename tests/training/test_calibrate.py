@@ -318,7 +318,10 @@ def test_errors():
     calibrate(MODEL, VARIABLES["params"], BATCHES)
 
 
-@pytest.mark.parametrize("name", ["1", "-1", "params 0, state 1"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("-1", "params 0, state 1")]
+
+
+@pytest.mark.parametrize("name", ["1", *SLOW])
 def test_stacks_along_any_axis(name):
   """As along the first: the same kernels, wherever their axes are."""
   want, got = (lifts.written(each, fp8.DelayedScaling(amax_history_len=3)) for each in ("0", name))

@@ -68,7 +68,10 @@ LIFTED = [("1", 3), ("1 in 0", 1), ("1 in 0", 3), ("params -1, state 1", 1)]
 LIFTED += [("params for all, state 1", 1)]
 
 
-@pytest.mark.parametrize(("name", "length"), LIFTED)
+@pytest.mark.parametrize(
+  ("name", "length"),
+  [LIFTED[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in LIFTED[1:])],
+)
 def test_stacks_along_any_axis(name, length):
   """Histories of one slot are judged by the kernels; three is the length of a stack, too."""
   model = lifts.written(name, fp8.DelayedScaling(amax_history_len=length))
