@@ -216,9 +216,9 @@ def _decide(
     kernel = kernels.get(path)
     if kernel is not None and kernel[0] in params and ("params", *kernel[0]) not in read:
       param = params[kernel[0]]
-      path, lifted, order = kernel
       known = {"shape": param.shape, "parameter_dtype": param.dtype}
-      layer = dataclasses.replace(layer, parameter=path, lifted=lifted, order=order, **known)
+      known |= dict(zip(("parameter", "lifted", "order"), kernel, strict=True))
+      layer = dataclasses.replace(layer, **known)
     layers.append(layer)
   return _Survey(tuple(layers), stacks, kept)
 

@@ -177,7 +177,7 @@ def _step(
     for branch in params["branches"]:
       _read(_walk(branch.jaxpr, given[1:], found, scans), found)
     return []
-  inner = list(_jaxprs(params))
+  inner = list(subprograms(params))
   if name in _CALLS and len(inner) == 1 and len(inner[0].invars) == len(given):
     return _walk(inner[0], given, found, scans)
   _read(given, found)
@@ -228,7 +228,7 @@ _CALLS = frozenset(
 )
 
 
-def _jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
+def subprograms(params: Mapping[str, Any]) -> Iterator[Any]:
   """Yields the programs among the parameters of an equation."""
   for value in params.values():
     for item in value if isinstance(value, (tuple, list)) else (value,):

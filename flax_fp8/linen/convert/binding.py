@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -22,6 +23,7 @@ from jax.extend.core import Literal, primitives
 from jax.interpreters import ad, batching, mlir
 
 from flax_fp8 import _compat
+from flax_fp8.linen.provenance import subprograms
 
 
 class Handler(Protocol):
@@ -327,27 +329,14 @@ def _shard_map(
     return original(*args, **params)
 
 
-def _is_marked(jaxpr: Any) -> bool:
-  """Tells whether a program has contractions of the method's own."""
+def _has(primitive: Any, jaxpr: Any) -> bool:
+  """Tells whether a program, or one that it holds, binds a primitive."""
   return any(
-    equation.primitive is _mark or any(map(_is_marked, subprograms(equation.params)))
+    equation.primitive is primitive
+    or any(_has(primitive, inner) for inner in subprograms(equation.params))
     for equation in jaxpr.eqns
   )
 
 
-def _contracts(jaxpr: Any) -> bool:
-  """Tells whether a program contracts anything."""
-  return any(
-    equation.primitive is primitives.dot_general_p
-    or any(map(_contracts, subprograms(equation.params)))
-    for equation in jaxpr.eqns
-  )
-
-
-def subprograms(params: Mapping[str, Any]) -> Iterator[Any]:
-  """Yields the programs among the parameters of an equation."""
-  for value in params.values():
-    for item in value if isinstance(value, (tuple, list)) else (value,):
-      inner = getattr(item, "jaxpr", item)
-      if hasattr(inner, "eqns"):
-        yield inner
+_is_marked = functools.partial(_has, _mark)
+_contracts = functools.partial(_has, primitives.dot_general_p)

@@ -13,7 +13,7 @@ import jax
 from jax.extend.core import Literal
 
 from flax_fp8 import _compat
-from flax_fp8.linen.convert.binding import subprograms
+from flax_fp8.linen.provenance import subprograms
 
 Path: TypeAlias = tuple[str, ...]
 # None is a value that is not made of parameters alone.
