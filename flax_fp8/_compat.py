@@ -15,7 +15,9 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_batching import custom_vmap
+from jax.interpreters import ad
 
 
 def require(module: str, attribute: str) -> Any:
@@ -44,20 +46,31 @@ NAMES_FP8_ALGORITHM = jax.__version_info__ < (0, 12)
 ExtendedDType: Any = require("jax._src.dtypes", "ExtendedDType")
 
 
-def wrapped_result_handler(aval: Any, sharding: Any, committed: bool) -> Callable[[Any], Any]:
-  """Makes the handler by which a compiled function's result becomes an array of an extended dtype.
+class ResultHandler:
+  """Makes an array of an extended dtype from what a compiled function returns.
 
   The physical array has the logical array's shape, so the sharding is the same for both.
   """
-  array = require("jax._src.earray", "EArray")
-  make = require("jax._src.interpreters.pxla", "global_result_handlers")[jax.core.ShapedArray]
-  physical = make(require("jax._src.core", "physical_aval")(aval), sharding, committed)
-  return lambda buffers: array(aval, physical(buffers))
+
+  def __init__(self, aval: Any, sharding: Any, committed: bool) -> None:
+    """Prepares for arrays of one type and sharding."""
+    make = require("jax._src.interpreters.pxla", "global_result_handlers")[jax.core.ShapedArray]
+    self._physical = make(require("jax._src.core", "physical_aval")(aval), sharding, committed)
+    self._aval, self._array = aval, require("jax._src.earray", "EArray")
+
+  def __call__(self, buffers: Any) -> Any:
+    """Makes one array."""
+    return self._array(self._aval, self._physical(buffers))
+
+  def pre_wrap(self, check: Callable[[Any], Any]) -> ResultHandler:
+    """Skips the check of ``jax_debug_infs``: -inf is the neutral element of a maximum."""
+    del check
+    return self
 
 
 def wrapped_from_shards(aval: Any, sharding: Any, arrays: Any, committed: bool) -> Any:
   """Assembles an array of an extended dtype from one array a device."""
-  return wrapped_result_handler(aval, sharding, committed)([array._data for array in arrays])
+  return ResultHandler(aval, sharding, committed)([array._data for array in arrays])
 
 
 class ElementRules:
@@ -65,7 +78,7 @@ class ElementRules:
 
   allow_conversion: bool = True
   scalar_elements: bool = True
-  global_sharded_result_handler = staticmethod(wrapped_result_handler)
+  global_sharded_result_handler = ResultHandler
   make_sharded_array = staticmethod(wrapped_from_shards)
 
 
@@ -85,10 +98,44 @@ def _logical_sharding(shape: Any, dtype: Any, physical: Any) -> Any:
 
 
 # Eager autodiff adds cotangents through a table without an entry for arrays of extended dtypes:
-# state used twice outside jit would raise KeyError.
+# state used twice outside jit would raise KeyError. Nor can such an array be transposed, as an eager
+# vmap over another axis than the first one does.
+_array: Any = require("jax._src.earray", "EArray")
+_array.transpose = lambda self, *axes: jax.lax.transpose(self, np.ravel(axes).tolist())
 _adders = find("jax._src.ad_util", "raw_jaxval_adders")
 if _adders is not None:
-  _adders.setdefault(find("jax._src.earray", "EArray"), _add_eagerly)
+  _adders.setdefault(_array, _add_eagerly)
+
+
+def transpose_in(dtype: Any, primitive: Any, transpose: Callable[..., Any]) -> None:
+  """Gives a primitive of JAX with one operand another transpose, for cotangents of one dtype.
+
+  Args:
+    dtype: of the cotangents.
+    primitive: its own rule adds cotangents up, or fills with zeros, which this dtype can't take.
+    transpose: takes cotangent, operand shape and the primitive's parameters.
+  """
+  fancy: Any = find("jax._src.interpreters.ad", "fancy_transposes") or {}
+  plain: Any = ad.primitive_transposes
+  is_own = lambda cotangent: getattr(cotangent, "dtype", None) == dtype
+  if (own_fancy := fancy.get(primitive)) is not None:
+
+    def accumulate(cotangent: Any, operand: Any, **params: Any) -> None:
+      if is_own(cotangent):
+        operand.accum(transpose(cotangent, operand.aval.shape, **params))
+      else:
+        own_fancy(cotangent, operand, **params)
+
+    fancy[primitive] = accumulate
+  elif (own := plain.get(primitive)) is not None:
+
+    def rule(cotangent: Any, operand: Any, **params: Any) -> Any:
+      if is_own(cotangent) and ad.is_undefined_primal(operand):
+        return [transpose(cotangent, operand.aval.shape, **params)]
+      return own(cotangent, operand, **params)
+
+    plain[primitive] = rule
+
 
 _jax_logical_sharding: Any = find("jax._src.sharding_impls", "logical_sharding")
 if _jax_logical_sharding is not None:

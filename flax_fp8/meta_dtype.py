@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import primitives
 
 from flax_fp8 import _compat
 
@@ -54,7 +55,10 @@ class MaxGradRules(_compat.ElementRules):
       fill_value = -np.inf
     elif jnp.issubdtype(jax.typeof(fill_value).dtype, jax.dtypes.extended):
       fill_value = to_float32(fill_value)
-    return _wrap(lax.full(shape, fill_value, dtype.float_dtype), dtype)
+    # Without an operation of JAX, which its debug modes would look at.
+    is_constant = isinstance(fill_value, (int, float, np.generic))
+    full = np.full if is_constant else lax.full
+    return _wrap(full(shape, fill_value, dtype.float_dtype), dtype)
 
   @staticmethod
   def tangent_dtype(dtype: MaxGradDType) -> MaxGradDType:
@@ -102,6 +106,27 @@ class MaxGradDType(_compat.ExtendedDType):
 
 
 fp32_max_grad = MaxGradDType()
+
+
+def _transpose_slice(new: jax.Array, whole: tuple[int, ...], /, **params: Any) -> jax.Array:
+  """Puts the cotangent of a slice back; no path came to the rest."""
+  cut = lambda x: primitives.slice_p.bind(x, **params)
+  put = jax.linear_transpose(cut, jax.ShapeDtypeStruct(whole, jnp.float32))
+  (values,), (came,) = put(to_float32(new)), put(jnp.ones(new.shape, jnp.float32))
+  return to_max_grad(jnp.where(came == 0, -jnp.inf, values))
+
+
+def _transpose_broadcast(
+  new: jax.Array, of: tuple[int, ...], /, *, broadcast_dimensions: Any, **_: Any
+) -> jax.Array:
+  """Takes the maximum over what one element was copied to."""
+  kept = [to for to, size in zip(broadcast_dimensions, of, strict=True) if size == new.shape[to]]
+  copied = tuple(axis for axis in range(new.ndim) if axis not in kept)
+  return to_max_grad(jnp.max(to_float32(new), copied).reshape(of))
+
+
+_compat.transpose_in(fp32_max_grad, primitives.slice_p, _transpose_slice)
+_compat.transpose_in(fp32_max_grad, primitives.broadcast_in_dim_p, _transpose_broadcast)
 
 
 def _wrap(x: Any, dtype: MaxGradDType) -> jax.Array:

@@ -306,6 +306,8 @@ def dot_chunks(lhs: QTensor, rhs: QTensor) -> jax.Array:
     return jnp.zeros((lhs.data.shape[1], lhs.data.shape[2], rhs.data.shape[2]), jnp.float32)
   # The sum begins with the first chunk, not with zeros, for which shard_map has another type.
   first, rest = (jax.tree.map(take, (lhs, rhs)) for take in (lambda x: x[0], lambda x: x[1:]))
+  if lhs.data.shape[0] == 1:
+    return scaled(first)
   return lax.scan(add, scaled(first), rest)[0]
 
 

@@ -256,13 +256,14 @@ def scale_from_amax(
   References:
     Micikevicius et al., FP8 Formats for Deep Learning, https://arxiv.org/abs/2209.05433, section 4.
   """
-  inverse = (jnp.float32(float8_max) / amax) / jnp.float32(2.0**margin)
+  usable = (amax > 0.0) & jnp.isfinite(amax)
+  # No infinity comes up that is then left out: JAX's debug modes would stop at it.
+  inverse = (jnp.float32(float8_max) / jnp.where(usable, amax, 1.0)) / jnp.float32(2.0**margin)
   inverse = jnp.clip(inverse, 1.0 / _LARGEST_SCALE, 1.0 / _SMALLEST_SCALE)
   scale = 1.0 / inverse
   if power_of_two:
     scale = _round_up_to_power_of_two(scale)
     inverse = 1.0 / scale
-  usable = (amax > 0.0) & (amax < jnp.inf)
   return jnp.where(usable, scale, fallback), jnp.where(usable, inverse, 1.0 / fallback)
 
 
@@ -298,7 +299,7 @@ def current_scale(
     Transformer Engine, transformer_engine.common.recipe.Float8CurrentScaling.
   """
   amax = largest_magnitude(x, axes)
-  fallback = jnp.where(amax == 0.0, 1.0, jnp.nan)
+  fallback = jnp.where(jnp.isfinite(amax), 1.0, amax * 0.0)  # NaN for infinity and NaN
   return scale_from_amax(amax, fallback, float8.max, power_of_two=power_of_two)
 
 

@@ -37,6 +37,7 @@ from flax_fp8.linen.frozen import (
   running_applies,
 )
 from flax_fp8.linen.lifted import own_axes, own_back, own_last
+from flax_fp8.linen.intercept import intercept_methods
 from flax_fp8.linen.provenance import READ, Found, Origins, mark, origins
 from flax_fp8.linen.state import (
   OVERWRITE_WITH_GRADIENT,
@@ -175,7 +176,7 @@ def _survey(module: nn.Module, variables: Any, args: Any, kwargs: Any) -> _Surve
     rngs = {"params": jax.random.key(0)}  # for whatever draws numbers, as in `init`
     return module.apply(variables, *full_args, mutable=kept, rngs=rngs, **full_kwargs)
 
-  with nn.intercept_methods(intercept):
+  with intercept_methods(intercept):
     found = origins(run, flax.core.unfreeze(variables))
   if not calls:
     raise ValueError(

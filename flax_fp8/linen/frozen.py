@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from flax_fp8.linen.contractions import Call, FP8Contraction
 from flax_fp8.linen.converted import Run, make_converted, take_in
+from flax_fp8.linen.intercept import intercept_methods
 from flax_fp8.linen.provenance import Level, Origin, mark, origins
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, find_state
 from flax_fp8.meta_dtype import to_float32
@@ -136,9 +137,11 @@ class Frozen:
     frozen = flax.traverse_util.flatten_dict(given.pop(FP8_FROZEN, {}))
     params: Flat = flax.traverse_util.flatten_dict(nn.meta.unbox(given.get("params", {})))
     state: Flat = flax.traverse_util.flatten_dict(given.pop(OVERWRITE_WITH_GRADIENT, {}))
-    # No contraction reads them. Whatever else does is seen.
+    # No contraction reads them. Whatever else does is seen: it gets NaN, or where JAX looks for NaN,
+    # a number out of proportion, as a mere cast may be seen there.
+    absent = 2.0**15 if jax.config.jax_debug_nans else jnp.nan
     params |= {
-      layer.parameter: jnp.full(layer.shape, jnp.nan, layer.parameter_dtype)
+      layer.parameter: jnp.full(layer.shape, absent, layer.parameter_dtype)
       for layer in self.layers
       if layer.parameter is not None
     }
@@ -196,7 +199,7 @@ class Frozen:
         return next_fun(*args, **kwargs)
       return _serve(context.module, layers, Call.of(context.module, args, kwargs))
 
-    with nn.intercept_methods(intercept):
+    with intercept_methods(intercept):
       yield
 
 
@@ -235,7 +238,7 @@ def _check_kernels(layers: Mapping[Path, FrozenLayer], run: Run) -> None:
     how = {"rngs": run.rngs, "method": run.method, "mutable": kept}
     return make_converted(run.module).apply(variables, *run.args, **how, **run.kwargs)
 
-  with nn.intercept_methods(intercept):
+  with intercept_methods(intercept):
     found = origins(apply, run.variables)
   for path, layer in layers.items():
     kernels = {values[0] for values in found.get(path, ())}

@@ -241,7 +241,7 @@ class DelayedScaling(StatefulRecipe):
   def freeze(self, state: TensorState) -> TensorState:
     """Keeps of the history the one amax that the scale comes from.
 
-    It is infinite, which is no amax, where the scale comes from the one before, but the history is
+    It is negative, which is no amax, where the scale comes from the one before, but the history is
     not empty: the first step is over.
     """
     history = state["amax_history"]
@@ -249,7 +249,7 @@ class DelayedScaling(StatefulRecipe):
     if self.interval > 1:
       largest = jnp.where(self._is_due(state), largest, 0.0)
     if self.first_step == "current":
-      largest = jnp.where((largest == 0.0) & ~self._is_empty(state), jnp.inf, largest)
+      largest = jnp.where((largest == 0.0) & ~self._is_empty(state), -1.0, largest)
     return {"scale": state["scale"], "amax_history": largest.reshape(1)}
 
   def finalize_scale(self, state: TensorState, role: Role) -> TensorState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -187,10 +188,17 @@ def _keep_unused_variable(name: str, old: Mapping[str, Any], new: Mapping[str, A
   roles = [role.value for role in Role if name.startswith(f"{role.value}_")]
   scales = [f"{role}_scale" for role in roles if f"{role}_scale" in new]
   for scale in scales:
-    kept = jnp.where(to_float32(new[scale]) == 0, to_float32(old[name]), kept)
+    kept = _keep_where_zero(new[scale], old[name], kept)
   return kept
 
 
+@functools.partial(jax.jit, inline=True)
+def _keep_where_zero(scale: Any, old: Any, new: jax.Array) -> jax.Array:
+  return jnp.where(to_float32(scale) == 0, to_float32(old), new)
+
+
+# One program where nothing is traced: JAX's debug modes look at results, and -inf is none.
+@functools.partial(jax.jit, inline=True)
 def overwrite_leaf(old: Any, new: Any) -> jax.Array:
   """Returns new state as float32, or the old one where no path of the model used it.
 

@@ -22,6 +22,7 @@ from flax_fp8.linen.convert.config import Decision, Fp8Config
 from flax_fp8.linen.convert.patterns import Layer, at
 from flax_fp8.linen.convert.walk import Walk
 from flax_fp8.linen.converted import Run, make_converted, original, take_in
+from flax_fp8.linen.intercept import intercept_methods
 from flax_fp8.linen.state import GUARD, OVERWRITE_WITH_GRADIENT, state_guard
 from flax_fp8.recipes.base import Recipe
 
@@ -145,7 +146,7 @@ class Fp8Conversion:
     visitor = _Decisions(self.config, self._order(run))
     model, emulate = type(run.module).__name__, self.config.emulate
     walk = Walk(visitor, self.config.functions, model=model, emulate=emulate)
-    with nn.intercept_methods(walk.intercept), state.among_params():
+    with intercept_methods(walk.intercept), state.among_params():
       yield
     seen = visitor.seen
     if self.order is None and run.method is None:

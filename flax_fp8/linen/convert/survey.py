@@ -27,6 +27,7 @@ from flax_fp8.linen.convert.patterns import Layer, Pattern
 from flax_fp8.linen.convert.report import Row
 from flax_fp8.linen.convert.walk import Walk
 from flax_fp8.linen.converted import mark_root
+from flax_fp8.linen.intercept import intercept_methods
 from flax_fp8.linen.provenance import mark
 
 # By the path of a module: its class, and the shapes of its own parameters in its own trace.
@@ -54,7 +55,7 @@ def survey(
 
   def run(params: Any) -> None:
     walk = Walk(visitor, functions, model=type(module).__name__, everything=True)
-    with nn.intercept_methods(walk.intercept):
+    with intercept_methods(walk.intercept):
       out = _initialize(module, params, args, kwargs)
       outputs.extend(map(np.shape, jax.tree.leaves(out)))
       visitor.close()
