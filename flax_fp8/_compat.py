@@ -7,7 +7,9 @@ used, by what it is rather than by version. Where a plain path exists, it is tak
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -338,3 +340,34 @@ def split_jaxpr(jaxpr: Any, known: int, unknown: int, saveable: Any) -> tuple[An
   rest, used = dce(rest, [True] * len(rest.outvars), [False] * count + [True] * len(are_unknown))
   once, _ = dce(once, used[:count], [True] * known)
   return once, rest
+
+
+_HOST_CALLBACKS = (
+  ("pure_callback_p", "jax._src.callback", "pure_callback_lowering"),
+  ("io_callback_p", "jax._src.callback", "io_callback_lowering"),
+  ("debug_callback_p", "jax._src.debugging", "debug_callback_lowering"),
+  ("debug_print_p", "jax._src.debugging", "debug_print_lowering_rule"),
+)
+
+
+@functools.cache
+def uncalled_host_callbacks(platform: str) -> tuple[tuple[Any, Any], ...]:
+  """Returns lowering rules for host callbacks of a program that is compiled and never run.
+
+  JAX's own rules need a client of the platform, and keep the Python functions for it to call.
+  """
+  rules = [(find(module, name), find(module, rule)) for name, module, rule in _HOST_CALLBACKS]
+  return tuple((name, _uncalled(rule, platform)) for name, rule in rules if name and rule)
+
+
+def _uncalled(rule: Callable[..., Any], platform: str) -> Callable[..., Any]:
+  client = types.SimpleNamespace(platform=platform)
+
+  def lower(context: Any, *args: Any, **params: Any) -> Any:
+    module = context.module_context.replace(backend=client, host_callbacks=[], keepalives=[])
+    inner = context.replace(module_context=module)
+    results = rule(inner, *args, **params)
+    context.set_tokens_out(inner.tokens_out)
+    return results
+
+  return lower

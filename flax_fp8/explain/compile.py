@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import jax.export
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
+from flax_fp8._compat import uncalled_host_callbacks
 from flax_fp8.capability import capability
 from flax_fp8.explain.child import run_child
 from flax_fp8.explain.plugin import require_compiler
@@ -175,10 +177,13 @@ def _device_context(gpu: GpuTarget) -> contextlib.AbstractContextManager[Any]:
 def _export(jitted: Any, args: tuple[Any, ...]) -> tuple[dict[str, Any], bytes]:
   """Makes the child's request and program; in both, arguments and results are flat lists."""
   traced = jitted.trace(*args)
-  exported = _export_any(jitted, traced, args)
+  exported = _export_any(jitted, args)
   _require_serializable([*exported.in_avals, *exported.out_avals])
+  if exported.ordered_effects:  # which JAX can't serialize
+    raise ValueError(_REFUSALS["ordered effects"])
   flat = dataclasses.replace(
     exported,
+    unordered_effects=(),  # which JAX can't serialize either; the program has the callbacks
     in_tree=jax.tree.structure((tuple(range(len(exported.in_avals))), {})),
     out_tree=jax.tree.structure(tuple(range(len(exported.out_avals)))),
   )
@@ -206,17 +211,42 @@ def _require_serializable(avals: list[Any]) -> None:
       )
 
 
-def _export_any(jitted: Any, traced: Any, args: tuple[Any, ...]) -> Any:
+_REFUSALS = {  # by JAX's words
+  "ordered effects": (
+    "explain: callbacks must be unordered unless target=None; got io_callback, jax.debug.print or "
+    "jax.debug.callback with ordered=True. Pass ordered=False."
+  ),
+  "require devices to be present": (
+    "explain: JAX places io_callback and pure_callback on a device of the mesh; got an "
+    "AbstractMesh, which has none. Pass a jax.sharding.Mesh; XLA_FLAGS="
+    "--xla_force_host_platform_device_count=8 makes 8 CPU devices for it."
+  ),
+}
+
+
+def _refusal(words: str) -> ValueError | None:
+  """Returns our error for what JAX refuses to export; None for any other."""
+  return next((ValueError(ours) for theirs, ours in _REFUSALS.items() if theirs in words), None)
+
+
+def _export_any(jitted: Any, args: tuple[Any, ...]) -> Any:
   """Exports, custom calls of every kind included: the same JAX reads the program at once."""
+  export: Any = functools.partial(
+    jax.export.export,
+    jitted,
+    platforms=["cuda"],
+    _override_lowering_rules=uncalled_host_callbacks("cuda"),
+  )
   try:
-    return jax.export.export(jitted, platforms=["cuda"])(*args)
+    return export()(*args)
   except ValueError as error:
     if "custom calls" not in str(error):
+      if refusal := _refusal(str(error)):
+        raise refusal from error
       raise
-  text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  names = set(re.findall(r"custom_call @\"?([\w.$]+)", text))
+    names = set(re.findall(r"custom_call @\"?([\w.$]+)", str(error)))
   checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
-  return jax.export.export(jitted, platforms=["cuda"], disabled_checks=checks)(*args)
+  return export(disabled_checks=checks)(*args)
 
 
 def _mesh_axes(exported: Any, args: tuple[Any, ...]) -> tuple[dict[str, int], list[str]]:

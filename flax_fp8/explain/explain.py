@@ -28,7 +28,8 @@ def explain(
 
   The function is compiled, never run. Without a GPU, name one: the function is exported, and a
   child process compiles it for that GPU, with autotuning and Triton GEMMs switched off, since both
-  need the GPU to choose. The caller's process and its devices are left alone.
+  need the GPU to choose. The caller's process and its devices are left alone. Python callbacks
+  (``jax.debug.print``, ``io_callback``) are compiled too, and never called.
 
   Args:
     fn: what ``jax.jit`` takes, or a jitted function: a train step, a gradient. Donated and static
@@ -46,7 +47,8 @@ def explain(
     The report: GEMMs, kernels, bytes, collectives, memory, roofline.
 
   Raises:
-    ValueError: no GPU is attached and ``target`` is None, or its name is unknown.
+    ValueError: no GPU is attached and ``target`` is None, or its name is unknown; or ``target`` is
+      given and a callback is ordered, or returns a value on an ``AbstractMesh``.
     TypeError: an argument can't be exported, or ``mesh`` is no mesh.
     ImportError: JAX's GPU compiler is missing or of another version; the message has the cure.
     TimeoutError: the compiler took longer than ``timeout``.
@@ -150,7 +152,10 @@ def _doubts(
     if kernel.kind in (KernelClass.UNKNOWN, KernelClass.LIBRARY):
       unknown[kernel.what] = unknown.get(kernel.what, 0) + kernel.times
   for what, times in unknown.items():
-    yield f"{what}, times {times}: what it computes is not known here"
+    if "python_gpu_callback" in what:
+      yield f"a Python callback, times {times}: its time on the host is not counted"
+    else:
+      yield f"{what}, times {times}: what it computes is not known here"
 
 
 def assert_fp8(
