@@ -1,7 +1,8 @@
 """The child process that compiles without a GPU: how it is run, and every way in which it can end.
 
-Request and reply are files without names, and the compiler's own temporary files lie in a folder
-that goes with the request: whatever happens to the child, nothing is left behind.
+Request, reply and log are files without names. The child makes a folder for the compiler's
+temporary files. This process removes it after the child; the child does where this process was
+killed. What the compiler prints on stdout goes to the log: the reply has a file of its own.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +22,7 @@ from typing import IO, Any
 
 import jax
 
+_LONGEST = 300  # characters of others' words in an error
 _CHILD = Path(__file__).with_name("deviceless.py")
 
 
@@ -39,10 +43,11 @@ def run_child(request: dict[str, Any], program: bytes, timeout: float) -> dict[s
     RuntimeError: the compiler refused the program, or the child was killed.
   """
   with (
+    _standard_streams(),
     tempfile.TemporaryFile() as inbox,
     tempfile.TemporaryFile() as outbox,
     tempfile.TemporaryFile() as log,
-    tempfile.TemporaryDirectory(prefix="flax_fp8_") as folder,
+    _folder() as folder,
   ):
     inbox.write(json.dumps(request).encode() + b"\n" + program)
     inbox.seek(0)
@@ -54,18 +59,43 @@ def run_child(request: dict[str, Any], program: bytes, timeout: float) -> dict[s
   return _checked(json.loads(reply), words)
 
 
+@contextlib.contextmanager
+def _standard_streams() -> Generator[None]:
+  """Opens those that are closed: a file passed to the child must not have their numbers."""
+  opened = [os.open(os.devnull, os.O_RDWR)]
+  while opened[-1] < 3:
+    opened.append(os.open(os.devnull, os.O_RDWR))
+  try:
+    yield
+  finally:
+    for number in opened:
+      os.close(number)
+
+
+@contextlib.contextmanager
+def _folder() -> Generator[str]:
+  """The name of a folder that the child makes, and that is removed when the child has ended."""
+  folder = os.path.join(tempfile.gettempdir(), f"flax_fp8_{secrets.token_hex(8)}")
+  try:
+    yield folder
+  finally:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _wait(
   environment: dict[str, str], timeout: float, files: tuple[IO[bytes], IO[bytes], IO[bytes]]
 ) -> int:
   """Runs the child to its end; it ends with this process, and where that is interrupted."""
   with _lifeline() as lifeline:
+    inbox, outbox, log = files
+    passed = (lifeline, outbox.fileno())
     process = subprocess.Popen(
-      [sys.executable, "-P", str(_CHILD), str(lifeline)],
+      [sys.executable, "-P", str(_CHILD), *map(str, passed)],
       env=environment,
-      pass_fds=(lifeline,),
-      stdin=files[0],
-      stdout=files[1],
-      stderr=files[2],
+      pass_fds=passed,
+      stdin=inbox,
+      stdout=log,
+      stderr=log,
     )
     try:
       return process.wait(timeout)
@@ -91,7 +121,7 @@ def _lifeline() -> Generator[int]:
 
 
 def _environment(folder: str) -> dict[str, str]:
-  """The child's: no device but the CPU, and temporary files where the parent removes them."""
+  """The child's: no device but the CPU, and temporary files in a folder that is removed."""
   config: Any = jax.config  # of which no type checker knows the settings
   return os.environ | {
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
@@ -128,7 +158,7 @@ def _out_of_memory(words: str) -> MemoryError | None:
 
 
 def _last(words: str) -> str:
-  return "\n".join(words.strip().splitlines()[-8:]) or "(it wrote nothing)"
+  return "\n".join(words.strip().splitlines()[-8:])[-_LONGEST:] or "(it wrote nothing)"
 
 
 def _death(code: int, log: str) -> Exception:
@@ -156,6 +186,6 @@ def _checked(reply: dict[str, Any], log: str) -> dict[str, Any]:
       f"flax-fp8 doctor. Its last words:\n{_last(log)}"
     )
   raise RuntimeError(
-    f"explain: the GPU compiler refused the program: {message}. If it names the target's "
+    f"explain: the GPU compiler refused the program: {message[:_LONGEST]}. If it names the target's "
     "description, mend GpuTarget(description=...)."
   )

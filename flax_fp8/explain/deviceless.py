@@ -1,8 +1,9 @@
 """Child process: compiles one exported program for a GPU that is described, not present.
 
 A program by itself, run by path: it imports JAX and nothing of flax_fp8. The request comes in on
-stdin (a line of JSON, then the serialized program), the reply goes out on stdout as JSON. It ends
-when its parent does, of whose life an open pipe tells.
+stdin (a line of JSON, then the serialized program). Its arguments are two file descriptors: a pipe
+that closes when the parent ends, and with it this process; and the file for the reply, as JSON.
+Temporary files go to the folder TMPDIR, which it makes.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -28,10 +30,14 @@ OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
 def end_with_parent(lifeline: int) -> None:
-  """Waits, in a thread, for the pipe's other end to close, and ends this process."""
+  """Waits, in a thread, for the pipe's other end to close; then removes TMPDIR and ends."""
 
   def wait() -> None:
     os.read(lifeline, 1)
+    folder = os.environ["TMPDIR"]
+    with contextlib.suppress(OSError):
+      os.rename(folder, f"{folder}_removed")  # the compiler still runs, and can't write there now
+    shutil.rmtree(f"{folder}_removed", ignore_errors=True)
     os._exit(1)
 
   threading.Thread(target=wait, daemon=True).start()
@@ -93,15 +99,17 @@ def answer(request: dict[str, Any], program: bytes) -> dict[str, Any]:
 
 def main() -> None:
   """Answers one request."""
-  end_with_parent(int(sys.argv[1]))
+  lifeline, outbox = map(int, sys.argv[1:])
+  os.mkdir(os.environ["TMPDIR"], 0o700)
+  end_with_parent(lifeline)
   offer_to_the_oom_killer()
   request = json.loads(sys.stdin.buffer.readline())
   try:
     reply = answer(request, sys.stdin.buffer.read())
   except Exception as error:  # whatever it is, the parent tells the user
     reply = {"error": type(error).__name__, "message": str(error)}
-  sys.stdout.write(json.dumps(reply))
-  sys.stdout.flush()
+  with open(outbox, "w", encoding="utf-8") as file:
+    json.dump(reply, file)
   os._exit(0)  # the CUDA plugin's teardown has nothing left to do, and no GPU to do it on
 
 

@@ -66,8 +66,10 @@ def test_a_run_leaves_nothing():
 
 def test_killed(replaced):
   replaced("""
-    import os, signal, sys
-    print("about to die", file=sys.stderr, flush=True)
+    import os, signal, sys, tempfile
+    os.mkdir(os.environ["TMPDIR"])
+    tempfile.mkstemp()
+    print("x" * 10_000, "about to die", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
   """)
   with pytest.raises(
@@ -75,6 +77,7 @@ def test_killed(replaced):
   ) as e:
     run()
   assert "about to die" in str(e.value)
+  assert len(str(e.value)) <= 600
 
 
 def test_crashed(replaced):
@@ -129,37 +132,77 @@ def test_timed_out():
   assert time.monotonic() - begun < 60
 
 
-def test_ends_with_its_parent(replaced, tmp_path):
-  """The child of a process that was killed outright does not live on."""
-  replaced("")
-  waiting = tmp_path / "child.py"
-  waiting.write_text(
-    textwrap.dedent(f"""
-      import os, runpy, sys, time
-      module = runpy.run_path({str(DEVICELESS)!r})
-      module["end_with_parent"](int(sys.argv[1]))
-      open({str(tmp_path / "pid")!r}, "w").write(str(os.getpid()))
-      time.sleep(600)
-    """)
-  )
-  parent = tmp_path / "parent.py"
-  parent.write_text(
-    textwrap.dedent(f"""
-      import jax, jax.numpy as jnp
-      from pathlib import Path
-      import flax_fp8 as fp8
-      from flax_fp8.explain import child
-      child._CHILD = Path({str(waiting)!r})
-      fp8.explain(lambda x: x, jnp.ones(4), target="h100")
-    """)
-  )
+def test_what_is_printed_does_not_break_the_reply(replaced):
+  """Some of JAX's settings, MOSAIC_GPU_DUMP_PTXAS=1 for one, print to stdout."""
+  replaced(f"""
+    import os, runpy
+    os.write(1, b"registers: 168")
+    print("spills: 0", flush=True)
+    runpy.run_path({str(DEVICELESS)!r}, run_name="__main__")
+  """)
+  assert run().launches == 1
+
+
+def test_standard_streams_may_be_closed():
+  """As those of a daemon: what is opened first then has their numbers."""
+  saved = [os.dup(number) for number in range(3)]
+  os.closerange(0, 3)
+  try:
+    assert run().launches == 1
+    with pytest.raises(OSError, match="Bad file descriptor"):
+      os.fstat(0)
+  finally:
+    for number, copy in enumerate(saved):
+      os.dup2(copy, number)
+      os.close(copy)
+
+
+SLOW = f"""
+    import os, runpy, tempfile, time
+    from pathlib import Path
+
+    def compile_for_long(request, program):
+      file, _ = tempfile.mkstemp()
+      Path("pid").with_name("pid.part").write_text(str(os.getpid()))
+      os.rename("pid.part", "pid")
+      while True:
+        os.write(file, b"temporary")
+        time.sleep(0.01)
+
+    main = runpy.run_path({str(DEVICELESS)!r})["main"]
+    main.__globals__["answer"] = compile_for_long
+    main()
+"""
+PARENT = f"""
+    import runpy
+    from pathlib import Path
+
+    run_child = runpy.run_path({str(ROOT / "flax_fp8" / "explain" / "child.py")!r})["run_child"]
+    run_child.__globals__["_CHILD"] = Path("child.py")
+    run_child({{}}, b"", 600)
+"""
+
+
+@pytest.mark.parametrize(
+  "number",
+  [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL],
+  ids=lambda number: number.name,
+)
+def test_ends_with_its_parent(replaced, tmp_path, number):
+  """A signal to the parent alone: the child does not live on, and no temporary file is left."""
+  replaced(SLOW)
+  (tmp_path / "parent.py").write_text(textwrap.dedent(PARENT))
   process = subprocess.Popen(
-    [sys.executable, str(parent)], env=os.environ | {"PYTHONPATH": str(ROOT)}
+    [sys.executable, "parent.py"],
+    cwd=tmp_path,
+    env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": tempfile.gettempdir()},
+    stderr=subprocess.DEVNULL,
   )
-  pid = wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
-  process.send_signal(signal.SIGKILL)
-  process.wait()
-  wait_for(lambda: not Path(f"/proc/{pid}").exists())
+  wait_for((tmp_path / "pid").exists)
+  assert list((tmp_path / "temporary").glob("flax_fp8_*/*"))
+  process.send_signal(number)
+  assert process.wait(60) == -number
+  wait_for(lambda: not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists())
 
 
 def wait_for(condition):
