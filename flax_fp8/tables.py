@@ -7,13 +7,18 @@ import io
 import itertools
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 from rich import box
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
+
+Rows: TypeAlias = Sequence[tuple[str, ...]]
+_NARROW = 8  # characters to which text may be folded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,57 +50,94 @@ def _markdown(table: Table) -> str:
 
 def terminal(parts: Sequence[Table | str]) -> str:
   """Renders tables and lines of text at the width of the terminal, without colours."""
-  width = max(60, shutil.get_terminal_size(fallback=(100, 24)).columns)
+  width = max(20, shutil.get_terminal_size(fallback=(100, 24)).columns)
   console = Console(
     file=io.StringIO(), width=width, color_system=None, highlight=False, force_jupyter=False
   )
   with console.capture() as captured:
     for part in parts:
-      for piece in _pieces(part):
+      for piece in _pieces(part, width):
         console.print(piece)
       console.print()
   lines = (line.rstrip() for line in captured.get().splitlines())
-  return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
+  return printable(re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n"))
 
 
-def _pieces(part: Table | str) -> Iterator[RichTable | Padding | Text]:
+_ASCII = str.maketrans({"─": "-", "×": "x", "±": "+-", "≈": "~", "µ": "u"})
+
+
+def printable(text: str) -> str:
+  """Replaces the characters that stdout can't encode: ours by ASCII ones, others by escapes."""
+  encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+  try:
+    text.encode(encoding)
+  except UnicodeEncodeError:
+    text = text.translate(_ASCII).encode(encoding, "backslashreplace").decode(encoding)
+  return text
+
+
+def _pieces(part: Table | str, width: int) -> Iterator[RichTable | Padding | Text]:
   if isinstance(part, str):
     yield Text(part)
   elif not part.grouped:
-    yield _grid(part.columns, part.rows, part.rows)
+    widths = _fitted(part.columns, part.rows, width - 3 * len(part.columns) + 1)
+    yield _grid(part.columns, part.rows, widths, headed=True)
   else:
     columns, rows = part.columns[1:], [row[1:] for row in part.rows]
-    heads = tuple(name.removeprefix("<") for name in columns)
-    yield _indented(columns, rows, [heads])
+    widths = _fitted(columns, rows, width - 2 * len(columns))
+    if widths:
+      yield _indented(_grid(columns, [tuple(map(_name, columns))], widths))
     for heading, group in itertools.groupby(part.rows, key=lambda row: row[0]):
       yield Text(heading)
-      yield _indented(columns, rows, [row[1:] for row in group])
+      yield _indented(_grid(columns, [row[1:] for row in group], widths))
 
 
-def _indented(
-  columns: Sequence[str], measured: Sequence[tuple[str, ...]], shown: Sequence[tuple[str, ...]]
-) -> Padding:
-  return Padding(_grid(columns, measured, shown, headed=False), (0, 0, 0, 2))
+def _indented(grid: RichTable) -> Padding:
+  return Padding(grid, (0, 0, 0, 2))
+
+
+def _name(column: str) -> str:
+  return column.removeprefix("<")
+
+
+def _fitted(columns: Sequence[str], rows: Rows, available: int) -> list[int] | None:
+  """Chooses the columns' widths; texts and names fold, numbers do not. None if that is too wide."""
+  widths, least = [], []
+  for column, *cells in zip(columns, *rows, strict=True):
+    name, longest = _name(column), max(map(len, cells), default=0)
+    folded = _NARROW if column.startswith("<") else longest
+    widths.append(max(len(name), longest))
+    least.append(max(folded, *map(len, name.split() or [""])))
+  while sum(widths) > available:
+    excess = [width if width > low else 0 for width, low in zip(widths, least, strict=True)]
+    if not any(excess):
+      return None
+    widths[excess.index(max(excess))] -= 1
+  return widths
 
 
 def _grid(
-  columns: Sequence[str],
-  measured: Sequence[tuple[str, ...]],
-  shown: Sequence[tuple[str, ...]],
-  *,
-  headed: bool = True,
+  columns: Sequence[str], rows: Rows, widths: Sequence[int] | None, *, headed: bool = False
 ) -> RichTable:
-  """Lays out ``shown`` in columns as wide as ``measured`` needs; text folds if that is too wide."""
-  names = [name.removeprefix("<") for name in columns]
+  """Lays out rows in columns; without widths, each row is a list of names and values."""
+  if widths is None:
+    return _records(columns, rows)
   grid = RichTable(box=box.SIMPLE_HEAD if headed else None, show_header=headed, pad_edge=False)
-  for name, column, *cells in zip(names, columns, *measured, strict=True):
-    is_text = column.startswith("<")
-    grid.add_column(
-      name,
-      justify="left" if is_text else "right",
-      min_width=min(12 if is_text else 24, max(map(len, (name, *cells)))),
-      overflow="fold",
-    )
-  for row in shown:
-    grid.add_row(*(Text(cell) for cell in row))
+  for column, width in zip(columns, widths, strict=True):
+    justify = "left" if column.startswith("<") else "right"
+    grid.add_column(_name(column), justify=justify, width=width, overflow="fold")
+  for row in rows:
+    grid.add_row(*map(Text, row))
+  return grid
+
+
+def _records(columns: Sequence[str], rows: Rows) -> RichTable:
+  grid = RichTable(box=None, show_header=False, pad_edge=False)
+  grid.add_column(overflow="fold", max_width=_NARROW)
+  grid.add_column(overflow="fold")
+  for row in rows:
+    for column, cell in zip(columns, row, strict=True):
+      if cell:
+        grid.add_row(_name(column), Text(cell))
+    grid.add_row()
   return grid

@@ -186,6 +186,6 @@ def _checked(reply: dict[str, Any], log: str) -> dict[str, Any]:
       f"flax-fp8 doctor. Its last words:\n{_last(log)}"
     )
   raise RuntimeError(
-    f"explain: the GPU compiler refused the program: {message[:_LONGEST]}. If it names the target's "
-    "description, mend GpuTarget(description=...)."
+    f"explain: the GPU compiler refused the program: {message[:_LONGEST]}. If it names the "
+    "target's description, mend GpuTarget(description=...)."
   )
