@@ -1,37 +1,43 @@
 """The command ``flax-fp8``: what the GPU compiler makes of a program; what this machine can do.
 
-It exits with 0; with 1 where the answer is no (a GEMM is not FP8, something is broken); with 2
-where there is no answer. An error that says what to change is shown as it is; a bug, with its
-traceback.
+It exits with 0; with 1 where a check fails or an error occurs; with 2 where the command line is
+wrong; with 130 for Ctrl-C, and with 141 where the reader of its output has gone. Errors are a few
+lines; ``--traceback`` shows all.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import inspect
+import io
 import json
 import os
 import pkgutil
 import sys
+import sysconfig
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
-from flax_fp8 import doctor
+from flax_fp8 import doctor, tables
+from flax_fp8.explain import plot
 from flax_fp8.explain.compare import Comparison
 from flax_fp8.explain.explain import explain
 from flax_fp8.explain.report import Report
 from flax_fp8.explain.target import NAMES
 
 _EXPLAIN = """\
-Show what the GPU compiler makes of a program: which GEMMs are FP8 and why the others are not,
-kernels, bytes, memory. The program is compiled, never run; with --target no GPU is needed.
+Show what the GPU compiler makes of a program: which GEMMs are FP8, why the others are not, kernels,
+bytes and memory. The program is compiled, never run. With --target, no GPU is needed.
 
-MODULE:FUNCTION is a function without arguments, importable from the current folder, that returns
-(fn, *args): what jax.jit takes, and arrays or jax.ShapeDtypeStructs. In program.py, for example:
+MODULE:FUNCTION names a function that takes no arguments and returns (fn, *args). fn is what jax.jit
+takes; args are arrays or jax.ShapeDtypeStructs. Python must find the module from the current
+folder. For example, program.py has:
 
   def dense():
     layer = nn.Dense(256, dtype=jnp.bfloat16, dot_general_cls=fp8.Fp8DotGeneral)
@@ -44,13 +50,17 @@ examples:
   flax-fp8 explain program:dense --target h100 --against program:bf16_dense --plot both.png
   flax-fp8 explain program:dense --target h100 --assert-fp8 --exclude '*/head'
 
-exit codes: 0; 1 where --assert-fp8 finds GEMMs that are not FP8; 2 for errors
+exit codes: 0; 1 if --assert-fp8 fails, or for an error; 2 for a wrong command line
 """
 _DOCTOR = """\
-Say what this machine can do with FP8: versions, devices and the formats that they multiply, the
-driver, the GPU compiler and whether it works. Commands after -> install what is missing.
+Show what this machine can do with FP8: versions, devices, the FP8 formats that they multiply, the
+driver, and whether the GPU compiler works. A command after -> installs what is missing.
 """
-_DOCTOR_EXAMPLES = "example:\n  flax-fp8 doctor\n\nexit codes: 0; 1 where something is broken\n"
+_DOCTOR_EXAMPLES = "example:\n  flax-fp8 doctor\n\nexit codes: 0; 1 if something is broken\n"
+
+
+class UsageError(ValueError):
+  """The command line names something that is not there, or that can't be used."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -61,7 +71,9 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument("--version", action="version", version=version)
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
   _add_explain(commands)
-  _command(commands, run_doctor, _DOCTOR, _DOCTOR_EXAMPLES, "what this machine can do with FP8")
+  _command(
+    commands, run_doctor, _DOCTOR, _DOCTOR_EXAMPLES, "show what this machine can do with FP8"
+  )
   return parser
 
 
@@ -77,42 +89,46 @@ def _command(
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.set_defaults(run=run)
+  parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
   return parser
 
 
 def _add_explain(commands: Any) -> None:
-  summary = "what the GPU compiler makes of a program"
+  summary = "show what the GPU compiler makes of a program"
   add = _command(commands, run_explain, _EXPLAIN, _EXPLAIN_EXAMPLES, summary).add_argument
-  add("program", metavar="MODULE:FUNCTION", help="builds the program")
-  add("--target", choices=NAMES, help="GPU to compile for; default: the one attached")
-  add("--against", metavar="MODULE:FUNCTION", help="measure the program against this one")
-  add("--format", choices=("text", "markdown", "json"), default="text")
-  add("--plot", type=Path, metavar="FILE.png", help="draw bytes and roofline, by class of kernels")
-  add("--assert-fp8", action="store_true", help="fail unless every GEMM of the program is FP8")
-  excluded = "modules whose GEMMs may be of any dtype, as '*/head'"
+  add("program", metavar="MODULE:FUNCTION", help="function that returns the program")
+  add("--target", choices=NAMES, help="GPU to compile for; default: the attached GPU")
+  add("--against", metavar="MODULE:FUNCTION", help="program to compare with")
+  add("--format", choices=("text", "markdown", "json"), default="text", help="default: text")
+  add("--plot", type=Path, metavar="FILE.png", help="plot bytes and roofline time by kernel class")
+  add("--assert-fp8", action="store_true", help="exit with 1 unless every GEMM is FP8")
+  excluded = "modules that --assert-fp8 ignores, such as '*/head'"
   add("--exclude", nargs="+", action="extend", default=[], metavar="PATTERN", help=excluded)
-  add("--timeout", type=_seconds, default=600.0, metavar="S", help="to compile in; default: 600")
+  limit = "seconds to compile in; default: 600"
+  add("--timeout", type=_seconds, default=600.0, metavar="S", help=limit)
 
 
 def _seconds(text: str) -> float:
-  if not (seconds := float(text)) > 0:
-    raise argparse.ArgumentTypeError(f"must be above 0; got {text}")
-  return seconds
+  with contextlib.suppress(ValueError):
+    if (seconds := float(text)) > 0:
+      return seconds
+  raise argparse.ArgumentTypeError(f"must be a number of seconds above 0; got {_cut(text)}")
 
 
 def run_explain(arguments: argparse.Namespace) -> int:
   """Explains a program, or two; ``--assert-fp8`` then judges the first."""
   _require_consistent(arguments)
   doctor.allow_missing_cuda()
-  specs = [arguments.program, *filter(None, [arguments.against])]
+  specs = [spec for spec in (arguments.program, arguments.against) if spec is not None]
   programs = [load(spec) for spec in specs]  # whose mistakes show before anything is compiled
   options = {"target": arguments.target, "timeout": arguments.timeout}
   reports = [
     explain(*program, name=spec, **options) for spec, program in zip(specs, programs, strict=True)
   ]
-  _print(render(reports, arguments.format))
+  print(tables.printable(render(reports, arguments.format)), flush=True)
   if arguments.plot is not None:
-    _shown(reports).plot().savefig(arguments.plot)
+    form = arguments.plot.suffix[1:] or "png"
+    _shown(reports).plot().savefig(arguments.plot, format=form)
   if arguments.assert_fp8:
     reports[0].assert_fp8(arguments.exclude)
   return 0
@@ -120,15 +136,31 @@ def run_explain(arguments: argparse.Namespace) -> int:
 
 def _require_consistent(arguments: argparse.Namespace) -> None:
   if arguments.exclude and not arguments.assert_fp8:
-    raise ValueError(
-      f"explain: --exclude says what --assert-fp8 may pass over; got --exclude "
-      f"{' '.join(arguments.exclude)} alone. Add --assert-fp8."
+    raise UsageError(
+      "explain: --exclude needs --assert-fp8; got --exclude "
+      f"{_cut(' '.join(arguments.exclude))} alone. Add --assert-fp8."
     )
-  if arguments.plot is not None and not arguments.plot.parent.is_dir():
-    raise ValueError(
-      f"explain: --plot must name a file in a folder that exists; got {arguments.plot}. Make the "
-      "folder, or name another."
+  if arguments.plot is not None:
+    _require_drawable(arguments.plot)
+
+
+def _require_drawable(path: Path) -> None:
+  """Raises where a picture can't be drawn or written; nothing is left of the attempt."""
+  formats = plot.formats()
+  if path.suffix and path.suffix[1:].lower() not in formats:
+    raise UsageError(
+      f"explain: --plot must name a file in one of the formats {', '.join(formats)}; got "
+      f"{_cut(path.name)}. Use the suffix .png."
     )
+  try:
+    with tempfile.TemporaryFile(dir=path.parent):
+      if path.exists():
+        path.open("ab").close()
+  except OSError as error:
+    raise UsageError(
+      f"explain: --plot must name a file that can be written; got {_cut(str(path))} "
+      f"({error.strerror}). Name another file, or make its folder."
+    ) from error
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
@@ -136,7 +168,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
   del arguments
   doctor.allow_missing_cuda()
   lines = doctor.examine()
-  _print(doctor.render(lines))
+  print(tables.printable(doctor.render(lines)), flush=True)
   return int(any(line.broken for line in lines))
 
 
@@ -153,22 +185,28 @@ def load(spec: str) -> tuple[Any, ...]:
     ``(fn, *args)``, what the function returns.
 
   Raises:
-    ValueError: ``spec`` is not of that form, or the module has no such function.
-    ModuleNotFoundError: there is no such module.
-    TypeError: the function takes arguments, or returns something else.
+    UsageError: ``spec`` is not of that form; the module or the function is missing; or the function
+      takes arguments, or returns something else.
+    RuntimeError: the module or the function ends the process.
   """
   module, _, function = spec.partition(":")
   names = [*module.split("."), function]
   if not all(name.isidentifier() for name in names) or module.endswith(".py"):
-    raise ValueError(
-      f"explain: a program must be named MODULE:FUNCTION, as in package.module:step; got {spec!r}. "
-      "Write the module as for import: dots, no slashes, no .py."
+    raise UsageError(
+      "explain: a program must be named MODULE:FUNCTION, such as package.module:step; got "
+      f"{_cut(repr(spec))}. Write the module as in an import: dots, no slashes, no .py."
     )
-  program = _builder(_module(module), function)()
+  try:
+    program = _builder(_module(module), function)()
+  except SystemExit as error:
+    raise RuntimeError(
+      f"explain: {spec} must return a program; got SystemExit({error.code!r}). Put what runs a "
+      'script under if __name__ == "__main__".'
+    ) from error
   if not (isinstance(program, tuple) and program and callable(program[0])):
-    raise TypeError(
+    raise UsageError(
       f"explain: {spec} must return (fn, *args), a tuple that starts with a function; got "
-      f"{_kind(program)}. Return what to compile, and its arguments."
+      f"{_kind(program)}. Return the function to compile and its arguments."
     )
   return program
 
@@ -188,9 +226,9 @@ def _module(name: str) -> ModuleType:
   except ModuleNotFoundError as error:
     if not f"{name}.".startswith(f"{error.name}."):  # the module is there; what it imports is not
       raise
-    raise ModuleNotFoundError(
-      f"explain: the module {name!r} must be importable from {os.getcwd()}; got none ({error}). "
-      "Change to its folder, or name that in PYTHONPATH."
+    raise UsageError(
+      f"explain: Python must find the module {_cut(repr(name))} from {os.getcwd()}; got "
+      f"{_cut(str(error))}. Change to its folder, or add the folder to PYTHONPATH."
     ) from error
 
 
@@ -198,17 +236,17 @@ def _builder(module: ModuleType, name: str) -> Callable[[], Any]:
   builder = getattr(module, name, None)
   if builder is None:
     near = difflib.get_close_matches(name, vars(module), n=3)
-    raise ValueError(
-      f"explain: the module {module.__name__!r} must have the function {name!r}; got none in "
-      f"{module.__file__}. The nearest names are {near}."
+    raise UsageError(
+      f"explain: the module {module.__name__!r} must have the function {_cut(repr(name))}; got "
+      f"none in {getattr(module, '__file__', None)}. The nearest names are {near}."
     )
   try:
     inspect.signature(builder).bind()
-  except TypeError as error:
+  except (TypeError, ValueError) as error:  # ValueError: some of C have no signature
     why = f": {error}" if callable(builder) else ""
-    raise TypeError(
+    raise UsageError(
       f"explain: {module.__name__}:{name} must be a function that takes no arguments; got "
-      f"{_kind(builder)}{why}. Write one that builds the program and returns (fn, *args)."
+      f"{_kind(builder)}{why}. Write one that returns (fn, *args)."
     ) from error
   return builder
 
@@ -237,14 +275,6 @@ def render(reports: Sequence[Report], form: str) -> str:
   return "\n\n".join([*titles, body.rstrip("\n")])
 
 
-def _print(text: str) -> None:
-  """Prints; that a reader has read enough, as ``head`` has, is no error."""
-  try:
-    print(text, flush=True)
-  except BrokenPipeError:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
-
-
 def _shown(reports: Sequence[Report]) -> Report | Comparison:
   return reports[0] if len(reports) == 1 else reports[0].compare(reports[1])
 
@@ -252,36 +282,65 @@ def _shown(reports: Sequence[Report]) -> Report | Comparison:
 # Errors.
 
 _CLEAR = (ImportError, MemoryError, RuntimeError, TimeoutError, TypeError, ValueError)
-_NOT_THE_USERS = sys.stdlib_module_names | {
-  *("__main__", "flax_fp8", "flax", "jax", "jaxlib", "matplotlib", "numpy")
-}
+_PACKAGE = Path(__file__).parent
+_LIBRARIES = (_PACKAGE, *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")))
 
 
-def tell(error: Exception) -> int:
-  """Shows an error: one that says what to change as it is, any other with its traceback.
+def tell(error: Exception, *, whole: bool = False) -> int:
+  """Shows an error on stderr.
 
-  What the user's own code raises, while it builds a program or while JAX traces it, is the user's
-  to trace.
+  An error of ours says what to change, and is shown as it is. Any other, such as one of the user's
+  own code while JAX traces it, is shown with its type, and the line of the user's code.
 
   Args:
     error: with its traceback, from the command's first frame on.
+    whole: whether to show the traceback.
 
   Returns:
     The exit code.
   """
-  is_verdict = isinstance(error, AssertionError) and str(error).startswith("assert_fp8: ")
-  is_clear = is_verdict or (isinstance(error, _CLEAR) and str(error))
-  if not is_clear or _is_raised_by_user(error):
+  if whole:
     traceback.print_exception(error)
-    return 2
-  print(f"flax-fp8: {error}", file=sys.stderr)
-  return 1 if is_verdict else 2
+  else:
+    print(f"flax-fp8: {_words(error)}", file=sys.stderr or io.StringIO())
+  return 2 if isinstance(error, UsageError) else 1
 
 
-def _is_raised_by_user(error: Exception) -> bool:
-  frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-  packages = {frame.f_globals.get("__name__", "").partition(".")[0] for frame in frames}
-  return not packages <= _NOT_THE_USERS
+def _words(error: Exception) -> str:
+  frames = traceback.extract_tb(error.__traceback__)
+  users = [frame for frame in frames if _is_users(frame.filename)]
+  is_ours = not users and all(_PACKAGE in Path(frame.filename).parents for frame in frames[-1:])
+  is_verdict = isinstance(error, AssertionError) and str(error).startswith("assert_fp8: ")
+  if is_ours and (is_verdict or isinstance(error, _CLEAR)) and str(error):
+    return str(error)
+  place = ""
+  if isinstance(error, SyntaxError) and error.filename:
+    place = f"\n  at {error.filename}:{error.lineno}"
+  elif frames:
+    frame = (users or frames)[-1]
+    place = f"\n  at {frame.filename}:{frame.lineno}, in {frame.name}"
+  text = _cut(error.msg if isinstance(error, SyntaxError) else str(error), 400)
+  name = ": ".join(filter(None, [type(error).__name__, text]))
+  return f"{name}{place}\n  --traceback shows the whole traceback"
+
+
+def _is_users(filename: str) -> bool:
+  parents = Path(filename).parents
+  return not filename.startswith("<") and not any(folder in parents for folder in _LIBRARIES)
+
+
+def _cut(text: str, length: int = 100) -> str:
+  return text if len(text) <= length else f"{text[:length]}..."
+
+
+def _run(argv: list[str] | None) -> int:
+  arguments = make_parser().parse_args(argv)
+  try:
+    return arguments.run(arguments)
+  except BrokenPipeError:
+    raise
+  except Exception as error:
+    return tell(error, whole=arguments.traceback)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -293,11 +352,18 @@ def main(argv: list[str] | None = None) -> int:
   Returns:
     The exit code.
   """
-  arguments = make_parser().parse_args(argv)
+  stdout: IO[str] = sys.stdout or io.StringIO()  # it may be closed
   try:
-    return arguments.run(arguments)
-  except Exception as error:
-    return tell(error)
+    try:
+      return _run(argv)
+    finally:
+      stdout.flush()
+  except KeyboardInterrupt:
+    print("flax-fp8: interrupted", file=sys.stderr or io.StringIO())
+    return 130
+  except OSError as error:  # its reader has gone, as head does, or its disk is full
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # Python flushes it again at exit
+    return 141 if isinstance(error, BrokenPipeError) else tell(error)
 
 
 if __name__ == "__main__":

@@ -105,9 +105,8 @@ def _fitted(columns: Sequence[str], rows: Rows, available: int) -> list[int] | N
   widths, least = [], []
   for column, *cells in zip(columns, *rows, strict=True):
     name, longest = _name(column), max(map(len, cells), default=0)
-    folded = _NARROW if column.startswith("<") else longest
     widths.append(max(len(name), longest))
-    least.append(max(folded, *map(len, name.split() or [""])))
+    least.append(_NARROW if column.startswith("<") else max(longest, min(len(name), _NARROW)))
   while sum(widths) > available:
     excess = [width if width > low else 0 for width, low in zip(widths, least, strict=True)]
     if not any(excess):
@@ -133,7 +132,7 @@ def _grid(
 
 def _records(columns: Sequence[str], rows: Rows) -> RichTable:
   grid = RichTable(box=None, show_header=False, pad_edge=False)
-  grid.add_column(overflow="fold", max_width=_NARROW)
+  grid.add_column(overflow="fold", max_width=2 * _NARROW)
   grid.add_column(overflow="fold")
   for row in rows:
     for column, cell in zip(columns, row, strict=True):

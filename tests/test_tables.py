@@ -110,8 +110,8 @@ def test_nothing_is_cut_off(monkeypatch, columns, table):
 def test_narrow_tables_are_lists(monkeypatch):
   monkeypatch.setenv("COLUMNS", "40")
   assert tables.terminal([MANY]).split("\n\n") == 2 * [
-    "layer     attention/query\nkind      Dense\nK x N     4096 x 4096\ntimes     32\n"
-    "FP8       delayed\nMiB       1,024.25\nsaved\nrule      target '*'"
+    "layer      attention/query\nkind       Dense\nK x N      4096 x 4096\ntimes      32\n"
+    "FP8        delayed\nMiB saved  1,024.25\nrule       target '*'"
   ]
 
 

@@ -25,7 +25,7 @@ def draw(bars: Bars, device_kind: str) -> Any:
   Raises:
     ImportError: matplotlib, which only pictures need, is not installed.
   """
-  figure = _figure_class()(figsize=(9, 1.8 + 0.6 * len(bars)), layout="constrained")
+  figure = _matplotlib("figure:Figure")(figsize=(9, 1.8 + 0.6 * len(bars)), layout="constrained")
   rated = all(total.seconds is not None for _, totals in bars for total in totals)
   left, *right = figure.subplots(1, 2 if rated else 1, squeeze=False)[0]
   _stack(left, bars, lambda total: total.bytes / 2**20, "MiB moved")
@@ -38,9 +38,14 @@ def draw(bars: Bars, device_kind: str) -> Any:
   return figure
 
 
-def _figure_class() -> Any:
+def formats() -> list[str]:
+  """Lists the formats of pictures, by suffix; raises as ``draw`` does without matplotlib."""
+  return sorted(_matplotlib("backend_bases:FigureCanvasBase").get_supported_filetypes())
+
+
+def _matplotlib(name: str) -> Any:
   try:
-    return pkgutil.resolve_name("matplotlib.figure:Figure")
+    return pkgutil.resolve_name(f"matplotlib.{name}")
   except ImportError as error:
     raise ImportError(
       "plot: drawing needs matplotlib; got none installed. Run: pip install matplotlib"

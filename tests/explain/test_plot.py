@@ -42,3 +42,9 @@ def test_without_matplotlib(monkeypatch):
   monkeypatch.setattr(pkgutil, "resolve_name", missing)
   with pytest.raises(ImportError, match=r"drawing needs matplotlib; .*pip install matplotlib"):
     plot.draw([("one", ONE)], "H100")
+  with pytest.raises(ImportError, match="drawing needs matplotlib"):
+    plot.formats()
+
+
+def test_formats():
+  assert {"png", "svg", "pdf"} <= set(plot.formats())
