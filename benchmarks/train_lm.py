@@ -6,19 +6,21 @@
     python benchmarks/train_lm.py --fused              # FP8 with one GEMM of q, k, v; of gate, up
     python benchmarks/train_lm.py --dtype float16      # BF16, float16, and FP8 in float16
     python benchmarks/train_lm.py --convert --calibrate 4 --export served
-    python benchmarks/train_lm.py --explain h200       # and shows the step as compiled for that GPU
+    python benchmarks/train_lm.py --explain h200       # reports on the step as compiled for an H200
 
-A Llama-like decoder learns Python's language reference byte by byte, in BF16 and in FP8: from the
-same seed, on the same batches, with the same optimiser. The models differ in one argument,
-``dot_general_cls``; with ``--fused``, FP8 has fused projections and begins with the same parameters
-put together; with ``--convert`` it has BF16's model, converted. With ``--dtype float16``, FP8 and a
-run without it compute in float16, with loss scaling, beside BF16. The answer is
-``gap = 100 * (loss FP8 / loss BF16 - 1)`` on held-out text; table, ``curves.png`` and
-``results.json`` go to ``--out``. A killed run goes on with ``--resume``, bit for bit.
+A Llama-like decoder learns Python's language reference byte by byte, in BF16 and in FP8. All runs
+have the same seed, batches and optimizer. The models differ in one argument, ``dot_general_cls``.
+With ``--fused``, FP8 runs have fused projections, which start from the same parameters. With
+``--convert``, FP8 runs convert the BF16 model. With ``--dtype float16``, FP8 runs compute in
+float16 with loss scaling; a float16 run without FP8 is added.
 
-Before it trains, each step is compiled for a GPU: the one attached, else a described H200. The FP8
-GEMMs are counted in that program; a projection's GEMM that FP8 has not in FP8 stops the benchmark,
-except with the recipes of blocks: these promise no GEMM in one piece on every GPU.
+The result is ``gap = 100 * (loss FP8 / loss BF16 - 1)`` on held-out text, printed as a table.
+``curves.png`` and ``results.json`` go to ``--out``. With ``--resume``, a killed run continues, with
+the same bits as a run that was not killed.
+
+Before training, each step is compiled for the attached GPU, or for a described H200, and its FP8
+GEMMs are counted. The benchmark stops if a projection's GEMM is not FP8. For block recipes the
+GEMMs are only counted: not every GPU has one FP8 GEMM for them.
 """
 
 import argparse
@@ -71,26 +73,37 @@ def make_parser() -> argparse.ArgumentParser:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   add = parser.add_argument
-  add("--precision", choices=PRECISIONS, default="both")
-  add("--recipe", choices=RECIPE_CHOICES, nargs="+", default=["delayed"], help="of the FP8 runs")
+  of_recipes = "recipes of the FP8 runs; default: delayed"
+  on_gpu = "GPU: print the whole report of each step as compiled for it; none: compile no step"
+  add("--precision", choices=PRECISIONS, default="both", help="what to train; default: both")
+  add("--recipe", choices=RECIPE_CHOICES, nargs="+", default=["delayed"], help=of_recipes)
   made = parser.add_mutually_exclusive_group()
   store = functools.partial(made.add_argument, dest="made", action="store_const", default=str)
-  store("--fused", const=fused, help="FP8 runs fuse q, k, v; and gate, up")
-  store("--convert", const=converted, help="FP8 runs convert the plain model: fp8_linear_layers")
-  add("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of activations")
-  add("--calibrate", type=not_negative, help="training batches that fill FP8 state before step 0")
-  add("--preset", choices=PRESETS, default="tiny", help="size of model and run")
-  add("--text", type=Path, help="file to learn; default: Python's language reference")
-  add("--steps", type=positive, help="optimiser steps")
-  add("--batch-size", type=positive, help="windows a step")
-  add("--seed", type=not_negative, help="of parameters and batches")
-  add("--remat", action="store_true", default=None, help="recompute blocks in backward")
+  store("--fused", const=fused, help="FP8 runs fuse the projections q, k, v, and gate, up")
+  store("--convert", const=converted, help="FP8 runs convert the BF16 model with fp8_linear_layers")
+  add(
+    "--dtype",
+    choices=("bfloat16", "float16"),
+    default="bfloat16",
+    help="of activations; default: bfloat16",
+  )
+  add(
+    "--calibrate", type=not_negative, help="training batches that calibrate FP8 state before step 0"
+  )
+  add("--preset", choices=PRESETS, default="tiny", help="sizes of model and run; default: tiny")
+  add("--text", type=Path, help="text file to learn; default: Python's language reference")
+  add("--steps", type=positive, help="optimizer steps")
+  add("--batch-size", type=positive, help="sequences per step")
+  add("--seed", type=not_negative, help="seed of parameters and batches")
+  add("--remat", action="store_true", default=None, help="recompute blocks in the backward pass")
   add("--attention", choices=("xla", "cudnn"), help="attention kernel; cudnn needs a GPU")
-  add("--explain", choices=(*NAMES, NONE), help="report on the step as compiled for this GPU first")
-  add("--out", type=Path, default=Path("runs/train_lm"), help="folder of all results")
-  add("--export", type=Path, help="folder: FP8 runs frozen, and forward passes by jax.export")
-  add("--resume", action="store_true", help="go on from the checkpoints in --out")
-  add("--checkpoint-every", type=not_negative, default=100, help="steps; 0 writes none")
+  add("--explain", choices=(*NAMES, NONE), help=on_gpu)
+  add("--out", type=Path, default=Path("runs/train_lm"), help="folder for results")
+  add("--export", type=Path, help="folder for frozen FP8 models and their exported forward passes")
+  add("--resume", action="store_true", help="continue from the checkpoints in --out")
+  add(
+    "--checkpoint-every", type=not_negative, default=100, help="steps between checkpoints; 0: none"
+  )
   add_options(parser)
   return parser
 

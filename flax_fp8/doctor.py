@@ -116,7 +116,7 @@ def devices(found: Sequence[Any], error: str) -> Iterator[Line]:
     platforms = _platforms()
     asked = f" with JAX_PLATFORMS={platforms}" if platforms else ""
     cure = "unset JAX_PLATFORMS" if platforms else ""
-    yield Line("device", f"JAX finds none{asked}: {error}", cure, broken=True)
+    yield Line("device", f"JAX finds no device{asked}: {error}", cure, broken=True)
   for kind in dict.fromkeys(device.device_kind for device in found):
     alike = [device for device in found if device.device_kind == kind]
     yield Line("device", f"{len(alike)} x {kind}")
@@ -152,11 +152,11 @@ def driver(*, sees_gpu: bool) -> Line:
   found = driver_version()
   if found is None:
     return Line("NVIDIA driver", "none")
-  name = found or "of unknown version"
+  name = found or "unknown version"
   if sees_gpu:
     return Line("NVIDIA driver", f"{name}; JAX sees the GPU")
   if reason := _hidden():
-    return Line("NVIDIA driver", f"{name}; {reason} keeps JAX off the GPU")
+    return Line("NVIDIA driver", f"{name}; {reason} hides the GPU from JAX")
   cuda = "cuda12" if found and int(found.split(".")[0]) < CUDA13_DRIVER else "cuda13"
   text = f"{name}, but JAX sees no GPU"
   return Line("NVIDIA driver", text, f"pip install 'jax[{cuda}]'", broken=True)
@@ -174,7 +174,7 @@ def _hidden() -> str:
 def plugin() -> Line:
   """The GPU compiler that ``explain`` needs where no GPU is attached."""
   if platform.system() != "Linux":
-    return Line("GPU compiler", "none; JAX's CUDA plugin exists for Linux alone")
+    return Line("GPU compiler", "none; JAX's CUDA plugin is for Linux only")
   try:
     require_compiler()
   except ImportError as error:
@@ -194,8 +194,8 @@ def trial() -> Line:
   except Exception as error:  # whatever it is, it is what was to be found out
     return Line("trial", f"{type(error).__name__}: {error}", broken=True)
   seconds, is_fp8 = time.perf_counter() - started, report.fp8_gemms == report.total_gemms == 1
-  what = f"a 256 x 256 product of E4M3, compiled for an H100 in {seconds:.1f} s"
-  return Line("trial", f"{what}, is {'' if is_fp8 else 'not '}FP8", broken=not is_fp8)
+  what = f"compiled a 256 x 256 product of E4M3 for an H100 in {seconds:.1f} s"
+  return Line("trial", f"{what}; it is {'' if is_fp8 else 'not '}FP8", broken=not is_fp8)
 
 
 def _product(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -77,7 +77,7 @@ class TestTheCommand:
     )
     found = run_doctor([tmp_path], JAX_PLATFORMS="cpu")
     assert found.returncode == 1
-    assert "BROKEN: JAX's CUDA plugin must be of jaxlib's version; got jax-cuda13-plugin 0.0.1" in (
+    assert "BROKEN: JAX's CUDA plugin must have jaxlib's version; got jax-cuda13-plugin 0.0.1" in (
       found.stdout
     )
     assert f"-> {plugin.install_line()}\n" in found.stdout
@@ -94,7 +94,7 @@ class TestTheCommand:
   def test_a_platform_that_is_not_there(self):
     found = run_doctor(JAX_PLATFORMS="cuda")
     assert found.returncode == 1
-    assert "BROKEN: JAX finds none with JAX_PLATFORMS=cuda: " in found.stdout
+    assert "BROKEN: JAX finds no device with JAX_PLATFORMS=cuda: " in found.stdout
     assert "-> unset JAX_PLATFORMS\n" in found.stdout
 
 
@@ -103,7 +103,7 @@ class TestTrial:
     pytest.importorskip("jax_plugins.xla_cuda13", reason="the CUDA plugin exists for Linux alone")
     line = doctor.trial()
     assert re.fullmatch(
-      r"a 256 x 256 product of E4M3, compiled for an H100 in [\d.]+ s, is FP8", line.text
+      r"compiled a 256 x 256 product of E4M3 for an H100 in [\d.]+ s; it is FP8", line.text
     )
     assert not line.broken
 
@@ -123,7 +123,7 @@ class TestTrial:
 
     monkeypatch.setattr(doctor, "explain", lambda *args, **options: Report)
     assert doctor.trial().broken
-    assert doctor.trial().text.endswith("s, is not FP8")
+    assert doctor.trial().text.endswith("s; it is not FP8")
 
 
 class TestCompiler:
@@ -154,7 +154,7 @@ class TestCompiler:
 
   def test_cannot_be_had_everywhere(self, monkeypatch):
     monkeypatch.setattr(doctor.platform, "system", lambda: "Darwin")
-    assert doctor.plugin() == Line("GPU compiler", "none; JAX's CUDA plugin exists for Linux alone")
+    assert doctor.plugin() == Line("GPU compiler", "none; JAX's CUDA plugin is for Linux only")
 
   def test_is_not_tried_where_it_is_missing(self, monkeypatch):
     monkeypatch.setattr(plugin, "_PLUGINS", ())
@@ -180,7 +180,7 @@ class TestDriver:
     [
       (OPEN_MODULE, "580.95.05", "cuda13"),
       (CLOSED_MODULE, "550.54.14", "cuda12"),
-      ("?", "of unknown version", "cuda13"),
+      ("?", "unknown version", "cuda13"),
     ],
     ids=["new", "old", "unknown"],
   )
@@ -205,7 +205,7 @@ class TestDriver:
   def test_hidden_on_purpose(self, machine, settings, reason):
     machine(OPEN_MODULE, **settings)
     assert doctor.driver(sees_gpu=False) == Line(
-      "NVIDIA driver", f"580.95.05; {reason} keeps JAX off the GPU"
+      "NVIDIA driver", f"580.95.05; {reason} hides the GPU from JAX"
     )
 
   @pytest.mark.parametrize("settings", [{"platforms": "cuda,cpu"}, {"visible": "0"}], ids=str)
@@ -253,7 +253,7 @@ class TestDevices:
   def test_none(self, machine):
     machine()
     assert list(doctor.devices([], "RuntimeError no")) == [
-      Line("device", "JAX finds none: RuntimeError no", broken=True)
+      Line("device", "JAX finds no device: RuntimeError no", broken=True)
     ]
 
 

@@ -242,3 +242,9 @@ def test_the_line_of_an_export(loss, said):
   assert "all variables 3.00 MiB (BF16 4.00 MiB), on disk 5.00 MiB (BF16 6.00 MiB); " in line
   assert said in line
   assert line.endswith("program of 2 KiB for cpu and cuda")
+
+
+def test_help_can_be_printed_on_any_terminal():
+  text = train_lm.make_parser().format_help()
+  assert text.isascii()
+  assert "--out OUT" in text

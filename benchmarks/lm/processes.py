@@ -35,10 +35,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
   """Adds the options by which several processes find each other."""
   group = parser.add_argument_group("several processes, each started by itself")
   add = group.add_argument
-  add("--coordinator", metavar="HOST:PORT", help="address of process 0, which listens there")
-  add("--num-processes", type=positive, metavar="N", help="how many there are")
-  add("--process-id", type=not_negative, metavar="I", help="which this is, from 0")
-  add("--distributed", action="store_true", help="ask the cluster (Slurm, MPI, ...) instead")
+  add("--coordinator", metavar="HOST:PORT", help="address that process 0 listens on")
+  add("--num-processes", type=positive, metavar="N", help="number of processes")
+  add("--process-id", type=not_negative, metavar="I", help="number of this process, from 0")
+  add("--distributed", action="store_true", help="get these three from the cluster (Slurm, MPI)")
 
 
 def option(name: str) -> str:

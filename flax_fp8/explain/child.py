@@ -187,5 +187,5 @@ def _checked(reply: dict[str, Any], log: str) -> dict[str, Any]:
     )
   raise RuntimeError(
     f"explain: the GPU compiler refused the program: {message[:_LONGEST]}. If it names the "
-    "target's description, mend GpuTarget(description=...)."
+    "target's description, fix GpuTarget(description=...)."
   )

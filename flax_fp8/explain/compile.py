@@ -121,8 +121,8 @@ def _attached_gpu() -> Any:
   device = jax.devices()[0]
   if device.platform != "gpu":
     raise ValueError(
-      f"explain: target=None takes the attached GPU; got none, the default device is "
-      f"{device.device_kind!r}. Name a GPU to compile for: target= one of {list(NAMES)}."
+      f"explain: target=None needs an attached GPU; got the default device "
+      f"{device.device_kind!r}. Pass target= one of {list(NAMES)}."
     )
   return device
 

@@ -138,7 +138,7 @@ def _doubts(
   kernels: Sequence[Kernel],
 ) -> Iterator[str]:
   """What could not be read, and what had to be assumed."""
-  for unread, which in ((module.unread, "optimised"), (asked.unread, "original")):
+  for unread, which in ((module.unread, "optimized"), (asked.unread, "original")):
     if unread:
       yield f"{len(unread)} lines of the {which} program could not be read, the first: {unread[0]}"
   doubted: dict[str, list[str]] = {}
@@ -155,7 +155,7 @@ def _doubts(
     if "python_gpu_callback" in what:
       yield f"a Python callback, times {times}: its time on the host is not counted"
     else:
-      yield f"{what}, times {times}: what it computes is not known here"
+      yield f"{what}, times {times}: what it computes is unknown"
 
 
 def assert_fp8(

@@ -38,14 +38,14 @@ def require_compiler() -> None:
   name, version = found
   if _release(version) != _release(metadata.version("jaxlib")):
     raise ImportError(
-      f"explain: JAX's CUDA plugin must be of jaxlib's version; got {name} {version} with jaxlib "
+      f"explain: JAX's CUDA plugin must have jaxlib's version; got {name} {version} with jaxlib "
       f"{metadata.version('jaxlib')}. Run: {install_line()}"
     )
   try:
     metadata.version("flatbuffers")
   except metadata.PackageNotFoundError as error:
     raise ImportError(
-      "explain: handing a program to another process needs flatbuffers (jax.export); got none "
+      "explain: exporting a program (jax.export) needs the package flatbuffers; got none "
       "installed. Run: pip install flatbuffers"
     ) from error
 

@@ -48,7 +48,7 @@ def reason(
   """
   found = candidates(asked, site)
   if not found:
-    return f"multiplies {operands[0]} by {operands[1]}; before optimisation it was no dot_general"
+    return f"multiplies {operands[0]} by {operands[1]}, and does not come from a dot_general"
   reasons = {_reason_of(module, candidate, site, fp8_units): None for candidate in found}
   return " | or: ".join(reasons)
 
@@ -63,21 +63,21 @@ def _reason_of(module: Module, asked: Asked, site: Site, fp8_units: bool) -> str
     return found
   if has_block_scales(asked.dot):
     return (
-      "it has scales of blocks, and XLA chose no kernel that applies them: before Blackwell there "
-      "is none, and the XLA of JAX 0.12 chooses by timing, on the GPU itself"
+      "it has block scales, and XLA chose no kernel that applies them: GPUs before Blackwell have "
+      "none, and in JAX 0.12 XLA chooses by timing on the attached GPU"
     )
   if site.kernel.endswith("matrix-vector"):
-    return "a product with a vector needs no matrix units; leave it out of FP8"
+    return "a product with a vector does not use matrix units: exclude it from FP8"
   if site.kernel.startswith("XLA"):
-    return "XLA multiplies it in a loop of its own, without matrix units; leave it out of FP8"
+    return "XLA emits a loop for it, without matrix units: exclude it from FP8"
   if "algorithm" not in asked.dot.attributes:
     return (
       "both operands are FP8, but the product names no FP8 algorithm, so XLA may choose a Triton "
-      "GEMM of a wider type; set XLA_FLAGS=--xla_gpu_enable_triton_gemm=false"
+      "GEMM in a wider dtype: set XLA_FLAGS=--xla_gpu_enable_triton_gemm=false"
     )
   return (
-    "both operands are FP8 and no rule known here forbids it; TF_CPP_VMODULE=gemm_rewriter=1 lets "
-    "XLA say why"
+    "both operands are FP8, and flax_fp8 knows no reason: TF_CPP_VMODULE=gemm_rewriter=1 makes XLA "
+    "log its own"
   )
 
 
@@ -184,7 +184,7 @@ def _format_reason(origins: list[_Origin], fp8_units: bool) -> str:
   if not fp8_units:
     return "the GPU has no FP8 matrix units: Ada (8.9), Hopper or newer has them"
   if foreign := [dtype for dtype in formats if dtype not in _NVIDIA]:
-    return f"{foreign[0]} is no format of NVIDIA's matrix units: use f8e4m3fn or f8e5m2"
+    return f"{foreign[0]} is not a format of NVIDIA's matrix units: use f8e4m3fn or f8e5m2"
   if formats == ["f8e5m2", "f8e5m2"]:
     return "both operands are f8e5m2: cuBLASLt wants at least one f8e4m3fn"
   return ""

@@ -223,5 +223,5 @@ def test_a_program_that_the_compiler_refuses():
     link_bandwidth=1,
     memory_bytes=1,
   )
-  with pytest.raises(RuntimeError, match=r"refused the program: .*mend GpuTarget\(description"):
+  with pytest.raises(RuntimeError, match=r"refused the program: .*fix GpuTarget\(description"):
     fp8.explain(lambda x: x, spec(4), target=broken)

@@ -155,7 +155,7 @@ def test_a_kernel_of_pallas_is_a_kernel_that_nothing_is_known_of():
   (kernel,) = report.kernels
   assert (kernel.read, kernel.written) == (256, 256)
   (doubt,) = report.doubts
-  assert re.search("triton, times 1: what it computes is not known here", doubt)
+  assert re.search("triton, times 1: what it computes is unknown", doubt)
 
 
 @pytest.mark.slow
@@ -169,7 +169,7 @@ def test_what_cannot_be_read_is_reported_and_the_rest_counted():
   text = "\n".join(lines)
   report = read_program(dataclasses.replace(program, hlo=text), "damaged")
   assert (whole.total_gemms, report.total_gemms) == (5, 4)
-  assert any("1 lines of the optimised program could not be read" in d for d in report.doubts)
+  assert any("1 lines of the optimized program could not be read" in d for d in report.doubts)
   assert any(d.startswith("unread, times 1") for d in report.doubts)
   assert report.launches == whole.launches
 
@@ -206,7 +206,7 @@ def test_the_caller_is_left_alone():
 
 
 ERRORS = {
-  "no_gpu": ({"target": None}, ValueError, "target=None takes the attached GPU; got none"),
+  "no_gpu": ({"target": None}, ValueError, "target=None needs an attached GPU; got"),
   "unknown": ({"target": "h999"}, ValueError, "the name must be one of .*'h200'.*; got 'h999'"),
   "mesh": ({"mesh": 8}, TypeError, "mesh must be a jax.sharding.Mesh or AbstractMesh; got 8"),
   "target": ({"target": 7}, TypeError, "target must be a name, a GpuTarget or None; got 7"),

@@ -39,9 +39,7 @@ def test_of_another_version(tmp_path):
   found = explain_with(tmp_path)
   assert found.returncode == 1
   last = found.stderr.strip().splitlines()[-1]
-  assert last.startswith(
-    "ImportError: explain: JAX's CUDA plugin must be of jaxlib's version; got "
-  )
+  assert last.startswith("ImportError: explain: JAX's CUDA plugin must have jaxlib's version; got ")
   assert f"jax-cuda13-plugin 0.0.1 with jaxlib {metadata.version('jaxlib')}" in last
   assert last.endswith(f"Run: pip install 'jax[cuda13-local]=={jax.__version__}' flatbuffers")
 
@@ -62,7 +60,9 @@ def test_flatbuffers_missing(monkeypatch):
     return real(name)
 
   monkeypatch.setattr(metadata, "version", version)
-  with pytest.raises(ImportError, match=r"needs flatbuffers .* Run: pip install flatbuffers"):
+  with pytest.raises(
+    ImportError, match=r"needs the package flatbuffers; .* Run: pip install flatbuffers"
+  ):
     plugin.require_compiler()
 
 

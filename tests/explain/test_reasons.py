@@ -49,12 +49,12 @@ FALLBACKS = {
   "fnuz": (
     lambda a, b: product(quantize(a, jnp.float8_e4m3fnuz), quantize(b, jnp.float8_e4m3fnuz)),
     (MATRIX, MATRIX),
-    "f8e4m3fnuz is no format of NVIDIA's matrix units: use f8e4m3fn or f8e5m2",
+    "f8e4m3fnuz is not a format of NVIDIA's matrix units: use f8e4m3fn or f8e5m2",
   ),
   "ieee_e4m3": (
     lambda a, b: product(quantize(a, jnp.float8_e4m3), quantize(b, jnp.float8_e4m3)),
     (MATRIX, MATRIX),
-    "f8e4m3 is no format of NVIDIA's matrix units",
+    "f8e4m3 is not a format of NVIDIA's matrix units",
   ),
   "row_scales": (
     lambda a, b, scale: product(values(a) * scale, values(b)),
@@ -69,12 +69,12 @@ FALLBACKS = {
   "vector": (
     lambda a, b: product(quantize(a), quantize(b)[:, None]),
     (MATRIX, spec(256)),
-    "a product with a vector needs no matrix units; leave it out of FP8",
+    "a product with a vector does not use matrix units: exclude it from FP8",
   ),
   "ragged": (
     lax.ragged_dot,
     (MATRIX, spec(2, 256, 128), spec(2, dtype=jnp.int32)),
-    "multiplies bf16 by bf16; before optimisation it was no dot_general",
+    "multiplies bf16 by bf16, and does not come from a dot_general",
   ),
 }
 
@@ -174,7 +174,7 @@ def test_scales_of_blocks(target):
   if gemm.is_fp8:
     assert gemm.kernel == "cuDNN block-scaled"
   else:
-    assert "has scales of blocks, and XLA chose no kernel that applies them" in gemm.reason
+    assert "has block scales, and XLA chose no kernel that applies them" in gemm.reason
 
 
 def test_sizes_that_are_no_multiples_of_16_are_padded():
