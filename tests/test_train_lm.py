@@ -1,6 +1,7 @@
 """The main job, as a user runs it: results, refusals, proof, and a kill that changes nothing."""
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 import flax_fp8 as fp8
 import lm.explain
@@ -360,6 +362,15 @@ def test_each_recipe_has_its_gap_to_the_one_bf16(recipes, tmp_path):
   assert list(columns[2].cells) == ["", "+1.00 %", "-2.00 %"]
   for some in (ran, ran[1:], ran[:1]):
     write_png(some, tmp_path / "curves.png")
+
+
+@pytest.mark.parametrize("width", [40, 100])
+def test_the_table_can_be_printed_on_an_ascii_terminal(width):
+  written = io.BytesIO()
+  terminal = io.TextIOWrapper(written, encoding="ascii", write_through=True)
+  grid = table([result("bf16", 1.0), result("delayed", 1.01)], {}, PRESETS["tiny"])
+  Console(file=terminal, width=width).print(grid)
+  assert b"parameters" in written.getvalue()
 
 
 @pytest.mark.parametrize(

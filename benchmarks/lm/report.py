@@ -56,7 +56,8 @@ def table(results: list[Result], reports: Reports, config: TrainConfig) -> Table
   grid = Table(title=f"{results[0].parameters:,} parameters, {config.steps} steps")
   gemms = gemm_heading(reports)
   for heading in ("", "held-out loss", "gap", "steps/s", gemms, "state", "FP8 state"):
-    grid.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
+    justify = "right" if heading else "left"
+    grid.add_column(heading, justify=justify, no_wrap=not heading, overflow="fold")
   gaps = find_gaps(results)
   for result in results:
     report = reports.get(result.run)
