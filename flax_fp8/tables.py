@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table as RichTable
@@ -104,14 +105,15 @@ def _fitted(columns: Sequence[str], rows: Rows, available: int) -> list[int] | N
   """Chooses the columns' widths; texts and names fold, numbers do not. None if that is too wide."""
   widths, least = [], []
   for column, *cells in zip(columns, *rows, strict=True):
-    name, longest = _name(column), max(map(len, cells), default=0)
-    widths.append(max(len(name), longest))
-    least.append(_NARROW if column.startswith("<") else max(longest, min(len(name), _NARROW)))
+    name, lines = len(_name(column)), [line for cell in cells for line in cell.splitlines()]
+    longest = max(map(cell_len, lines), default=0)
+    widths.append(max(name, longest))
+    least.append(_NARROW if column.startswith("<") else max(longest, min(name, _NARROW)))
   while sum(widths) > available:
     excess = [width if width > low else 0 for width, low in zip(widths, least, strict=True)]
     if not any(excess):
       return None
-    widths[excess.index(max(excess))] -= 1
+    widths[max(range(len(excess)), key=lambda index: (excess[index], index))] -= 1
   return widths
 
 
@@ -124,7 +126,7 @@ def _grid(
   grid = RichTable(box=box.SIMPLE_HEAD if headed else None, show_header=headed, pad_edge=False)
   for column, width in zip(columns, widths, strict=True):
     justify = "left" if column.startswith("<") else "right"
-    grid.add_column(_name(column), justify=justify, width=width, overflow="fold")
+    grid.add_column(Text(_name(column)), justify=justify, width=width, overflow="fold")
   for row in rows:
     grid.add_row(*map(Text, row))
   return grid
@@ -137,6 +139,6 @@ def _records(columns: Sequence[str], rows: Rows) -> RichTable:
   for row in rows:
     for column, cell in zip(columns, row, strict=True):
       if cell:
-        grid.add_row(_name(column), Text(cell))
+        grid.add_row(Text(_name(column)), Text(cell))
     grid.add_row()
   return grid

@@ -115,6 +115,25 @@ def test_narrow_tables_are_lists(monkeypatch):
   ]
 
 
+def test_a_cell_of_several_lines_is_as_wide_as_the_longest(monkeypatch):
+  monkeypatch.setenv("COLUMNS", "100")
+  table = Table(("<a", "<b"), (("one\nlonger", "東京"),))
+  assert tables.terminal([table]).splitlines() == [
+    " a        b",
+    " ─────────────",
+    " one      東京",
+    " longer",
+  ]
+
+
+@pytest.mark.parametrize("columns", ["20", "100"])
+def test_brackets_are_no_markup(monkeypatch, columns):
+  monkeypatch.setenv("COLUMNS", columns)
+  table = Table(("<", "fp8[bold]", "bf16[/x]"), (("a[red]", "123456", "1234567"),))
+  shown = tables.terminal([table])
+  assert all(name in shown for name in ("fp8[bold]", "bf16[/x]", "a[red]"))
+
+
 def test_groups_have_the_same_columns(monkeypatch):
   monkeypatch.setenv("COLUMNS", "100")
   heads, _, one, _, other = tables.terminal([OF_GEMMS]).splitlines()
