@@ -10,12 +10,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import flax.core
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from flax_fp8.linen.arguments import require_variables
+from flax_fp8.linen.containers import with_items
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.recipes.base import Role
 from flax_fp8.training.paths import compare, leaves_by_path
@@ -39,7 +39,7 @@ def from_flax_fp8_ops(variables: Any) -> Any:
 
   Returns:
     Variables for ``Fp8DotGeneral`` and ``Fp8Einsum``; state in float32. Modules that were named by
-    hand keep their names. All other leaves are the ones passed in; a FrozenDict stays one. The
+    hand keep their names. All other leaves are the ones passed in; mappings keep their types. The
     recipe that goes on with them is ``DelayedScaling(amax_history_len=...)`` of Flax's
     ``amax_history_length``; after ``NANOOFp8DotGeneralOp`` with ``Format.HYBRID_FNUZ``.
 
@@ -83,7 +83,7 @@ def _convert(tree: Any) -> Any:
     key: _convert_state(value, "") if key == OVERWRITE_WITH_GRADIENT else _convert(value)
     for key, value in tree.items()
   }
-  return _like(tree, new)
+  return with_items(tree, new)
 
 
 def _convert_state(state: Any, path: str) -> Any:
@@ -98,7 +98,7 @@ def _convert_state(state: Any, path: str) -> Any:
       f"{sorted(renamed)} at {path or 'the top'!r}. Rename them to what your model calls them now."
     )
   new = {renamed[key]: _convert_state(value, f"{path}/{key}") for key, value in state.items()}
-  return _like(state, new)
+  return with_items(state, new)
 
 
 def _convert_module(leaves: Any, path: str) -> Any:
@@ -107,7 +107,7 @@ def _convert_module(leaves: Any, path: str) -> Any:
     raise _malformed(path, str(names))
   state = {name: _float32(leaf, f"{path}/{name}") for name, leaf in leaves.items()}
   _check_shapes(state, path)
-  return _like(leaves, {name: _clean(name, leaf) for name, leaf in state.items()})
+  return with_items(leaves, {name: _clean(name, leaf) for name, leaf in state.items()})
 
 
 def _float32(leaf: Any, path: str) -> jax.Array:
@@ -141,10 +141,6 @@ def _clean(name: str, leaf: jax.Array) -> jax.Array:
   if name.endswith("_scale"):
     return jnp.where(jnp.isfinite(leaf) & (leaf > 0), leaf, 1.0)
   return jnp.where(jnp.isfinite(leaf), leaf, 0.0)
-
-
-def _like(old: Mapping[str, Any], new: dict[str, Any]) -> Any:
-  return flax.core.FrozenDict(new) if isinstance(old, flax.core.FrozenDict) else new
 
 
 def _malformed(path: str, got: str) -> ValueError:

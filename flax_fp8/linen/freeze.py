@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from flax_fp8.linen.arguments import fill, require_variables
 from flax_fp8.linen.boxes import unbox
+from flax_fp8.linen.containers import like, plain
 from flax_fp8.linen.contractions import Call, arguments, blank
 from flax_fp8.linen.converted import make_converted
 from flax_fp8.linen.frozen import (
@@ -53,7 +54,7 @@ from flax_fp8.recipes.delayed import DelayedScaling
 
 def freeze_for_inference(
   module: nn.Module, variables: Any, *init_args: Any, **init_kwargs: Any
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[nn.Module, Any]:
   """Makes a model and variables for inference: FP8 kernels, static scales, no FP8 state.
 
   Per contraction, with the scales that the next step of training would use::
@@ -70,11 +71,13 @@ def freeze_for_inference(
 
   Returns:
     The serving module, called as ``module``; and its variables: ``params`` without the kernels, the
-    collection ``fp8_frozen``, and every other collection as it was. A kernel that is computed from
-    parameters, other than by a cast and a transpose, leaves these where they are, and is quantized
-    in each run. So does one that something else reads too, such as a table that is looked up; one
-    that layers share, each with a scale of its own; and one of a recipe with its forward GEMM in
-    high precision. A module that the model runs by a nested ``apply`` keeps its variables.
+    collection ``fp8_frozen``, and every other collection as it was. Mappings keep their types.
+
+    A kernel that is computed from parameters, other than by a cast and a transpose, leaves these
+    where they are, and is quantized in each run. So does one that something else reads too, such as
+    a table that is looked up; one that layers share, each with a scale of its own; and one of a
+    recipe with its forward GEMM in high precision. A module that the model runs by a nested
+    ``apply`` keeps its variables.
 
     A kernel that ``nn.scan`` or ``nn.vmap`` stacks is stacked along the same axis in
     ``fp8_frozen``. Where that is not the first one, ``kernel_scale`` has the kernel's rank.
@@ -112,13 +115,14 @@ def freeze_for_inference(
     Micikevicius et al., FP8 Formats for Deep Learning, https://arxiv.org/abs/2209.05433, section 5.
   """
   _check_arguments(module, variables)
+  given, variables = variables, plain(variables)
   survey = _survey(module, variables, init_args, init_kwargs)
   freeze = functools.partial(_freeze, survey=survey)
   abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(variables))
   made = jax.eval_shape(freeze, variables) if abstract else jax.jit(freeze)(variables)
   layers = _with_waits(survey.layers, made[FP8_FROZEN])
   rest = {name: value for name, value in variables.items() if name != OVERWRITE_WITH_GRADIENT}
-  return make_converted(module, Frozen(layers)), {**rest, **made}
+  return make_converted(module, Frozen(layers)), like(given, {**rest, **made})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +181,7 @@ def _survey(module: nn.Module, variables: Any, args: Any, kwargs: Any) -> _Surve
     return module.apply(variables, *full_args, mutable=kept, rngs=rngs, **full_kwargs)
 
   with intercept_methods(intercept):
-    found = origins(run, flax.core.unfreeze(variables))
+    found = origins(run, variables)
   if not calls:
     raise ValueError(
       "freeze_for_inference: the model must contract something in FP8; got none in "

@@ -20,6 +20,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
+from flax_fp8.linen.containers import plain
 from flax_fp8.linen.contractions import Call, FP8Contraction
 from flax_fp8.linen.converted import Run, make_converted, take_in
 from flax_fp8.linen.intercept import intercept_methods
@@ -133,7 +134,7 @@ class Frozen:
 
   def enter(self, variables: Any) -> dict[str, Any]:
     """Puts what is frozen among the parameters, and NaN where a kernel was."""
-    given = take_in(variables, FP8_FROZEN)
+    given = take_in(plain(variables), FP8_FROZEN)
     frozen = flax.traverse_util.flatten_dict(given.pop(FP8_FROZEN, {}))
     params: Flat = flax.traverse_util.flatten_dict(nn.meta.unbox(given.get("params", {})))
     state: Flat = flax.traverse_util.flatten_dict(given.pop(OVERWRITE_WITH_GRADIENT, {}))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_fp8 import _compat
+from flax_fp8.linen.containers import leaves_with_path, map_with_path
 from flax_fp8.meta_dtype import to_float32
 from flax_fp8.training.max_grad import collect, is_state, value_and_cotangents
 from flax_fp8.training.once import kernels_first
@@ -100,19 +101,19 @@ def accumulate_gradients(
 
   def step(total: Any, microbatch: Any) -> tuple[Any, tuple[jax.Array, Any]]:
     (_, seen), cotangents = run_one(microbatch)
-    return jax.tree_util.tree_map_with_path(_add, total, cotangents), seen
+    return map_with_path(_add, total, cotangents), seen
 
-  nothing = jax.tree_util.tree_map_with_path(_nothing, variables)
+  nothing = map_with_path(_nothing, variables)
   total, (losses, aux) = lax.scan(step, nothing, microbatches)
   loss = jnp.mean(losses) if reduction == "mean" else jnp.sum(losses)
-  rounded = jax.tree_util.tree_map_with_path(_round, total, variables)
+  rounded = map_with_path(_round, total, variables)
   return ((loss, aux) if has_aux else loss), collect(rounded, variables)
 
 
 def _count(microbatches: Any) -> int:
   shapes = {
     jax.tree_util.keystr(path) or "microbatches": jnp.shape(leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(microbatches)
+    for path, leaf in leaves_with_path(microbatches)
   }
   counts = {shape[:1] for shape in shapes.values()}
   if len(counts) != 1 or not all(counts) or counts == {(0,)}:

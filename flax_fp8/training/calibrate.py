@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from flax_fp8.linen.arguments import require_variables
+from flax_fp8.linen.containers import like, map_with_path, plain
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.ops.calibration import Calibration, calibrating
 from flax_fp8.recipes.base import Role
@@ -100,7 +101,7 @@ def calibrate(
   """
   _check(variables, loss_fn, rngs, percentile)
   has_loss, run = loss_fn is not None, _Run(module, loss_fn, percentile)
-  new = _zero_metrics(flax.core.unfreeze(variables), has_loss)
+  new = _zero_metrics(variables, has_loss)
   if (stateless := _is_stateless(new)) and percentile is not None:
     raise ValueError(
       f"calibrate: a percentile is for state to record; got {percentile=} and a model without "
@@ -116,7 +117,7 @@ def calibrate(
   if stateless:
     return stats(new)
   new = run.finalize(new, batch, rngs)
-  return flax.core.freeze(new) if isinstance(variables, flax.core.FrozenDict) else new
+  return like(variables, new)
 
 
 def _check(variables: Any, loss_fn: Loss | None, rngs: Any, percentile: float | None) -> None:
@@ -175,7 +176,7 @@ class _Run:
       worst = name in NAMES and not how.finalizes
       return jnp.where(sound, jnp.maximum(old, new) if worst else new, old)
 
-    return jax.tree_util.tree_map_with_path(record, new, state), sound
+    return map_with_path(record, new, state), sound
 
   def _loss(self, variables: Any, batch: Any, rngs: Any) -> tuple[jax.Array, jax.Array]:
     """Returns a scalar to differentiate, and whether the forward pass was sound."""
@@ -183,7 +184,7 @@ class _Run:
       loss = _scalar(self._loss_fn(variables, batch))
       return loss, jnp.isfinite(loss)
     mutable = flax.core.DenyList(("params", OVERWRITE_WITH_GRADIENT))
-    out, _ = self._module.apply(variables, *_arguments(batch), rngs=rngs, mutable=mutable)
+    out, _ = self._module.apply(plain(variables), *_arguments(batch), rngs=rngs, mutable=mutable)
     # Cotangents of zero: the backward pass brings out what was seen, and computes nothing.
     parts = [jnp.sum(leaf.real).astype(jnp.float32) for leaf in _inexact(out)]
     return 0.0 * sum(parts, jnp.float32(0)), ~_has_nan(out)
@@ -268,7 +269,7 @@ def _zero_metrics(variables: Any, has_loss: bool) -> Any:
     fresh = name in NAMES and (has_loss or not name.startswith(_NOT_FORWARD))
     return jnp.zeros_like(leaf) if fresh else leaf
 
-  return merge(rest, jax.tree_util.tree_map_with_path(zero, state))
+  return merge(rest, map_with_path(zero, state))
 
 
 def _shown(batches: Iterable[Any], progress: bool) -> Iterator[Any]:

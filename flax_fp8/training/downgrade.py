@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import flax.core
-
 from flax_fp8.linen.arguments import require_variables
+from flax_fp8.linen.containers import with_items
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 
 
@@ -22,7 +21,7 @@ def downgrade_variables(variables: Any) -> Any:
 
   Returns:
     ``variables`` without their FP8 state, and without mappings that held nothing else. All other
-    leaves are the ones passed in; a FrozenDict stays one.
+    leaves are the ones passed in; mappings keep their types.
 
   Raises:
     ValueError: ``variables`` is no variables dict.
@@ -57,4 +56,4 @@ def _without_state(tree: Any) -> Any:
     below = _without_state(value)
     if not isinstance(value, Mapping) or below or not value:
       kept[key] = below
-  return flax.core.FrozenDict(kept) if isinstance(tree, flax.core.FrozenDict) else kept
+  return with_items(tree, kept)

@@ -12,6 +12,7 @@ import numpy as np
 from flax.training import dynamic_scale
 from jax import lax
 
+from flax_fp8.linen.containers import leaves_with_path, map_with_path
 from flax_fp8.training.max_grad import is_state, value_and_grad
 
 DynamicScaleResult = dynamic_scale.DynamicScaleResult
@@ -121,10 +122,10 @@ class DynamicScale(dynamic_scale.DynamicScale):
     Returns:
       ``(dynamic_scale, finite, grads)``, as ``value_and_grad``; float32.
     """
-    grads = jax.tree_util.tree_map_with_path(self._unscale_leaf, grads)
+    grads = map_with_path(self._unscale_leaf, grads)
     if axis_name is not None:
       across = lambda path, leaf: (lax.pmax if is_state(path) else lax.pmean)(leaf, axis_name)
-      grads = jax.tree_util.tree_map_with_path(across, grads)
+      grads = map_with_path(across, grads)
     finite = all_finite(grads)
     return self._after(finite), finite, grads
 
@@ -154,8 +155,6 @@ def all_finite(grads: Any) -> jax.Array:
     bool scalar.
   """
   checks = [
-    jnp.all(jnp.isfinite(leaf))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
-    if not is_state(path)
+    jnp.all(jnp.isfinite(leaf)) for path, leaf in leaves_with_path(grads) if not is_state(path)
   ]
   return functools.reduce(jnp.logical_and, checks, jnp.array(True))

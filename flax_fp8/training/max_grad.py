@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_fp8 import _compat
+from flax_fp8.linen.containers import leaves_with_path, map_with_path
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.meta_dtype import fp32_max_grad, is_max_grad, to_max_grad
 from flax_fp8.state_cast import cast_here, cast_once
@@ -47,7 +48,7 @@ def as_max_grad(variables: Any) -> Any:
   References:
     flax.linen.fp8_ops.fp32_max_grad.
   """
-  return jax.tree_util.tree_map_with_path(_cast_if_state, variables)
+  return map_with_path(_cast_if_state, variables)
 
 
 def is_state(path: Sequence[Any]) -> bool:
@@ -207,11 +208,11 @@ def collect(cotangents: Any, old: Any) -> Any:
     cotangents: of ``value_and_cotangents``; state float32 or fp32_max_grad.
     old: the tree that was differentiated with respect to.
   """
-  return jax.tree_util.tree_map_with_path(_collect, cotangents, old)
+  return map_with_path(_collect, cotangents, old)
 
 
 def _check_differentiable(argument: Any, allow_int: bool) -> None:
-  for path, leaf in jax.tree_util.tree_leaves_with_path(argument):
+  for path, leaf in leaves_with_path(argument):
     if (
       not allow_int
       and not is_max_grad(leaf)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from flax_fp8.linen.arguments import fill, require_variables
 from flax_fp8.linen.boxes import has_boxes, unbox
+from flax_fp8.linen.containers import like
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, declaring_metrics
 from flax_fp8.ops.metrics import METRICS
 from flax_fp8.recipes.base import Role
@@ -70,16 +71,16 @@ def add_metrics(module: nn.Module, variables: Any, *init_args: Any, **init_kwarg
     Micikevicius et al., FP8 Formats for Deep Learning, https://arxiv.org/abs/2209.05433, section 3.
   """
   require_variables("add_metrics", variables)
-  plain = flax.core.unfreeze(drop_metrics(variables))
+  rest = drop_metrics(variables)
   made = _declared(module, init_args, init_kwargs)
   if not jax.tree.leaves(made):
     raise ValueError(
       f"add_metrics: the model must have FP8 contractions; got {type(module).__name__} with none. "
       "Give its layers dot_general_cls=flax_fp8.Fp8DotGeneral."
     )
-  made = made if has_boxes(plain) else unbox(made)
-  state = merge(plain.pop(OVERWRITE_WITH_GRADIENT, {}), made)
-  return _like(variables, {**plain, OVERWRITE_WITH_GRADIENT: state})
+  made = made if has_boxes(rest) else unbox(made)
+  state = merge(rest.get(OVERWRITE_WITH_GRADIENT, {}), made)
+  return like(variables, {**rest, OVERWRITE_WITH_GRADIENT: state})
 
 
 def drop_metrics(variables: Any) -> Any:
@@ -105,13 +106,10 @@ def drop_metrics(variables: Any) -> Any:
     flax_fp8.add_metrics.
   """
   require_variables("drop_metrics", variables)
-  plain = flax.core.unfreeze(variables)
-  if OVERWRITE_WITH_GRADIENT in plain:
-    rest = select(plain[OVERWRITE_WITH_GRADIENT], metrics=False)
-    plain = {**plain, OVERWRITE_WITH_GRADIENT: rest}
-    if not rest:
-      del plain[OVERWRITE_WITH_GRADIENT]
-  return _like(variables, plain)
+  kept = dict(variables)
+  if state := select(kept.pop(OVERWRITE_WITH_GRADIENT, {}), metrics=False):
+    kept[OVERWRITE_WITH_GRADIENT] = state
+  return like(variables, kept)
 
 
 def select(state: Mapping[str, Any], *, metrics: bool) -> dict[str, Any]:
@@ -137,7 +135,3 @@ def _declared(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
 
   shapes = select(jax.eval_shape(init), metrics=True)
   return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
-
-
-def _like(variables: Any, new: dict[str, Any]) -> Any:
-  return flax.core.freeze(new) if isinstance(variables, flax.core.FrozenDict) else new

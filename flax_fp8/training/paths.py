@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from flax_fp8.linen.containers import leaves_with_path
+
 SHOWN = 5
 
 
@@ -34,9 +36,9 @@ class Difference:
     return ", ".join(f"{kind}: {few(names)}" for kind, names in kinds.items() if names)
 
 
-def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] = lambda _: False) -> dict[str, Any]:
   """Names each leaf by the keys, attributes and indices that lead to it, joined by slashes."""
-  found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+  found = leaves_with_path(tree, is_leaf)
   return {name(path): leaf for path, leaf in found}
 
 

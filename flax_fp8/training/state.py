@@ -6,12 +6,12 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import flax.core
 import jax
 import jax.numpy as jnp
 import optax
 
 from flax_fp8.linen.boxes import rebox, unbox
+from flax_fp8.linen.containers import leaves_with_path, like, with_items
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.meta_dtype import to_float32
 from flax_fp8.recipes.base import Role
@@ -24,9 +24,9 @@ def partition_for_grad_overwrite(tree: Any) -> tuple[Any, Any]:
     tree: nested mapping of collections, or any pytree; gradients of ``fp8.grad``, say.
 
   Returns:
-    ``(overwrite, rest)``: nested dicts, the first with nothing but what lies under keys
-    ``_overwrite_with_gradient``, the second with everything else. A tree that is no mapping is all
-    rest.
+    ``(overwrite, rest)``: nested mappings of the types of those in ``tree``. The first has nothing
+    but what lies under keys ``_overwrite_with_gradient``, the second has everything else. A tree
+    that is no mapping is all rest.
 
   Example:
     >>> import flax_fp8 as fp8
@@ -46,7 +46,7 @@ def partition_for_grad_overwrite(tree: Any) -> tuple[Any, Any]:
     below, rest[key] = partition_for_grad_overwrite(value)
     if below:
       overwrites[key] = below
-  return overwrites, rest
+  return with_items(tree, overwrites), with_items(tree, rest)
 
 
 def parameters(tree: Any) -> Any:
@@ -65,7 +65,8 @@ def parameters(tree: Any) -> Any:
     return tree["params"]
   if not partition_for_grad_overwrite(tree)[0]:
     return tree
-  return {key: parameters(value) for key, value in tree.items() if key != OVERWRITE_WITH_GRADIENT}
+  own = {key: parameters(value) for key, value in tree.items() if key != OVERWRITE_WITH_GRADIENT}
+  return with_items(tree, own)
 
 
 def as_variables(params: Any, like: Any) -> Any:
@@ -117,14 +118,12 @@ def apply_updates(variables: Any, updates: Any, overwrite: Any) -> Any:
   _check_same_paths("overwrite", overwrite, old_state)
   new_state = keep_unused(old_state, overwrite)
   new_rest = _add(old_rest, updates, ())
-  merged = merge(new_rest, new_state)
-  return flax.core.freeze(merged) if isinstance(variables, flax.core.FrozenDict) else merged
+  return like(variables, merge(new_rest, new_state))
 
 
 def _check_same_paths(name: str, given: Any, expected: Any) -> None:
   shapes = lambda tree: {
-    jax.tree_util.keystr(path): jnp.shape(leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(flax.core.unfreeze(tree))
+    jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves_with_path(tree)
   }
   got, want = shapes(given), shapes(expected)
   missing = sorted(want.keys() - got.keys())
@@ -157,7 +156,7 @@ def _add(old: Any, updates: Any, path: tuple[str, ...]) -> Any:
 
 
 def merge(rest: Any, state: Any) -> Any:
-  """Puts together again what ``partition_for_grad_overwrite`` split."""
+  """Puts together again what ``partition_for_grad_overwrite`` split, as nested dicts."""
   if not state:
     return rest
   both = {key: merge(value, state[key]) if key in state else value for key, value in rest.items()}

@@ -7,12 +7,12 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-import flax.core
 import flax.struct
 import jax
 import jax.numpy as jnp
 from flax.training import train_state
 
+from flax_fp8.linen.containers import leaves_with_path, map_with_path, plain
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.state_cast import cast_here
 from flax_fp8.training.loss_scale import all_finite
@@ -101,7 +101,7 @@ class TrainState(train_state.TrainState):
         goes into it by ``restore_checkpoint(..., allow_missing=["skipped_steps"])``.
       **kwargs: other fields.
     """
-    if any(is_state(path) for path, _ in jax.tree_util.tree_leaves_with_path(parameters(params))):
+    if any(is_state(path) for path, _ in leaves_with_path(parameters(params))):
       raise ValueError(
         "TrainState.create: FP8 state must lie in nested mappings, so that the optimizer does not "
         f"get it; got params of {type(params).__name__}. Name the models: {{'generator': ...}}."
@@ -149,8 +149,8 @@ class TrainState(train_state.TrainState):
     finite = all_finite(grads)
     keep = lambda path, new, old: new if _is_metric(path) else jnp.where(finite, new, old)
     return new.replace(
-      params=jax.tree_util.tree_map_with_path(keep, new.params, self.params),
-      opt_state=jax.tree_util.tree_map_with_path(keep, new.opt_state, self.opt_state),
+      params=map_with_path(keep, new.params, self.params),
+      opt_state=map_with_path(keep, new.opt_state, self.opt_state),
       skipped_steps=jnp.where(finite, self.skipped_steps, self.skipped_steps + 1),
     )
 
@@ -197,7 +197,7 @@ def _check_collections(grads: Any, variables: Any, where: str = "params") -> Non
     if name in below and partition_for_grad_overwrite(variables[name])[0]:
       _check_collections(grads[name], variables[name], f"{where}[{name!r}]")
       continue
-    want, got = (jax.tree.structure(flax.core.unfreeze(t[name])) for t in (variables, grads))
+    want, got = (jax.tree.structure(plain(t[name])) for t in (variables, grads))
     if want != got:
       raise ValueError(
         f"TrainState.apply_gradients: grads must have the structure of {where}; got, in {name!r}, "

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from flax_fp8.linen.arguments import fill, require_variables
 from flax_fp8.linen.boxes import has_boxes, is_box, rebox, unbox
+from flax_fp8.linen.containers import like
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.meta_dtype import to_float32
 from flax_fp8.recipes.delayed import resize_history
@@ -72,7 +73,7 @@ def upgrade_variables(
     return new
   state = _take(unbox(variables.get(OVERWRITE_WITH_GRADIENT)), unbox(fresh))
   state = {OVERWRITE_WITH_GRADIENT: rebox(state, fresh) if has_boxes(variables) else state}
-  return new.copy(state) if isinstance(new, flax.core.FrozenDict) else {**new, **state}
+  return like(variables, {**new, **state})
 
 
 def _initializer(module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_fp8.linen.containers import leaves_with_path, map_with_path
 from flax_fp8.linen.lifted import own_axes, own_back, own_last
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.meta_dtype import is_max_grad, like, to_float32
@@ -103,7 +104,7 @@ def find_state(state: Any) -> list[Leaf]:
   It is what lies under a key ``_overwrite_with_gradient``; without one, what is named as the
   variables of a contraction are.
   """
-  found = jax.tree_util.tree_leaves_with_path(state)
+  found = leaves_with_path(state)
   named = [(path, [paths.name((entry,)) for entry in path]) for path, _ in found]
   in_collection = any(OVERWRITE_WITH_GRADIENT in parts for _, parts in named)
   leaves: list[Leaf] = []
@@ -179,7 +180,7 @@ def plant(state: Any, values: Mapping[str, np.ndarray]) -> Any:
     value = values.get(paths.name(path))
     return leaf if value is None else _like(np.reshape(value, np.shape(leaf)), leaf)
 
-  return jax.tree_util.tree_map_with_path(one, state)
+  return map_with_path(one, state)
 
 
 def _like(value: np.ndarray, leaf: Any) -> Any:
