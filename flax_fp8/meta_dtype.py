@@ -148,6 +148,16 @@ def to_float32(x: Any) -> jax.Array:
   return lax.convert_element_type(x, jnp.float32) if is_max_grad(x) else x
 
 
+def require_float32(name: str, where: str, leaf: Any) -> None:
+  """Raises TypeError where a leaf of FP8 state is neither float32 nor fp32_max_grad."""
+  if not is_max_grad(leaf) and (dtype := jnp.result_type(leaf)) != jnp.float32:
+    raise TypeError(
+      f"{name}: FP8 state must be float32; got {where} of dtype {dtype}. Keep the collection "
+      "'_overwrite_with_gradient' out of casts of variables; upgrade_variables(model, variables, "
+      "*inputs) casts it back."
+    )
+
+
 def like(x: Any, old: Any) -> jax.Array:
   """Casts new float32 state to the dtype, float32 or fp32_max_grad, that the old state has."""
   return to_max_grad(x) if is_max_grad(old) else x

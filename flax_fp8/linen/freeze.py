@@ -45,6 +45,7 @@ from flax_fp8.linen.state import (
   find_state,
   is_among_params,
   parameters_beside,
+  require_float32_state,
 )
 from flax_fp8.ops.frozen import quantize_kernel
 from flax_fp8.quantize import QTensor
@@ -83,7 +84,7 @@ def freeze_for_inference(
     ``fp8_frozen``. Where that is not the first one, ``kernel_scale`` has the kernel's rank.
 
   Raises:
-    TypeError: ``module`` is no Linen module.
+    TypeError: ``module`` is no Linen module, or the state in ``variables`` is not float32.
     ValueError: ``variables`` is no variables dict, or lacks FP8 state; or the model contracts
       nothing in FP8.
 
@@ -148,6 +149,7 @@ def _check_arguments(module: Any, variables: Any) -> None:
       "the model that was trained."
     )
   require_variables("freeze_for_inference", variables)
+  require_float32_state("freeze_for_inference", variables)
 
 
 def _survey(module: nn.Module, variables: Any, args: Any, kwargs: Any) -> _Survey:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -14,12 +14,26 @@ import numpy as np
 from jax.extend.random import define_prng_impl
 
 from flax_fp8.linen.boxes import box_as, unbox
+from flax_fp8.linen.containers import leaves_with_path
+from flax_fp8.meta_dtype import require_float32
 from flax_fp8.ops import check
 from flax_fp8.ops.metrics import init_metrics
 from flax_fp8.recipes.base import Recipe, Role, TensorState
 
 OVERWRITE_WITH_GRADIENT = "_overwrite_with_gradient"
 STOCHASTIC_ROUNDING = "sr_rng"
+
+
+def is_state(path: Sequence[Any]) -> bool:
+  """Tells by its path, as of ``containers.leaves_with_path``, whether a leaf is FP8 state."""
+  return any(getattr(entry, "key", None) == OVERWRITE_WITH_GRADIENT for entry in path)
+
+
+def require_float32_state(caller: str, tree: Any) -> None:
+  """Raises TypeError where FP8 state in a tree was cast with the parameters beside it."""
+  for path, leaf in leaves_with_path(tree):
+    if is_state(path):
+      require_float32(caller, jax.tree_util.keystr(path), leaf)
 
 
 def read_state(module: nn.Module, recipe: Recipe) -> dict[str, TensorState]:
@@ -34,7 +48,7 @@ def read_state(module: nn.Module, recipe: Recipe) -> dict[str, TensorState]:
     For each role the leaves, ready for ``ops.dot_general``; with metrics where there are any.
 
   Raises:
-    TypeError: ``recipe`` is no recipe.
+    TypeError: ``recipe`` is no recipe, or the state is not float32.
     ValueError: the module is applied without its state.
   """
   state = read_recipe_state(module, recipe)
@@ -206,4 +220,5 @@ def _read(module: nn.Module, name: str, fresh: np.ndarray) -> jax.Array:
       f"{'/'.join(module.path)!r}. Pass the whole variables dict, and for a checkpoint that was "
       "trained without FP8 add fresh state with upgrade_variables(model, variables, *inputs)."
     )
+  require_float32(type(module).__name__, repr("/".join((*module.path, name))), found)
   return found

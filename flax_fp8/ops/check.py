@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flax_fp8 import _compat
 from flax_fp8.capability import capability
 from flax_fp8.contraction import DimensionNumbers
-from flax_fp8.meta_dtype import is_max_grad
+from flax_fp8.meta_dtype import is_max_grad, require_float32
 from flax_fp8.ops.metrics import METRICS, init_metrics
 from flax_fp8.recipes.base import Recipe, Role
 from flax_fp8.sharding import explicit_sharding
@@ -175,15 +175,11 @@ def state(name: str, recipe: Recipe, value: Mapping[str, Any]) -> None:
         "it with ops.init_state(recipe); of metrics, add all or none."
       )
     for key, leaf in leaves.items():
+      require_float32(name, f"{role.value}_{key}", leaf)
       _leaf(f"{name}: {role.value}_{key}", leaf, fresh[key].shape, recipe)
 
 
 def _leaf(name: str, leaf: Any, shape: tuple[int, ...], recipe: Recipe) -> None:
-  if not is_max_grad(leaf) and leaf.dtype != jnp.float32:
-    raise TypeError(
-      f"{name} must be float32 or fp32_max_grad; got dtype {leaf.dtype}. Keep FP8 state out of "
-      "casts of parameters."
-    )
   if is_max_grad(leaf) and (axes := entered_since_cast() & _compat.manual_axes(leaf)):
     raise TypeError(
       f"{name} must not pass into shard_map(check_vma=False) as fp32_max_grad, because JAX sums "

@@ -12,8 +12,9 @@ from jax import lax
 
 from flax_fp8 import _compat
 from flax_fp8.linen.containers import leaves_with_path, map_with_path
+from flax_fp8.linen.state import is_state
 from flax_fp8.meta_dtype import to_float32
-from flax_fp8.training.max_grad import collect, is_state, value_and_cotangents
+from flax_fp8.training.max_grad import collect, value_and_cotangents
 from flax_fp8.training.once import kernels_first
 
 Reduction: TypeAlias = Literal["mean", "sum"]

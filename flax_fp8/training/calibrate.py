@@ -22,7 +22,7 @@ from rich.progress import Progress
 
 from flax_fp8.linen.arguments import require_variables
 from flax_fp8.linen.containers import like, map_with_path, plain
-from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
+from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, require_float32_state
 from flax_fp8.ops.calibration import Calibration, calibrating
 from flax_fp8.recipes.base import Role
 from flax_fp8.training.max_grad import value_and_grad
@@ -71,6 +71,7 @@ def calibrate(
     nothing to fill, the ``Stats`` of its metrics instead, the worst of all batches.
 
   Raises:
+    TypeError: the state in ``variables`` was cast to another dtype than float32.
     ValueError: ``batches`` is empty; ``percentile`` is not within (0, 100], or is given for a model
       without state; such a model is given a ``loss_fn`` without metrics (see ``add_metrics``);
       ``variables`` is no variables dict.
@@ -122,6 +123,7 @@ def calibrate(
 
 def _check(variables: Any, loss_fn: Loss | None, rngs: Any, percentile: float | None) -> None:
   require_variables("calibrate", variables)
+  require_float32_state("calibrate", variables)
   if percentile is not None and not 0 < percentile <= 100:
     raise ValueError(
       f"calibrate: percentile must be within (0, 100]; got percentile={percentile!r}. A usual one "

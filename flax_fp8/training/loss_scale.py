@@ -13,7 +13,8 @@ from flax.training import dynamic_scale
 from jax import lax
 
 from flax_fp8.linen.containers import leaves_with_path, map_with_path
-from flax_fp8.training.max_grad import is_state, value_and_grad
+from flax_fp8.linen.state import is_state
+from flax_fp8.training.max_grad import value_and_grad
 
 DynamicScaleResult = dynamic_scale.DynamicScaleResult
 

@@ -13,8 +13,8 @@ from jax import lax
 
 from flax_fp8 import _compat
 from flax_fp8.linen.containers import leaves_with_path, map_with_path
-from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
-from flax_fp8.meta_dtype import fp32_max_grad, is_max_grad, to_max_grad
+from flax_fp8.linen.state import is_state
+from flax_fp8.meta_dtype import fp32_max_grad, is_max_grad, require_float32, to_max_grad
 from flax_fp8.state_cast import cast_here, cast_once
 from flax_fp8.training.state import overwrite_leaf
 
@@ -51,19 +51,10 @@ def as_max_grad(variables: Any) -> Any:
   return map_with_path(_cast_if_state, variables)
 
 
-def is_state(path: Sequence[Any]) -> bool:
-  """Tells by its path whether a leaf is FP8 state."""
-  return any(getattr(entry, "key", None) == OVERWRITE_WITH_GRADIENT for entry in path)
-
-
 def _cast_if_state(path: Any, leaf: Any) -> Any:
   if not is_state(path) or is_max_grad(leaf):
     return leaf
-  if (dtype := jnp.result_type(leaf)) != jnp.float32:
-    raise TypeError(
-      f"as_max_grad: FP8 state must be float32; got {jax.tree_util.keystr(path)} of {dtype=}. "
-      f"Keep the collection {OVERWRITE_WITH_GRADIENT!r} out of casts of parameters."
-    )
+  require_float32("as_max_grad", jax.tree_util.keystr(path), leaf)
   return to_max_grad(cast_once(leaf))
 
 

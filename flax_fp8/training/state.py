@@ -12,7 +12,7 @@ import optax
 
 from flax_fp8.linen.boxes import rebox, unbox
 from flax_fp8.linen.containers import leaves_with_path, like, with_items
-from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
+from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, require_float32_state
 from flax_fp8.meta_dtype import to_float32
 from flax_fp8.recipes.base import Role
 
@@ -95,6 +95,7 @@ def apply_updates(variables: Any, updates: Any, overwrite: Any) -> Any:
     Variables after the step, of the structure of ``variables``.
 
   Raises:
+    TypeError: the state in ``variables`` was cast to another dtype than float32.
     ValueError: ``overwrite`` does not hold exactly the state that ``variables`` holds, or
       ``updates`` holds what ``variables`` does not; names the paths.
 
@@ -114,6 +115,7 @@ def apply_updates(variables: Any, updates: Any, overwrite: Any) -> Any:
   References:
     haliax.quantization.apply_updates; optax.apply_updates.
   """
+  require_float32_state("apply_updates", variables)
   old_state, old_rest = partition_for_grad_overwrite(variables)
   _check_same_paths("overwrite", overwrite, old_state)
   new_state = keep_unused(old_state, overwrite)

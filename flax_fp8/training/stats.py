@@ -15,6 +15,7 @@ import numpy as np
 
 from flax_fp8 import tables
 from flax_fp8.formats import Format
+from flax_fp8.linen.state import require_float32_state
 from flax_fp8.recipes.base import Role
 from flax_fp8.tables import Table
 from flax_fp8.training import histories
@@ -176,7 +177,7 @@ def stats(variables: Any, *, fp8_format: Format = Format.HYBRID) -> Stats:
     at the outermost one under which all state is, ``layers[3]/query``.
 
   Raises:
-    TypeError: the state is traced or abstract, or ``fp8_format`` is no ``Format``.
+    TypeError: the state is traced, abstract or not float32, or ``fp8_format`` is no ``Format``.
     ValueError: there is no state.
 
   Numerics:
@@ -201,6 +202,7 @@ def stats(variables: Any, *, fp8_format: Format = Format.HYBRID) -> Stats:
       f"stats: fp8_format must be a Format; got fp8_format={fp8_format!r}. Pass that of the "
       "recipe, such as Format.HYBRID."
     )
+  require_float32_state("stats", variables)
   rows = [row for layer in layers(variables) for row in _rows(layer, fp8_format)]
   if not rows:
     got = sorted(variables) if isinstance(variables, Mapping) else type(variables)

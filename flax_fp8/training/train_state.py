@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax.training import train_state
 
 from flax_fp8.linen.containers import leaves_with_path, map_with_path, plain
-from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
+from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, is_state, require_float32_state
 from flax_fp8.state_cast import cast_here
 from flax_fp8.training.loss_scale import all_finite
-from flax_fp8.training.max_grad import as_max_grad, is_state
+from flax_fp8.training.max_grad import as_max_grad
 from flax_fp8.training.metrics import NAMES
 from flax_fp8.training.state import (
   apply_updates,
@@ -106,6 +106,7 @@ class TrainState(train_state.TrainState):
         "TrainState.create: FP8 state must lie in nested mappings, so that the optimizer does not "
         f"get it; got params of {type(params).__name__}. Name the models: {{'generator': ...}}."
       )
+    require_float32_state("TrainState.create", params)
     made = _skipping(cls) if skip_nonfinite and cls.skipped_steps is None else cls
     return made(
       step=0,

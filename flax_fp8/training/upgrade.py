@@ -48,7 +48,9 @@ def upgrade_variables(
 
   Numerics:
     A shorter history keeps the newest amaxes. A longer one has zeros, that is amaxes not seen, as
-    its oldest. State is float32.
+    its oldest. State is float32. State that was cast with the parameters beside it is cast back:
+    rounded scales are right ones. A scale that the cast made zero or infinite is 1 again, and such
+    an amax is not seen.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -118,11 +120,24 @@ def _take(old: Any, fresh: Any) -> Any:
 
 
 def _take_leaf(key: str, old: Mapping[str, Any], fresh: Mapping[str, jax.Array]) -> jax.Array:
-  leaf, shape = to_float32(old.get(key)), fresh[key].shape
+  leaf, shape = _float32(key, old.get(key)), fresh[key].shape
   if getattr(leaf, "shape", None) == shape:
     return leaf if _scale_shape(key, old) == _scale_shape(key, fresh) else fresh[key]
   axis = _resized_axis(key, old, fresh)
   return fresh[key] if axis is None else resize_history(leaf, shape[axis], axis)
+
+
+def _float32(key: str, leaf: Any) -> Any:
+  """Casts a leaf of state back, and drops scales and amaxes that the cast made zero or infinite."""
+  leaf = to_float32(leaf)
+  if not hasattr(leaf, "dtype") or leaf.dtype == jnp.float32:
+    return leaf
+  if isinstance(leaf, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+  leaf = jnp.asarray(leaf, jnp.float32)
+  is_scale = key.endswith("_scale")
+  lost = ~jnp.isfinite(leaf) | (is_scale & (leaf <= 0))
+  return jnp.where(lost, jnp.float32(is_scale), leaf)
 
 
 def _scale_shape(key: str, leaves: Mapping[str, Any]) -> tuple[int, ...] | None:

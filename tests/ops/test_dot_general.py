@@ -197,7 +197,7 @@ class TestStateRefused:
   def test_dtype(self):
     state = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), warm_state())
     with pytest.raises(
-      TypeError, match=r"input_.* must be float32 or fp32_max_grad; got dtype bfloat16"
+      TypeError, match=r"FP8 state must be float32; got input_.* of dtype bfloat16"
     ):
       self.call(state)
 

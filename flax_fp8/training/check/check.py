@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from flax_fp8.linen.state import require_float32_state
 from flax_fp8.training import paths
 from flax_fp8.training.check.batch import beside, check_batch
 from flax_fp8.training.check.fit import Verdict
@@ -52,6 +53,7 @@ def check_train_step(step_fn: Callable[..., Any], state: Any, batch: Any) -> Tra
     The report. ``assert report.ok, report`` makes a test of it.
 
   Raises:
+    TypeError: the FP8 state in ``state`` was cast to another dtype than float32.
     ValueError: ``state`` holds no FP8 state, ``step_fn`` raises or returns no state, it changes
       neither parameters nor FP8 state, or one call moves histories by all of their slots.
 
@@ -80,6 +82,7 @@ def check_train_step(step_fn: Callable[..., Any], state: Any, batch: Any) -> Tra
   References:
     flax_fp8.TrainState; flax_fp8.partition_for_grad_overwrite.
   """
+  require_float32_state("check_train_step", state)
   step = Step(step_fn, state, batch)
   if not any(leaf.role and leaf.key == HISTORY for leaf in step.leaves):
     raise ValueError(
