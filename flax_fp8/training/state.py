@@ -69,6 +69,18 @@ def parameters(tree: Any) -> Any:
   return with_items(tree, own)
 
 
+def with_parameters(variables: Any, params: Any) -> Any:
+  """Returns variables with other values of what ``parameters`` returns, and all else as it is."""
+  if not isinstance(variables, Mapping):
+    return params
+  if "params" in variables:
+    return with_items(variables, {**variables, "params": params})
+  if not partition_for_grad_overwrite(variables)[0]:
+    return params
+  own = {key: with_parameters(variables[key], value) for key, value in params.items()}
+  return with_items(variables, {**variables, **own})
+
+
 def as_variables(params: Any, like: Any) -> Any:
   """Puts what ``parameters(like)`` took apart back in its place; the inverse, without the rest."""
   if not isinstance(like, Mapping):
@@ -84,6 +96,16 @@ def apply_updates(variables: Any, updates: Any, overwrite: Any) -> Any:
   """Adds updates to parameters, writes new FP8 state over the old, and keeps all else.
 
   ``{"params": params + updates, "_overwrite_with_gradient": overwrite, ...}``
+
+  An optimizer whose ``update`` takes the loss, as ``optax.lbfgs``, gets no state there either::
+
+      state, rest = partition_for_grad_overwrite(variables)
+      value, grads = value_and_grad(loss_fn)(variables)
+      overwrite, grad = partition_for_grad_overwrite(grads)
+      value_fn = lambda rest: loss_fn({**rest, **state})
+      more = {"value": value, "grad": grad, "value_fn": value_fn}
+      updates, opt_state = tx.update(grad, opt_state, rest, **more)
+      variables = apply_updates(variables, updates, overwrite)
 
   Args:
     variables: nested mapping of collections before the step.

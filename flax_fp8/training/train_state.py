@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from flax_fp8.training.state import (
   as_variables,
   parameters,
   partition_for_grad_overwrite,
+  with_parameters,
 )
 
 
@@ -117,12 +119,29 @@ class TrainState(train_state.TrainState):
       **kwargs,
     )
 
-  def apply_gradients(self, *, grads: Any, **kwargs: Any) -> TrainState:
+  def apply_gradients(
+    self,
+    *,
+    grads: Any,
+    value: Any = None,
+    grad: Any = None,
+    value_fn: Callable[[Any], Any] | None = None,
+    **kwargs: Any,
+  ) -> TrainState:
     """Takes one step.
+
+    ``value``, ``grad`` and ``value_fn`` are for optimizers whose ``update`` takes them, such as
+    ``optax.lbfgs`` and ``optax.contrib.reduce_on_plateau``, alone or within ``optax.chain``. An
+    optimizer that takes none of them ignores them.
 
     Args:
       grads: gradients of the structure of ``params``; collections other than ``params`` and
         ``_overwrite_with_gradient`` may be missing and are not read.
+      value: the loss.
+      grad: gradients of the structure of ``params``, where the optimizer is to see others than
+        ``grads``. The optimizer gets those of parameters alone.
+      value_fn: the loss as a function of what ``params`` is. A line search calls it with other
+        parameters, and with the FP8 state and the other collections of this step.
       **kwargs: fields to replace besides.
 
     Returns:
@@ -132,16 +151,28 @@ class TrainState(train_state.TrainState):
       ValueError: a collection that ``params`` has is missing from ``grads``, or differs in
         structure.
     """
-    if (trained := parameters(self.params)) is self.params:
-      new: TrainState = super().apply_gradients(grads=grads, **kwargs)
-      return self._unless_nonfinite(new, grads)
-    _check_collections(grads, self.params)
+    if (trained := parameters(self.params)) is not self.params:
+      _check_collections(grads, self.params)
     own = parameters(grads)
-    updates, opt_state = self.tx.update(own, self.opt_state, trained)
+    more: dict[str, Any] = {}
+    if value is not None or grad is not None or value_fn is not None:
+      more = self._more(value, own if grad is None else parameters(grad), value_fn)
+    updates, opt_state = self.tx.update(own, self.opt_state, trained, **more)
     overwrite, _ = partition_for_grad_overwrite(grads)
     params = apply_updates(self.params, as_variables(updates, self.params), overwrite)
     new = self.replace(step=self.step + 1, params=params, opt_state=opt_state, **kwargs)
     return self._unless_nonfinite(new, own)
+
+  def _more(self, value: Any, grad: Any, value_fn: Callable[[Any], Any] | None) -> dict[str, Any]:
+    """Gathers what the optimizer takes besides gradients, in terms of the parameters alone."""
+    more = {"grad": grad}
+    if value is not None:
+      more["value"] = value
+    if value_fn is not None:
+      more["value_fn"] = lambda params: value_fn(with_parameters(self.params, params))
+    taken = inspect.signature(self.tx.update).parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in taken.values())
+    return {name: each for name, each in more.items() if takes_any or name in taken}
 
   def _unless_nonfinite(self, new: TrainState, grads: Any) -> TrainState:
     """Takes back what a step did, but its count and the metrics, where gradients are not finite."""
