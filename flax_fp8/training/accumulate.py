@@ -26,6 +26,7 @@ def accumulate_gradients(
   microbatches: Any,
   has_aux: bool = False,
   reduction: Reduction = "mean",
+  weights: Any = None,
 ) -> tuple[Any, Any]:
   """Takes loss and gradients of a batch, one microbatch at a time.
 
@@ -48,7 +49,11 @@ def accumulate_gradients(
       PRNG keys are arrays like any other: ``{"x": x, "key": jax.random.split(key, n)}``.
     has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
     reduction: "mean" or "sum" of the microbatches' losses. The mean of means is the mean over the
-      batch where microbatches count alike; for tokens behind masks return sums, and divide.
+      batch where microbatches count alike.
+    weights: how much each microbatch counts in the mean, ``[microbatches]``; where tokens are
+      masked, the number of tokens in each. The loss is ``sum(weights * losses) / sum(weights)``,
+      that of one pass over the batch, where ``loss_fn`` returns the mean over its own tokens. Do
+      not divide the gradients that come back: that would divide the FP8 state among them.
 
   Returns:
     ``(loss, gradients)``, or ``((loss, aux), gradients)`` with ``aux`` stacked,
@@ -56,8 +61,8 @@ def accumulate_gradients(
     where no microbatch used it.
 
   Raises:
-    ValueError: ``microbatches`` is empty or its leaves have no common leading axis, or
-      ``reduction`` is unknown.
+    ValueError: ``microbatches`` is empty or its leaves have no common leading axis, ``reduction``
+      is unknown, or ``weights`` are not one number a microbatch, or given for a sum.
     TypeError: as ``value_and_grad``.
 
   Numerics:
@@ -65,6 +70,9 @@ def accumulate_gradients(
     that they have in the whole batch, and so have their amaxes. Sums of gradients are float32 or
     wider, rounded at the end to the parameter's dtype. Scales and histories do not depend on the
     order or the number of microbatches; with ``reduction="mean"`` exactly so for powers of two.
+    A microbatch of weight 0 adds nothing to loss and gradients, even where its mean over no tokens
+    is NaN. Inside ``shard_map`` the weights are those of one device: to weigh all devices, divide
+    in ``loss_fn`` by a ``psum`` of the tokens, with ``reduction="sum"``.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -86,29 +94,36 @@ def accumulate_gradients(
       f"accumulate_gradients: reduction must be one of {get_args(Reduction)}; got {reduction=}. "
       "Pass one of these strings."
     )
-  share = 1 / count if reduction == "mean" else 1.0
+  shares = None if weights is None else _shares(weights, count, reduction)
+  equal_share = 1 / count if reduction == "mean" else 1.0
 
-  def shared(variables: Any, microbatch: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+  def shared(variables: Any, item: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+    microbatch, share = item
     value = loss_fn(variables, microbatch)
     loss, aux = value if has_aux else (value, None)
-    return loss * share, (loss, aux)
+    return loss * (equal_share if share is None else share), (loss, aux)
 
   run = value_and_cotangents(shared, has_aux=True)
 
-  run_one = functools.partial(run, variables)
+  run_one, items = functools.partial(run, variables), (microbatches, shares)
   if count > 1:
-    first = jax.tree.map(lambda leaf: leaf[0], microbatches)
-    run_one = kernels_first(run, variables, first)
+    run_one = kernels_first(run, variables, jax.tree.map(lambda leaf: leaf[0], items))
 
-  def step(total: Any, microbatch: Any) -> tuple[Any, tuple[jax.Array, Any]]:
-    (_, seen), cotangents = run_one(microbatch)
-    return map_with_path(_add, total, cotangents), seen
+  def step(total: Any, item: Any) -> tuple[Any, tuple[jax.Array, Any]]:
+    (_, seen), cotangents = run_one(item)
+    return map_with_path(functools.partial(_add, share=item[1]), total, cotangents), seen
 
   nothing = map_with_path(_nothing, variables)
-  total, (losses, aux) = lax.scan(step, nothing, microbatches)
-  loss = jnp.mean(losses) if reduction == "mean" else jnp.sum(losses)
+  total, (losses, aux) = lax.scan(step, nothing, items)
   rounded = map_with_path(_round, total, variables)
+  loss = _reduce(losses, reduction, shares)
   return ((loss, aux) if has_aux else loss), collect(rounded, variables)
+
+
+def _reduce(losses: jax.Array, reduction: str, shares: jax.Array | None) -> jax.Array:
+  if shares is not None:
+    return jnp.sum(jnp.where(shares == 0, 0, losses * shares)).astype(losses.dtype)
+  return jnp.mean(losses) if reduction == "mean" else jnp.sum(losses)
 
 
 def _count(microbatches: Any) -> int:
@@ -126,6 +141,19 @@ def _count(microbatches: Any) -> int:
   return counts.pop()[0]
 
 
+def _shares(weights: Any, count: int, reduction: str) -> jax.Array:
+  """Returns what part of the mean each microbatch is: ``weights / sum(weights)``."""
+  shape, dtype = jnp.shape(weights), jnp.result_type(weights)
+  if shape != (count,) or jnp.issubdtype(dtype, jnp.complexfloating) or reduction != "mean":
+    raise ValueError(
+      "accumulate_gradients: weights must be a real number for each microbatch, of a mean; got "
+      f"weights of shape {shape} and dtype {dtype} for {count} microbatches, and {reduction=}. "
+      "Pass the tokens of each microbatch, shape (microbatches,), or leave weights out of a sum."
+    )
+  weights = jnp.asarray(weights, float)
+  return jnp.where(weights == 0, 0, weights / jnp.sum(weights))
+
+
 def _wide(leaf: Any) -> Any:
   return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
 
@@ -137,9 +165,11 @@ def _nothing(path: Any, leaf: Any) -> jax.Array:
   return _compat.vary_as(empty, like)
 
 
-def _add(path: Any, total: jax.Array, cotangent: jax.Array) -> jax.Array:
+def _add(path: Any, total: jax.Array, cotangent: jax.Array, share: jax.Array | None) -> jax.Array:
   if is_state(path):
     return lax.max(total, to_float32(cotangent))
+  if share is not None:  # the mean over no tokens may be NaN
+    cotangent = jnp.where(share == 0, 0, cotangent)
   return total + cotangent.astype(total.dtype)
 
 

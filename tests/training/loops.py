@@ -587,6 +587,31 @@ def division_by_the_loss_scale() -> Any:
   return step, {"train": our_train_state(), "scaler": dynamic_scale.DynamicScale()}
 
 
+@loop("scaled", slow=True)
+def division_by_the_number_of_tokens() -> Any:
+  """Sums over microbatches come back right, and then all of the tree is divided."""
+
+  def step(variables: Any, batch: Any) -> Any:
+    summed = lambda variables, part: loss_fn(variables, part) * part["x"].size
+    _, grads = fp8.accumulate_gradients(summed, variables, microbatches(batch), reduction="sum")
+    return update(variables, jax.tree.map(lambda g: g / batch["x"].size, grads))[0]
+
+  return jax.jit(step), VARIABLES
+
+
+@loop()
+def weights_of_microbatches() -> Any:
+  """The right way to do the same."""
+
+  def step(variables: Any, batch: Any) -> Any:
+    parts = microbatches(batch)
+    weights = jnp.full(PARTS, parts["x"][0].size)
+    _, grads = fp8.accumulate_gradients(loss_fn, variables, parts, weights=weights)
+    return update(variables, grads)[0]
+
+  return jax.jit(step), VARIABLES
+
+
 @loop("averaged")
 def ema_over_state() -> Any:
   """A second copy of the whole variables, averaged."""

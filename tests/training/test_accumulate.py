@@ -116,6 +116,83 @@ def test_sums_are_float32_and_gradients_of_the_parameters_dtype():
   assert run(w)[1].dtype == jnp.bfloat16
 
 
+# Tokens behind masks: of each microbatch another number counts.
+MASK = np.zeros((MICROBATCHES, BATCH * WIDTH), np.float32)
+for _row, _tokens in zip(MASK, (2, 8, 4, 2), strict=True):
+  _row[:_tokens] = 1
+MASK = jnp.asarray(MASK.reshape(X.shape))
+TOKENS = jnp.sum(MASK, axis=(1, 2))
+
+
+def masked_mean(variables, microbatch, apply=model.apply):
+  error = jnp.square(apply(variables, microbatch["x"])) * microbatch["mask"]
+  return jnp.sum(error) / jnp.sum(microbatch["mask"])
+
+
+def flattened(microbatches):
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), microbatches)
+
+
+class TestWeights:
+  @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int32, jnp.bfloat16])
+  def test_is_one_pass_over_all_tokens(self, dtype):
+    batch = {"x": X, "mask": MASK}
+    want = jax.jit(fp8.value_and_grad(masked_mean))(VARIABLES, flattened(batch))
+    run = lambda v: fp8.accumulate_gradients(masked_mean, v, batch, weights=TOKENS.astype(dtype))
+    got = jax.jit(run)(VARIABLES)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+    assert_same(got[1], want[1])  # state is equal bit for bit: tokens are powers of two
+
+  def test_any_tokens_in_float64_against_plain_jax(self):
+    """Without FP8, which float64 does not become."""
+    with jax.enable_x64(True):
+      layer = nn.Dense(WIDTH, param_dtype=jnp.float64)
+      x = jax.random.normal(jax.random.key(3), X.shape, jnp.float64)
+      mask = jax.random.bernoulli(jax.random.key(4), 0.4, X.shape).astype(jnp.float64)
+      batch, tokens = {"x": x, "mask": mask}, jnp.sum(mask, axis=(1, 2)).astype(int)
+      assert len(set(tokens.tolist())) > 1
+      variables = layer.init(jax.random.key(1), x[0])
+      mean = lambda v, m: masked_mean(v, m, layer.apply)
+      want = jax.value_and_grad(mean)(variables, flattened(batch))
+      got = fp8.accumulate_gradients(mean, variables, batch, weights=tokens)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-15)
+    jax.tree.map(close, got, want)
+
+  def test_a_microbatch_without_tokens_adds_nothing(self):
+    """Its mean is NaN; but its input goes through the model and counts for amaxes."""
+    batch = {"x": X, "mask": MASK.at[1].set(0)}
+    want = jax.jit(fp8.value_and_grad(masked_mean))(VARIABLES, flattened(batch))
+    assert jnp.isnan(masked_mean(VARIABLES, jax.tree.map(lambda x: x[1], batch)))
+    weights = TOKENS.at[1].set(0)
+    run = lambda v: fp8.accumulate_gradients(masked_mean, v, batch, weights=weights)
+    got = jax.jit(run)(VARIABLES)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+    assert_same(got[1], want[1])
+
+  def test_equal_weights_are_the_mean(self, of_the_whole):
+    with_aux = lambda v, x: (loss_fn(v, x), x[0])
+    (loss, aux), grads = fp8.accumulate_gradients(
+      with_aux, VARIABLES, X, has_aux=True, weights=np.full(MICROBATCHES, 3)
+    )
+    np.testing.assert_allclose(loss, of_the_whole[0], rtol=1e-6)
+    np.testing.assert_array_equal(aux, X[:, 0])
+    assert_same(grads, of_the_whole[1])
+
+  @pytest.mark.parametrize(
+    ("weights", "reduction", "got"),
+    [
+      (jnp.ones(3), "mean", r"shape \(3,\) and dtype float32 for 4 microbatches"),
+      (1.0, "mean", r"shape \(\) and dtype float32"),
+      (jnp.ones(4, jnp.complex64), "mean", "dtype complex64"),
+      (jnp.ones(4), "sum", "reduction='sum'"),
+    ],
+  )
+  def test_bad_weights(self, weights, reduction, got):
+    message = rf"accumulate_gradients: weights must be a real number for each .*got .*{got}.*Pass"
+    with pytest.raises(ValueError, match=message):
+      fp8.accumulate_gradients(loss_fn, VARIABLES, X, reduction=reduction, weights=weights)
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_under_shard_map(of_the_whole, check_vma):
   mesh = jax.make_mesh((BATCH,), ("data",), axis_types=(AxisType.Auto,))

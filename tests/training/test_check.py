@@ -26,6 +26,15 @@ def test_loop(loop):
   assert report.ok == (not loop.kinds)
 
 
+def test_a_gradient_tree_that_was_divided_as_a_whole_is_named():
+  (report,) = (x.report for x in loops.LOOPS if x.name == "division_by_the_number_of_tokens")
+  (finding,) = report.findings
+  whole = "0.03125 times the right value, of every tensor: the gradient tree was divided or scaled"
+  assert finding.seen.startswith(whole), finding.seen
+  assert "accumulate_gradients(..., weights=tokens)" in finding.advice
+  assert "fp8.partition_for_grad_overwrite" in finding.advice
+
+
 def test_figures():
   """A sum of three, a division by 65536, an average: each with its number."""
   right, old = np.random.default_rng(0).uniform(1, 2, (2, 4, 3)) * np.array([[1], [1], [8], [64]])

@@ -234,6 +234,8 @@ def _findings(verdicts: Sequence[tuple[Row, Verdict]]) -> list[Finding]:
   for kind in kinds:
     these = [(row.name, verdict.seen) for row, verdict in wrong if verdict.kind == kind]
     seen = these[0][1] + (" (the first of them)" if len({s for _, s in these}) > 1 else "")
+    if kind == "scaled" and len({verdict.seen for _, verdict in verdicts}) == 1:
+      seen += ", of every tensor: the gradient tree was divided or scaled as a whole"
     findings.append(Finding(kind, tuple(name for name, _ in these), seen))
   return findings
 

@@ -19,7 +19,8 @@ _ADVICE = {
     "(fp8.partition_for_grad_overwrite); or differentiate around shard_map."
   ),
   "scaled": (
-    "Divide gradients of parameters alone by the loss scale: fp8.DynamicScale, or "
+    "Scale gradients of parameters alone, be it by a loss scale or by a number of tokens: "
+    "fp8.DynamicScale, fp8.accumulate_gradients(..., weights=tokens), or "
     "fp8.partition_for_grad_overwrite before the division."
   ),
   "averaged": (
