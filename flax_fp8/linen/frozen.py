@@ -150,6 +150,7 @@ class Frozen:
     in_params = {layer.path for layer in self.layers if layer.in_params}
     for path, leaf in frozen.items():
       *module, name = path
+      _refuse_cast(path, leaf)
       if path[:-1] in stored and name in _KERNEL:
         params[*module, FP8_FROZEN, name] = leaf
       elif path[:-1] in in_params:
@@ -202,6 +203,17 @@ class Frozen:
 
     with intercept_methods(intercept):
       yield
+
+
+def _refuse_cast(path: Path, leaf: Any) -> None:
+  """Raises TypeError where frozen variables were cast as a whole: kernels in FP8, and scales."""
+  dtype = jnp.result_type(leaf)
+  if dtype.itemsize > 1 and (path[-1] == "kernel" or dtype != jnp.float32):
+    raise TypeError(
+      f"freeze_for_inference: FP8 kernels must stay FP8, and their scales float32; got "
+      f"{'/'.join(path)!r} of dtype {dtype}. Keep the collection {FP8_FROZEN!r} out of casts of "
+      "variables: pass what freeze_for_inference returned."
+    )
 
 
 def is_contraction(context: Any) -> bool:

@@ -85,3 +85,17 @@ def test_upgrade_variables_drops_what_the_cast_lost():
   np.testing.assert_array_equal(new["output_grad_amax_history"], np.zeros(4))
   np.testing.assert_array_equal(new["input_scale"], [1.0])  # infinite in float16
   np.testing.assert_array_equal(new["input_amax_history"], [0.0, 1.0, 0.0, 2.0])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_frozen_variables(dtype):
+  served, frozen = fp8.freeze_for_inference(MODEL, VARIABLES, X)
+  cast = jax.tree.map(lambda x: x.astype(dtype), frozen)
+  message = (
+    rf"^freeze_for_inference: FP8 kernels must stay FP8, .*got 'Fp8.*' of dtype {dtype}. "
+    "Keep the collection 'fp8_frozen' out of casts of variables"
+  )
+  with pytest.raises(TypeError, match=message):
+    served.apply(cast, X)
+  params = jax.tree.map(lambda x: x.astype(dtype), frozen["params"])
+  assert served.apply({**frozen, "params": params}, X).dtype == jnp.float32
