@@ -45,6 +45,7 @@ def find(module: str, attribute: str) -> Any | None:
 # "failed to legalize operation 'vhlo.dot_general_v2'".
 NAMES_FP8_ALGORITHM = jax.__version_info__ < (0, 12)
 
+InconclusiveDimensionOperation: Any = require("jax._src.core", "InconclusiveDimensionOperation")
 ExtendedDType: Any = require("jax._src.dtypes", "ExtendedDType")
 
 
@@ -100,8 +101,8 @@ def _logical_sharding(shape: Any, dtype: Any, physical: Any) -> Any:
 
 
 # Eager autodiff adds cotangents through a table without an entry for arrays of extended dtypes:
-# state used twice outside jit would raise KeyError. Nor can such an array be transposed, as an eager
-# vmap over another axis than the first one does.
+# state used twice outside jit would raise KeyError. Such an array has no method `transpose` either,
+# which an eager vmap calls where the mapped axis is not the first.
 _array: Any = require("jax._src.earray", "EArray")
 _array.transpose = lambda self, *axes: jax.lax.transpose(self, np.ravel(axes).tolist())
 _adders = find("jax._src.ad_util", "raw_jaxval_adders")

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
@@ -183,9 +182,11 @@ def in_blocks(matrices: jax.Array, rows: int, columns: int) -> jax.Array:
     ``[batch, ceil(R / rows), rows, ceil(C / columns), columns]``.
   """
   batch, height, width = matrices.shape
-  padded = jnp.pad(matrices, ((0, 0), (0, -height % rows), (0, -width % columns)))
-  _, height, width = padded.shape
-  return padded.reshape(batch, height // rows, rows, width // columns, columns)
+  # Of a symbolic size JAX knows in this form alone that there is one block at least.
+  tall, wide = (height + rows - 1) // rows, (width + columns - 1) // columns
+  missing = tall * rows - height, wide * columns - width
+  padded = lax.pad(matrices, matrices.dtype.type(0), ((0, 0, 0), *((0, n, 0) for n in missing)))
+  return padded.reshape(batch, tall, rows, wide, columns)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

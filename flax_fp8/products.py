@@ -107,7 +107,7 @@ def dot_per_tensor(
     contracted axis; and, where XLA shards the program, a result that it lays out in columns.
   """
   dims, sharding = gemm.dimension_numbers, gemm.dot_sharding
-  is_large = math.prod(gemm.shape) >= _LARGE
+  is_large = _at_least(math.prod(gemm.shape), _LARGE)
 
   def scaled_after(lhs: QTensor, rhs: QTensor) -> jax.Array:
     out = _dot(lhs.data, rhs.data, dims, jnp.float32, fast_accumulation, sharding)
@@ -268,7 +268,16 @@ def _is_fp8_gemm(lhs: jax.Array, rhs: jax.Array, dims: DimensionNumbers) -> bool
   )
   formats = {lhs.dtype, rhs.dtype}
   exists = _E4M3 in formats and formats <= {_E4M3, _E5M2}
-  return exists and min(rows) >= _LEAST_ROWS and not lacks_fp8_units()
+  wide = all(_at_least(size, _LEAST_ROWS) for size in rows)
+  return exists and wide and not lacks_fp8_units()
+
+
+def _at_least(size: Any, bound: int) -> bool:
+  """Compares a size; a symbolic one of an exported program only as its constraints tell."""
+  try:
+    return bool(size >= bound)
+  except _compat.InconclusiveDimensionOperation:
+    return False
 
 
 def _without_contracted(scale: jax.Array, view: View) -> jax.Array:
@@ -302,13 +311,11 @@ def dot_chunks(lhs: QTensor, rhs: QTensor) -> jax.Array:
   def add(total: jax.Array, chunk: tuple[QTensor, QTensor]) -> tuple[jax.Array, None]:
     return total + scaled(chunk), None
 
-  if not lhs.data.shape[0]:
-    return jnp.zeros((lhs.data.shape[1], lhs.data.shape[2], rhs.data.shape[2]), jnp.float32)
-  # The sum begins with the first chunk, not with zeros, for which shard_map has another type.
-  first, rest = (jax.tree.map(take, (lhs, rhs)) for take in (lambda x: x[0], lambda x: x[1:]))
-  if lhs.data.shape[0] == 1:
-    return scaled(first)
-  return lax.scan(add, scaled(first), rest)[0]
+  zeros = jnp.zeros((lhs.data.shape[1], lhs.data.shape[2], rhs.data.shape[2]), jnp.float32)
+  if lhs.data.shape[0] == 0:
+    return zeros
+  operands = jax.tree.leaves((lhs, rhs))
+  return lax.scan(add, _compat.vary_as(zeros, *operands), (lhs, rhs))[0]
 
 
 def dot_microscaled(lhs: QTensor, rhs: QTensor, dtype: Any) -> jax.Array:

@@ -7,17 +7,10 @@ A new feature is one more function below with the decorator ``feature``.
 
 from __future__ import annotations
 
-import argparse
-import concurrent.futures
 import contextlib
 import functools
-import multiprocessing
-import os
 import pickle
-import subprocess
-import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -37,8 +37,8 @@ from flax_fp8.linen.frozen import (
   read_roles,
   running_applies,
 )
-from flax_fp8.linen.lifted import own_axes, own_back, own_last
 from flax_fp8.linen.intercept import intercept_methods
+from flax_fp8.linen.lifted import own_axes, own_back, own_last
 from flax_fp8.linen.provenance import READ, Found, Origins, mark, origins
 from flax_fp8.linen.state import (
   OVERWRITE_WITH_GRADIENT,

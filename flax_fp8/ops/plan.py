@@ -14,7 +14,7 @@ from flax_fp8.contraction import DimensionNumbers, Gemm, View
 from flax_fp8.ops import calibration
 from flax_fp8.ops.calibration import Calibration
 from flax_fp8.recipes.base import GemmKind, Recipe, Role
-from flax_fp8.sharding import explicit_sharding
+from flax_fp8.sharding import explicit_sharding, replicated_as
 
 Roles: TypeAlias = tuple[Role, Role]
 
@@ -157,8 +157,8 @@ def make_plan(
   to_lhs, to_rhs = contraction.backward_gemms(dimension_numbers, *shapes)
   lhs_kind, rhs_kind = (_GRADIENT_OF[role] for role in roles)
   # Each operand meets the output gradient in the GEMM that gives the other one's gradient.
-  left = _operand(lhs, roles[0], rhs_kind, (fprop.lhs, to_rhs.rhs))
-  right = _operand(rhs, roles[1], lhs_kind, (fprop.rhs, to_lhs.rhs))
+  left = _operand(lhs, roles[0], rhs_kind, (fprop.lhs, to_rhs.rhs), beside=rhs)
+  right = _operand(rhs, roles[1], lhs_kind, (fprop.rhs, to_lhs.rhs), beside=lhs)
   of_input = lambda role: 1 if role is Role.INPUT else None
   fprop = dataclasses.replace(fprop, sharding=sharding, shared=1 - kernel)
   to_lhs = dataclasses.replace(to_lhs, sharding=left.sharding, shared=of_input(roles[1]))
@@ -179,12 +179,15 @@ def make_plan(
   )
 
 
-def _operand(x: Any, role: Role, backward: GemmKind, views: tuple[View, View]) -> Operand:
+def _operand(
+  x: Any, role: Role, backward: GemmKind, views: tuple[View, View], *, beside: Any
+) -> Operand:
+  """Describes an operand; one that knows no mesh is replicated over the mesh of the other."""
   return Operand(
     role=role,
     kinds=(GemmKind.FPROP, backward),
     views=views,
     dtype=x.dtype,
     varying=_compat.varying_axes(x),
-    sharding=explicit_sharding(x),
+    sharding=explicit_sharding(x) or replicated_as(explicit_sharding(beside)),
   )
