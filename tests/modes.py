@@ -1,403 +1,197 @@
 """Is every feature right in every mode of JAX and of Python? ``python -m tests.modes`` prints it.
 
-Rows are features: small programs, whose results are arrays. Columns are modes: settings of JAX,
-flags of Python, threads, processes. A cell is right when the results are those of no mode at all.
-A new feature is one more function below with the decorator ``feature``.
+Rows are the programs of ``tests/features.py``. Columns are settings of JAX, flags of Python,
+threads, processes. A cell is right when its results are those of a plain run.
 """
 
 from __future__ import annotations
 
+import argparse
+import concurrent.futures
 import contextlib
 import functools
+import multiprocessing
 import pickle
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
-import flax.linen.fp8_ops as reference
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import PartitionSpec as P
 
-import flax_fp8 as fp8
-from flax_fp8 import fp8_ops, ops
 from tests import conftest as _devices  # noqa: F401 - for ``python -m``
-
-OWG = fp8.OVERWRITE_WITH_GRADIENT
-KEY = jax.random.key(0)
-X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 16)), jnp.float32)
-XS = jnp.stack([X, 2 * X, 0.5 * X])
-W = jnp.asarray(np.random.default_rng(1).normal(size=(16, 8)), jnp.float32)
-DIMS = (((1,), (0,)), ((), ()))
-
-Feature = Callable[[], Any]
-FEATURES: dict[str, Feature] = {}
-
-
-def feature(run: Feature) -> Feature:
-  """Adds a row."""
-  FEATURES[run.__name__] = run
-  return run
-
-
-def squares(out: jax.Array) -> jax.Array:
-  return jnp.mean(jnp.square(out))
-
-
-class Mlp(nn.Module):
-  """Two layers; in FP8 where it is given a class."""
-
-  dot_general_cls: Any = None
-  wrap: Any = None
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    dense = self.wrap(nn.Dense) if self.wrap else nn.Dense
-    h = nn.relu(dense(16, dot_general_cls=self.dot_general_cls, name="up")(x))
-    return dense(8, dot_general_cls=self.dot_general_cls, name="down")(h)
-
-
-def delayed(**options: Any) -> fp8.DelayedScaling:
-  return fp8.DelayedScaling(amax_history_len=4, **options)
-
-
-def mlp(recipe: fp8.Recipe | None = None, **fields: Any) -> Mlp:
-  return Mlp((recipe or delayed()).dot_general_cls, **fields)
-
-
-def made(model: nn.Module, *args: Any) -> Any:
-  return model.init(KEY, *args)
-
-
-def loss_of(model: nn.Module) -> Callable[..., jax.Array]:
-  return lambda variables, x: squares(model.apply(variables, x))
-
-
-def trained(model: nn.Module, x: jax.Array = X, steps: int = 2, **options: Any) -> Any:
-  """Variables after some steps of a compiled training loop."""
-  state = fp8.TrainState.create(
-    apply_fn=model.apply, params=made(model, x), tx=optax.adam(1e-2), **options
-  )
-
-  @jax.jit
-  def step(state: Any, x: jax.Array) -> Any:
-    loss = lambda variables: squares(state.apply_fn(variables, x))
-    return state.apply_gradients(grads=fp8.grad(loss)(state.params))
-
-  for _ in range(steps):
-    state = step(state, x)
-  return state.params
-
-
-def recipe_feature(name: str, recipe: fp8.Recipe) -> None:
-  """Adds two rows for a recipe: a compiled loop, and one eager gradient."""
-  FEATURES[f"{name}: train"] = lambda: trained(mlp(recipe))
-  FEATURES[f"{name}: eager"] = lambda: jax.grad(loss_of(mlp(recipe)))(made(mlp(recipe), X), X)
-
-
-for _name, _recipe in {
-  "delayed": delayed(),
-  "delayed, current first step": delayed(first_step="current", overflow="current", interval=2),
-  "current": fp8.Float8CurrentScaling(),
-  "rowwise": fp8.Float8RowwiseScaling(power_of_two=True),
-  "block": fp8.Float8BlockScaling(),
-  "mxfp8": fp8.MXFP8BlockScaling(),
-}.items():
-  recipe_feature(_name, _recipe)
-
-
-@feature
-def registry() -> Any:
-  return trained(mlp(fp8.get_recipe("current", high_precision=("wgrad",))))
-
-
-@feature
-def stochastic_rounding() -> Any:
-  model = mlp(fp8.Float8CurrentScaling(grad_rounding="stochastic"))
-  loss = lambda v: squares(model.apply(v, X, rngs={"sr_rng": KEY}))
-  return fp8.grad(loss)(made(model, X))
-
-
-@feature
-def einsum() -> Any:
-  model = fp8.Fp8Einsum(recipe=delayed())
-  args = "etk,kn->etn", XS, W
-  loss = lambda v, x: squares(model.apply(v, args[0], x, W))
-  return jax.jit(fp8.value_and_grad(loss, argnums=(0, 1)))(made(model, *args), XS)
-
-
-@feature
-def bare_ops() -> Any:
-  state = ops.init_state(delayed())
-  dot = lambda state, x: squares(ops.dot_general(x, W, DIMS, recipe=delayed(), state=state))
-  ein = lambda state, x: squares(ops.einsum("bk,kn->bn", x, W, recipe=delayed(), state=state))
-  return [jax.grad(f, argnums=(0, 1))(state, X) for f in (dot, ein)]
-
-
-@feature
-def fused_layers() -> Any:
-  qkv, gated = fp8.Fp8FusedQKV(num_heads=2, head_dim=4), fp8.Fp8SwiGLU(hidden_features=8)
-  loss = lambda v: sum(jnp.mean(jnp.square(out)) for out in qkv.apply(v, X))
-  return fp8.grad(loss)(made(qkv, X)), fp8.grad(loss_of(gated))(made(gated, X), X)
-
-
-def converted() -> Any:
-  config = fp8.Fp8Config(targets=["*"], recipe=delayed())
-  return fp8.fp8_linear_layers(Mlp(), config)
-
-
-@feature
-def converted_model() -> Any:
-  model = converted()
-  return trained(model), fp8.grad(loss_of(model))(made(model, X), X)
-
-
-@feature
-def unconverted_after_converted() -> Any:
-  model = converted()
-  variables = made(model, X)
-  plain = Mlp()
-  served, frozen = fp8.freeze_for_inference(model, variables, X)
-  out = model.apply(variables, X), served.apply(frozen, X)
-  assert OWG not in made(plain, X)
-  return out, plain.apply({"params": variables["params"]}, X)
-
-
-@feature
-def conversion_report() -> Any:
-  report = fp8.fp8_linear_layers(Mlp()).explain(X) if hasattr(Mlp, "explain") else None
-  return [] if report is None else str(report)
-
-
-@feature
-def frozen_model() -> Any:
-  model = mlp()
-  served, frozen = fp8.freeze_for_inference(model, trained(model), X)
-  return served.apply(frozen, X), jax.jit(served.apply)(frozen, X), frozen
-
-
-@feature
-def lifted_transforms() -> Any:
-  class Step(nn.Module):
-    @nn.compact
-    def __call__(self, x: jax.Array, _: Any) -> Any:
-      return nn.Dense(16, dot_general_cls=delayed().dot_general_cls)(x), None
-
-  class Stack(nn.Module):
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-      axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 2}
-      return fp8.scan(Step, **axes)()(x, None)[0]
-
-  class Chosen(nn.Module):
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-      layer = nn.Dense(16, dot_general_cls=delayed().dot_general_cls)
-      return fp8.cond(jnp.sum(x) > 0, lambda m, x: m(x), lambda m, x: 2 * m(x), layer, x)
-
-  class Mapped(nn.Module):
-    @nn.compact
-    def __call__(self, xs: jax.Array) -> jax.Array:
-      axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
-      return fp8.vmap(nn.Dense, **axes)(8, dot_general_cls=delayed().dot_general_cls)(xs)
-
-  return [
-    fp8.grad(loss_of(model))(made(model, x), x)
-    for model, x in ((Stack(), X), (Chosen(), X), (Mapped(), XS))
-  ]
-
-
-@feature
-def lifted_by_linen() -> Any:
-  wraps = nn.jit, nn.remat
-  return [jax.grad(loss_of(mlp(wrap=wrap)))(made(mlp(wrap=wrap), X), X) for wrap in wraps]
-
-
-@feature
-def accumulated() -> Any:
-  model = mlp()
-  run = lambda v: fp8.accumulate_gradients(loss_of(model), v, XS)
-  variables = made(model, X)
-  return run(variables), jax.jit(run)(variables)
-
-
-@feature
-def max_grad_state() -> Any:
-  model = mlp()
-
-  def loss(variables: Any) -> jax.Array:
-    cast = fp8.as_max_grad(variables)
-    return squares(model.apply(cast, X)) + squares(model.apply(cast, 2 * X))
-
-  return jax.grad(loss)(made(model, X)), jax.jit(jax.grad(loss))(made(model, X))
-
-
-@feature
-def unused_state() -> Any:
-  model = mlp()
-  variables = made(model, X)
-  loss = lambda v, x: squares(
-    nn.Dense(16, dot_general_cls=delayed().dot_general_cls).apply(
-      {name: v[name]["up"] for name in v}, x
-    )
-  )
-  cast = fp8.as_max_grad(variables)
-  grads = jax.grad(loss, allow_int=True)(cast, X)
-  new, _ = fp8.partition_for_grad_overwrite(grads)
-  return fp8.grad(loss)(variables, X), fp8.apply_updates(variables, {}, new)
-
-
-@feature
-def max_grad_results() -> Any:
-  cast = lambda x: jax.lax.convert_element_type(x, fp8.fp32_max_grad)
-  back = lambda x: jax.lax.convert_element_type(x, jnp.float32)
-  return back(cast(X)), back(jax.jit(cast)(X)), jax.jit(lambda x: back(cast(x)))(X)
-
-
-@feature
-def updates() -> Any:
-  model, tx = mlp(), optax.sgd(0.1)
-  variables = made(model, X)
-  _, params = fp8.partition_for_grad_overwrite(variables)
-  new, grads = fp8.partition_for_grad_overwrite(fp8.grad(loss_of(model))(variables, X))
-  changes, _ = tx.update(grads, tx.init(params), params)
-  return fp8.apply_updates(variables, changes, new)
-
-
-@feature
-def loss_scaling() -> Any:
-  model = mlp()
-  scaler, finite, loss, grads = jax.jit(
-    lambda v: fp8.DynamicScale(scale=8.0).value_and_grad(lambda v: loss_of(model)(v, X))(v)
-  )(made(model, X))
-  return scaler.scale, finite, loss, grads, trained(model, skip_nonfinite=True)
-
-
-@feature
-def calibrated() -> Any:
-  model = mlp()
-  variables = fp8.calibrate(model, made(model, X), list(XS), progress=False)
-  return fp8.calibrate(model, variables, list(XS), loss_of(model), percentile=99.0, progress=False)
-
-
-@feature
-def statistics() -> Any:
-  model = mlp()
-  variables = fp8.add_metrics(model, made(model, X), X)
-  new = fp8.grad(loss_of(model))(variables, X)
-  found = fp8.stats({**variables, OWG: new[OWG]})
-  return new, found.scalars(), fp8.drop_metrics(variables)
-
-
-@feature
-def checked_step() -> Any:
-  model = mlp()
-  state = fp8.TrainState.create(apply_fn=model.apply, params=made(model, X), tx=optax.sgd(0.1))
-
-  def step(state: Any, x: jax.Array) -> Any:
-    loss = lambda variables: squares(state.apply_fn(variables, x))
-    return state.apply_gradients(grads=fp8.grad(loss)(state.params))
-
-  return [str(fp8.check_train_step(run, state, X)) for run in (step, jax.jit(step))]
-
-
-@feature
-def checkpoints() -> Any:
-  variables = made(mlp(), X)
-  with tempfile.TemporaryDirectory() as folder:
-    fp8.save_checkpoint(f"{folder}/checkpoint", variables)
-    return fp8.restore_checkpoint(f"{folder}/checkpoint", variables)
-
-
-@feature
-def other_states() -> Any:
-  model, longer = mlp(), Mlp(fp8.DelayedScaling(amax_history_len=8).dot_general_cls)
-  variables = trained(model)
-  plain = fp8.downgrade_variables(variables)
-  theirs = Mlp(functools.partial(reference.Fp8DirectDotGeneralOp, amax_history_length=4))
-  return (
-    fp8.upgrade_variables(longer, variables, X),
-    fp8.upgrade_variables(model, plain, X),
-    fp8.from_flax_fp8_ops(jax.jit(theirs.init)(KEY, X)),
-  )
-
-
-@feature
-def flax_namespace() -> Any:
-  cls = functools.partial(fp8_ops.Fp8DirectDotGeneralOp, amax_history_length=4)
-  model = Mlp(cls)
-  scale, history = jnp.ones((1,)), jnp.zeros((4,))
-  inside = lambda s, h: squares(fp8_ops.in_qdq(jnp.float32, jnp.float8_e4m3fn, X, s, h))
-  return (
-    fp8.grad(loss_of(model))(made(model, X), X),
-    jax.grad(inside, argnums=(0, 1))(scale, history),
-    fp8_ops.qdq(X, jnp.float8_e4m3fn, scale, jnp.float32),
-  )
-
-
-@feature
-def remat_policies() -> Any:
-  model = mlp()
-  policy = fp8.remat_policies.save_fp8_inputs
-  loss = jax.checkpoint(lambda v: loss_of(model)(v, X), policy=policy)
-  return fp8.grad(loss)(made(model, X))
-
-
-@feature
-def kernels_off() -> Any:
-  with fp8.use_kernels("off"):
-    return trained(mlp())
-
-
-@feature
-def second_derivative() -> Any:
-  recipe = fp8.Float8CurrentScaling()
-  dot = lambda x: jnp.sum(jnp.sin(ops.dot_general(x, W, DIMS, recipe=recipe, state={})))
-  return jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(jax.grad(dot)(x)))))(X)
-
-
-@feature
-def mapped() -> Any:
-  model = mlp()
-  loss = lambda v: jnp.mean(jax.vmap(loss_of(model), in_axes=(None, 0))(v, XS))
-  return jax.grad(loss)(made(model, X)), jax.vmap(jax.grad(loss_of(model)), (None, 0))(
-    made(model, X), XS
-  )
-
-
-@feature
-def sharded() -> Any:
-  model, mesh = mlp(), jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-  variables = made(model, X)
-
-  @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
-  def loss(variables: Any, x: jax.Array) -> jax.Array:
-    return jax.lax.pmean(loss_of(model)(variables, x), "data")
-
-  return jax.jit(fp8.grad(loss))(variables, X)
-
-
-@feature
-def serialized() -> Any:
-  model, recipe, config = pickle.loads(pickle.dumps((converted(), delayed(), fp8.Fp8Config())))
-  assert (recipe, config) == (delayed(), fp8.Fp8Config())
-  return trained(model)
-
-
-@feature
-def capability() -> Any:
-  return str(fp8.capability(recipe=delayed()))
+from tests import features
+from tests.features import FEATURES
+
+ROOT = Path(__file__).parents[1]
+Results = list[Any]
+Run = Callable[[Sequence[str]], dict[str, Results | str]]
+
+SETTINGS: dict[str, tuple[str, Any]] = {
+  "debug_nans": ("jax_debug_nans", True),
+  "debug_infs": ("jax_debug_infs", True),
+  "checking_leaks": ("jax_check_tracer_leaks", True),
+  "strict promotion": ("jax_numpy_dtype_promotion", "strict"),
+  "rank promotion raise": ("jax_numpy_rank_promotion", "raise"),
+  "threefry_partitionable off": ("jax_threefry_partitionable", False),
+  "disable_jit": ("jax_disable_jit", True),
+  "x64": ("jax_enable_x64", True),
+}
+FLAGS = {"-O": ["-O"], "-OO": ["-OO"], "-W error": ["-W", "error"]}
+
+
+def run(names: Sequence[str]) -> dict[str, Results | str]:
+  """Results of features by name; what they raised instead, as text."""
+  found: dict[str, Results | str] = {}
+  for name in names:
+    try:
+      leaves = jax.tree.leaves(FEATURES[name]())
+      found[name] = [x if isinstance(x, str) else np.asarray(jax.device_get(x)) for x in leaves]
+    except Exception as error:  # whatever it is, it is the cell's content
+      found[name] = f"{type(error).__name__}: {error}"
+  return found
 
 
 @contextlib.contextmanager
-def config(name: str, value: Any) -> Iterator[None]:
-  """Sets a flag of JAX for the whole process."""
+def setting(name: str, value: Any) -> Iterator[None]:
+  """Sets a flag of JAX for all threads."""
   before = getattr(jax.config, name)
   jax.config.update(name, value)
   try:
     yield
   finally:
     jax.config.update(name, before)
+
+
+def with_settings(*modes: str) -> Run:
+  """Makes a run under several settings of JAX at once."""
+
+  def run_so(names: Sequence[str]) -> dict[str, Results | str]:
+    with contextlib.ExitStack() as stack:
+      for mode in modes:
+        stack.enter_context(setting(*SETTINGS[mode]))
+      return run(names)
+
+  return run_so
+
+
+def guarded(names: Sequence[str], inner: Run = run) -> dict[str, Results | str]:
+  """Runs while compiled functions may transfer nothing but their arguments."""
+  token = features.GUARD.set("disallow")
+  try:
+    return inner(names)
+  finally:
+    features.GUARD.reset(token)
+
+
+def in_threads(names: Sequence[str], inner: Run = run) -> dict[str, Results | str]:
+  """Runs each feature in three threads at once; what one of them raised or got differently."""
+  found: dict[str, Results | str] = {}
+  with concurrent.futures.ThreadPoolExecutor(3) as pool:
+    for name in names:
+      all_of = [one[name] for one in pool.map(inner, [[name]] * 3)]
+      differing = [one for one in all_of if compare(one, all_of[0], name, exact=True) != "right"]
+      found[name] = differing[0] if differing else all_of[0]
+  return found
+
+
+def spawned(names: Sequence[str]) -> dict[str, Results | str]:
+  """Runs in a process that Python spawns."""
+  with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    return pool.submit(run, list(names)).result()
+
+
+def with_flags(*flags: str, how: str = "run") -> Run:
+  """Makes a run in a process of Python with flags."""
+
+  def run_so(names: Sequence[str]) -> dict[str, Results | str]:
+    with tempfile.TemporaryDirectory() as folder:
+      out = Path(folder, "results")
+      command = [sys.executable, *flags, "-m", "tests.modes", "--into", str(out), "--how", how]
+      done = subprocess.run([*command, *names], cwd=ROOT, capture_output=True, text=True)
+      if done.returncode:
+        return dict.fromkeys(names, done.stderr[-2000:])
+      return pickle.loads(out.read_bytes())
+
+  return run_so
+
+
+MODES: dict[str, Run] = {
+  **{name: with_settings(name) for name in SETTINGS},
+  "transfer guard": guarded,
+  "threads": in_threads,
+  "spawn": spawned,
+  **{name: with_flags(*flags) for name, flags in FLAGS.items()},
+}
+# What tests run: many modes at once, each of which would be seen.
+DEBUG = tuple(name for name in SETTINGS if name not in ("disable_jit", "x64"))
+COMBINED: dict[str, Run] = {
+  "settings": functools.partial(guarded, inner=with_settings(*DEBUG)),
+  "disable_jit": with_settings("disable_jit"),
+  "x64, threads": with_settings("x64"),
+  "-OO -W error, spawn": with_flags("-OO", "-W", "error", how="spawned"),
+}
+# FP8 turns a difference in the last bit of a quotient into one of a step.
+LOOSE = ("disable_jit", "x64")
+
+
+def compare(got: Results | str, want: Results | str, name: str, *, exact: bool) -> str:
+  """Says "right", or what differs."""
+  if isinstance(got, str):
+    return got
+  assert not isinstance(want, str), want
+  if len(got) != len(want):
+    return f"{len(got)} results, not {len(want)}"
+  for a, b in zip(got, want, strict=True):
+    if isinstance(b, str):
+      if a != b:
+        return f"{a!r}, not {b!r}"
+    elif a.shape != b.shape or a.dtype.kind != b.dtype.kind:
+      return f"{a.dtype}{a.shape}, not {b.dtype}{b.shape}"
+    elif not _equal(a, b, 0.0 if exact else 0.5 if name == "stochastic_rounding" else 0.02):
+      return f"differs by {_difference(a, b):.1e}"
+  return "right"
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> float:
+  a, b = a.astype(np.float64), b.astype(np.float64)
+  return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
+
+
+def _equal(a: np.ndarray, b: np.ndarray, bound: float) -> bool:
+  return np.array_equal(a, b) if not bound else _difference(a, b) <= bound
+
+
+def main() -> int:
+  """Prints the table, or writes results into a file; returns how many cells are wrong."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+  parser.add_argument("--into", type=Path, help="write results there, and no table")
+  parser.add_argument("--how", choices=("run", "spawned"), default="run")
+  parser.add_argument("--modes", nargs="*", default=list(MODES), help="columns")
+  parser.add_argument("features", nargs="*", default=list(FEATURES), help="rows")
+  args = parser.parse_args()
+  if args.into:
+    args.into.write_bytes(pickle.dumps({"run": run, "spawned": spawned}[args.how](args.features)))
+    return 0
+  want, wrong = run(args.features), dict[tuple[str, str], str]()
+  print(f"| feature | {' | '.join(args.modes)} |\n|---{'|---' * len(args.modes)}|")
+  columns = {mode: MODES[mode](args.features) for mode in args.modes}
+  for name in args.features:
+    cells: list[str] = []
+    for mode, found in columns.items():
+      exact = mode not in LOOSE and name != "stochastic_rounding"
+      cells.append(compare(found[name], want[name], name, exact=exact))
+      if cells[-1] != "right":
+        wrong[name, mode] = cells[-1]
+    print(f"| {name} | {' | '.join('right' if c == 'right' else 'WRONG' for c in cells)} |")
+  for (name, mode), text in wrong.items():
+    print(f"\n{name}, {mode}: {text[:1000]}")
+  print(f"\n{len(args.features) * len(columns)} cells, {len(wrong)} wrong.")
+  return len(wrong)
+
+
+if __name__ == "__main__":
+  sys.exit(main())

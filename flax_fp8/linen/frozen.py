@@ -138,8 +138,8 @@ class Frozen:
     frozen = flax.traverse_util.flatten_dict(given.pop(FP8_FROZEN, {}))
     params: Flat = flax.traverse_util.flatten_dict(nn.meta.unbox(given.get("params", {})))
     state: Flat = flax.traverse_util.flatten_dict(given.pop(OVERWRITE_WITH_GRADIENT, {}))
-    # No contraction reads them. Whatever else does gets NaN, and is seen. Where JAX looks for NaN, a
-    # mere cast of them would stop it: there they are out of all proportion.
+    # No contraction reads them. Whatever else does gets NaN, and is seen. Where JAX looks for NaN
+    # a mere cast of NaN would stop it: there they are out of all proportion.
     absent = 2.0**15 if jax.config.jax_debug_nans else jnp.nan
     params |= {
       layer.parameter: jnp.full(layer.shape, absent, layer.parameter_dtype)
