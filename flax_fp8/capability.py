@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from flax_fp8 import fields
 from flax_fp8.formats import E4M3, E4M3_FNUZ, E5M2, E5M2_FNUZ, Float8, Format
 
 
@@ -98,8 +99,8 @@ def capability(
   device = _default_device() if device is None else device
   if not (hasattr(device, "platform") and hasattr(device, "device_kind")):
     raise TypeError(
-      f"capability: device must be a JAX device; got {device=}. Pass one of jax.devices(), or "
-      "nothing for the default one."
+      f"capability: device must be a JAX device; got device={fields.show(device)}. Pass one of "
+      "jax.devices(), or nothing for the default one."
     )
   if device.platform == "cpu":
     return True, "CPU: FP8 is emulated; right to the bit, no faster than BF16"
@@ -130,15 +131,15 @@ def _needs(fp8_format: Format | None, recipe: HasNeeds | None) -> Needs | None:
   if fp8_format is not None:
     if not isinstance(fp8_format, Format):
       raise TypeError(
-        f"capability: fp8_format must be a Format; got {fp8_format=}. Pass Format.HYBRID, "
-        "Format.E4M3, or Format(forward, backward)."
+        f"capability: fp8_format must be a Format; got fp8_format={fields.show(fp8_format)}. "
+        "Pass Format.HYBRID, Format.E4M3, or Format(forward, backward)."
       )
     return Needs(fp8_format)
   needs = getattr(recipe, "needs", None)
   if recipe is not None and not isinstance(needs, Needs):
     raise TypeError(
-      f"capability: recipe must be a recipe, such as DelayedScaling(); got {recipe=}. Pass an "
-      "instance, not its class or name."
+      f"capability: recipe must be a recipe, such as DelayedScaling(); got "
+      f"recipe={fields.show(recipe)}. Pass an instance, not its class or name."
     )
   return needs
 

@@ -208,7 +208,9 @@ class EinsumPlan:
   permutation: Axes
 
 
-def plan_einsum(equation: str, lhs_shape: Sequence[int], rhs_shape: Sequence[int]) -> EinsumPlan:
+def plan_einsum(
+  equation: str, lhs_shape: Sequence[int], rhs_shape: Sequence[int], name: str = "Fp8Einsum"
+) -> EinsumPlan:
   """Takes a two-operand equation apart into unary reductions, one GEMM and a transposition.
 
   Labels that occur in one operand alone and not in the output are summed out before the GEMM, and
@@ -220,6 +222,7 @@ def plan_einsum(equation: str, lhs_shape: Sequence[int], rhs_shape: Sequence[int
       character, such as ``"2"`` in ``"BSD,2KDH->2BSKH"``.
     lhs_shape: of the left operand.
     rhs_shape: of the right operand.
+    name: what error messages call the operation.
 
   Returns:
     The plan.
@@ -227,14 +230,14 @@ def plan_einsum(equation: str, lhs_shape: Sequence[int], rhs_shape: Sequence[int
   Raises:
     ValueError: the equation is malformed, or does not fit the shapes.
   """
-  lhs, rhs, out = _labels(equation, len(lhs_shape), len(rhs_shape))
-  lhs_sizes = _sizes(equation, lhs, lhs_shape, rhs_shape)
-  rhs_sizes = _sizes(equation, rhs, rhs_shape, lhs_shape)
+  lhs, rhs, out = _labels(name, equation, len(lhs_shape), len(rhs_shape))
+  lhs_sizes = _sizes(name, equation, lhs, lhs_shape, rhs_shape)
+  rhs_sizes = _sizes(name, equation, rhs, rhs_shape, lhs_shape)
   for label in lhs_sizes.keys() & rhs_sizes.keys():
     sizes = {lhs_sizes[label], rhs_sizes[label]}
     if len(sizes - {1}) > 1:
       raise ValueError(
-        f"Fp8Einsum: a label must have one size; got {equation=} where {label!r} is "
+        f"{name}: a label must have one size; got {equation=} where {label!r} is "
         f"{lhs_sizes[label]} in {tuple(lhs_shape)} and {rhs_sizes[label]} in {tuple(rhs_shape)}. "
         "Mend the equation or the shapes."
       )
@@ -266,13 +269,13 @@ def _result(first: str, second: str, out: str) -> str:
   return batch + own(first, second) + own(second, first)
 
 
-def _labels(equation: str, lhs_ndim: int, rhs_ndim: int) -> tuple[str, str, str]:
+def _labels(name: str, equation: str, lhs_ndim: int, rhs_ndim: int) -> tuple[str, str, str]:
   """Splits an equation into label strings, ellipses spelled out, the output made explicit."""
   inputs, arrow, out = equation.replace(" ", "").partition("->")
   operands = inputs.split(",")
   if len(operands) != 2:
     raise ValueError(
-      f"Fp8Einsum: the equation must have two operands; got {equation=}. Use jnp.einsum for "
+      f"{name}: the equation must have two operands; got {equation=}. Use jnp.einsum for "
       "others, or split it."
     )
   dots = [
@@ -293,7 +296,7 @@ def _labels(equation: str, lhs_ndim: int, rhs_ndim: int) -> tuple[str, str, str]
   legal = not set(lhs + rhs + out) & set(",.->")
   if not legal or len(set(out)) != len(out) or not set(out) <= set(lhs + rhs) or min(dots) < 0:
     raise ValueError(
-      "Fp8Einsum: labels are letters or other single characters, and each label of the output "
+      f"{name}: labels are letters or other single characters, and each label of the output "
       f"must occur there once and in an operand; got {equation=} for operands of rank {lhs_ndim} "
       f"and {rhs_ndim}. Mend it."
     )
@@ -301,7 +304,7 @@ def _labels(equation: str, lhs_ndim: int, rhs_ndim: int) -> tuple[str, str, str]
 
 
 def _sizes(
-  equation: str, labels: str, shape: Sequence[int], other: Sequence[int]
+  name: str, equation: str, labels: str, shape: Sequence[int], other: Sequence[int]
 ) -> dict[str, int]:
   """Maps each label of one operand to its size, in order of first occurrence."""
   sizes: dict[str, int] = {}
@@ -310,7 +313,7 @@ def _sizes(
       labels = ""
   if len(labels) != len(shape):
     raise ValueError(
-      f"Fp8Einsum: an operand must have one dimension a label; got {equation=} with shapes "
+      f"{name}: an operand must have one dimension a label; got {equation=} with shapes "
       f"{tuple(shape)} and {tuple(other)}. Mend the equation or the shapes."
     )
   return sizes

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from flax_fp8 import fields
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Float8:
@@ -78,11 +80,12 @@ E5M2_FNUZ = _describe(jnp.float8_e5m2fnuz)
 _BY_DTYPE = {f.dtype: f for f in (E4M3, E5M2, E4M3_FNUZ, E5M2_FNUZ)}
 
 
-def float8(dtype: Any) -> Float8:
+def float8(dtype: Any, owner: str = "formats.float8: the dtype") -> Float8:
   """Looks up the format of an FP8 dtype.
 
   Args:
     dtype: anything that ``jnp.dtype`` takes.
+    owner: what the error calls the dtype.
 
   Returns:
     The ``Float8`` that describes it.
@@ -95,11 +98,14 @@ def float8(dtype: Any) -> Float8:
     >>> formats.float8("float8_e5m2").max
     57344.0
   """
-  found = _BY_DTYPE.get(jnp.dtype(dtype))
+  try:
+    found = _BY_DTYPE.get(jnp.dtype(dtype))
+  except TypeError:
+    found = None
   if found is None:
     raise ValueError(
-      f"formats.float8: the dtype must be one of {[d.name for d in _BY_DTYPE]}; got {dtype=}. "
-      "Pass one of these."
+      f"{owner} must be one of {[d.name for d in _BY_DTYPE]}; got dtype={fields.show(dtype)}. Pass "
+      "one of these."
     )
   return found
 
@@ -140,8 +146,8 @@ class Format:
     for name in ("forward", "backward"):
       if not isinstance(value := getattr(self, name), Float8):
         raise TypeError(
-          f"Format: {name} must be a formats.Float8; got {value!r}. Pass formats.E4M3, or "
-          "formats.float8(dtype)."
+          f"Format: {name} must be a formats.Float8; got {fields.show(value)}. Pass "
+          "formats.E4M3, or formats.float8(dtype)."
         )
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Literal, get_args
 
+from flax_fp8 import fields
+
 Kernels = Literal["auto", "all", "off"]
 
 
@@ -39,9 +41,5 @@ def use_kernels(which: Kernels) -> contextlib.AbstractContextManager[Any]:
   References:
     benchmarks/README.md, "Measured on an H100".
   """
-  if which not in get_args(Kernels):
-    raise ValueError(
-      f"use_kernels: which must be one of {get_args(Kernels)}; got {which!r}. Pass one of these "
-      "strings."
-    )
+  fields.choice("use_kernels", "which", which, get_args(Kernels))
   return contextlib.nullcontext()

@@ -150,7 +150,8 @@ def to_float32(x: Any) -> jax.Array:
 
 def require_float32(name: str, where: str, leaf: Any) -> None:
   """Raises TypeError where a leaf of FP8 state is neither float32 nor fp32_max_grad."""
-  if not is_max_grad(leaf) and (dtype := jnp.result_type(leaf)) != jnp.float32:
+  dtype = getattr(leaf, "dtype", type(leaf).__name__)
+  if not is_max_grad(leaf) and dtype != jnp.float32:
     raise TypeError(
       f"{name}: FP8 state must be float32; got {where} of dtype {dtype}. Keep the collection "
       "'_overwrite_with_gradient' out of casts of variables; upgrade_variables(model, variables, "

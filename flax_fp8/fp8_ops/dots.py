@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_fp8 import contraction
+from flax_fp8 import contraction, fields
 from flax_fp8.formats import E5M2, Format
 from flax_fp8.fp8_ops.in_out import emit
 from flax_fp8.fp8_ops.quantization import delayed_step, dequantize
@@ -80,6 +80,11 @@ def fp8_scaled_dot_general(
   """
   del quantize_compute_type
   warn_of_precision("fp8_scaled_dot_general", precision)
+  if not getattr(lhs_amax_history, "ndim", 0):
+    raise TypeError(
+      "fp8_scaled_dot_general: lhs_amax_history must be an array (length,); got "
+      f"lhs_amax_history={fields.show(lhs_amax_history)}. Pass jnp.zeros(length)."
+    )
   pair = lambda scale, history: {"scale": scale, "amax_history": history}
   return dot_general(
     lhs,

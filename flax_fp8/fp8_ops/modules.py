@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flax_fp8 import ops
+from flax_fp8 import fields, ops
 from flax_fp8.formats import Format, float8
 from flax_fp8.fp8_ops.dots import dot_general_with_precision, warn_of_precision
 from flax_fp8.fp8_ops.in_out import in_qdq, out_qdq
@@ -49,8 +49,12 @@ class Fp8DotGeneralBase(nn.Module):
   @property
   def recipe(self) -> DelayedScaling:
     """The recipe that the fields describe."""
-    fp8_format = Format(float8(self.e4m3_dtype), float8(self.e5m2_dtype))
-    return DelayedScaling(amax_history_len=self.amax_history_length, fp8_format=fp8_format)
+    name = type(self).__name__
+    dtypes = {field: getattr(self, field) for field in ("e4m3_dtype", "e5m2_dtype")}
+    fp8_format = Format(*(float8(x, f"{name}: {field}") for field, x in dtypes.items()))
+    advice = "Flax's default is 1024."
+    length = fields.integer(name, "amax_history_length", self.amax_history_length, advice)
+    return DelayedScaling(amax_history_len=length, fp8_format=fp8_format)
 
 
 class Fp8DirectDotGeneralOp(FP8Contraction, Fp8DotGeneralBase):

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from flax_fp8 import fields
 
 
 def fill(tree: Any) -> Any:
@@ -16,11 +19,26 @@ def fill(tree: Any) -> Any:
   return jax.tree.map(zeros, tree, is_leaf=is_shape)
 
 
+def require_module(caller: str, module: Any) -> None:
+  """Raises TypeError where ``module`` is no instance of a Linen module."""
+  if not isinstance(module, nn.Module):
+    raise TypeError(
+      f"{caller}: module must be an instance of a Linen module; got module={fields.show(module)}. "
+      "Pass Model(...), not its class, its apply function or an NNX module."
+    )
+
+
 def require_variables(caller: str, variables: Any) -> None:
   """Raises ValueError where ``variables`` is no variables dict."""
   if not isinstance(variables, Mapping) or "params" not in variables:
     raise ValueError(
       f"{caller}: variables must be a variables dict with the collection 'params'; got "
-      f"{sorted(map(str, variables)) if isinstance(variables, Mapping) else type(variables)}. "
+      f"{_names(variables)}. "
       "Wrap bare parameters as {'params': params}; of a TrainState pass what its params hold."
     )
+
+
+def _names(variables: Any) -> str:
+  if not isinstance(variables, Mapping):
+    return type(variables).__name__
+  return fields.cut(sorted(map(str, variables)))

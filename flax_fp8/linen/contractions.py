@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -27,6 +29,53 @@ class FP8Contraction:
   """
 
   result_like_kernel: ClassVar[bool] = False
+
+  def __init_subclass__(cls, **kwargs: Any) -> None:
+    super().__init_subclass__(**kwargs)
+    for name, explain in {"__init__": _explain_init, "__call__": _explain_call}.items():
+      if name in vars(cls):
+        setattr(cls, name, explain(vars(cls)[name]))
+
+
+def _explain_init(init: Callable[..., None]) -> Callable[..., None]:
+  """Says what to do where arrays are passed to the class instead of an instance."""
+
+  @functools.wraps(init)
+  def explained(self: Any, *args: Any, **kwargs: Any) -> None:
+    if not any(isinstance(x, jax.Array | np.ndarray) for x in (*args, *kwargs.values())):
+      init(self, *args, **kwargs)
+      return
+    name, (operands, option) = type(self).__name__, _usage(self)
+    raise TypeError(
+      f"{name}: a module takes arrays when it is called, not when it is made; got arrays among its "
+      f"fields. Write {name}()({operands}), and in a layer {option}={name}."
+    )
+
+  return explained
+
+
+def _explain_call(call: Callable[..., Any]) -> Callable[..., Any]:
+  """Says what to do where arguments are missing, as where a layer was given an instance."""
+
+  @functools.wraps(call)
+  def explained(self: Any, *args: Any, **kwargs: Any) -> Any:
+    try:
+      inspect.signature(call).bind(self, *args, **kwargs)
+    except TypeError as error:
+      name, (operands, option) = type(self).__name__, _usage(self)
+      raise TypeError(
+        f"{name}: a module is called as {name}()({operands}); got a call with {error}. In a layer "
+        f"pass the class, {option}={name}, not an instance."
+      ) from None
+    return call(self, *args, **kwargs)
+
+  return explained
+
+
+def _usage(module: Any) -> tuple[str, str]:
+  """Returns what a module is called with, and by which option layers take its class."""
+  names = [*inspect.signature(type(module).__call__).parameters][1:4]
+  return ", ".join(names), "dot_general_cls" if "dimension_numbers" in names else "einsum_cls"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
-from flax_fp8.linen.arguments import fill, require_variables
+from flax_fp8.linen.arguments import fill, require_module, require_variables
 from flax_fp8.linen.boxes import unbox
 from flax_fp8.linen.containers import like, plain
 from flax_fp8.linen.contractions import Call, arguments, blank
@@ -115,7 +115,9 @@ def freeze_for_inference(
   References:
     Micikevicius et al., FP8 Formats for Deep Learning, https://arxiv.org/abs/2209.05433, section 5.
   """
-  _check_arguments(module, variables)
+  require_module("freeze_for_inference", module)
+  require_variables("freeze_for_inference", variables)
+  require_float32_state("freeze_for_inference", variables)
   given, variables = variables, plain(variables)
   survey = _survey(module, variables, init_args, init_kwargs)
   freeze = functools.partial(_freeze, survey=survey)
@@ -140,16 +142,6 @@ class _Survey:
   layers: tuple[FrozenLayer, ...]
   stacks: Mapping[Path, Lifted | None]
   kept: frozenset[Path]
-
-
-def _check_arguments(module: Any, variables: Any) -> None:
-  if not isinstance(module, nn.Module):
-    raise TypeError(
-      f"freeze_for_inference: module must be an instance of a Linen module; got {module!r}. Pass "
-      "the model that was trained."
-    )
-  require_variables("freeze_for_inference", variables)
-  require_float32_state("freeze_for_inference", variables)
 
 
 def _survey(module: nn.Module, variables: Any, args: Any, kwargs: Any) -> _Survey:

@@ -7,7 +7,7 @@ parameters convert to those of separate layers and back, bit for bit.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
@@ -16,9 +16,11 @@ import jax.numpy as jnp
 from flax.linen import initializers
 from flax.linen.dtypes import promote_dtype
 
+from flax_fp8 import fields
 from flax_fp8.linen.dot_general import Fp8DotGeneral
 from flax_fp8.linen.fused_params import BIAS, KERNEL, fuse, require_keys, unfuse
 from flax_fp8.linen.parts import Parts
+from flax_fp8.ops import check
 from flax_fp8.recipes.base import Recipe
 from flax_fp8.recipes.delayed import DelayedScaling
 
@@ -106,7 +108,9 @@ class Fp8FusedQKV(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Projects ``[..., D]`` to query ``[..., heads, head_dim]``, and key and value likewise."""
-    _check_kernel_scales(self)
+    _check_fields(self, ("num_heads", "head_dim"), ("kernel_init", "bias_init"))
+    fields.flag(type(self).__name__, "use_bias", self.use_bias)
+    _check_input(self, x)
     parts = self._parts()
     bias_init = self.bias_init if self.use_bias else None
     of = _project(self, parts, x, self.kernel_init, bias_init)
@@ -223,7 +227,8 @@ class Fp8SwiGLU(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Takes ``[..., D]`` to ``[..., D]``."""
-    _check_kernel_scales(self)
+    _check_fields(self, ("hidden_features",), ("kernel_init", "down_kernel_init"))
+    _check_input(self, x)
     fused = GateUp(
       self._parts(),
       dtype=self.dtype,
@@ -352,9 +357,26 @@ def _dot_general_cls(module: Any) -> Callable[[], nn.Module]:
   return functools.partial(Fp8DotGeneral, recipe=module.recipe, emulate=module.emulate)
 
 
-def _check_kernel_scales(module: Any) -> None:
-  if module.kernel_scales not in get_args(KernelScales):
-    raise ValueError(
-      f"{type(module).__name__}: kernel_scales must be 'joint' or 'separate'; got "
-      f"kernel_scales={module.kernel_scales!r}. Choose one of them."
+def _check_fields(module: Any, sizes: Sequence[str], inits: Sequence[str]) -> None:
+  """Raises TypeError or ValueError for a field of another kind, in the module's own name."""
+  name = type(module).__name__
+  for field in sizes:
+    fields.integer(name, field, getattr(module, field), "Pass a size.")
+  for field in inits:
+    advice = "Pass one of flax.linen.initializers."
+    fields.function(name, field, getattr(module, field), advice)
+  for field in ("dtype", "param_dtype"):
+    if (value := getattr(module, field)) is not None:
+      dtypes = (*check.COMPUTE_DTYPES, "float64")
+      fields.dtype(name, field, value, dtypes, "Pass one of these.")
+  fields.choice(name, "kernel_scales", module.kernel_scales, get_args(KernelScales))
+  fields.flag(name, "emulate", module.emulate)
+  check.recipe(name, module.recipe)
+
+
+def _check_input(module: Any, x: Any) -> None:
+  if not getattr(x, "ndim", 0):
+    raise TypeError(
+      f"{type(module).__name__}: x must be an array [..., D]; got x={fields.show(x)}. Pass the "
+      "input of the layer."
     )

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax.core.scope import in_filter, union_filters
 from jax import lax
 
+from flax_fp8 import fields
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, STOCHASTIC_ROUNDING
 from flax_fp8.meta_dtype import to_float32, to_max_grad
 from flax_fp8.state_cast import cast_once
@@ -68,6 +69,7 @@ def scan(
   References:
     flax.linen.scan.
   """
+  _check("scan", target, variable_axes, split_rngs)
   axes, broadcast, carry = dict(variable_axes or {}), variable_broadcast, variable_carry
   named = [*axes, broadcast, carry]
   if not any(in_filter(each, OVERWRITE_WITH_GRADIENT) for each in named):
@@ -122,6 +124,7 @@ def vmap(
   References:
     flax.linen.vmap.
   """
+  _check("vmap", target, variable_axes, split_rngs)
   axes = dict(variable_axes or {})
   if not any(in_filter(each, OVERWRITE_WITH_GRADIENT) for each in axes):
     axes = _follow_params(axes)
@@ -177,11 +180,47 @@ def cond(
   References:
     flax.linen.cond.
   """
+  _check_cond(pred, mdl, true_fun=true_fun, false_fun=false_fun)
   if mdl.is_mutable_collection(OVERWRITE_WITH_GRADIENT):
     taken, other = true_fun(mdl, *operands), false_fun(mdl, *operands)
     return lax.cond(pred, lambda: taken, lambda: other)
   branches = _where(pred, true_fun), _where(jnp.logical_not(pred), false_fun)
   return nn.cond(pred, *branches, mdl, *operands, **kwargs)
+
+
+def _check(owner: str, target: Any, variable_axes: Any, split_rngs: Any) -> None:
+  """Raises TypeError for arguments that no lifted transformation takes."""
+  if not callable(target) and not isinstance(target, nn.Module):
+    raise TypeError(
+      f"{owner}: target must be a module class, a module or a function; got "
+      f"target={fields.show(target)}. Pass the class, such as nn.Dense."
+    )
+  of = {"variable_axes": "collections to axes", "split_rngs": "PRNG collections to bools"}
+  for (field, what), value in zip(of.items(), (variable_axes, split_rngs), strict=True):
+    if value is not None and not isinstance(value, Mapping):
+      raise TypeError(
+        f"{owner}: {field} must be a mapping from {what}; got {field}={fields.show(value)}. Write "
+        f"{field}={{'params': {0 if field == 'variable_axes' else True}}}."
+      )
+
+
+def _check_cond(pred: Any, mdl: Any, **branches: Any) -> None:
+  for field, branch in branches.items():
+    fields.function("cond", field, branch, "Pass a function of mdl and the operands.")
+  if not isinstance(mdl, nn.Module) or mdl.scope is None:
+    raise TypeError(
+      f"cond: mdl must be a bound module; got mdl={fields.show(mdl)}. Pass the module whose "
+      "variables the branches use, made inside of the one that calls cond, before the operands."
+    )
+  try:
+    is_scalar = jax.typeof(pred).shape == ()
+  except TypeError:
+    is_scalar = False
+  if not is_scalar:
+    raise TypeError(
+      f"cond: pred must be a bool scalar; got pred={fields.show(pred)}. Take jnp.all or jnp.any, "
+      "or map cond over the array with fp8.vmap."
+    )
 
 
 def _where(taken: Any, fun: Callable[..., Any]) -> Callable[..., Any]:

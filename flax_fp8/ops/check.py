@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flax_fp8 import _compat
+from flax_fp8 import _compat, fields
 from flax_fp8.capability import capability
 from flax_fp8.contraction import DimensionNumbers
 from flax_fp8.meta_dtype import is_max_grad, require_float32
@@ -21,6 +24,17 @@ from flax_fp8.sharding import explicit_sharding
 from flax_fp8.state_cast import entered_since_cast
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def operand(name: str, side: str, x: Any) -> jax.Array:
+  """Returns an operand as an array; raises TypeError where it is none."""
+  try:
+    return jnp.asarray(x)
+  except (TypeError, ValueError):
+    raise TypeError(
+      f"{name}: operands must be of dtype {', '.join(COMPUTE_DTYPES)}; got {side} of type "
+      f"{type(x).__name__}. Pass arrays."
+    ) from None
 
 
 def result_dtype(name: str, lhs: jax.Array, rhs: jax.Array, preferred: Any) -> Any:
@@ -34,12 +48,8 @@ def result_dtype(name: str, lhs: jax.Array, rhs: jax.Array, preferred: Any) -> A
   dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
   if preferred is None:
     return dtype
-  if jnp.dtype(preferred).name not in COMPUTE_DTYPES:
-    raise TypeError(
-      f"{name}: preferred_element_type must be one of {', '.join(COMPUTE_DTYPES)}; got "
-      f"preferred_element_type={preferred}. Leave it out for {dtype}."
-    )
-  return jnp.dtype(preferred)
+  advice = f"Leave it out for {dtype}."
+  return fields.dtype(name, "preferred_element_type", preferred, COMPUTE_DTYPES, advice)
 
 
 def dimension_numbers(name: str, numbers: Any, lhs: jax.Array, rhs: jax.Array) -> DimensionNumbers:
@@ -54,8 +64,8 @@ def dimension_numbers(name: str, numbers: Any, lhs: jax.Array, rhs: jax.Array) -
     raise ValueError(
       f"{name}: dimension_numbers must be ((lhs_contracting, rhs_contracting), (lhs_batch, "
       "rhs_batch)) with equal sizes of paired axes; got "
-      f"dimension_numbers={numbers}, lhs of shape {lhs.shape}, rhs of shape {rhs.shape}: {error} "
-      "Mend the axes or the shapes."
+      f"dimension_numbers={fields.show(numbers)}, lhs of shape {lhs.shape}, rhs of shape "
+      f"{rhs.shape}: {fields.cut(error)} Mend the axes or the shapes."
     ) from error
   return dims
 
@@ -64,14 +74,17 @@ def canonical_sharding(name: str, value: Any, ndim: int) -> NamedSharding | None
   """Returns ``out_sharding`` on the current mesh; None where none is given or none is explicit."""
   if value is None:
     return None
+  sharding = value
   if isinstance(value, PartitionSpec):
-    value = NamedSharding(jax.sharding.get_abstract_mesh(), value)
-  if not isinstance(value, NamedSharding) or len(value.spec) > ndim:
+    with contextlib.suppress(ValueError):  # the mesh lacks an axis
+      sharding = NamedSharding(jax.sharding.get_abstract_mesh(), value)
+  if not isinstance(sharding, NamedSharding) or len(sharding.spec) > ndim:
     raise ValueError(
       f"{name}: out_sharding must be a PartitionSpec or NamedSharding of at most {ndim} axes, as "
-      f"the product has; got out_sharding={value!r}. Name the mesh axes of each axis, or None."
+      "the product has, that names axes of the current mesh; got "
+      f"out_sharding={fields.show(value)}. Name the mesh axes of each axis, or None."
     )
-  return value if value.mesh.abstract_mesh.explicit_axes else None
+  return sharding if sharding.mesh.abstract_mesh.explicit_axes else None
 
 
 def sharding_of_product(
@@ -114,7 +127,8 @@ def precision(name: str, value: Any) -> None:
   if value not in (None, lax.Precision.DEFAULT):
     raise ValueError(
       f"{name}: the recipe chooses how the FP8 GEMMs accumulate, so precision must be None; got "
-      f"precision={value}. Leave precision out of this layer, or leave the layer out of FP8."
+      f"precision={fields.show(value)}. Leave precision out of this layer, or leave the layer out "
+      "of FP8."
     )
 
 
@@ -122,8 +136,8 @@ def recipe(name: str, value: Any) -> None:
   """Raises TypeError where the recipe is none."""
   if not isinstance(value, Recipe):
     raise TypeError(
-      f"{name}: recipe must be a recipe, such as DelayedScaling(); got recipe={value!r}. Pass "
-      "an instance, not its class or name."
+      f"{name}: recipe must be a recipe, such as DelayedScaling(); got "
+      f"recipe={fields.show(value)}. Pass an instance, not its class or name."
     )
 
 
@@ -137,10 +151,22 @@ def key(name: str, recipe: Recipe, value: jax.Array | None) -> None:
     )
 
 
+def one_key(name: str, value: Any) -> None:
+  """Raises TypeError where a PRNG key is none."""
+  is_array = isinstance(value, jax.Array | np.ndarray)
+  typed = is_array and jnp.issubdtype(value.dtype, jax.dtypes.prng_key) and value.ndim == 0
+  raw = is_array and value.dtype == jnp.uint32 and value.ndim == 1
+  if not typed and not raw:
+    raise TypeError(
+      f"{name}: key must be one PRNG key, as jax.random.key(seed) makes; got "
+      f"key={fields.show(value)}. Split a key with jax.random.split, and pass one of them."
+    )
+
+
 def device(name: str, value: Any, emulate: bool) -> None:
   """Raises ValueError where the default device can't multiply what the recipe needs."""
   recipe(name, value)
-  if emulate:
+  if fields.flag(name, "emulate", emulate):
     return
   supported, reason = capability(recipe=value)
   if not supported:
@@ -164,6 +190,11 @@ def warn_of_device(name: str, recipe: Recipe) -> None:
 
 def state(name: str, recipe: Recipe, value: Mapping[str, Any]) -> None:
   """Raises TypeError or ValueError where the state is not of the recipe's making."""
+  if not isinstance(value, Mapping) or not all(isinstance(x, Mapping) for x in value.values()):
+    raise TypeError(
+      f"{name}: state must be a mapping of mappings, as ops.init_state makes it; got "
+      f"state={fields.show(value)}. Pass ops.init_state(recipe), or its gradient."
+    )
   for role in Role:
     fresh = recipe.init_state(role)
     leaves = value.get(role.value, {})
@@ -196,4 +227,4 @@ def _leaf(name: str, leaf: Any, shape: tuple[int, ...], recipe: Recipe) -> None:
 
 
 def _axes(axes: Any) -> tuple[int, ...]:
-  return tuple(int(a) for a in axes)
+  return tuple(operator.index(a) for a in axes)

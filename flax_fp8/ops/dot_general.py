@@ -59,8 +59,8 @@ def dot_general(
     The product; shape as ``lax.dot_general``.
 
   Raises:
-    TypeError: an operand is not float32, bfloat16 or float16; a leaf of the state is not float32
-      or fp32_max_grad; ``recipe`` is no recipe.
+    TypeError: an operand is not float32, bfloat16 or float16; the state is no mapping of mappings,
+      or a leaf of it is not float32 or fp32_max_grad; ``recipe`` is no recipe, or ``key`` no key.
     ValueError: dimension numbers do not fit the shapes; the state is not the recipe's; the gradient
       is taken without the key that the recipe asks for; on a mesh with explicit axes, the sharding
       of the result is ambiguous.
@@ -88,7 +88,7 @@ def dot_general(
     Micikevicius et al., FP8 Formats for Deep Learning, https://arxiv.org/abs/2209.05433;
     flax.linen.fp8_ops.
   """
-  lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
+  lhs, rhs = check.operand(name, "lhs", lhs), check.operand(name, "rhs", rhs)
   plan = plan_dot_general(
     name,
     recipe,
@@ -124,6 +124,8 @@ def contract(
 ) -> jax.Array:
   """Runs a planned contraction; arguments as for ``dot_general``."""
   check.state(plan.name, plan.recipe, state)
+  if key is not None:
+    check.one_key(plan.name, key)
   of_all = {role.value: jax.tree.map(cast_once, dict(state.get(role.value, {}))) for role in Role}
   return _contract(plan, lhs, rhs, of_all, key if plan.recipe.rounds_by_key else None)
 
@@ -192,10 +194,14 @@ def init_state(recipe: Recipe) -> dict[str, TensorState]:
   Returns:
     For each role, ``recipe.init_state(role)`` as JAX arrays.
 
+  Raises:
+    TypeError: ``recipe`` is no recipe.
+
   Example:
     >>> import flax_fp8 as fp8
     >>> from flax_fp8 import ops
     >>> sorted(ops.init_state(fp8.DelayedScaling()))
     ['input', 'kernel', 'output_grad']
   """
+  check.recipe("init_state", recipe)
   return {role.value: jax.tree.map(jnp.asarray, recipe.init_state(role)) for role in Role}

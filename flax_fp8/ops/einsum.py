@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_fp8 import contraction
+from flax_fp8 import contraction, fields
 from flax_fp8.contraction import Axes
 from flax_fp8.ops import check
 from flax_fp8.ops.dot_general import State, contract
@@ -70,7 +70,7 @@ def einsum(
   References:
     numpy.einsum; flax.linen.fp8_ops.Fp8Einsum.
   """
-  lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
+  lhs, rhs = check.operand(name, "lhs", lhs), check.operand(name, "rhs", rhs)
   parts = plan_einsum(
     name,
     recipe,
@@ -113,11 +113,12 @@ def plan_einsum(
   """Checks the arguments of ``einsum``, and takes it apart."""
   if not isinstance(equation, str):
     raise TypeError(
-      f"{name}: the equation must be a string; got {equation!r}. Write it as 'mk,kn->mn'."
+      f"{name}: the equation must be a string; got {fields.show(equation)}. Write it as "
+      "'mk,kn->mn'."
     )
   dtype = check.result_dtype(name, lhs, rhs, preferred_element_type)
   check.recipe(name, recipe)
-  parts = contraction.plan_einsum(equation, lhs.shape, rhs.shape)
+  parts = contraction.plan_einsum(equation, lhs.shape, rhs.shape, name)
   first, second = jnp.einsum(parts.lhs_reduction, lhs), jnp.einsum(parts.rhs_reduction, rhs)
   roles = (Role.INPUT, Role.KERNEL)
   if parts.swap:

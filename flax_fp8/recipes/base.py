@@ -13,11 +13,12 @@ import enum
 import functools
 import pkgutil
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, final, get_args
+from typing import Any, Literal, NoReturn, TypeAlias, final, get_args
 
 import jax
 import numpy as np
 
+from flax_fp8 import fields
 from flax_fp8.capability import Needs
 from flax_fp8.contraction import Gemm, View
 from flax_fp8.formats import Float8, Format
@@ -71,24 +72,35 @@ class Recipe(abc.ABC):
     name = type(self).__name__
     if not isinstance(self.fp8_format, Format):
       raise TypeError(
-        f"{name}: fp8_format must be a Format; got fp8_format={self.fp8_format!r}. Pass "
+        f"{name}: fp8_format must be a Format; got fp8_format={fields.show(self.fp8_format)}. Pass "
         "Format.HYBRID, Format.E4M3, or Format(forward, backward)."
       )
     names = get_args(GemmName)
     given = self.high_precision
-    wanted = given if isinstance(given, (tuple, list, set, frozenset)) else (given,)
-    if not set(wanted) <= set(names) or len(set(wanted)) == len(names):
+    wanted = tuple(given) if isinstance(given, (tuple, list, set, frozenset)) else (given,)
+    known = all(isinstance(gemm, str) and gemm in names for gemm in wanted)
+    if not known or len(set(wanted)) == len(names):
       raise ValueError(
-        f"{name}: high_precision must name at most two of {names}; got high_precision={given!r}. "
-        "To leave all three in high precision, leave the layer out of FP8."
+        f"{name}: high_precision must name at most two of {names}; got "
+        f"high_precision={fields.show(given)}. To leave all three in high precision, leave the "
+        "layer out of FP8."
       )
     in_order: Any = tuple(gemm for gemm in names if gemm in wanted)
     object.__setattr__(self, "high_precision", in_order)
-    if self.grad_rounding not in get_args(Rounding):
-      raise ValueError(
-        f"{name}: grad_rounding must be one of {get_args(Rounding)}; got "
-        f"grad_rounding={self.grad_rounding!r}. Pass one of these strings."
-      )
+    fields.choice(name, "grad_rounding", self.grad_rounding, get_args(Rounding))
+    if hasattr(self, "power_of_two"):  # most have it
+      flag: Any = getattr(self, "power_of_two")  # noqa: B009 - not of every recipe
+      object.__setattr__(self, "power_of_two", fields.flag(name, "power_of_two", flag))
+
+  @final
+  def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+    """Raises TypeError: a recipe was passed where Linen calls a module or a function."""
+    del args, kwargs
+    name = type(self).__name__
+    raise TypeError(
+      f"{name} is a recipe, not a module; got {name}(...) where a module or a function is called. "
+      "Pass dot_general_cls=recipe.dot_general_cls, or for an einsum recipe.einsum_cls."
+    )
 
   @abc.abstractmethod
   def init_state(self, role: Role) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from flax_fp8 import fields
 from flax_fp8.amax import amax
 from flax_fp8.capability import Needs
 from flax_fp8.contraction import Gemm, View
@@ -132,7 +133,8 @@ class DelayedScaling(StatefulRecipe):
     ValueError: ``amax_history_len`` or ``interval`` is below 1, ``amax_compute_algo``,
       ``first_step`` or ``overflow`` is unknown, ``margin`` is not within ±64, or ``high_precision``
       or ``grad_rounding`` is unknown.
-    TypeError: ``fp8_format`` is no ``Format``.
+    TypeError: ``fp8_format`` is no ``Format``, or another field is not of its type; NumPy's scalars
+      count as Python's, arrays do not.
 
   Numerics:
     A finite value beyond the scale's range saturates. NaN or an infinity reaches the output as NaN
@@ -161,33 +163,25 @@ class DelayedScaling(StatefulRecipe):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    if not isinstance(self.amax_history_len, int) or self.amax_history_len < 1:
-      raise ValueError(
-        "DelayedScaling: amax_history_len must be an integer of at least 1; got "
-        f"amax_history_len={self.amax_history_len!r}. For scales without a memory, take "
-        "Float8CurrentScaling."
-      )
-    if not isinstance(self.interval, int) or self.interval < 1:
-      raise ValueError(
-        "DelayedScaling: interval must be an integer of at least 1; got "
-        f"interval={self.interval!r}. 1 makes a new scale at each step."
-      )
+    advice = {
+      "amax_history_len": "For scales without a memory, take Float8CurrentScaling.",
+      "interval": "1 makes a new scale at each step.",
+    }
+    for field, text in advice.items():
+      value = fields.integer("DelayedScaling", field, getattr(self, field), text)
+      object.__setattr__(self, field, value)
     choices_of = {
       "amax_compute_algo": AmaxComputeAlgo,
       "first_step": FirstStep,
       "overflow": Overflow,
     }
     for field, choices in choices_of.items():
-      if (value := getattr(self, field)) not in get_args(choices):
-        raise ValueError(
-          f"DelayedScaling: {field} must be one of {get_args(choices)}; got {field}={value!r}. "
-          "Pass one of these strings."
-        )
-    if not -64 <= self.margin <= 64:
-      raise ValueError(
-        "DelayedScaling: margin is a number of powers of two within ±64; got "
-        f"margin={self.margin!r}. A usual margin is 0, 1 or 2."
-      )
+      fields.choice("DelayedScaling", field, getattr(self, field), get_args(choices))
+    rule = "a number of powers of two within ±64"
+    within = lambda margin: -64 <= margin <= 64
+    usual = "A usual margin is 0, 1 or 2."
+    margin = fields.number("DelayedScaling", "margin", self.margin, rule, within, usual)
+    object.__setattr__(self, "margin", margin)
 
   def init_state(self, role: Role) -> dict[str, np.ndarray]:
     """Scale 1 and an empty history."""

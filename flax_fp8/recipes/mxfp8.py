@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 
+from flax_fp8 import fields
 from flax_fp8.amax import largest_magnitude
 from flax_fp8.capability import Needs
 from flax_fp8.contraction import Gemm, View, in_blocks
@@ -119,11 +120,8 @@ class MXFP8BlockScaling(StatelessRecipe):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    if self.scale_rounding not in get_args(ScaleRounding):
-      raise ValueError(
-        f"MXFP8BlockScaling: scale_rounding must be one of {get_args(ScaleRounding)}; got "
-        f"scale_rounding={self.scale_rounding!r}. Pass one of these strings."
-      )
+    choices = get_args(ScaleRounding)
+    fields.choice("MXFP8BlockScaling", "scale_rounding", self.scale_rounding, choices)
 
   def quantize_by_itself(
     self, x: jax.Array, role: Role, views: tuple[View, View], key: jax.Array | None

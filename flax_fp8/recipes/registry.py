@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from flax_fp8 import fields as _fields
 from flax_fp8.recipes.base import Recipe
 from flax_fp8.recipes.block import Float8BlockScaling
 from flax_fp8.recipes.current import Float8CurrentScaling
@@ -48,8 +50,12 @@ def get_recipe(name: str, **fields: Any) -> Recipe:
   References:
     Transformer Engine, transformer_engine.common.recipe.
   """
-  if name not in RECIPES:
-    raise ValueError(
-      f"get_recipe: name must be one of {tuple(RECIPES)}; got {name=}. Pass one of these strings."
+  _fields.choice("get_recipe", "name", name, tuple(RECIPES))
+  recipe = RECIPES[name]
+  known = [field.name for field in dataclasses.fields(recipe)]
+  if unknown := sorted(fields.keys() - {*known}):
+    raise TypeError(
+      f"get_recipe: fields must be those of {recipe.__name__}, {known}; got {unknown}. Leave them "
+      "out, or name another recipe."
     )
-  return RECIPES[name](**fields)
+  return recipe(**fields)

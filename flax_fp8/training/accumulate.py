@@ -8,13 +8,14 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from flax_fp8 import _compat
+from flax_fp8 import _compat, fields
 from flax_fp8.linen.containers import leaves_with_path, map_with_path
 from flax_fp8.linen.state import is_state
 from flax_fp8.meta_dtype import to_float32
-from flax_fp8.training.max_grad import collect, value_and_cotangents
+from flax_fp8.training.max_grad import collect, require_loss, value_and_cotangents
 from flax_fp8.training.once import kernels_first
 
 Reduction: TypeAlias = Literal["mean", "sum"]
@@ -88,22 +89,21 @@ def accumulate_gradients(
   References:
     optax.MultiSteps; haliax.quantization, on accumulation by maximum.
   """
+  owner = "accumulate_gradients"
+  fields.function(owner, "loss_fn", loss_fn, "Pass loss_fn(variables, microbatch).")
+  fields.flag(owner, "has_aux", has_aux)
+  fields.choice(owner, "reduction", reduction, get_args(Reduction))
   count = _count(microbatches)
-  if reduction not in get_args(Reduction):
-    raise ValueError(
-      f"accumulate_gradients: reduction must be one of {get_args(Reduction)}; got {reduction=}. "
-      "Pass one of these strings."
-    )
   shares = None if weights is None else _shares(weights, count, reduction)
   equal_share = 1 / count if reduction == "mean" else 1.0
 
   def shared(variables: Any, item: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
     microbatch, share = item
-    value = loss_fn(variables, microbatch)
+    value = require_loss(owner, "loss_fn", loss_fn(variables, microbatch), has_aux)
     loss, aux = value if has_aux else (value, None)
     return loss * (equal_share if share is None else share), (loss, aux)
 
-  run = value_and_cotangents(shared, has_aux=True)
+  run = value_and_cotangents(shared, has_aux=True, owner=owner)
 
   run_one, items = functools.partial(run, variables), (microbatches, shares)
   if count > 1:
@@ -127,15 +127,22 @@ def _reduce(losses: jax.Array, reduction: str, shares: jax.Array | None) -> jax.
 
 
 def _count(microbatches: Any) -> int:
+  if type(microbatches) is list and microbatches:
+    raise ValueError(
+      "accumulate_gradients: microbatches must be arrays stacked along a leading axis, not a list "
+      f"of microbatches; got {len(microbatches)} elements, the first "
+      f"{fields.show(microbatches[0])}. Pass jax.tree.map(lambda *x: jnp.stack(x), *microbatches), "
+      "or a tuple of stacked arrays."
+    )
   shapes = {
-    jax.tree_util.keystr(path) or "microbatches": jnp.shape(leaf)
+    jax.tree_util.keystr(path) or "microbatches": np.shape(leaf)
     for path, leaf in leaves_with_path(microbatches)
   }
   counts = {shape[:1] for shape in shapes.values()}
   if len(counts) != 1 or not all(counts) or counts == {(0,)}:
     raise ValueError(
       "accumulate_gradients: the leaves of microbatches must have one leading axis in common, the "
-      f"number of microbatches, at least 1; got shapes {shapes}. Reshape a batch to "
+      f"number of microbatches, at least 1; got shapes {fields.cut(shapes)}. Reshape a batch to "
       "(microbatches, batch // microbatches, ...), and keys to jax.random.split(key, microbatches)."
     )
   return counts.pop()[0]

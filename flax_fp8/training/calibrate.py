@@ -20,12 +20,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from flax_fp8.linen.arguments import require_variables
+from flax_fp8 import fields
+from flax_fp8.linen.arguments import require_module, require_variables
 from flax_fp8.linen.containers import like, map_with_path, plain
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, require_float32_state
 from flax_fp8.ops.calibration import Calibration, calibrating
 from flax_fp8.recipes.base import Role
-from flax_fp8.training.max_grad import value_and_grad
+from flax_fp8.training.max_grad import is_real_scalar, value_and_grad
 from flax_fp8.training.metrics import NAMES, add_metrics, select
 from flax_fp8.training.state import merge, partition_for_grad_overwrite
 from flax_fp8.training.stats import stats
@@ -71,7 +72,9 @@ def calibrate(
     nothing to fill, the ``Stats`` of its metrics instead, the worst of all batches.
 
   Raises:
-    TypeError: the state in ``variables`` was cast to another dtype than float32.
+    TypeError: ``module`` is no Linen module, ``batches`` no iterable of batches, such as an array,
+      ``loss_fn`` no function, ``percentile`` no number; the state in ``variables`` was cast to
+      another dtype than float32.
     ValueError: ``batches`` is empty; ``percentile`` is not within (0, 100], or is given for a model
       without state; such a model is given a ``loss_fn`` without metrics (see ``add_metrics``);
       ``variables`` is no variables dict.
@@ -100,7 +103,13 @@ def calibrate(
     Wu et al., Integer Quantization for Deep Learning Inference, https://arxiv.org/abs/2004.09602,
     section 3.4, calibration by maximum and percentile.
   """
-  _check(variables, loss_fn, rngs, percentile)
+  _check(module, variables, batches, loss_fn, rngs)
+  if percentile is not None:
+    advice = "A usual one is 99.99; leave it out for the largest magnitude."
+    within = lambda x: 0 < x <= 100
+    percentile = fields.number(
+      "calibrate", "percentile", percentile, "within (0, 100]", within, advice
+    )
   has_loss, run = loss_fn is not None, _Run(module, loss_fn, percentile)
   new = _zero_metrics(variables, has_loss)
   if (stateless := _is_stateless(new)) and percentile is not None:
@@ -121,14 +130,19 @@ def calibrate(
   return like(variables, new)
 
 
-def _check(variables: Any, loss_fn: Loss | None, rngs: Any, percentile: float | None) -> None:
+def _check(module: Any, variables: Any, batches: Any, loss_fn: Loss | None, rngs: Any) -> None:
+  require_module("calibrate", module)
   require_variables("calibrate", variables)
   require_float32_state("calibrate", variables)
-  if percentile is not None and not 0 < percentile <= 100:
-    raise ValueError(
-      f"calibrate: percentile must be within (0, 100]; got percentile={percentile!r}. A usual one "
-      "is 99.99; leave it out for the largest magnitude."
+  is_one = isinstance(batches, str | bytes | Mapping) or hasattr(batches, "shape")
+  if is_one or not isinstance(batches, Iterable):
+    raise TypeError(
+      "calibrate: batches must be an iterable of batches; got "
+      f"batches={fields.show(batches)}. Pass [batch] for a single batch."
     )
+  if loss_fn is not None:
+    advice = "Pass loss_fn(variables, batch), or leave it out."
+    fields.function("calibrate", "loss_fn", loss_fn, advice)
   if loss_fn is not None and rngs is not None:
     raise ValueError(
       "calibrate: rngs are for module.apply, which with a loss_fn is yours to call; got both. Pass "
@@ -222,10 +236,10 @@ def _arguments(batch: Any) -> tuple[Any, ...]:
 
 
 def _scalar(loss: Any) -> jax.Array:
-  if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+  if not is_real_scalar(loss):
     raise ValueError(
-      f"calibrate: loss_fn must return a real scalar; got {jax.tree.map(jnp.shape, loss)}. Take "
-      "the mean, and leave auxiliary outputs out."
+      f"calibrate: loss_fn must return a real scalar; got {fields.show(loss)}. Take the mean, and "
+      "leave auxiliary outputs out."
     )
   return jnp.asarray(loss)
 

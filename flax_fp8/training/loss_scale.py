@@ -12,9 +12,11 @@ import numpy as np
 from flax.training import dynamic_scale
 from jax import lax
 
+from flax_fp8 import fields
 from flax_fp8.linen.containers import leaves_with_path, map_with_path
 from flax_fp8.linen.state import is_state
-from flax_fp8.training.max_grad import value_and_grad
+from flax_fp8.training.max_grad import require_loss, value_and_grad_as
+from flax_fp8.training.state import refuse_pair
 
 DynamicScaleResult = dynamic_scale.DynamicScaleResult
 
@@ -70,6 +72,17 @@ class DynamicScale(dynamic_scale.DynamicScale):
     https://arxiv.org/abs/1710.03740, section 3.2.
   """
 
+  def __post_init__(self) -> None:
+    owner, rule = "DynamicScale", "a number above 0"
+    for field in ("growth_factor", "backoff_factor", "minimum_scale"):
+      if (value := getattr(self, field)) is not None or field != "minimum_scale":
+        finite = lambda x: 0 < x < np.inf
+        value = fields.number(owner, field, value, rule, finite, "Leave it out for the default.")
+        object.__setattr__(self, field, value)
+    advice = "It counts steps; the default is 2000."
+    interval = fields.integer(owner, "growth_interval", self.growth_interval, advice, least=0)
+    object.__setattr__(self, "growth_interval", interval)
+
   def value_and_grad(
     self,
     fun: Callable[..., Any],
@@ -91,14 +104,17 @@ class DynamicScale(dynamic_scale.DynamicScale):
       dynamic scale for the next step; whether all gradients of parameters are finite; the value of
       ``fun``; and the gradients, in which state is its new value.
     """
+    owner = "DynamicScale.value_and_grad"
+    fields.function(owner, "fun", fun, "Pass the loss, a function, not its value.")
+    fields.flag(owner, "has_aux", has_aux)
 
     @functools.wraps(fun)
     def scaled(*args: Any) -> tuple[jax.Array, Any]:
-      value = fun(*args)
+      value = require_loss(owner, "fun", fun(*args), has_aux)
       loss = value[0] if has_aux else value
       return loss * jnp.asarray(self.scale, jnp.float32), value
 
-    run = value_and_grad(scaled, argnums, has_aux=True)
+    run = value_and_grad_as(owner, scaled, argnums, has_aux=True)
 
     def wrapped(*args: Any) -> DynamicScaleResult:
       (_, value), grads = run(*args)
@@ -123,6 +139,7 @@ class DynamicScale(dynamic_scale.DynamicScale):
     Returns:
       ``(dynamic_scale, finite, grads)``, as ``value_and_grad``; float32.
     """
+    refuse_pair("DynamicScale.unscale", grads)
     grads = map_with_path(self._unscale_leaf, grads)
     if axis_name is not None:
       across = lambda path, leaf: (lax.pmax if is_state(path) else lax.pmean)(leaf, axis_name)

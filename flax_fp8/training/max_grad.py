@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import numbers
+import operator
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from flax_fp8 import _compat
+from flax_fp8 import _compat, fields
 from flax_fp8.linen.containers import leaves_with_path, map_with_path
 from flax_fp8.linen.state import is_state
 from flax_fp8.meta_dtype import fp32_max_grad, is_max_grad, require_float32, to_max_grad
@@ -40,6 +43,7 @@ def as_max_grad(variables: Any) -> Any:
 
   Example:
     >>> import jax.numpy as jnp
+  import numpy as np
     >>> import flax_fp8 as fp8
     >>> cast = fp8.as_max_grad({"params": jnp.ones(2), "_overwrite_with_gradient": jnp.ones(1)})
     >>> {name: str(x.dtype) for name, x in sorted(cast.items())}
@@ -54,7 +58,8 @@ def as_max_grad(variables: Any) -> Any:
 def _cast_if_state(path: Any, leaf: Any) -> Any:
   if not is_state(path) or is_max_grad(leaf):
     return leaf
-  require_float32("as_max_grad", jax.tree_util.keystr(path), leaf)
+  if not isinstance(leaf, float):
+    require_float32("as_max_grad", jax.tree_util.keystr(path), leaf)
   return to_max_grad(cast_once(leaf))
 
 
@@ -109,7 +114,28 @@ def value_and_grad(
   References:
     jax.value_and_grad.
   """
-  run = value_and_cotangents(fun, argnums, has_aux, holomorphic, allow_int)
+  return value_and_grad_as("value_and_grad", fun, argnums, has_aux, holomorphic, allow_int)
+
+
+def value_and_grad_as(
+  owner: str,
+  fun: Any,
+  argnums: Any,
+  has_aux: Any,
+  holomorphic: bool = False,
+  allow_int: bool = False,
+) -> Callable[..., Any]:
+  """Does as ``value_and_grad``, in the words of ``owner``."""
+  fields.function(owner, "fun", fun, "Pass the loss, a function, not its value.")
+  fields.flag(owner, "has_aux", has_aux)
+  argnums = _check_argnums(owner, argnums)
+
+  def checked(*args: Any, **kwargs: Any) -> Any:
+    return require_loss(owner, "fun", fun(*args, **kwargs), has_aux, holomorphic)
+
+  run = value_and_cotangents(
+    functools.wraps(fun)(checked), argnums, has_aux, holomorphic, allow_int, owner=owner
+  )
 
   @functools.wraps(fun)
   def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -155,7 +181,7 @@ def grad(
   References:
     jax.grad.
   """
-  run = value_and_grad(fun, argnums, has_aux, holomorphic, allow_int)
+  run = value_and_grad_as("grad", fun, argnums, has_aux, holomorphic, allow_int)
 
   @functools.wraps(fun)
   def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -171,6 +197,8 @@ def value_and_cotangents(
   has_aux: bool = False,
   holomorphic: bool = False,
   allow_int: bool = False,
+  *,
+  owner: str = "value_and_grad",
 ) -> Callable[..., Any]:
   """Like ``value_and_grad``, but leaves state as autodiff does: to be joined, then ``collect``-ed.
 
@@ -181,12 +209,18 @@ def value_and_cotangents(
   @functools.wraps(fun)
   def wrapped(*args: Any, **kwargs: Any) -> Any:
     cast = list(args)
+    if not all(-len(args) <= i < len(args) for i in positions):
+      raise ValueError(
+        f"{owner}: argnums must be positions of the {len(args)} positional arguments; got "
+        f"{argnums=} and the keywords {fields.cut([*kwargs])}. Pass what is differentiated by "
+        "position."
+      )
     for i in positions:
-      _check_differentiable(args[i], allow_int)
+      _check_differentiable(owner, args[i], allow_int)
       cast[i] = as_max_grad(args[i])
     # JAX counts extended dtypes as integers here; _check_differentiable kept real integers out.
     run = jax.value_and_grad(fun, argnums, has_aux, holomorphic, allow_int=True)
-    with cast_here(), _explain_arithmetic_on_state():
+    with cast_here(), _explain_arithmetic_on_state(owner):
       return run(*cast, **kwargs)
 
   return wrapped
@@ -202,17 +236,64 @@ def collect(cotangents: Any, old: Any) -> Any:
   return map_with_path(_collect, cotangents, old)
 
 
-def _check_differentiable(argument: Any, allow_int: bool) -> None:
+def _check_argnums(owner: str, argnums: Any) -> Any:
+  """Returns positions of arguments as an integer or a tuple of integers."""
+  try:
+    is_one = isinstance(argnums, numbers.Integral)
+    if isinstance(argnums, bool | jax.Array | np.ndarray):
+      raise TypeError
+    positions = tuple(map(operator.index, [argnums] if is_one else argnums))
+  except TypeError:
+    raise TypeError(
+      f"{owner}: argnums must be an integer or a sequence of integers; got "
+      f"argnums={fields.show(argnums)}. Pass the positions of the arguments."
+    ) from None
+  if len({*positions}) != max(len(positions), 1):
+    raise ValueError(
+      f"{owner}: argnums must name each argument once, and at least one; got {argnums=}. Pass 0 "
+      "for the first argument."
+    )
+  return positions[0] if is_one else positions
+
+
+def is_real_scalar(value: Any, holomorphic: bool = False) -> bool:
+  """Tells whether a value can be differentiated as a loss."""
+  try:
+    aval = jax.typeof(value)
+  except TypeError:
+    return False
+  return aval.shape == () and jnp.issubdtype(
+    aval.dtype, jnp.inexact if holomorphic else jnp.floating
+  )
+
+
+def require_loss(
+  owner: str, field: str, value: Any, has_aux: bool, holomorphic: bool = False
+) -> Any:
+  """Returns what a loss function returned; raises TypeError where it can't be differentiated."""
+  is_pair = isinstance(value, tuple | list) and len(value) == 2
+  if (has_aux and not is_pair) or not is_real_scalar(value[0] if has_aux else value, holomorphic):
+    raise TypeError(
+      f"{owner}: {field} must return a real scalar, or a pair of it and more with has_aux=True; "
+      f"got {fields.show(value)} with {has_aux=}. Take the mean of a loss that is an array."
+    )
+  return value
+
+
+def _check_differentiable(owner: str, argument: Any, allow_int: bool) -> None:
   for path, leaf in leaves_with_path(argument):
-    if (
-      not allow_int
-      and not is_max_grad(leaf)
-      and not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-    ):
+    if is_max_grad(leaf):
+      continue
+    try:
+      dtype = jax.typeof(leaf).dtype
+    except TypeError:
+      dtype = None
+    if dtype is None or not (allow_int or jnp.issubdtype(dtype, jnp.inexact)):
+      cure = "leave it out" if dtype is None else "set allow_int=True"
       raise TypeError(
-        "value_and_grad: arguments to differentiate must be real or complex; got "
-        f"{jax.tree_util.keystr(path) or 'an argument'} of dtype {jnp.result_type(leaf)}. Pass it "
-        "as another argument, or set allow_int=True."
+        f"{owner}: arguments to differentiate must be real or complex arrays; got "
+        f"{fields.cut(jax.tree_util.keystr(path)) or 'an argument'} of "
+        f"{dtype or type(leaf).__name__}. Pass it as another argument, or {cure}."
       )
 
 
@@ -227,14 +308,15 @@ def _collect(path: Any, grad: Any, old: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _explain_arithmetic_on_state() -> Generator[None]:
+def _explain_arithmetic_on_state(owner: str) -> Generator[None]:
   """Says what to do where a loss calculates with state, for a penalty on all variables, say."""
   try:
     yield
   except TypeError as error:
-    if f"does not accept dtype {fp32_max_grad}" not in str(error):
+    name = str(fp32_max_grad)
+    if not any(words in str(error) for words in (f"accept dtype {name}", f"interpret '{name}'")):
       raise
     raise TypeError(
-      f"value_and_grad: FP8 state is fp32_max_grad here and takes no arithmetic; got: {error} "
+      f"{owner}: FP8 state is fp32_max_grad here and takes no arithmetic; got: {fields.cut(error)} "
       "Leave the state out of the loss, with partition_for_grad_overwrite(variables)."
     ) from error

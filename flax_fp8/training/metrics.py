@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flax_fp8.linen.arguments import fill, require_variables
+from flax_fp8.linen.arguments import fill, require_module, require_variables
 from flax_fp8.linen.boxes import has_boxes, unbox
 from flax_fp8.linen.containers import like
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, declaring_metrics
@@ -70,6 +70,7 @@ def add_metrics(module: nn.Module, variables: Any, *init_args: Any, **init_kwarg
   References:
     Micikevicius et al., FP8 Formats for Deep Learning, https://arxiv.org/abs/2209.05433, section 3.
   """
+  require_module("add_metrics", module)
   require_variables("add_metrics", variables)
   rest = drop_metrics(variables)
   made = _declared(module, init_args, init_kwargs)

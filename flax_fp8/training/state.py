@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from flax_fp8 import fields
 from flax_fp8.linen.boxes import rebox, unbox
 from flax_fp8.linen.containers import leaves_with_path, like, with_items
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, require_float32_state
@@ -37,6 +39,7 @@ def partition_for_grad_overwrite(tree: Any) -> tuple[Any, Any]:
     haliax.quantization.partition_for_grad_overwrite.
   """
   if not isinstance(tree, Mapping):
+    refuse_pair("partition_for_grad_overwrite", tree)
     return {}, tree
   overwrites, rest = {}, {}
   for key, value in tree.items():
@@ -47,6 +50,18 @@ def partition_for_grad_overwrite(tree: Any) -> tuple[Any, Any]:
     if below:
       overwrites[key] = below
   return with_items(tree, overwrites), with_items(tree, rest)
+
+
+def refuse_pair(owner: str, tree: Any) -> None:
+  """Raises ValueError for what ``value_and_grad`` returns, not unpacked."""
+  if type(tree) is not tuple or len(tree) != 2 or not isinstance(tree[1], Mapping):
+    return
+  loss = tree[0][0] if type(tree[0]) is tuple and tree[0] else tree[0]
+  if isinstance(loss, jax.Array) and loss.ndim == 0:
+    raise ValueError(
+      f"{owner}: gradients must be of the structure of the variables; got the pair that "
+      "value_and_grad returns. Unpack it: loss, grads = value_and_grad(loss_fn)(variables)."
+    )
 
 
 def parameters(tree: Any) -> Any:
@@ -137,6 +152,8 @@ def apply_updates(variables: Any, updates: Any, overwrite: Any) -> Any:
   References:
     haliax.quantization.apply_updates; optax.apply_updates.
   """
+  for given in (updates, overwrite):
+    refuse_pair("apply_updates", given)
   require_float32_state("apply_updates", variables)
   old_state, old_rest = partition_for_grad_overwrite(variables)
   _check_same_paths("overwrite", overwrite, old_state)
@@ -156,16 +173,19 @@ def _check_same_paths(name: str, given: Any, expected: Any) -> None:
     f"{k} {got[k]} for {want[k]}" for k in want.keys() & got.keys() if got[k] != want[k]
   )
   if missing or extra or other:
+    cut = functools.partial(fields.cut, limit=100)
     raise ValueError(
-      f"apply_updates: {name} must have the FP8 state of the variables; got {missing=}, "
-      f"{extra=}, other shapes={other}. Differentiate with respect to the whole variables dict, "
-      "params and state, and pass on its gradient unchanged."
+      f"apply_updates: {name} must have the FP8 state of the variables; got "
+      f"missing={cut(missing)}, extra={cut(extra)}, other shapes={cut(other)}. "
+      "Differentiate with respect to the whole variables dict, params and state, and pass on its "
+      "gradient unchanged."
     )
 
 
 def _add(old: Any, updates: Any, path: tuple[str, ...]) -> Any:
   """Adds updates to what they name, and keeps what they don't."""
   if not isinstance(old, Mapping) or not isinstance(updates, Mapping):
+    _check_fits(old, updates, path)
     return optax.apply_updates(old, updates)
   if unknown := sorted(set(updates) - set(old)):
     raise ValueError(
@@ -177,6 +197,18 @@ def _add(old: Any, updates: Any, path: tuple[str, ...]) -> Any:
     key: _add(value, updates[key], (*path, key)) if key in updates else value
     for key, value in old.items()
   }
+
+
+def _check_fits(old: Any, updates: Any, path: tuple[str, ...]) -> None:
+  shapes = lambda tree: [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
+  pairs = zip(shapes(old), shapes(updates), strict=False)
+  same = jax.tree.structure(old) == jax.tree.structure(updates)
+  if not same or any(update not in (shape, ()) for shape, update in pairs):
+    raise ValueError(
+      "apply_updates: updates must have the structure and shapes of the parameters; got, at "
+      f"{'/'.join(path) or 'the top'}, {fields.show(updates)} for {fields.show(old)}. Pass what "
+      "tx.update returned for the gradients of these variables."
+    )
 
 
 def merge(rest: Any, state: Any) -> Any:

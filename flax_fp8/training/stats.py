@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_fp8 import tables
+from flax_fp8 import fields, tables
 from flax_fp8.formats import Format
 from flax_fp8.linen.state import require_float32_state
 from flax_fp8.recipes.base import Role
@@ -123,6 +123,11 @@ class Stats:
     Raises:
       ValueError: none matches.
     """
+    if not isinstance(pattern, str):
+      raise TypeError(
+        f"Stats.select: pattern must be a string; got pattern={fields.show(pattern)}. Pass a glob, "
+        "such as '*/output_grad'."
+      )
     glob = pattern.replace("[", "[[]")
     kept = tuple(row for row in self.rows if fnmatch.fnmatchcase(row.path, glob))
     if not kept:
@@ -199,8 +204,8 @@ def stats(variables: Any, *, fp8_format: Format = Format.HYBRID) -> Stats:
   """
   if not isinstance(fp8_format, Format):
     raise TypeError(
-      f"stats: fp8_format must be a Format; got fp8_format={fp8_format!r}. Pass that of the "
-      "recipe, such as Format.HYBRID."
+      f"stats: fp8_format must be a Format; got fp8_format={fields.show(fp8_format)}. Pass that "
+      "of the recipe, such as Format.HYBRID."
     )
   require_float32_state("stats", variables)
   rows = [row for layer in layers(variables) for row in _rows(layer, fp8_format)]

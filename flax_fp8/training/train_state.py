@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax.training import train_state
 
+from flax_fp8 import fields
 from flax_fp8.linen.containers import leaves_with_path, map_with_path, plain
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, is_state, require_float32_state
 from flax_fp8.state_cast import cast_here
+from flax_fp8.training import paths
 from flax_fp8.training.loss_scale import all_finite
 from flax_fp8.training.max_grad import as_max_grad
 from flax_fp8.training.metrics import NAMES
@@ -24,6 +26,7 @@ from flax_fp8.training.state import (
   as_variables,
   parameters,
   partition_for_grad_overwrite,
+  refuse_pair,
   with_parameters,
 )
 
@@ -103,6 +106,7 @@ class TrainState(train_state.TrainState):
         goes into it by ``restore_checkpoint(..., allow_missing=["skipped_steps"])``.
       **kwargs: other fields.
     """
+    _check_create(apply_fn, params, tx, skip_nonfinite)
     if any(is_state(path) for path, _ in leaves_with_path(parameters(params))):
       raise ValueError(
         "TrainState.create: FP8 state must lie in nested mappings, so that the optimizer does not "
@@ -151,7 +155,10 @@ class TrainState(train_state.TrainState):
       ValueError: a collection that ``params`` has is missing from ``grads``, or differs in
         structure.
     """
-    if (trained := parameters(self.params)) is not self.params:
+    refuse_pair("TrainState.apply_gradients", grads)
+    if (trained := parameters(self.params)) is self.params:
+      _check_structure(grads, self.params, "params")
+    else:
       _check_collections(grads, self.params)
     own = parameters(grads)
     more: dict[str, Any] = {}
@@ -214,6 +221,36 @@ def _is_metric(path: Any) -> bool:
   return is_state(path) and getattr(path[-1], "key", None) in NAMES
 
 
+def _check_create(apply_fn: Any, params: Any, tx: Any, skip_nonfinite: Any) -> None:
+  owner = "TrainState.create"
+  if apply_fn is not None:
+    fields.function(owner, "apply_fn", apply_fn, "Pass model.apply.")
+  fields.flag(owner, "skip_nonfinite", skip_nonfinite)
+  if not (hasattr(tx, "init") and hasattr(tx, "update")):
+    raise TypeError(
+      f"{owner}: tx must be an optax.GradientTransformation; got tx={fields.show(tx)}. Pass an "
+      "optimizer, such as optax.adam(1e-3)."
+    )
+  refuse_pair(owner, params)
+  if params is None or isinstance(params, str):
+    raise ValueError(
+      f"{owner}: params must be parameters or a variables dict; got params={params!r}. Pass what "
+      "model.init returned."
+    )
+
+
+def _check_structure(grads: Any, params: Any, where: str) -> None:
+  want, got = (jax.tree.structure(plain(tree)) for tree in (params, grads))
+  if want != got:
+    given, wanted = ({paths.name(path) for path, _ in leaves_with_path(t)} for t in (grads, params))
+    raise ValueError(
+      f"TrainState.apply_gradients: grads must have the structure of {where}; got "
+      f"{type(grads).__name__} with missing={fields.cut(sorted(wanted - given), 100)}, "
+      f"extra={fields.cut(sorted(given - wanted), 100)}. Differentiate the loss with respect to "
+      "state.params, and pass on its gradient unchanged."
+    )
+
+
 def _check_collections(grads: Any, variables: Any, where: str = "params") -> None:
   """Raises ValueError where gradients lack what is trained or overwritten."""
   own = [name for name in ("params", OVERWRITE_WITH_GRADIENT) if name in variables]
@@ -223,16 +260,11 @@ def _check_collections(grads: Any, variables: Any, where: str = "params") -> Non
       raise ValueError(
         f"TrainState.apply_gradients: grads must hold {'the collection ' if name in own else ''}"
         f"{name!r}, as {where} does; got "
-        f"{sorted(grads) if isinstance(grads, Mapping) else type(grads)}. Differentiate the loss "
+        f"{fields.cut(sorted(grads)) if isinstance(grads, Mapping) else type(grads).__name__}. "
+        "Differentiate the loss "
         "with respect to the whole of state.params."
       )
     if name in below and partition_for_grad_overwrite(variables[name])[0]:
       _check_collections(grads[name], variables[name], f"{where}[{name!r}]")
       continue
-    want, got = (jax.tree.structure(plain(t[name])) for t in (variables, grads))
-    if want != got:
-      raise ValueError(
-        f"TrainState.apply_gradients: grads must have the structure of {where}; got, in {name!r}, "
-        f"{got} where {where} has {want}. Differentiate the loss with respect to state.params, and "
-        "pass on its gradient unchanged."
-      )
+    _check_structure(grads[name], variables[name], f"{where}[{name!r}]")

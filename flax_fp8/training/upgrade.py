@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flax_fp8.linen.arguments import fill, require_variables
+from flax_fp8.linen.arguments import fill, require_module, require_variables
 from flax_fp8.linen.boxes import has_boxes, is_box, rebox, unbox
 from flax_fp8.linen.containers import like
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
@@ -65,6 +65,7 @@ def upgrade_variables(
   References:
     flax.linen.Module.init; flax_fp8.downgrade_variables, the way back.
   """
+  require_module("upgrade_variables", module)
   require_variables("upgrade_variables", variables)
   init = _initializer(module, init_args, init_kwargs)
   _check_parameters(variables, jax.eval_shape(init))

@@ -186,7 +186,7 @@ class TestRefusals:
     return nn.Dense(4, **{"dot_general_cls": CLS, **fields}).init(KEY, x)
 
   def test_precision(self):
-    with pytest.raises(ValueError, match=r"Fp8DotGeneral: the recipe chooses .*precision=highest"):
+    with pytest.raises(ValueError, match=r"Fp8DotGeneral: the recipe .*precision='highest'"):
       self.call(X, precision="highest")
 
   def test_default_precision_is_fine(self):

@@ -96,11 +96,11 @@ ERRORS = {
   ),
   "scales": (
     lambda: init(QKV(kernel_scales="each")),
-    r"Fp8FusedQKV: kernel_scales must be 'joint' or 'separate'; got kernel_scales='each'\. Choose",
+    r"Fp8FusedQKV: kernel_scales must be one of \('joint', 'separate'\); got .*'each'\. Pass",
   ),
   "scales of the MLP": (
     lambda: init(SWIGLU(kernel_scales=None)),
-    r"Fp8SwiGLU: kernel_scales must be 'joint' or 'separate'; got kernel_scales=None",
+    r"Fp8SwiGLU: kernel_scales must be one of \('joint', 'separate'\); got kernel_scales=None",
   ),
   "missing part": (
     lambda: QKV().from_separate({"query": {}}),

@@ -99,7 +99,7 @@ class TestConfig:
       ({"amax_history_len": 0}, ValueError, "amax_history_len must be an integer of at least 1"),
       ({"amax_history_len": 2.0}, ValueError, "amax_history_len=2.0"),
       ({"amax_compute_algo": "mean"}, ValueError, "amax_compute_algo must be one of .*'mean'"),
-      ({"margin": 100}, ValueError, "margin is a number of powers of two.*margin=100"),
+      ({"margin": 100}, ValueError, "margin must be a number of powers of two.*margin=100"),
       ({"fp8_format": "HYBRID"}, TypeError, "fp8_format must be a Format; got .*'HYBRID'"),
     ],
     ids=lambda value: str(value)[:30],

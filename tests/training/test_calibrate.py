@@ -312,7 +312,9 @@ def test_errors():
     calibrate(MODEL, VARIABLES, iter([]))
   with pytest.raises(ValueError, match=r"calibrate: rngs are for module.apply"):
     calibrate(MODEL, VARIABLES, BATCHES, loss_fn, rngs={})
-  with pytest.raises(ValueError, match=r"calibrate: loss_fn must return a real scalar; got \(4, 8"):
+  with pytest.raises(
+    ValueError, match=r"calibrate: loss_fn must return a real scalar; got float32\[4, 8"
+  ):
     calibrate(MODEL, VARIABLES, BATCHES, MODEL.apply)
   with pytest.raises(ValueError, match=r"calibrate: variables must be a variables dict"):
     calibrate(MODEL, VARIABLES["params"], BATCHES)

@@ -9,6 +9,8 @@ from typing import Any
 
 import flax.linen as nn
 
+from flax_fp8 import fields
+from flax_fp8.linen.arguments import require_module
 from flax_fp8.linen.convert.patterns import (
   Layer,
   Pattern,
@@ -144,19 +146,21 @@ class Fp8Config:
 
   def __post_init__(self) -> None:
     check.recipe("Fp8Config", self.recipe)
-    pairs = self.recipes.items() if isinstance(self.recipes, Mapping) else self.recipes
-    object.__setattr__(self, "recipes", _check_pairs(pairs))
+    object.__setattr__(self, "recipes", _check_pairs(self.recipes))
     for name in ("targets", "exclude", "functions"):
       object.__setattr__(self, name, check_patterns(name, getattr(self, name)))
-    object.__setattr__(self, "default_exclude", tuple(self.default_exclude))
+    if not self.targets:
+      raise ValueError(
+        "Fp8Config: targets must hold at least one pattern; got targets=(). Leave it out for all "
+        "layers, or leave the model unconverted."
+      )
+    object.__setattr__(self, "default_exclude", _check_exclusions(self.default_exclude))
+    default = "Leave it out for the default."
     for name in ("skip_first", "skip_last", "multiple_of", "min_kernel_size"):
-      value = getattr(self, name)
-      least = 1 if name == "multiple_of" else 0
-      if not isinstance(value, int) or value < least:
-        raise ValueError(
-          f"Fp8Config: {name} must be an integer of at least {least}; got {name}={value!r}. Leave "
-          "it out for the default."
-        )
+      value, least = getattr(self, name), 1 if name == "multiple_of" else 0
+      value = fields.integer("Fp8Config", name, value, default, least=least)
+      object.__setattr__(self, name, value)
+    object.__setattr__(self, "emulate", fields.flag("Fp8Config", "emulate", self.emulate))
 
   def __repr__(self) -> str:
     """Shows the fields that are not the defaults."""
@@ -191,6 +195,7 @@ class Fp8Config:
       >>> [(row.layer.path, row.rule) for row in report.rows]
       [('layers_0', "target '*'"), ('layers_2', 'features 10 not a multiple of 16')]
     """
+    require_module("Fp8Config.report", module)
     seen = survey(original(module), self.functions, init_args, init_kwargs)
     contractions = [row for row in seen if row.contracts]
     self.check_matches([row.layer for row in contractions], complete=True)
@@ -251,13 +256,16 @@ class Fp8Config:
     """Tells whether the order of the layers decides about some."""
     return bool(self.skip_first or self.skip_last)
 
-  def check_matches(self, layers: Iterable[Layer], *, complete: bool) -> None:
+  def check_matches(
+    self, layers: Iterable[Layer], *, complete: bool, modules: Iterable[Layer] = ()
+  ) -> None:
     """Raises ValueError where a pattern matches no layer.
 
     Args:
       layers: those of the model.
       complete: whether these are all layers with all that is known of them; if not, functions as
-        patterns, and ``functions``, are not judged.
+        patterns are not judged.
+      modules: others, which may have contractions of their own; ``functions`` may name them.
     """
     layers = list(layers)
     paths = [layer.path for layer in layers]
@@ -274,8 +282,10 @@ class Fp8Config:
           )
     plain = ("Dense", "DenseGeneral", "Einsum")
     own = [layer.module for layer in layers if layer.is_function or layer.kind not in plain]
-    for pattern in self.functions if complete else ():
-      if not any(matches(pattern, layer) for layer in own):
+    own += modules
+    for pattern in self.functions:
+      known = complete or isinstance(pattern, (str, re.Pattern))
+      if known and not any(matches(pattern, layer) for layer in own):
         raise ValueError(
           "Fp8Config: every pattern in functions must match a module that itself calls a "
           f"contraction, such as jnp.einsum or x @ w; got {show(pattern)}, which matches none. "
@@ -295,12 +305,23 @@ class Fp8Config:
         )
 
 
-def _check_pairs(pairs: Any) -> tuple[tuple[Pattern, Recipe], ...]:
-  pairs = tuple(pairs)
-  if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+def _check_exclusions(given: Any) -> tuple[Exclusion, ...]:
+  known = isinstance(given, tuple | list) and all(isinstance(x, Exclusion) for x in given)
+  if not known:
     raise TypeError(
-      f"Fp8Config: recipes must pair patterns with recipes; got recipes={pairs!r}. Write "
-      "recipes={'*/down': Float8CurrentScaling()}."
+      "Fp8Config: default_exclude must be a tuple of Exclusion; got "
+      f"default_exclude={fields.show(given)}. Pass () for none, and patterns as exclude."
+    )
+  return tuple(given)
+
+
+def _check_pairs(given: Any) -> tuple[tuple[Pattern, Recipe], ...]:
+  pairs = tuple(given.items()) if isinstance(given, Mapping) else given
+  is_pair = lambda pair: isinstance(pair, tuple) and len(pair) == 2
+  if not isinstance(pairs, tuple | list) or not all(map(is_pair, pairs)):
+    raise TypeError(
+      f"Fp8Config: recipes must pair patterns with recipes; got recipes={fields.show(given)}. "
+      "Write recipes={'*/down': Float8CurrentScaling()}."
     )
   for _, recipe in pairs:
     check.recipe("Fp8Config", recipe)

@@ -17,7 +17,9 @@ import flax.linen as nn
 import flax.traverse_util
 import jax
 
+from flax_fp8 import fields
 from flax_fp8.linen import state
+from flax_fp8.linen.arguments import require_module
 from flax_fp8.linen.convert.config import Decision, Fp8Config
 from flax_fp8.linen.convert.patterns import Layer, at
 from flax_fp8.linen.convert.walk import Walk
@@ -85,11 +87,7 @@ def fp8_linear_layers(
 
 
 def _check_arguments(module: Any, config: Any) -> None:
-  if not isinstance(module, nn.Module):
-    raise TypeError(
-      f"fp8_linear_layers: module must be an instance of a Linen module; got {module!r}. Pass "
-      "Model(...), not its class, its apply function or an NNX module."
-    )
+  require_module("fp8_linear_layers", module)
   if module.scope is not None:
     raise ValueError(
       f"fp8_linear_layers: module must be unbound; got {type(module).__name__} bound at "
@@ -97,8 +95,8 @@ def _check_arguments(module: Any, config: Any) -> None:
     )
   if config is not None and not isinstance(config, Fp8Config):
     raise TypeError(
-      f"fp8_linear_layers: config must be an Fp8Config; got config={config!r}. For a recipe alone, "
-      "write Fp8Config(recipe=...)."
+      f"fp8_linear_layers: config must be an Fp8Config; got config={fields.show(config)}. For a "
+      "recipe alone, write Fp8Config(recipe=...)."
     )
 
 
@@ -164,13 +162,22 @@ class Fp8Conversion:
     if variables is None:
       self.config.check_matches(layers, complete=True)
       return
-    modules = {path[:-1] for path in flax.traverse_util.flatten_dict(variables.get("params", {}))}
-    known = [at("/".join(path), model) for path in modules if OVERWRITE_WITH_GRADIENT not in path]
-    self.config.check_matches([*layers, *known], complete=False)
+    leaves = flax.traverse_util.flatten_dict(variables.get("params", {}))
+    named = lambda paths: [
+      at("/".join(path), model) for path in paths if OVERWRITE_WITH_GRADIENT not in path
+    ]
+    known, above = {path[:-1] for path in leaves}, {p[:n] for p in leaves for n in range(len(p))}
+    self.config.check_matches([*layers, *named(known)], complete=False, modules=named(above))
 
   def require_some(self, decisions: Iterable[Decision]) -> None:
     """Raises ValueError where no layer becomes FP8."""
     decisions = tuple(decisions)
+    if not decisions:
+      raise ValueError(
+        "fp8_linear_layers: at least one layer must become FP8; got a model without linear layers. "
+        "Convert the model that has them, or name modules with contractions of their own in "
+        "Fp8Config.functions."
+      )
     if all(decision.recipe is None for decision in decisions):
       counts = Counter(decision.rule for decision in decisions)
       raise ValueError(

@@ -8,7 +8,9 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
+from flax_fp8 import fields
 from flax_fp8.patterns import matches_path
+from flax_fp8.recipes.base import Recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,19 +100,25 @@ def near_misses(pattern: Pattern, paths: Iterable[str], limit: int = 5) -> list[
   return list(dict.fromkeys(close))[:limit] or paths[:limit]
 
 
+def _is_predicate(x: object) -> bool:
+  """Tells whether a pattern is a function; neither a class nor a recipe is."""
+  return callable(x) and not isinstance(x, (type, Recipe))
+
+
 def check_patterns(name: str, patterns: object) -> tuple[Pattern, ...]:
   """Returns patterns as a tuple; raises TypeError where one is of another kind."""
-  is_pattern = lambda x: isinstance(x, (str, re.Pattern)) or callable(x)
+  is_text = lambda x: isinstance(x.pattern if isinstance(x, re.Pattern) else x, str)
+  is_pattern = lambda x: is_text(x) or _is_predicate(x)
   given: Any = (patterns,) if is_pattern(patterns) else patterns
   if not isinstance(given, (tuple, list, set, frozenset)):
     raise TypeError(
-      f"Fp8Config: {name} must be patterns; got {name}={patterns!r}. Pass a tuple of globs such as "
-      "'*/head', of re.compile(...), or of functions of a Layer."
+      f"Fp8Config: {name} must be patterns; got {name}={fields.show(patterns)}. Pass a tuple of "
+      "globs such as '*/head', of re.compile(...), or of functions of a Layer."
     )
   for pattern in given:
     if not is_pattern(pattern):
       raise TypeError(
         f"Fp8Config: a pattern must be a glob, an re.Pattern or a function of a Layer; got "
-        f"{pattern!r} in {name}. Change that one."
+        f"{fields.show(pattern)} in {name}. Change that one."
       )
   return tuple(given)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from flax_fp8 import fields
 from flax_fp8.linen.state import require_float32_state
 from flax_fp8.training import paths
 from flax_fp8.training.check.batch import beside, check_batch
@@ -82,6 +83,7 @@ def check_train_step(step_fn: Callable[..., Any], state: Any, batch: Any) -> Tra
   References:
     flax_fp8.TrainState; flax_fp8.partition_for_grad_overwrite.
   """
+  fields.function("check_train_step", "step_fn", step_fn, "Pass step_fn(state, batch).")
   require_float32_state("check_train_step", state)
   step = Step(step_fn, state, batch)
   if not any(leaf.role and leaf.key == HISTORY for leaf in step.leaves):
