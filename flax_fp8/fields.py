@@ -29,7 +29,7 @@ def show(value: Any) -> str:
   is_array = lambda x: hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, np.generic)
   brief = lambda x: _Text(f"{x.dtype}{list(x.shape)}") if is_array(x) else x
   if isinstance(value, type):
-    return value.__name__
+    return f"<class {value.__name__!r}>"
   try:
     text = repr(jax.tree.map(brief, value))
   except ValueError:  # keys that can't be sorted

@@ -40,7 +40,7 @@ def test_numpy_scalars_make_the_same_config() -> None:
     ({"x": [jnp.ones(2), 1]}, "{'x': [float32[2], 1]}"),
     (jax.ShapeDtypeStruct((4,), jnp.bfloat16), "bfloat16[4]"),
     (np.float32(1.5), "np.float32(1.5)"),
-    (nn.Dense, "Dense"),
+    (nn.Dense, "<class 'Dense'>"),
     ("x" * 1000, f"'{'x' * 159}..."),
     (nn.Dense(np.ones(3)), "Dense"),
     ({1: 1, "x": 2}, "dict"),

@@ -40,5 +40,5 @@ def require_variables(caller: str, variables: Any) -> None:
 
 def _names(variables: Any) -> str:
   if not isinstance(variables, Mapping):
-    return type(variables).__name__
+    return fields.show(type(variables))
   return fields.cut(sorted(map(str, variables)))

@@ -289,11 +289,12 @@ def _check_differentiable(owner: str, argument: Any, allow_int: bool) -> None:
     except TypeError:
       dtype = None
     if dtype is None or not (allow_int or jnp.issubdtype(dtype, jnp.inexact)):
+      got = type(leaf).__name__ if dtype is None else f"dtype {dtype}"
       cure = "leave it out" if dtype is None else "set allow_int=True"
       raise TypeError(
         f"{owner}: arguments to differentiate must be real or complex arrays; got "
-        f"{fields.cut(jax.tree_util.keystr(path)) or 'an argument'} of "
-        f"{dtype or type(leaf).__name__}. Pass it as another argument, or {cure}."
+        f"{fields.cut(jax.tree_util.keystr(path)) or 'an argument'} of {got}. Pass it as another "
+        f"argument, or {cure}."
       )
 
 

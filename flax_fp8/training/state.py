@@ -17,6 +17,7 @@ from flax_fp8.linen.containers import leaves_with_path, like, with_items
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, require_float32_state
 from flax_fp8.meta_dtype import to_float32
 from flax_fp8.recipes.base import Role
+from flax_fp8.training import paths
 
 
 def partition_for_grad_overwrite(tree: Any) -> tuple[Any, Any]:
@@ -164,7 +165,7 @@ def apply_updates(variables: Any, updates: Any, overwrite: Any) -> Any:
 
 def _check_same_paths(name: str, given: Any, expected: Any) -> None:
   shapes = lambda tree: {
-    jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves_with_path(tree)
+    paths.name(path): jnp.shape(leaf) for path, leaf in leaves_with_path(tree)
   }
   got, want = shapes(given), shapes(expected)
   missing = sorted(want.keys() - got.keys())
@@ -173,7 +174,7 @@ def _check_same_paths(name: str, given: Any, expected: Any) -> None:
     f"{k} {got[k]} for {want[k]}" for k in want.keys() & got.keys() if got[k] != want[k]
   )
   if missing or extra or other:
-    cut = functools.partial(fields.cut, limit=100)
+    cut = functools.partial(fields.cut, limit=125)
     raise ValueError(
       f"apply_updates: {name} must have the FP8 state of the variables; got "
       f"missing={cut(missing)}, extra={cut(extra)}, other shapes={cut(other)}. "
