@@ -318,10 +318,13 @@ def _states() -> Iterator[Wrong]:
   scale = fp8.DynamicScale
   name = "DynamicScale"
   number = "must be a number above 0; got"
-  numbers = ("growth_factor", "backoff_factor", "minimum_scale")
+  numbers = ("growth_factor", "backoff_factor")
   yield from fields(name, scale, TypeError, number, **dict.fromkeys(numbers, ("2", True, [2.0])))
   low = (0.0, -1, float("nan"), float("inf"))
   yield from fields(name, scale, ValueError, number, **dict.fromkeys(numbers, low))
+  least = "must be a number of at least 0, or None; got"
+  yield from fields(name, scale, TypeError, least, minimum_scale=("2", True, [2.0]))
+  yield from fields(name, scale, ValueError, least, minimum_scale=low[1:])
   yield from fields(name, scale, TypeError, "must be an int", growth_interval=("1", None, True))
   yield from fields(name, scale, ValueError, "must be an int", growth_interval=(-1, 1.5))
   name, take = "DynamicScale.value_and_grad", fp8.DynamicScale().value_and_grad

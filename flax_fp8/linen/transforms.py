@@ -50,6 +50,9 @@ def scan(
   Returns:
     What ``nn.scan`` returns.
 
+  Raises:
+    TypeError: ``target`` is no module or function; ``variable_axes`` or ``split_rngs`` no mapping.
+
   Numerics:
     State that is broadcast meets all steps: differentiate with ``flax_fp8.value_and_grad``, so that
     it becomes the maximum over them.
@@ -105,6 +108,9 @@ def vmap(
   Returns:
     What ``nn.vmap`` returns.
 
+  Raises:
+    TypeError: ``target`` is no module or function; ``variable_axes`` or ``split_rngs`` no mapping.
+
   Numerics:
     Experts with parameters of their own have state of their own; what shares parameters shares
     state, whose amax is the largest of all copies.
@@ -156,6 +162,9 @@ def cond(
 
   Returns:
     What the branch returns.
+
+  Raises:
+    TypeError: a branch is no function, ``mdl`` no bound module, ``pred`` no scalar.
 
   Numerics:
     A branch not taken is a path that did not come: state that no taken branch uses keeps its value

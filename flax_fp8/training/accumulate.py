@@ -46,7 +46,8 @@ def accumulate_gradients(
   Args:
     loss_fn: ``loss_fn(variables, microbatch)`` returns a real scalar, or ``(loss, aux)``.
     variables: what to differentiate with respect to: variables dict, or ``TrainState.params``.
-    microbatches: pytree of arrays, each ``[microbatches, ...]``; ``loss_fn`` gets a slice of each.
+    microbatches: pytree of arrays, no list, each ``[microbatches, ...]``; ``loss_fn`` gets a
+      slice of each.
       PRNG keys are arrays like any other: ``{"x": x, "key": jax.random.split(key, n)}``.
     has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
     reduction: "mean" or "sum" of the microbatches' losses. The mean of means is the mean over the
@@ -62,9 +63,10 @@ def accumulate_gradients(
     where no microbatch used it.
 
   Raises:
-    ValueError: ``microbatches`` is empty or its leaves have no common leading axis, ``reduction``
-      is unknown, or ``weights`` are not one number a microbatch, or given for a sum.
-    TypeError: as ``value_and_grad``.
+    ValueError: ``microbatches`` is a list, is empty, or its leaves have no common leading axis;
+      ``reduction`` is unknown; or ``weights`` are not one number a microbatch, or given for a sum.
+    TypeError: ``loss_fn`` is no function, or does not return what it should; as
+      ``value_and_grad``.
 
   Numerics:
     Each loss is differentiated as its share of the mean, so output gradients have the magnitude

@@ -41,6 +41,11 @@ class DynamicScale(dynamic_scale.DynamicScale):
     scale: multiplies the loss.
     minimum_scale: below which the scale does not shrink; None for no bound.
 
+  Raises:
+    TypeError: a factor is no number, ``growth_interval`` no integer.
+    ValueError: a factor is not positive and finite, ``growth_interval`` or ``minimum_scale`` is
+      below 0.
+
   Numerics:
     Scale and steps are Flax's, bit for bit. The loss is scaled in float32, and returned unscaled;
     let it be float32, since in float16 the first scale, 65536, is infinite.
@@ -73,12 +78,16 @@ class DynamicScale(dynamic_scale.DynamicScale):
   """
 
   def __post_init__(self) -> None:
-    owner, rule = "DynamicScale", "a number above 0"
-    for field in ("growth_factor", "backoff_factor", "minimum_scale"):
-      if (value := getattr(self, field)) is not None or field != "minimum_scale":
-        finite = lambda x: 0 < x < np.inf
-        value = fields.number(owner, field, value, rule, finite, "Leave it out for the default.")
-        object.__setattr__(self, field, value)
+    owner, default = "DynamicScale", "Leave it out for the default."
+    for field in ("growth_factor", "backoff_factor"):
+      positive = lambda x: 0 < x < np.inf
+      value = getattr(self, field)
+      value = fields.number(owner, field, value, "a number above 0", positive, default)
+      object.__setattr__(self, field, value)
+    if self.minimum_scale is not None:
+      rule, finite = "a number of at least 0, or None", lambda x: 0 <= x < np.inf
+      least = fields.number(owner, "minimum_scale", self.minimum_scale, rule, finite, default)
+      object.__setattr__(self, "minimum_scale", least)
     advice = "It counts steps; the default is 2000."
     interval = fields.integer(owner, "growth_interval", self.growth_interval, advice, least=0)
     object.__setattr__(self, "growth_interval", interval)

@@ -92,6 +92,8 @@ def value_and_grad(
   Raises:
     TypeError: as ``jax.value_and_grad``; or ``fun`` takes the state through
       ``shard_map(check_vma=False)``, across whose boundary JAX cannot take a maximum.
+    ValueError: ``argnums`` is empty, names an argument twice, or one that was not passed by
+      position.
 
   Numerics:
     Gradients of everything else are those of ``jax.value_and_grad``, bit for bit.
@@ -169,6 +171,7 @@ def grad(
 
   Raises:
     TypeError: as ``value_and_grad``.
+    ValueError: as ``value_and_grad``.
 
   Numerics:
     As ``value_and_grad``.

@@ -31,6 +31,9 @@ def partition_for_grad_overwrite(tree: Any) -> tuple[Any, Any]:
     but what lies under keys ``_overwrite_with_gradient``, the second has everything else. A tree
     that is no mapping is all rest.
 
+  Raises:
+    ValueError: ``tree`` is the pair that ``value_and_grad`` returns.
+
   Example:
     >>> import flax_fp8 as fp8
     >>> fp8.partition_for_grad_overwrite({"params": 1.0, "_overwrite_with_gradient": 2.0})
@@ -135,7 +138,7 @@ def apply_updates(variables: Any, updates: Any, overwrite: Any) -> Any:
   Raises:
     TypeError: the state in ``variables`` was cast to another dtype than float32.
     ValueError: ``overwrite`` does not hold exactly the state that ``variables`` holds, or
-      ``updates`` holds what ``variables`` does not; names the paths.
+      ``updates`` holds what ``variables`` does not, or of other shapes; names the paths.
 
   Numerics:
     State that no path of the step used (its new value is ``-inf``, or its scale is zero, which no

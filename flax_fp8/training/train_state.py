@@ -105,6 +105,10 @@ class TrainState(train_state.TrainState):
         state is then of a subclass with one leaf more, ``skipped_steps``. A checkpoint from before
         goes into it by ``restore_checkpoint(..., allow_missing=["skipped_steps"])``.
       **kwargs: other fields.
+
+    Raises:
+      TypeError: ``tx`` is no optimizer, ``apply_fn`` no function.
+      ValueError: ``params`` are none, or hold FP8 state outside of nested mappings.
     """
     _check_create(apply_fn, params, tx, skip_nonfinite)
     if any(is_state(path) for path, _ in leaves_with_path(parameters(params))):
@@ -261,8 +265,7 @@ def _check_collections(grads: Any, variables: Any, where: str = "params") -> Non
         f"TrainState.apply_gradients: grads must hold {'the collection ' if name in own else ''}"
         f"{name!r}, as {where} does; got "
         f"{fields.cut(sorted(grads)) if isinstance(grads, Mapping) else type(grads).__name__}. "
-        "Differentiate the loss "
-        "with respect to the whole of state.params."
+        "Differentiate the loss with respect to the whole of state.params."
       )
     if name in below and partition_for_grad_overwrite(variables[name])[0]:
       _check_collections(grads[name], variables[name], f"{where}[{name!r}]")
