@@ -43,7 +43,6 @@ def as_max_grad(variables: Any) -> Any:
 
   Example:
     >>> import jax.numpy as jnp
-  import numpy as np
     >>> import flax_fp8 as fp8
     >>> cast = fp8.as_max_grad({"params": jnp.ones(2), "_overwrite_with_gradient": jnp.ones(1)})
     >>> {name: str(x.dtype) for name, x in sorted(cast.items())}
