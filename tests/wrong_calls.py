@@ -192,7 +192,7 @@ def _contractions() -> Iterator[Wrong]:
     yield options("state too much", ValueError, words, state=fresh)
     for leaf in (jnp.ones(1, jnp.bfloat16), jnp.ones(1, jnp.int32), 1.0, None, "one"):
       broken = {**fresh, "kernel": {**fresh["kernel"], "scale": leaf}}
-      words = "kernel_scale must be float32 or fp32_max_grad; got"
+      words = "must be float32; got kernel_scale of dtype"
       yield options(f"leaf {show(leaf):.20}", TypeError, words, recipe=DELAYED, state=broken)
     for value in ("x", 5, [None, "x"]):
       words = "out_sharding must be a PartitionSpec or NamedSharding of at most 2 axes.*; got"

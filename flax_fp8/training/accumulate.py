@@ -107,19 +107,23 @@ def accumulate_gradients(
 
   run = value_and_cotangents(shared, has_aux=True, owner=owner)
 
-  run_one, items = functools.partial(run, variables), (microbatches, shares)
-  if count > 1:
-    run_one = kernels_first(run, variables, jax.tree.map(lambda leaf: leaf[0], items))
+  # One program where nothing is traced: JAX's debug modes look at results, and -inf is none.
+  @functools.partial(jax.jit, inline=True)
+  def run_all(variables: Any, items: Any) -> tuple[jax.Array, Any, Any]:
+    run_one = functools.partial(run, variables)
+    if count > 1:
+      run_one = kernels_first(run, variables, jax.tree.map(lambda leaf: leaf[0], items))
 
-  def step(total: Any, item: Any) -> tuple[Any, tuple[jax.Array, Any]]:
-    (_, seen), cotangents = run_one(item)
-    return map_with_path(functools.partial(_add, share=item[1]), total, cotangents), seen
+    def step(total: Any, item: Any) -> tuple[Any, tuple[jax.Array, Any]]:
+      (_, seen), cotangents = run_one(item)
+      return map_with_path(functools.partial(_add, share=item[1]), total, cotangents), seen
 
-  nothing = map_with_path(_nothing, variables)
-  total, (losses, aux) = lax.scan(step, nothing, items)
-  rounded = map_with_path(_round, total, variables)
-  loss = _reduce(losses, reduction, shares)
-  return ((loss, aux) if has_aux else loss), collect(rounded, variables)
+    total, (losses, aux) = lax.scan(step, map_with_path(_nothing, variables), items)
+    rounded = map_with_path(_round, total, variables)
+    return _reduce(losses, reduction, items[1]), aux, collect(rounded, variables)
+
+  loss, aux, grads = run_all(variables, (microbatches, shares))
+  return ((loss, aux) if has_aux else loss), grads
 
 
 def _reduce(losses: jax.Array, reduction: str, shares: jax.Array | None) -> jax.Array:
@@ -160,7 +164,8 @@ def _shares(weights: Any, count: int, reduction: str) -> jax.Array:
       "Pass the tokens of each microbatch, shape (microbatches,), or leave weights out of a sum."
     )
   weights = jnp.asarray(weights, float)
-  return jnp.where(weights == 0, 0, weights / jnp.sum(weights))
+  total = jnp.sum(weights)
+  return jnp.where(weights == 0, 0, weights / jnp.where(total == 0, 1, total))
 
 
 def _wide(leaf: Any) -> Any:

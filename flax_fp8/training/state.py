@@ -167,9 +167,7 @@ def apply_updates(variables: Any, updates: Any, overwrite: Any) -> Any:
 
 
 def _check_same_paths(name: str, given: Any, expected: Any) -> None:
-  shapes = lambda tree: {
-    paths.name(path): jnp.shape(leaf) for path, leaf in leaves_with_path(tree)
-  }
+  shapes = lambda tree: {paths.name(path): jnp.shape(leaf) for path, leaf in leaves_with_path(tree)}
   got, want = shapes(given), shapes(expected)
   missing = sorted(want.keys() - got.keys())
   extra = sorted(got.keys() - want.keys())
