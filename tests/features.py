@@ -16,9 +16,11 @@ from typing import Any
 import flax.linen as nn
 import flax.linen.fp8_ops as reference
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flax_fp8 as fp8
@@ -394,7 +396,48 @@ def sharded() -> Any:
   def loss(variables: Any, x: jax.Array) -> jax.Array:
     return jax.lax.pmean(loss_of(model)(variables, x), "data")
 
-  return compiled(fp8.grad(loss))(variables, X)
+  placed = [
+    jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in ((variables, P()), (X, P("data")))
+  ]
+  return compiled(fp8.grad(loss))(*placed)
+
+
+@feature
+def explicit_mesh() -> Any:
+  """Parameters were made outside of the mesh."""
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+  x = jax.device_put(X, NamedSharding(mesh, P("data")))
+  recipes = delayed(), fp8.Float8CurrentScaling(), fp8.Float8RowwiseScaling()
+  found = []
+  for model in map(mlp, recipes):
+    variables = made(model, X)
+    with jax.set_mesh(mesh):
+      found.append(compiled(fp8.grad(loss_of(model)))(variables, x))
+  return found
+
+
+@feature
+def exported() -> Any:
+  """One program for any batch size."""
+  model = mlp()
+  variables = made(model, X)
+  served, frozen = fp8.freeze_for_inference(model, variables, X)
+  shape = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b"), 16), jnp.float32)
+  programs = (fp8.grad(loss_of(model)), variables), (served.apply, frozen)
+  return [jax.export.export(jax.jit(run))(given, shape).call(given, X) for run, given in programs]
+
+
+@feature
+def sliced_stack() -> Any:
+  """Layers that are stacked in one tree and taken out by an index."""
+  layer = nn.Dense(16, dot_general_cls=delayed().dot_general_cls)
+  stack = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), made(layer, X))
+
+  def loss(stack: Any) -> jax.Array:
+    layers = [jax.tree.map(lambda x, i=i: x[i], stack) for i in range(2)]
+    return squares(layer.apply(layers[1], layer.apply(layers[0], X)))
+
+  return fp8.grad(loss)(stack), jax.jit(jax.grad(loss))(stack)
 
 
 @feature

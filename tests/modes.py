@@ -131,7 +131,8 @@ DEBUG = tuple(name for name in SETTINGS if name not in ("disable_jit", "x64"))
 COMBINED: dict[str, Run] = {
   "settings": functools.partial(guarded, inner=with_settings(*DEBUG)),
   "disable_jit": with_settings("disable_jit"),
-  "x64, threads": with_settings("x64"),
+  "x64": with_settings("x64"),
+  "threads": in_threads,
   "-OO -W error, spawn": with_flags("-OO", "-W", "error", how="spawned"),
 }
 # FP8 turns a difference in the last bit of a quotient into one of a step.
