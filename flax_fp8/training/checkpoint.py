@@ -1,25 +1,37 @@
 """Checkpoints of training states and variables, written and read by Orbax.
 
 What Orbax does stays as it is: it writes shards in parallel and renames a finished checkpoint into
-place. Added here is the comparison of what there is with what is wanted, leaf by leaf, in words
-that say what to do about FP8 state that is missing or too much.
+place. Added here are a lock, checksums of the leaves, and the comparison of what there is with what
+is wanted, leaf by leaf, in words that say what to do about FP8 state that is missing or too much.
 """
 
 from __future__ import annotations
 
-import fnmatch
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
-from flax_fp8.training.paths import Difference, compare, few, leaves_by_path, name
+from flax_fp8.training import checkpoint_checks as checks
+from flax_fp8.training.checksums import checksums, damaged
+from flax_fp8.training.paths import few, leaves_by_path, name
+
+try:
+  import fcntl
+except ImportError:  # Windows
+  fcntl = None
 
 Directory = str | os.PathLike[str]
+
+CHECKSUMS = "flax_fp8_checksums"
+NUMBER = 0  # stands for a leaf that is read as a NumPy array without dimensions
+REASON = 200
 
 
 class Restored(NamedTuple):
@@ -37,20 +49,27 @@ class Restored(NamedTuple):
 
 
 def save_checkpoint(directory: Directory, state: Any, *, overwrite: bool = False) -> None:
-  """Writes a training state, or any tree of arrays, and returns when it stands.
+  """Writes a tree of arrays, and raises where there is a checkpoint, unless ``overwrite`` is True.
+
+  Returns when the checkpoint stands. In a loop, pass ``overwrite=True``, or save each step to a
+  directory of its own.
 
   Args:
     directory: made where missing; a path, or what else Orbax takes (``gs://...``).
-    state: pytree of arrays, sharded or not, and numbers; a ``TrainState``, say. In a program of
-      several processes each calls this.
+    state: pytree of arrays, sharded or not, PRNG keys and numbers; a ``TrainState``, say. In a
+      program of several processes each calls this.
     overwrite: deletes what checkpoints are there already, once the new one stands.
 
   Raises:
-    ValueError: ``directory`` has a checkpoint and ``overwrite`` is False, or it is a file.
-    TypeError: a leaf is fp32_max_grad, or of another dtype that only lives inside a program.
+    ValueError: ``directory`` has a checkpoint and ``overwrite`` is False, or it is a file. Or a
+      leaf can't be stored: its path is that of another leaf, it was donated, or it has no elements.
+    TypeError: a leaf is fp32_max_grad, or another thing that can't be stored.
+    OSError: the checkpoint could not be written, or another program is saving to ``directory``.
+      What was there before stays.
 
   Numerics:
-    Bits are kept.
+    Bits are kept. A CRC-32 of each leaf, or of each shard, is stored beside them, for
+    ``restore_checkpoint`` to compare; that takes about 0.3 seconds per GiB of a process's data.
 
   Returns:
     Nothing. ``directory`` is one of ``orbax.checkpoint.CheckpointManager``, of one item, numbered
@@ -70,13 +89,13 @@ def save_checkpoint(directory: Directory, state: Any, *, overwrite: bool = False
   References:
     https://orbax.readthedocs.io/en/latest/guides/checkpoint/orbax_checkpoint_101.html
   """
-  _require_plain_dtypes("save_checkpoint", state)
+  checks.require_storable(state)
   if os.path.isfile(directory):
     raise ValueError(
       f"save_checkpoint: directory must be a directory or nothing; got the file {directory}. "
       "Choose another path."
     )
-  with _manager(directory, create=True) as manager:
+  with _only_writer(directory), _manager(directory, create=True) as manager:
     newest = manager.latest_step()
     if newest is not None and not overwrite:
       raise ValueError(
@@ -84,7 +103,7 @@ def save_checkpoint(directory: Directory, state: Any, *, overwrite: bool = False
         "another, or pass overwrite=True to replace it."
       )
     following = 0 if newest is None else newest + 1
-    manager.save(following, args=ocp.args.PyTreeSave(state), force=True)
+    _write(manager, following, state, directory)
 
 
 def restore_checkpoint(
@@ -111,13 +130,17 @@ def restore_checkpoint(
     fields, joined by slashes: ``params/params/Dense_0/kernel`` of a ``TrainState``.
 
   Raises:
-    ValueError: there is no checkpoint, or it can't be read, for some of its files are missing; it
-      has not the leaves of ``target`` in its shapes and dtypes; a leaf that is missing is no array
-      in ``target``, or does not divide by its sharding. Names the paths.
+    ValueError: there is no checkpoint, or it can't be read, or a leaf does not have the checksum
+      with which it was saved; it has not the leaves of ``target`` in its shapes and dtypes; a leaf
+      that is missing is no array in ``target``, or does not divide by its sharding. Names the
+      paths.
     TypeError: patterns are a string, or a leaf of ``target`` is fp32_max_grad.
 
   Numerics:
-    Bits are kept; nothing is cast, nothing padded.
+    Bits are kept; nothing is cast, nothing padded. Only numbers that were saved as Python's take
+    the type of their target; floating-point numbers are then rounded. Checkpoints that Orbax itself
+    wrote have no checksums and are not verified. In a program of several processes each verifies
+    the saved shards that one of its own contains.
 
   Example:
     The parameters alone, of a checkpoint of a whole training state:
@@ -133,22 +156,67 @@ def restore_checkpoint(
   References:
     https://orbax.readthedocs.io/en/latest/guides/checkpoint/checkpointing_pytrees.html
   """
-  _check_patterns(allow_missing, allow_extra)
-  _require_plain_dtypes("restore_checkpoint", target)
+  checks.check_patterns(allow_missing, allow_extra)
+  checks.require_plain_dtypes("restore_checkpoint", target)
+  checks.require_distinct_paths("restore_checkpoint", target)
   wanted = leaves_by_path(target)
-  _check_shardings(wanted)
+  checks.check_shardings(wanted)
   with _manager(directory, create=False) as manager:
     step = _newest(manager, directory)
     metadata = _read_metadata(manager, step, directory)
-    saved = leaves_by_path(metadata)
-    difference = _compare(saved, wanted)
-    _check_difference(difference, wanted, allow_missing, allow_extra)
-    read = _read(manager, step, metadata, wanted, directory)
-  found = leaves_by_path(read)
+    checks.require_distinct_paths("restore_checkpoint", metadata.tree)
+    saved = leaves_by_path(metadata.tree)
+    difference = checks.difference_of(saved, wanted)
+    checks.check_difference(difference, wanted, allow_missing, allow_extra)
+    item = _item(metadata.tree, wanted)
+    found = _read(manager, step, item, directory)
+  _verify(found, saved, metadata.custom_metadata, directory)
+  checks.check_keys(found, wanted)
   tree = jax.tree_util.tree_map_with_path(
-    lambda path, leaf: found[name(path)] if name(path) in saved else leaf, target
+    lambda path, leaf: (
+      _take_type(name(path), found[name(path)], leaf) if name(path) in found else leaf
+    ),
+    target,
   )
   return Restored(tree, difference.missing, difference.extra)
+
+
+@contextlib.contextmanager
+def _only_writer(directory: Directory) -> Generator[None]:
+  """Locks a local directory. The system unlocks it when this process ends, however it ends."""
+  if fcntl is None or "://" in os.fspath(directory):
+    yield
+    return
+  os.makedirs(directory, exist_ok=True)
+  descriptor = os.open(directory, os.O_RDONLY)
+  try:
+    if not _everywhere(jax.process_index() != 0 or _locked(descriptor)):
+      raise BlockingIOError(
+        "save_checkpoint: one program at a time may save to a directory; got "
+        f"{directory}, to which another is saving. Nothing was changed. Save to another directory, "
+        "or let one program save."
+      )
+    yield
+  finally:
+    os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+  assert fcntl is not None
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  except OSError:  # a file system without locks
+    return True
+  return True
+
+
+def _everywhere(holds: bool) -> bool:
+  """Whether something holds in all processes of this program."""
+  if jax.process_count() == 1:
+    return holds
+  return bool(np.all(multihost_utils.process_allgather(np.asarray(holds))))
 
 
 def _manager(directory: Directory, *, create: bool) -> ocp.CheckpointManager:
@@ -159,7 +227,20 @@ def _manager(directory: Directory, *, create: bool) -> ocp.CheckpointManager:
   )
   path = os.fspath(directory)
   path = path if "://" in path else os.path.abspath(path)
-  return ocp.CheckpointManager(path, options=options, item_handlers=ocp.PyTreeCheckpointHandler())
+  handler = ocp.PyTreeCheckpointHandler()
+  try:
+    return ocp.CheckpointManager(path, options=options, item_handlers=handler)
+  except Exception as error:  # Orbax raises nothing narrower
+    raise (_unwritten if create else _unreadable)(directory, error) from error
+
+
+def _write(manager: ocp.CheckpointManager, step: int, state: Any, directory: Directory) -> None:
+  sums = checksums(leaves_by_path(state))
+  args = ocp.args.PyTreeSave(state, custom_metadata={CHECKSUMS: sums})
+  try:
+    manager.save(step, args=args, force=True)
+  except Exception as error:  # Orbax raises nothing narrower
+    raise _unwritten(directory, error) from error
 
 
 def _newest(manager: ocp.CheckpointManager, directory: Directory) -> int:
@@ -172,11 +253,29 @@ def _newest(manager: ocp.CheckpointManager, directory: Directory) -> int:
   return step
 
 
+def _reason(error: object) -> str:
+  """Says what was first to go wrong, in one line."""
+  while isinstance(error, BaseException) and error.__cause__ is not None:
+    error = error.__cause__
+  kind = "" if isinstance(error, ValueError | str) else f"{type(error).__name__}: "
+  reason = kind + (str(error) or repr(error)).splitlines()[0].split(" [tensorstore_spec", 1)[0]
+  reason = reason.rstrip(".")
+  half = REASON // 2
+  return reason if len(reason) <= REASON else f"{reason[:half]} ... {reason[-half:]}"
+
+
+def _unwritten(directory: Directory, error: object) -> OSError:
+  return OSError(
+    f"save_checkpoint: the checkpoint must be written whole; got {directory}, where it failed: "
+    f"{_reason(error)}. A checkpoint that was there before is still there. Mend the cause, a full "
+    "disk say, or choose another directory, and save again."
+  )
+
+
 def _unreadable(directory: Directory, error: object) -> ValueError:
-  reason = (str(error) or repr(error)).splitlines()[0].split(" [tensorstore_spec", 1)[0]
   return ValueError(
     f"restore_checkpoint: the checkpoint must be whole; got {directory}, which can't be read: "
-    f"{reason}. Restore another one, or copy its files again."
+    f"{_reason(error)}. Restore another one, or copy its files again."
   )
 
 
@@ -184,144 +283,88 @@ def _read_metadata(manager: ocp.CheckpointManager, step: int, directory: Directo
   try:
     metadata: Any = manager.item_metadata(step)
   except Exception as error:  # Orbax raises nothing narrower
-    raise _unreadable(directory, error) from error
+    raise _unreadable(directory, f"its metadata is damaged, {_reason(error)}") from error
   if metadata is None:
     raise _unreadable(directory, "it has no metadata of its leaves")
-  return metadata.tree
+  return metadata
+
+
+def _item(metadata: Any, wanted: Mapping[str, Any]) -> Any:
+  """Says as what Orbax is to read each leaf; ``PLACEHOLDER`` is for what it is to leave."""
+
+  def form(path: Any, saved: Any) -> Any:
+    target = wanted.get(name(path), ocp.PLACEHOLDER)
+    if target is ocp.PLACEHOLDER or isinstance(target, str):
+      return target
+    if checks.is_number(saved, target):
+      return NUMBER
+    if isinstance(target, np.ndarray):
+      return target
+    # Of a PRNG key, Orbax reads the data; they have dimensions that the key has not.
+    like = saved if checks.is_key(target) else target
+    return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=_sharding(target))
+
+  return jax.tree_util.tree_map_with_path(form, metadata)
 
 
 def _read(
-  manager: ocp.CheckpointManager,
-  step: int,
-  metadata: Any,
-  wanted: Mapping[str, Any],
-  directory: Directory,
-) -> Any:
-  """Reads the leaves that are wanted; the others are Orbax's placeholder."""
-  item = jax.tree_util.tree_map_with_path(
-    lambda path, _: _placed(wanted.get(name(path), ocp.PLACEHOLDER)), metadata
-  )
-  restore_args = jax.tree.map(_restore_args, item)
-  args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
+  manager: ocp.CheckpointManager, step: int, item: Any, directory: Directory
+) -> dict[str, Any]:
+  """Reads the leaves that are wanted, by path."""
+  args = ocp.args.PyTreeRestore(item=item, restore_args=jax.tree.map(_restore_args, item))
   try:
-    return manager.restore(step, args=args)
+    read = leaves_by_path(manager.restore(step, args=args))
+    return {
+      path: read[path] for path, leaf in leaves_by_path(item).items() if leaf is not ocp.PLACEHOLDER
+    }
   except Exception as error:  # Orbax raises nothing narrower
     raise _unreadable(directory, error) from error
 
 
-def _placed(leaf: Any) -> Any:
-  """Gives a ShapeDtypeStruct that names no sharding the first device."""
-  if not isinstance(leaf, jax.ShapeDtypeStruct) or leaf.sharding is not None:
-    return leaf
-  sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
 def _restore_args(leaf: Any) -> ocp.RestoreArgs:
-  if leaf is ocp.PLACEHOLDER:
-    return ocp.RestoreArgs()
-  return ocp.checkpoint_utils.construct_restore_args(leaf)
+  if isinstance(leaf, checks.ARRAYS):
+    return ocp.checkpoint_utils.construct_restore_args(leaf)
+  return ocp.RestoreArgs(restore_type=np.ndarray) if leaf is NUMBER else ocp.RestoreArgs()
 
 
-def _compare(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> Difference:
-  """Compares shapes and dtypes; numbers of Python have no dtype of their own."""
-  numbers = {
-    path
-    for path, leaf in saved.items()
-    if isinstance(leaf, ocp.metadata.ScalarMetadata) or not hasattr(wanted.get(path), "dtype")
-  }
-  describe = lambda leaves: {
-    path: f"{'' if path in numbers else getattr(leaf, 'dtype', '')}{getattr(leaf, 'shape', ())}"
-    for path, leaf in leaves.items()
-  }
-  return compare(describe(saved), describe(wanted), describe=str)
+def _sharding(target: Any) -> jax.sharding.Sharding:
+  return target.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
-def _check_difference(
-  difference: Difference,
-  wanted: Mapping[str, Any],
-  allow_missing: Sequence[str],
-  allow_extra: Sequence[str],
+def _verify(
+  found: Mapping[str, Any], saved: Mapping[str, Any], custom_metadata: Any, directory: Directory
 ) -> None:
-  refused = Difference(
-    missing=_not_matched(difference.missing, allow_missing),
-    extra=_not_matched(difference.extra, allow_extra),
-    other=difference.other,
-  )
-  if refused:
+  """Compares checksums, if the checkpoint has them."""
+  if CHECKSUMS not in (custom_metadata or {}):
+    return
+  try:
+    sums = custom_metadata[CHECKSUMS]
+    if sums.keys() != saved.keys():
+      raise ValueError("its checksums are of other leaves")
+    wrong = damaged(found, sums)
+  except Exception as error:  # whatever may come of checksums that are damaged themselves
+    raise _unreadable(directory, error) from error
+  if wrong:
+    raise _unreadable(directory, f"{few(wrong)} differ from what was saved")
+
+
+def _take_type(path: str, read: Any, target: Any) -> Any:
+  """Gives a number the type of its target; what else was read has it already."""
+  if isinstance(read, jax.Array | str) or (isinstance(target, np.ndarray) and read.ndim):
+    return read
+  if type(read.item()) is type(target):
+    return read.item()
+  kind = getattr(target, "dtype", type(target))
+  with np.errstate(all="ignore"):
+    number = read.astype(kind)
+  rounded = all(jnp.issubdtype(each.dtype, np.floating) for each in (read, number))
+  if not (np.array_equal(number, read, equal_nan=rounded) or (rounded and np.isfinite(number))):
     raise ValueError(
-      "restore_checkpoint: the checkpoint must have the leaves of target; got "
-      f"{refused}. {_advise(refused)}"
+      "restore_checkpoint: numbers must fit the types of target; got "
+      f"{path!r}={read} for {jnp.dtype(kind).name}. Give target a wider type."
     )
-  if abstract := [p for p in difference.missing if isinstance(wanted[p], jax.ShapeDtypeStruct)]:
-    raise ValueError(
-      "restore_checkpoint: leaves that the checkpoint lacks are taken from target, where they must "
-      f"be arrays; got ShapeDtypeStructs for {few(abstract)}. Initialise them."
-    )
-
-
-def _not_matched(paths: Sequence[str], patterns: Sequence[str]) -> tuple[str, ...]:
-  return tuple(p for p in paths if not any(fnmatch.fnmatchcase(p, q) for q in patterns))
-
-
-def _advise(refused: Difference) -> str:
-  """Says what to do: first about FP8 state, which is what differs between the two ways to train."""
-  state = f"*{OVERWRITE_WITH_GRADIENT}/*"
-  missing, extra, other = (
-    any(OVERWRITE_WITH_GRADIENT in path for path in paths)
-    for paths in (refused.missing, refused.extra, refused.other)
-  )
-  advice: list[str] = []
-  if missing or other:
-    advice.append(
-      "Where the checkpoint has no FP8 state, or that of another recipe, restore what it has, and "
-      "then use upgrade_variables(model, variables, *inputs)"
-      + (f"; or take the state from target, with allow_missing=[{state!r}]." if missing else ".")
-    )
-  if extra:
-    advice.append(
-      "Where target has no FP8 state, leave the checkpoint's out with "
-      f"allow_extra=[{state!r}], or restore it all and use downgrade_variables(variables)."
-    )
-  return " ".join(advice) or (
-    "Pass a target of the same model and optimiser, or name what may differ in allow_missing and "
-    "allow_extra."
-  )
-
-
-def _check_patterns(*given: Any) -> None:
-  for patterns in given:
-    if isinstance(patterns, str):
-      raise TypeError(
-        "restore_checkpoint: allow_missing and allow_extra must be sequences of patterns; got the "
-        f"string {patterns!r}. Pass [{patterns!r}]."
-      )
-
-
-def _check_shardings(wanted: Mapping[str, Any]) -> None:
-  """Asks JAX early whether shapes divide, for Orbax would have begun to read."""
-  for path, leaf in wanted.items():
-    if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None:
-      try:
-        leaf.sharding.shard_shape(leaf.shape)
-      except ValueError as error:
-        raise ValueError(
-          f"restore_checkpoint: shapes must divide by the shardings of target; got {path!r} of "
-          f"shape {leaf.shape} and {leaf.sharding}. Shard another axis, or replicate it."
-        ) from error
-
-
-def _require_plain_dtypes(caller: str, tree: Any) -> None:
-  """Refuses dtypes that exist for autodiff alone; PRNG keys are Orbax's business."""
-  extended = [
-    path
-    for path, leaf in leaves_by_path(tree).items()
-    if hasattr(leaf, "dtype")
-    and jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
-    and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-  ]
-  if extended:
-    raise TypeError(
-      f"{caller}: leaves must be of dtypes that can be stored; got fp32_max_grad or its like at "
-      f"{few(extended)}. Take the variables from before as_max_grad, or cast them to float32."
-    )
+  if isinstance(target, jax.Array | jax.ShapeDtypeStruct):
+    return jax.device_put(number, _sharding(target))
+  if isinstance(target, np.ndarray):
+    return number
+  return number[()] if isinstance(target, np.generic) else number.item()
