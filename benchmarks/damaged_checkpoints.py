@@ -10,6 +10,7 @@ a crash or a hang counts as such.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import queue
@@ -170,15 +171,17 @@ class Worker:
   def read(process: subprocess.Popen[str], answers: "queue.Queue[str]") -> None:
     """Queues what the process says; an empty answer where it has ended."""
     assert process.stdout is not None
-    for line in process.stdout:
-      answers.put(line)
+    with process.stdout as lines:
+      for line in lines:
+        answers.put(line)
     answers.put("")
 
   def ask(self, directory: Path) -> tuple[str, str]:
     """Lets it restore a directory, or save to one that is not there."""
     process = self.process or self.start()
     assert process.stdin is not None
-    print(json.dumps(str(directory)), file=process.stdin, flush=True)
+    with contextlib.suppress(BrokenPipeError):  # it has ended: then its answer is empty
+      print(json.dumps(str(directory)), file=process.stdin, flush=True)
     try:
       answer = self.answers.get(timeout=SECONDS)
     except queue.Empty:
@@ -186,7 +189,7 @@ class Worker:
       return "hung", f"no answer in {SECONDS} s"
     if not answer:
       code = process.wait()
-      self.process = None
+      self.end()
       return "crashed", f"exit code {code}"
     outcome, error = json.loads(answer)
     return outcome, error
@@ -196,6 +199,8 @@ class Worker:
     if self.process is not None:
       self.process.kill()
       self.process.wait()
+      with contextlib.suppress(BrokenPipeError):
+        self.process.stdin.close()  # pyright: ignore[reportOptionalMemberAccess]
       self.process = None
 
 

@@ -86,6 +86,10 @@ class GpuTarget:
         "GPU's data sheet."
       )
 
+  def __getstate__(self) -> dict[str, object]:
+    # pickle takes dicts, but no read-only views of them.
+    return {**vars(self), "peak_flops": dict(self.peak_flops)}
+
   @property
   def device_kind(self) -> str:
     """What its driver calls it; the name where the description does not say."""

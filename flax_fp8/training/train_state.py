@@ -205,9 +205,17 @@ def _skipping(cls: Any) -> Any:
   class Skipping(cls):
     skipped_steps: Any = flax.struct.field(default=0, kw_only=True)
 
+    def __reduce__(self) -> Any:
+      # pickle finds classes by name, and this one has none.
+      return _blank, (cls,), vars(self)
+
   Skipping.__name__, Skipping.__qualname__ = cls.__name__, cls.__qualname__
   Skipping.__doc__ = cls.__doc__
   return Skipping
+
+
+def _blank(cls: Any) -> Any:
+  return object.__new__(_skipping(cls))
 
 
 @dataclasses.dataclass(frozen=True)
