@@ -49,7 +49,7 @@ class Restored(NamedTuple):
 
 
 def save_checkpoint(directory: Directory, state: Any, *, overwrite: bool = False) -> None:
-  """Writes a tree of arrays, and raises where there is a checkpoint, unless ``overwrite`` is True.
+  """Saves a tree of arrays; a second save to the directory raises, unless ``overwrite`` is True.
 
   Returns when the checkpoint stands. In a loop, pass ``overwrite=True``, or save each step to a
   directory of its own.
@@ -138,8 +138,8 @@ def restore_checkpoint(
 
   Numerics:
     Bits are kept; nothing is cast, nothing padded. Only numbers that were saved as Python's take
-    the type of their target; floating-point numbers are then rounded. Checkpoints that Orbax itself
-    wrote have no checksums and are not verified. In a program of several processes each verifies
+    the type of their target; floating-point numbers are then rounded. Checkpoints of Orbax itself, or
+    of earlier versions, have no checksums and are not verified. In a program of several processes each verifies
     the saved shards that one of its own contains.
 
   Example:

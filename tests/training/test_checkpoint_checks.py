@@ -68,7 +68,7 @@ def test_kept(tmp_path):
   """Keys and containers of all sorts, each leaf with a value of its own."""
   leaf = lambda n: jnp.arange(2.0) + 10 * n
   state = {
-    "": leaf(0),
+    "empty": {"": leaf(0)},
     "a/b": leaf(1),
     "a.b": {"c d\n%2F": leaf(2), "..": leaf(3)},
     "integers": {1: leaf(4), 2: None},
