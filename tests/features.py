@@ -396,10 +396,8 @@ def sharded() -> Any:
   def loss(variables: Any, x: jax.Array) -> jax.Array:
     return jax.lax.pmean(loss_of(model)(variables, x), "data")
 
-  placed = [
-    jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in ((variables, P()), (X, P("data")))
-  ]
-  return compiled(fp8.grad(loss))(*placed)
+  place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+  return compiled(fp8.grad(loss))(place(variables, P()), place(X, P("data")))
 
 
 @feature

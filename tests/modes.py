@@ -126,13 +126,10 @@ MODES: dict[str, Run] = {
   "spawn": spawned,
   **{name: with_flags(*flags) for name, flags in FLAGS.items()},
 }
-# What tests run: many modes at once, each of which would be seen.
-DEBUG = tuple(name for name in SETTINGS if name not in ("disable_jit", "x64"))
+# What tests run: many modes at once, each of which would be seen. To look for leaks takes minutes.
+DEBUG = tuple(name for name in SETTINGS if name not in ("disable_jit", "x64", "checking_leaks"))
 COMBINED: dict[str, Run] = {
   "settings": functools.partial(guarded, inner=with_settings(*DEBUG)),
-  "disable_jit": with_settings("disable_jit"),
-  "x64": with_settings("x64"),
-  "threads": in_threads,
   "-OO -W error, spawn": with_flags("-OO", "-W", "error", how="spawned"),
 }
 # FP8 turns a difference in the last bit of a quotient into one of a step.

@@ -11,9 +11,14 @@ from tests import modes
 from tests.features import FEATURES
 
 # Each is one kind of program; the others run with the slow tests.
-QUICK = ("delayed: eager", "current: eager", "accumulated", "unused_state", "frozen_model", "updates")
-# JAX runs an eager shard_map one operation at a time, for most of a minute.
-TOO_SLOW = {"disable_jit": ("sharded",)}
+QUICK = (
+  "delayed: eager",
+  "current: eager",
+  "accumulated",
+  "unused_state",
+  "frozen_model",
+  "updates",
+)
 
 
 @functools.cache
@@ -30,14 +35,20 @@ def wrong(mode: str, names: Sequence[str]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_quick_features_in_all_settings(name):
+def test_quick_features_in_most_settings(name):
   assert not wrong("settings", [name])
+
+
+def test_one_feature_in_the_other_settings():
+  for mode in ("disable_jit", "x64", "checking_leaks", "threads"):
+    found = modes.MODES[mode](["accumulated"])
+    assert modes.compare(found["accumulated"], plain("accumulated"), "", exact=False) == "right"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", modes.COMBINED)
 def test_all_features(mode):
-  assert not wrong(mode, [name for name in FEATURES if name not in TOO_SLOW.get(mode, ())])
+  assert not wrong(mode, list(FEATURES))
 
 
 def test_a_difference_is_seen(monkeypatch):

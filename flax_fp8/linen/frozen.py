@@ -140,7 +140,8 @@ class Frozen:
     state: Flat = flax.traverse_util.flatten_dict(given.pop(OVERWRITE_WITH_GRADIENT, {}))
     # No contraction reads them. Whatever else does gets NaN, and is seen. Where JAX looks for NaN
     # a mere cast of NaN would stop it: there they are out of all proportion.
-    absent = 2.0**15 if jax.config.jax_debug_nans else jnp.nan
+    config: Any = jax.config
+    absent = 2.0**15 if config.jax_debug_nans else jnp.nan
     params |= {
       layer.parameter: jnp.full(layer.shape, absent, layer.parameter_dtype)
       for layer in self.layers

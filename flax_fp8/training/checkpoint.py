@@ -138,9 +138,9 @@ def restore_checkpoint(
 
   Numerics:
     Bits are kept; nothing is cast, nothing padded. Only numbers that were saved as Python's take
-    the type of their target; floating-point numbers are then rounded. Checkpoints of Orbax itself, or
-    of earlier versions, have no checksums and are not verified. In a program of several processes each verifies
-    the saved shards that one of its own contains.
+    the type of their target; floating-point numbers are then rounded. Checkpoints of Orbax itself,
+    or of earlier versions, have no checksums and are not verified. In a program of several
+    processes each verifies the saved shards that one of its own contains.
 
   Example:
     The parameters alone, of a checkpoint of a whole training state:
