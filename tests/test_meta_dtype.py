@@ -228,3 +228,56 @@ def test_eager_results_print_and_unflatten():
   leaves, structure = jax.tree.flatten({"s": cast})
   assert jax.tree.unflatten(structure, leaves)["s"].dtype == fp32_max_grad
   assert jax.eval_shape(meta_dtype.to_max_grad, X).dtype == fp32_max_grad
+
+
+class TestTranspositions:
+  """What lies between the cast and the uses: each element is the maximum of where it went."""
+
+  @RUNS
+  @pytest.mark.parametrize(
+    "cut",
+    [
+      lambda s: (s[:2], s[1:]),
+      lambda s: (lax.slice(s, (0,), (3,), (2,)), s[3:]),
+      lambda s: tuple(s),
+    ],
+    ids=["overlapping", "strided", "unpacked"],
+  )
+  def test_slices(self, run, cut):
+    want = np.full(4, -np.inf, np.float32)
+    for i, part in enumerate(cut(np.arange(4))):
+      want[part] = np.maximum(want[part], i + 1.0)
+
+    def program(state):
+      return sum(emit(part, jnp.full(part.shape, i + 1.0)) for i, part in enumerate(cut(state)))
+
+    got = run(lambda s: meta_dtype.to_float32(jax.grad(program, allow_int=True)(s)))(
+      meta_dtype.to_max_grad(X)
+    )
+    np.testing.assert_array_equal(got, want)
+
+  @RUNS
+  def test_what_no_slice_took(self, run):
+    program = lambda s: emit(s[1:3], jnp.array([5.0, -7.0]))
+    got = run(lambda s: meta_dtype.to_float32(jax.grad(program, allow_int=True)(s)))(
+      meta_dtype.to_max_grad(X)
+    )
+    np.testing.assert_array_equal(got, [-np.inf, 5.0, -7.0, -np.inf])
+
+  @RUNS
+  @pytest.mark.parametrize(
+    ("shape", "axes"), [((3, 4), (1,)), ((4, 3), (0,)), ((2, 4, 3), (1,))], ids=str
+  )
+  def test_copies(self, run, shape, axes):
+    new = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    copied = tuple(axis for axis in range(len(shape)) if axis not in axes)
+    program = lambda s: emit(lax.broadcast_in_dim(s, shape, axes), new)
+    got = run(lambda s: meta_dtype.to_float32(jax.grad(program, allow_int=True)(s)))(
+      meta_dtype.to_max_grad(X)
+    )
+    np.testing.assert_array_equal(got, new.max(copied))
+
+  def test_an_eager_map_over_the_second_axis(self):
+    cast = meta_dtype.to_max_grad(X.reshape(2, 2))
+    back = jax.vmap(meta_dtype.to_float32, in_axes=1)(cast)
+    np.testing.assert_array_equal(back, X.reshape(2, 2).T)

@@ -212,3 +212,17 @@ def test_an_ambiguous_product_is_refused():
     apply(x, w, DIMS)
   with pytest.raises(ValueError, match=r"out_sharding must be a PartitionSpec.*got .*'data'"):
     apply(x, w, DIMS, out_sharding="data")
+
+
+@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
+@pytest.mark.parametrize("name", ["delayed", "current", "rowwise"])
+def test_parameters_that_know_no_mesh(name, jit):
+  recipe = RECIPES[name]
+  loss = lambda w, x: jnp.sum(
+    ops.dot_general(x, w, DIMS, recipe=recipe, state=ops.init_state(recipe)) * C.sum()
+  )
+  with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))):
+    w = jnp.asarray(W)
+    want = jax.grad(loss)(w, jnp.asarray(X))
+  grad = jax.jit(jax.grad(loss)) if jit else jax.grad(loss)
+  np.testing.assert_array_equal(grad(w, place(X, P("data"))), want)

@@ -248,10 +248,29 @@ class Inner(nn.Module):
     return nn.Dense(32)(jnp.tanh(nn.Dense(64)(x)))
 
 
+class Block(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.relu(nn.Dense(32)(x))
+
+
+class Differentiated(nn.Module):
+  """A layer whose gradient is the model's own, ``nn.custom_vjp``."""
+
+  @nn.compact
+  def __call__(self, x):
+    call = lambda layer, x: layer(x)
+    forward = lambda layer, x: nn.vjp(call, layer, x)
+    double = lambda vjp, grad: (vjp(grad)[0], 2 * vjp(grad)[1])
+    return nn.custom_vjp(call, forward_fn=forward, backward_fn=double)(nn.Dense(32), x)
+
+
 ROOTS = {
   "remat": nn.remat(Inner)(),
   "jit": nn.jit(Inner)(),
   "remat_dense": nn.remat(nn.Dense)(32),
+  "remat_scan": nn.remat_scan(Block, lengths=(2, 2))(),
+  "custom_vjp": Differentiated(),
   "vmap": nn.vmap(Inner, variable_axes={"params": 0}, split_rngs={"params": True}, axis_size=4)(),
 }
 
