@@ -28,6 +28,8 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
 def operand(name: str, side: str, x: Any) -> jax.Array:
   """Returns an operand as an array; raises TypeError where it is none."""
+  if isinstance(x, jax.Array):
+    return x
   try:
     return jnp.asarray(x)
   except (TypeError, ValueError):
