@@ -20,6 +20,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import checkify
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -398,6 +399,13 @@ def sharded() -> Any:
 
   place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
   return compiled(fp8.grad(loss))(place(variables, P()), place(X, P("data")))
+
+
+@feature
+def checkified() -> Any:
+  check = checkify.checkify(fp8.grad(loss_of(mlp())), errors=checkify.float_checks)
+  error, grads = compiled(check)(made(mlp(), X), X)
+  return str(error.get()), grads
 
 
 @feature
