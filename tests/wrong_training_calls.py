@@ -445,6 +445,24 @@ def _tools() -> Iterator[Wrong]:
     yield Wrong("GpuTarget", f"target={value}", call, ValueError, "the name must be one of")
     call = lambda v=value: fp8.GpuTarget.named(v)
     yield Wrong("GpuTarget", f"named {value}", call, ValueError, "the name must be one of")
+  for value in (None, 3, "loss"):
+    call = lambda v=value: fp8.explain(v, X)
+    yield Wrong("explain", f"fn={show(value):.12}", call, TypeError, "fn must be a function; got")
+  for value, error in {"1": TypeError, 0: ValueError, -1.0: ValueError, None: TypeError}.items():
+    call = lambda v=value: fp8.explain(loss, {}, target="h100", timeout=v)
+    words = "timeout must be a positive number; got"
+    yield Wrong("explain", f"timeout={value!r}", call, error, words)
+  for value in (3, "*/head", None):
+    call = lambda v=value: fp8.assert_fp8(loss, {}, target="h100", exclude=v)
+    yield Wrong("assert_fp8", f"exclude={value!r}", call, TypeError, "exclude must be a sequence")
+  for value in (None, 3, X, {"a": X}):
+    call = lambda v=value: fp8.save_checkpoint(v, {"a": X})
+    words, what = "directory must be a path; got", f"directory={show(value):.20}"
+    yield Wrong("save_checkpoint", what, call, TypeError, words)
+    call = lambda v=value: fp8.restore_checkpoint(v, {"a": X})
+    yield Wrong("restore_checkpoint", what, call, TypeError, words)
+  call = lambda: fp8.save_checkpoint("folder", {"a": X}, overwrite="yes")
+  yield Wrong("save_checkpoint", "overwrite", call, TypeError, "overwrite must be True or False")
   name = "GpuTarget"
   rates = {"memory_bandwidth": 1.0, "link_bandwidth": 1.0, "memory_bytes": 1}
   make = lambda **f: fp8.GpuTarget(

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from flax_fp8 import fields
 from flax_fp8.explain import collectives, gemms, hlo, reasons, roles, schedule, traffic
 from flax_fp8.explain.asked import asked_for
 from flax_fp8.explain.compile import AnyMesh, Program, compile_program
@@ -77,6 +78,9 @@ def explain(
   References:
     XLA, "Deviceless compilation", https://openxla.org/xla/tools; jax.experimental.topologies.
   """
+  fields.function("explain", "fn", fn, "Pass a function, and its arguments after it.")
+  advice = "It is in seconds, for the child process that compiles."
+  fields.number("explain", "timeout", timeout, "a positive number", lambda x: x > 0, advice)
   program = compile_program(fn, args, target=target, mesh=mesh, timeout=timeout)
   return read_program(program, name or getattr(fn, "__name__", type(fn).__name__))
 
@@ -200,6 +204,11 @@ def assert_fp8(
   References:
     As ``explain``.
   """
+  if isinstance(exclude, str) or not isinstance(exclude, Sequence):
+    raise TypeError(
+      "assert_fp8: exclude must be a sequence of patterns; got "
+      f"exclude={fields.show(exclude)}. Pass ['*/head']."
+    )
   report = explain(fn, *args, target=target, mesh=mesh, name=name, timeout=timeout)
   report.assert_fp8(exclude)
   return report

@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from flax_fp8 import fields
 from flax_fp8.training import checkpoint_checks as checks
 from flax_fp8.training.checksums import checksums, damaged
 from flax_fp8.training.paths import few, leaves_by_path, name
@@ -89,6 +90,8 @@ def save_checkpoint(directory: Directory, state: Any, *, overwrite: bool = False
   References:
     https://orbax.readthedocs.io/en/latest/guides/checkpoint/orbax_checkpoint_101.html
   """
+  checks.require_directory("save_checkpoint", directory)
+  overwrite = fields.flag("save_checkpoint", "overwrite", overwrite)
   checks.require_storable(state)
   if os.path.isfile(directory):
     raise ValueError(
@@ -156,6 +159,7 @@ def restore_checkpoint(
   References:
     https://orbax.readthedocs.io/en/latest/guides/checkpoint/checkpointing_pytrees.html
   """
+  checks.require_directory("restore_checkpoint", directory)
   checks.check_patterns(allow_missing, allow_extra)
   checks.require_plain_dtypes("restore_checkpoint", target)
   checks.require_distinct_paths("restore_checkpoint", target)

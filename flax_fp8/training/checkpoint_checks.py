@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.core import Tracer
 
+from flax_fp8 import fields
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.training.paths import Difference, compare, few, leaves_by_path, name
 
@@ -22,6 +24,15 @@ ARRAYS = (jax.Array, jax.ShapeDtypeStruct, np.ndarray)
 def is_key(leaf: Any) -> bool:
   """Tells typed PRNG keys from other leaves."""
   return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def require_directory(caller: str, directory: Any) -> None:
+  """Refuses what names no directory."""
+  if not isinstance(directory, str | os.PathLike):
+    raise TypeError(
+      f"{caller}: directory must be a path; got directory={fields.show(directory)}. Pass "
+      f"{caller}(directory, tree)."
+    )
 
 
 def require_distinct_paths(caller: str, tree: Any) -> None:
