@@ -22,8 +22,15 @@ def exported(run, variables, batch):
   return jax.export.deserialize(program.serialize())
 
 
-@pytest.mark.parametrize("batch", ["b", "32*b"])
-@pytest.mark.parametrize("name", ONE_OF_EACH_CLASS)
+QUICK = ("delayed", "block")
+cases = [
+  pytest.param(name, batch, marks=() if name in QUICK and batch == "b" else pytest.mark.slow)
+  for name in ONE_OF_EACH_CLASS
+  for batch in ("b", "32*b")
+]
+
+
+@pytest.mark.parametrize(("name", "batch"), cases)
 def test_any_batch_size(name, batch):
   layer = nn.Dense(WIDTH, dot_general_cls=RECIPES[name].dot_general_cls, dtype=jnp.bfloat16)
   variables = layer.init(KEY, X)
