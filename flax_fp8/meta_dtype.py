@@ -8,6 +8,7 @@ new value from the same old state and differs only in the amax that it saw.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -41,7 +42,8 @@ class MaxGradRules(_compat.ElementRules):
   @staticmethod
   def add(dtype: MaxGradDType, x: Any, y: Any) -> jax.Array:
     """Autodiff's sum of two cotangents: their maximum."""
-    return _wrap(lax.max(to_float32(x), to_float32(y)), dtype)
+    del dtype
+    return _maximum(x, y)
 
   @staticmethod
   def zero(dtype: MaxGradDType) -> jax.Array:
@@ -108,21 +110,37 @@ class MaxGradDType(_compat.ExtendedDType):
 fp32_max_grad = MaxGradDType()
 
 
-def _transpose_slice(new: jax.Array, whole: tuple[int, ...], /, **params: Any) -> jax.Array:
+# Each of these is one program where nothing is traced: JAX's debug modes look at float32 results,
+# among which -inf must not be.
+@functools.partial(jax.jit, inline=True)
+def _maximum(x: Any, y: Any) -> jax.Array:
+  return to_max_grad(lax.max(to_float32(x), to_float32(y)))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4), inline=True)
+def _put_back(new: jax.Array, whole: Any, start: Any, limit: Any, strides: Any) -> jax.Array:
   """Puts the cotangent of a slice back; no path came to the rest."""
-  cut = lambda x: primitives.slice_p.bind(x, **params)
+  cut = lambda x: lax.slice(x, start, limit, strides)
   put = jax.linear_transpose(cut, jax.ShapeDtypeStruct(whole, jnp.float32))
   (values,), (came,) = put(to_float32(new)), put(jnp.ones(new.shape, jnp.float32))
   return to_max_grad(jnp.where(came == 0, -jnp.inf, values))
 
 
-def _transpose_broadcast(
-  new: jax.Array, of: tuple[int, ...], /, *, broadcast_dimensions: Any, **_: Any
-) -> jax.Array:
-  """Takes the maximum over what one element was copied to."""
-  kept = [to for to, size in zip(broadcast_dimensions, of, strict=True) if size == new.shape[to]]
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
+def _largest(new: jax.Array, of: tuple[int, ...], places: tuple[int, ...]) -> jax.Array:
+  """Takes the maximum over what one element was copied to, by ``broadcast_in_dim``."""
+  kept = [to for to, size in zip(places, of, strict=True) if size == new.shape[to]]
   copied = tuple(axis for axis in range(new.ndim) if axis not in kept)
   return to_max_grad(jnp.max(to_float32(new), copied).reshape(of))
+
+
+def _transpose_slice(new: jax.Array, whole: tuple[int, ...], /, **params: Any) -> jax.Array:
+  where = (params["start_indices"], params["limit_indices"], params["strides"])
+  return _put_back(new, whole, *where)
+
+
+def _transpose_broadcast(new: jax.Array, of: tuple[int, ...], /, **params: Any) -> jax.Array:
+  return _largest(new, of, tuple(params["broadcast_dimensions"]))
 
 
 _compat.transpose_in(fp32_max_grad, primitives.slice_p, _transpose_slice)

@@ -130,7 +130,6 @@ MODES: dict[str, Run] = {
 DEBUG = tuple(name for name in SETTINGS if name not in ("disable_jit", "x64", "checking_leaks"))
 COMBINED: dict[str, Run] = {
   "settings": functools.partial(guarded, inner=with_settings(*DEBUG)),
-  "-OO -W error, spawn": with_flags("-OO", "-W", "error", how="spawned"),
 }
 # FP8 turns a difference in the last bit of a quotient into one of a step.
 LOOSE = ("disable_jit", "x64")
