@@ -163,7 +163,7 @@ def check_difference(
   if abstract := [p for p in difference.missing if isinstance(wanted[p], jax.ShapeDtypeStruct)]:
     raise ValueError(
       "restore_checkpoint: leaves that the checkpoint lacks are taken from target, where they must "
-      f"be arrays; got ShapeDtypeStructs for {few(abstract)}. Initialise them."
+      f"be arrays; got ShapeDtypeStructs for {few(abstract)}. Initialize them."
     )
 
 
@@ -205,6 +205,6 @@ def _advise(refused: Difference) -> str:
       f"allow_extra=[{state!r}], or restore it all and use downgrade_variables(variables)."
     )
   return " ".join(advice) or (
-    "Pass a target of the same model and optimiser, or name what may differ in allow_missing and "
+    "Pass a target of the same model and optimizer, or name what may differ in allow_missing and "
     "allow_extra."
   )
