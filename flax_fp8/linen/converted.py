@@ -142,16 +142,13 @@ def _converted_class(cls: type[nn.Module], conversions: Conversions) -> Any:
       mark_root(parent)
     return cls.clone(self, parent=parent, **kwargs)
 
-  def reduce(self: Any) -> Any:
-    return make_converted, (original(self), *conversions)
-
   methods = {
     "__post_init__": post_init,
     "init_with_output": nn.nowrap(init_with_output),
     "apply": nn.nowrap(apply),
     "bind": nn.nowrap(bind),
     "clone": nn.nowrap(clone),
-    "__reduce__": nn.nowrap(reduce),
+    "__reduce__": nn.nowrap(lambda self: (make_converted, (original(self), *conversions))),
     "fp8_conversions": conversions,
     "fp8_original": cls,
     "__module__": cls.__module__,

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+
+from flax_fp8.training.checkpoint_checks import is_key
 
 
 def checksums(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,16 +109,12 @@ def _crc(array: np.ndarray) -> int:
   return zlib.crc32(array.reshape(-1).view(np.uint8).data)
 
 
-def _is_key(leaf: Any) -> bool:
-  return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _stored(leaf: Any) -> Any:
-  return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+  return jax.random.key_data(leaf) if is_key(leaf) else leaf
 
 
 def _kind(leaf: Any) -> str:
-  if _is_key(leaf):
+  if is_key(leaf):
     return str(jax.random.key_impl(leaf))
   return str(leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype)
 

@@ -16,7 +16,7 @@ from jax import lax
 
 from flax_fp8 import _compat, fields
 from flax_fp8.linen.containers import leaves_with_path, map_with_path
-from flax_fp8.linen.state import is_state
+from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, is_state
 from flax_fp8.meta_dtype import fp32_max_grad, is_max_grad, require_float32, to_max_grad
 from flax_fp8.state_cast import cast_here, cast_once
 from flax_fp8.training.state import overwrite_leaf
@@ -90,7 +90,8 @@ def value_and_grad(
 
   Raises:
     TypeError: as ``jax.value_and_grad``; or ``fun`` takes the state through
-      ``shard_map(check_vma=False)``, across whose boundary JAX cannot take a maximum.
+      ``shard_map(check_vma=False)``, across whose boundary JAX cannot take a maximum; or computes
+      with the state; or has a ``custom_vjp`` that closes over it.
     ValueError: ``argnums`` is empty, names an argument twice, or one that was not passed by
       position.
 
@@ -222,7 +223,7 @@ def value_and_cotangents(
       cast[i] = as_max_grad(args[i])
     # JAX counts extended dtypes as integers here; _check_differentiable kept real integers out.
     run = jax.value_and_grad(fun, argnums, has_aux, holomorphic, allow_int=True)
-    with cast_here(), _explain_arithmetic_on_state(owner):
+    with cast_here(), _explain_use_of_state(owner):
       return run(*cast, **kwargs)
 
   return wrapped
@@ -311,15 +312,36 @@ def _collect(path: Any, grad: Any, old: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _explain_arithmetic_on_state(owner: str) -> Generator[None]:
-  """Says what to do where a loss calculates with state, for a penalty on all variables, say."""
+def _explain_use_of_state(owner: str) -> Generator[None]:
+  """Says what to do where a program does with state what only parameters allow."""
   try:
     yield
   except TypeError as error:
-    name = str(fp32_max_grad)
-    if not any(words in str(error) for words in (f"accept dtype {name}", f"interpret '{name}'")):
-      raise
-    raise TypeError(
-      f"{owner}: FP8 state is fp32_max_grad here and takes no arithmetic; got: {fields.cut(error)} "
-      "Leave the state out of the loss, with partition_for_grad_overwrite(variables)."
-    ) from error
+    text, name = str(error), str(fp32_max_grad)
+    for words, explanation in _USES_OF_STATE.items():
+      if words.format(name) in text:
+        rule, cure = explanation
+        got = fields.cut(text).rstrip(".")
+        raise TypeError(f"{owner}: {rule}; got: {got}. {cure}") from error
+    raise
+
+
+_ARITHMETIC = (
+  "FP8 state is fp32_max_grad here and takes no arithmetic",
+  "Leave the state out of the loss, with partition_for_grad_overwrite(variables).",
+)
+_CUSTOM_VJP = f'grad_vars=["params", {OVERWRITE_WITH_GRADIENT!r}]'
+# By JAX's words, in which {} is the dtype.
+_USES_OF_STATE = {
+  "accept dtype {}": _ARITHMETIC,
+  "interpret '{}'": _ARITHMETIC,
+  "float0": (
+    "cotangents of FP8 state and of integers take no arithmetic",
+    "In the backward_fn of nn.custom_vjp, return those below "
+    f"{OVERWRITE_WITH_GRADIENT!r} unchanged: use jax.tree_util.tree_map_with_path.",
+  ),
+  "with type {}[": (
+    "a function with a derivative of its own must take FP8 state as an argument",
+    f"Write nn.custom_vjp(..., {_CUSTOM_VJP}), and the same as vjp_variables of nn.vjp.",
+  ),
+}
