@@ -14,6 +14,7 @@ from zoo.model import Case, Model
 ROW = {"package": "flax", "version": "1", "name": "Model", "failures": {}}
 
 
+@pytest.mark.slow
 def test_tiny(tmp_path):
   (row,) = corpus.main(["--tiny", "--target", "none", "--out", str(tmp_path)])
   assert row["failures"] == {}

@@ -24,6 +24,7 @@ def test_widths_are_those_of_llama_3_8b():
   assert sum(rows * columns for rows, columns in step.WIDTHS.projections.values()) == 218_103_808
 
 
+@pytest.mark.slow
 def test_the_loop_takes_optimizer_steps():
   last, first = run("delayed", 3)
   assert int(last.step) == 3

@@ -97,6 +97,7 @@ def served(tmp_path_factory):
   return result, trained, out, shown.getvalue()
 
 
+@pytest.mark.slow
 def test_a_converted_model_is_the_edited_one():
   """Parameters, state, and the programs that make them and take a step: text for text."""
   key = jax.eval_shape(lambda: jax.random.key(0))

@@ -173,10 +173,13 @@ SLOW = f"""
     main.__globals__["answer"] = compile_for_long
     main()
 """
+# Python leaves SIGINT ignored where the tests run in the background of a shell.
 PARENT = f"""
     import runpy
+    import signal
     from pathlib import Path
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     run_child = runpy.run_path({str(ROOT / "flax_fp8" / "explain" / "child.py")!r})["run_child"]
     run_child.__globals__["_CHILD"] = Path("child.py")
     run_child({{}}, b"", 600)

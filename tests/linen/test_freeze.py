@@ -339,7 +339,7 @@ LIFTED = [
   ("converted", "0 in -1", "block"),
   ("converted", "scan in vmap 1", "delayed"),
 ]
-QUICK = {"1", "-1", "-2", "0 in -1", "scan in vmap 1"} | {n for n in lifts.LIFTS if "state" in n}
+QUICK = {"-1", "0 in -1"} | {n for n in lifts.LIFTS if "state" in n}
 SLOW = [  # each lift with a recipe, in turn
   *(("written", *case) for case in zip(lifts.LIFTS, cycle(("rowwise", "block", "mxfp8")))),
   *(("converted", *case) for case in zip(lifts.CONVERTIBLE, cycle(("delayed", "block")))),

@@ -22,7 +22,7 @@ def exported(run, variables, batch):
   return jax.export.deserialize(program.serialize())
 
 
-QUICK = ("delayed", "block")
+QUICK = ("delayed",)
 cases = [
   pytest.param(name, batch, marks=() if name in QUICK else pytest.mark.slow)
   for name in ONE_OF_EACH_CLASS
