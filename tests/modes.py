@@ -15,6 +15,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,7 @@ def _equal(a: np.ndarray, b: np.ndarray, bound: float) -> bool:
 
 
 def main() -> int:
-  """Prints the table, or writes results into a file; returns how many cells are wrong."""
+  """Prints the table, or writes results into a file; returns 1 if a cell is wrong."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
   parser.add_argument("--into", type=Path, help="write results there, and no table")
   parser.add_argument("--how", choices=("run", "spawned"), default="run")
@@ -177,8 +178,12 @@ def main() -> int:
     args.into.write_bytes(pickle.dumps({"run": run, "spawned": spawned}[args.how](args.features)))
     return 0
   want, wrong = run(args.features), dict[tuple[str, str], str]()
+  columns: dict[str, dict[str, Results | str]] = {}
+  for mode in args.modes:
+    start = time.perf_counter()
+    columns[mode] = MODES[mode](args.features)
+    print(f"{mode}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
   print(f"| feature | {' | '.join(args.modes)} |\n|---{'|---' * len(args.modes)}|")
-  columns = {mode: MODES[mode](args.features) for mode in args.modes}
   for name in args.features:
     cells: list[str] = []
     for mode, found in columns.items():
@@ -190,7 +195,7 @@ def main() -> int:
   for (name, mode), text in wrong.items():
     print(f"\n{name}, {mode}: {text[:1000]}")
   print(f"\n{len(args.features) * len(columns)} cells, {len(wrong)} wrong.")
-  return len(wrong)
+  return int(bool(wrong))
 
 
 if __name__ == "__main__":
