@@ -192,7 +192,7 @@ def test_however_the_batch_is_split(split, seed):
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.settings(max_examples=40, deadline=None)
 @any_case
 def test_however_the_batch_is_split_at_length(split, seed):
   check(split, seed)
