@@ -39,7 +39,7 @@ GUARD = contextvars.ContextVar("GUARD", default="allow")
 Feature = Callable[[], Any]
 FEATURES: dict[str, Feature] = {}
 # Features without FP8, of which a mode of JAX may be wrong too: it reports leaks of shard_map.
-TWINS: dict[str, Feature] = {}
+BASELINES: dict[str, Feature] = {}
 
 
 def feature(run: Feature) -> Feature:
@@ -407,7 +407,7 @@ def sharded() -> Any:
   return _sharded(mlp(), fp8.grad)
 
 
-TWINS["sharded"] = lambda: _sharded(Mlp(), jax.grad)
+BASELINES["sharded"] = lambda: _sharded(Mlp(), jax.grad)
 
 
 @feature

@@ -26,7 +26,7 @@ import numpy as np
 
 from tests import conftest as _devices  # noqa: F401 - for ``python -m``
 from tests import features
-from tests.features import FEATURES, TWINS
+from tests.features import FEATURES, BASELINES
 
 ROOT = Path(__file__).parents[1]
 Results = list[Any]
@@ -42,7 +42,7 @@ SETTINGS: dict[str, tuple[str, Any]] = {
   "disable_jit": ("jax_disable_jit", True),
   "x64": ("jax_enable_x64", True),
 }
-TWINS_BY_NAME = {f"{name} without FP8": twin for name, twin in TWINS.items()}
+BASELINES_BY_NAME = {f"{name} without FP8": baseline for name, baseline in BASELINES.items()}
 FLAGS = {"-O": ["-O"], "-OO": ["-OO"], "-W error": ["-W", "error"]}
 
 
@@ -51,7 +51,7 @@ def run(names: Sequence[str]) -> dict[str, Results | str]:
   found: dict[str, Results | str] = {}
   for name in names:
     try:
-      leaves = jax.tree.leaves({**FEATURES, **TWINS_BY_NAME}[name]())
+      leaves = jax.tree.leaves({**FEATURES, **BASELINES_BY_NAME}[name]())
       found[name] = [x if isinstance(x, str) else np.asarray(jax.device_get(x)) for x in leaves]
     except Exception as error:  # whatever it is, it is the cell's content
       found[name] = f"{type(error).__name__}: {error}"
@@ -169,9 +169,9 @@ def _equal(a: np.ndarray, b: np.ndarray, bound: float) -> bool:
 
 
 def _is_of_jax(name: str, mode: str, error: str) -> bool:
-  """Tells whether a feature's twin without FP8 raises in a mode as the feature does."""
-  twin = f"{name} without FP8"
-  raised = MODES[mode]([twin])[twin] if twin in TWINS_BY_NAME else ""
+  """Tells whether a feature's baseline without FP8 raises in a mode as the feature does."""
+  baseline = f"{name} without FP8"
+  raised = MODES[mode]([baseline])[baseline] if baseline in BASELINES_BY_NAME else ""
   return isinstance(raised, str) and bool(raised) and raised[:40] == error[:40]
 
 
