@@ -26,7 +26,7 @@ import numpy as np
 
 from tests import conftest as _devices  # noqa: F401 - for ``python -m``
 from tests import features
-from tests.features import FEATURES, BASELINES
+from tests.features import BASELINES, FEATURES
 
 ROOT = Path(__file__).parents[1]
 Results = list[Any]
