@@ -11,7 +11,7 @@ from flax_fp8.explain import collectives, gemms, hlo, reasons, roles, schedule, 
 from flax_fp8.explain.asked import asked_for
 from flax_fp8.explain.compile import AnyMesh, Program, compile_program
 from flax_fp8.explain.gemms import Gemm, Site
-from flax_fp8.explain.report import Report
+from flax_fp8.explain.report import Report, require_patterns
 from flax_fp8.explain.schedule import Launch
 from flax_fp8.explain.target import GpuTarget
 from flax_fp8.explain.traffic import Kernel, KernelClass
@@ -204,11 +204,7 @@ def assert_fp8(
   References:
     As ``explain``.
   """
-  if isinstance(exclude, str) or not isinstance(exclude, Sequence):
-    raise TypeError(
-      "assert_fp8: exclude must be a sequence of patterns; got "
-      f"exclude={fields.show(exclude)}. Pass ['*/head']."
-    )
+  require_patterns(exclude)
   report = explain(fn, *args, target=target, mesh=mesh, name=name, timeout=timeout)
   report.assert_fp8(exclude)
   return report

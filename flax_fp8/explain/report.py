@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from flax_fp8 import tables
+from flax_fp8 import fields, tables
 from flax_fp8.explain import plot, roofline
 from flax_fp8.explain.collectives import Collective
 from flax_fp8.explain.compare import Comparison
@@ -22,6 +22,15 @@ from flax_fp8.tables import Table
 
 _GEMMS = (KernelClass.FP8_GEMM, KernelClass.GEMM)
 _MIB = 2**20
+
+
+def require_patterns(exclude: Any) -> None:
+  """Raises TypeError unless ``exclude`` is a sequence of patterns."""
+  if isinstance(exclude, str) or not isinstance(exclude, Sequence):
+    raise TypeError(
+      "assert_fp8: exclude must be a sequence of patterns; got "
+      f"exclude={fields.show(exclude)}. Pass ['*/head']."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,11 +178,7 @@ class Report:
       )
 
   def _require_matches(self, patterns: Sequence[str | re.Pattern[str]]) -> None:
-    if isinstance(patterns, str | re.Pattern):
-      raise TypeError(
-        f"assert_fp8: exclude must be a sequence of patterns; got {patterns!r}. Pass "
-        f"[{patterns!r}]."
-      )
+    require_patterns(patterns)
     paths = sorted({gemm.path for gemm in self.gemms})
     for pattern in patterns:
       if not any(_matches(pattern, path) for path in paths):
