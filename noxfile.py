@@ -29,7 +29,7 @@ print("python", platform.python_version(), *(f"| {name} {version(name)}" for nam
 """
 
 nox.needs_version = ">=2025.2.9"
-nox.options.sessions = ["lint", "oldest", "default", "newest"]
+nox.options.sessions = ["lint", "docs", "oldest", "default", "newest"]
 nox.options.reuse_venv = "yes"
 nox.options.error_on_missing_interpreters = True
 
@@ -93,3 +93,14 @@ def lint(session: nox.Session) -> None:
     session.install(".[dev]")
   for command in LINTERS:
     session.run(*command)
+
+
+@nox.session(python=OLDEST)
+def docs(session: nox.Session) -> None:
+  """Builds the documentation, executes its code, and takes every warning for an error."""
+  if session.virtualenv.is_sandboxed:
+    session.install(".[docs]")
+  session.run(
+    *("python", "-m", "sphinx", "-W", "--keep-going", "-q", "-j", "auto"),
+    *("docs", "docs/_build/html", *session.posargs),
+  )
