@@ -1,0 +1,119 @@
+"""Times that may be compared: each round runs every program once, in a rotating order.
+
+A GPU's clock frequency follows its temperature and power. Programs that run in turn meet the same
+conditions. So speedups are ratios within a round, and their median and quartiles are reported.
+"""
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+FASTEST = 800e12  # FLOP/s that a BF16 GEMM hardly exceeds: it bounds a step's time from below
+LEAST_SECONDS = 0.02  # of one run: far more than its dispatch takes
+MOST_STEPS = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+  """Median and quartiles."""
+
+  median: float
+  low: float
+  high: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+  """Median and quartiles; all three are the value itself if there is only one."""
+  if len(values) < 2:
+    return Spread(*3 * [values[0]])
+  low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+  return Spread(median, low, high)
+
+
+def interleave(
+  runs: Mapping[str, Callable[[], object]],
+  rounds: int,
+  *,
+  warm_up: int = 2,
+  now: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+  """Times programs in turn.
+
+  Args:
+    runs: each runs a program and returns when it is done.
+    rounds: each runs every program once, starting with the next one.
+    warm_up: rounds before these, which are not timed.
+    now: returns seconds.
+
+  Returns:
+    Seconds per round, for each program.
+  """
+  names = list(runs)
+  for _ in range(warm_up):
+    for run in runs.values():
+      run()
+  times: dict[str, list[float]] = {name: [] for name in names}
+  for index in range(rounds):
+    first = index % len(names)
+    for name in names[first:] + names[:first]:
+      start = now()
+      runs[name]()
+      times[name].append(now() - start)
+  return times
+
+
+def speedups(baseline: Sequence[float], times: Sequence[float]) -> list[float]:
+  """The baseline's time over the other time, round by round."""
+  return [base / own for base, own in zip(baseline, times, strict=True)]
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+  """Of positive numbers."""
+  return math.exp(statistics.fmean(math.log(value) for value in values))
+
+
+def steps(flops: int, least: int) -> int:
+  """How many steps make a run long beside its dispatch, but at least ``least``."""
+  return min(max(least, round(LEAST_SECONDS * FASTEST / flops)), MOST_STEPS)
+
+
+def figures(seconds: Sequence[float], baseline: Sequence[float], flops: int) -> dict[str, Any]:
+  """One program's ms, TFLOP/s and speedup over the baseline, from its seconds per step."""
+  quartiles = lambda values: dataclasses.asdict(spread(values))
+  return {
+    "ms": quartiles([1e3 * each for each in seconds]),
+    "tflops": quartiles([flops / each / 1e12 for each in seconds]),
+    "speedup": quartiles(speedups(baseline, seconds)),
+    "ms_rounds": [1e3 * each for each in seconds],
+  }
+
+
+def in_all(cases: Iterable[Mapping[str, Any]]) -> list[str]:
+  """The variants that ran in every case, in their order."""
+  first, *others = cases
+  return [name for name in first if all(name in other for other in others)]
+
+
+def summarize(layers: Mapping[str, Mapping[str, Any]], baseline: str) -> dict[str, Any]:
+  """For a group of layers: the geometric mean of speedups, the speedup of the sum, and its ms."""
+  total = lambda name: sum(each[name]["ms"]["median"] for each in layers.values())
+  mean = lambda name: geometric_mean(each[name]["speedup"]["median"] for each in layers.values())
+  return {
+    name: {"geometric_mean": mean(name), "of_the_sum": total(baseline) / total(name)}
+    | {"ms": total(name)}
+    for name in in_all(layers.values())
+  }
+
+
+class Deadline:
+  """Tells when no new case may begin."""
+
+  def __init__(self, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
+    self._now = now
+    self._end = now() + seconds
+
+  def passed(self) -> bool:
+    return self._now() > self._end
