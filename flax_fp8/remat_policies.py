@@ -12,6 +12,8 @@ import jax
 
 from flax_fp8.ops import saved
 
+__all__ = ["dots_saveable", "dots_with_no_batch_dims_saveable", "save_fp8_inputs"]
+
 _jax = jax.checkpoint_policies
 _named = _jax.save_only_these_names
 

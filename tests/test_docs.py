@@ -1,0 +1,52 @@
+"""The API reference: each public name stands in exactly one page, and no other name in any."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import flax_fp8 as fp8
+
+PAGES = Path(__file__).parents[1] / "docs" / "api"
+NAMESPACES = (fp8, fp8.ops, fp8.fp8_ops, fp8.remat_policies)
+DIRECTIVE = re.compile(r"^\.\. (?P<kind>\w+):: (?P<name>[\w.]+)$", re.MULTILINE)
+OBJECTS = ("autoclass", "autofunction", "autodata", "class", "function", "data")
+
+
+def documented(page):
+  """Returns the full names of what a page documents."""
+  module, names = "", []
+  for kind, name in DIRECTIVE.findall(page):
+    if kind == "currentmodule":
+      module = name
+    elif kind in OBJECTS:
+      names.append(f"{module}.{name}")
+  return names
+
+
+def test_each_public_name_is_in_one_page():
+  public = {f"{module.__name__}.{name}" for module in NAMESPACES for name in module.__all__}
+  public -= {module.__name__ for module in NAMESPACES}  # a namespace is a page
+  pages = [name for page in PAGES.glob("*.md") for name in documented(page.read_text())]
+  times = Counter(pages)
+  assert not public - times.keys(), "not documented"
+  assert not times.keys() - public, "documented, but not public"
+  assert not [name for name, count in times.items() if count > 1], "documented twice"
+
+
+@pytest.mark.parametrize("module", NAMESPACES[1:], ids=lambda module: module.__name__)
+def test_a_namespace_is_a_page(module):
+  page = PAGES / f"{module.__name__.rpartition('.')[2]}.md"
+  assert f"currentmodule:: {module.__name__}\n" in page.read_text()
+
+
+def test_reading_a_page():
+  page = """
+.. currentmodule:: flax_fp8.ops
+
+.. autofunction:: einsum
+
+   :members: x
+"""
+  assert documented(page) == ["flax_fp8.ops.einsum"]
