@@ -19,6 +19,7 @@ HERE = Path(__file__).resolve().parent
 # Pages run on a CPU. `explain` needs the CUDA plugin, but not the CUDA libraries.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+os.environ.setdefault("COLUMNS", "100")  # tables are as wide as the terminal
 
 project = "flax_fp8"
 author = "The flax_fp8 authors"
