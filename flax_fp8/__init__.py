@@ -1,4 +1,11 @@
-"""Train Flax Linen models in FP8."""
+"""Train Flax Linen models in FP8. The guides are in ``docs/``. Start with these names.
+
+- ``Fp8DotGeneral`` runs one layer in FP8: ``nn.Dense(n, dot_general_cls=fp8.Fp8DotGeneral)``.
+- ``fp8_linear_layers`` converts the linear layers of an existing model.
+- ``TrainState`` applies gradients to parameters and stores the new FP8 state.
+- ``value_and_grad`` is ``jax.value_and_grad`` for variables that hold FP8 state.
+- ``assert_fp8`` fails unless every GEMM of a compiled program is FP8; ``explain`` lists them.
+"""
 
 from flax_fp8 import fp8_ops, ops, remat_policies
 from flax_fp8.capability import capability

@@ -1,4 +1,4 @@
-"""Whether a device multiplies FP8 as a recipe needs it, and why not: the rules, as data."""
+"""Rules that decide whether a device multiplies FP8 as a recipe needs, and why not, as data."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from flax_fp8.formats import E4M3, E4M3_FNUZ, E5M2, E5M2_FNUZ, Float8, Format
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-  """What a recipe asks of the matrix units of a device.
+  """What a recipe requires of a device's matrix units.
 
   Attributes:
     fp8_format: formats of values and of gradients.
-    block_scales: dtype of scales that the units themselves must apply to blocks of an operand, such
-      as ``jnp.float8_e8m0fnu``; None where products are scaled after them, in float32.
+    block_scales: dtype of the block scales that the matrix units must apply themselves, such as
+      ``jnp.float8_e8m0fnu``. None if products are scaled in float32 after the GEMM.
 
   Example:
     >>> import flax_fp8 as fp8
@@ -33,17 +33,17 @@ class Needs:
 
 
 class HasNeeds(Protocol):
-  """What ``capability`` reads of a recipe."""
+  """The part of a recipe that ``capability`` reads."""
 
   @property
   def needs(self) -> Needs:
-    """What the recipe asks of a device."""
+    """What the recipe requires of a device."""
     ...
 
 
 @dataclasses.dataclass(frozen=True)
 class _Units:
-  """What the matrix units of a generation of GPUs take."""
+  """What the matrix units of one GPU generation support."""
 
   formats: tuple[Float8, ...]
   block_scales: tuple[str, ...] = ()
@@ -53,36 +53,37 @@ _OCP = _Units((E4M3, E5M2))
 _OCP_AND_MX = _Units((E4M3, E5M2), ("float8_e8m0fnu",))
 _FNUZ = _Units((E4M3_FNUZ, E5M2_FNUZ))
 
-_CUDA = {(10, 0): _OCP_AND_MX, (8, 9): _OCP}  # from this compute capability on; newest first
-_ROCM = {"gfx94": _FNUZ, "gfx95": _OCP_AND_MX, "gfx12": _OCP}  # by prefix
+_CUDA = {(10, 0): _OCP_AND_MX, (8, 9): _OCP}  # lowest compute capability; newest first
+_ROCM = {"gfx94": _FNUZ, "gfx95": _OCP_AND_MX, "gfx12": _OCP}  # prefix of the name
 
-# What drivers call those of NVIDIA's GPUs. A described device has no compute capability.
+# Driver names of NVIDIA GPUs with FP8. An abstract device has a name but no compute capability.
 _NVIDIA_WITH_FP8 = re.compile(
   r"\b(G?H[12]00|L4|L40S?|RTX 40[5-9]0|G?B[1-3]00|RTX 50[5-9]0|RTX PRO)"
 )
 
-# cuBLASLt does not multiply E5M2 by E5M2, and XLA makes no FP8 GEMM of it on any GPU.
+# cuBLASLt does not multiply E5M2 by E5M2, and XLA emits no FP8 GEMM for it on any GPU.
 _ONE_OPERAND_IS = (E4M3, E4M3_FNUZ)
 
 
 def capability(
   device: Any = None, *, fp8_format: Format | None = None, recipe: HasNeeds | None = None
 ) -> tuple[bool, str]:
-  """Tells whether FP8 contractions run on a device as asked for, and the reason.
+  """Tells whether a device supports FP8 contractions, and why.
 
-  By default any FP8 format will do: the question is whether the device multiplies FP8 at all.
+  Without ``fp8_format`` and ``recipe``, any FP8 format counts as support.
 
   Args:
-    device: a JAX device; if None, the one that JAX computes on by default: that of
-      ``jax.default_device``, else the first.
-    fp8_format: asks for these formats of values and of gradients.
-    recipe: asks for what a recipe needs, formats and scales.
+    device: a JAX device. If None, the device that JAX uses by default: the one set by
+      ``jax.default_device``, else the first local device.
+    fp8_format: the formats of values and of gradients that the device must support.
+    recipe: the recipe whose formats and scales the device must support.
 
   Returns:
-    ``(supported, reason)``. A CPU is supported: it emulates FP8 exactly, and says so.
+    ``(supported, reason)``. A CPU counts as supported: it emulates FP8 exactly, and the reason says
+    so.
 
   Raises:
-    TypeError: an argument is not of its type, or both ``fp8_format`` and ``recipe`` are given.
+    TypeError: an argument has the wrong type, or both ``fp8_format`` and ``recipe`` are given.
 
   Example:
     >>> import flax_fp8 as fp8
@@ -100,21 +101,21 @@ def capability(
   if not (hasattr(device, "platform") and hasattr(device, "device_kind")):
     raise TypeError(
       f"capability: device must be a JAX device; got device={fields.show(device)}. Pass one of "
-      "jax.devices(), or nothing for the default one."
+      "jax.devices(), or omit it to use the default device."
     )
   if device.platform == "cpu":
-    return True, "CPU: FP8 is emulated; right to the bit, no faster than BF16"
+    return True, "CPU: FP8 is emulated; results are exact, but no faster than BF16"
   found = getattr(device, "compute_capability", None)
   if found is None:
     platform = repr(device.platform)
-    return False, f"{device.device_kind}: no FP8 matrix units known for platform {platform}"
+    return False, f"{device.device_kind}: no FP8 matrix units known on platform {platform}"
   refusal = _refusal(_units(str(found)), needs)
   reason = refusal or "FP8 matrix units present"
   return not refusal, f"{device.device_kind} (compute capability {found}): {reason}"
 
 
 def lacks_fp8_units() -> bool:
-  """Tells whether what is traced for is known to be an NVIDIA GPU without FP8 matrix units."""
+  """Tells whether the program being traced targets an NVIDIA GPU without FP8 matrix units."""
   described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
   if described is not None and described.device_kind.startswith("NVIDIA"):
     return not _NVIDIA_WITH_FP8.search(described.device_kind)
@@ -122,11 +123,11 @@ def lacks_fp8_units() -> bool:
 
 
 def _needs(fp8_format: Format | None, recipe: HasNeeds | None) -> Needs | None:
-  """Returns what the arguments ask for, None for any format."""
+  """Returns what the arguments require; None if any format will do."""
   if fp8_format is not None and recipe is not None:
     raise TypeError(
-      f"capability: formats are those of the recipe; got {fp8_format=} beside {recipe=}. Pass one "
-      "of the two."
+      f"capability: a recipe has its own formats; got both {fp8_format=} and {recipe=}. Pass only "
+      "one of the two."
     )
   if fp8_format is not None:
     if not isinstance(fp8_format, Format):
@@ -145,8 +146,8 @@ def _needs(fp8_format: Format | None, recipe: HasNeeds | None) -> Needs | None:
 
 
 def _default_device() -> Any:
-  """Returns the device that JAX computes on where nothing says otherwise, by JAX's own rule."""
-  config: Any = jax.config  # of which no type checker knows the settings
+  """Returns the device that JAX uses by default."""
+  config: Any = jax.config  # type checkers do not know its settings
   chosen = config.jax_default_device
   if chosen is None or isinstance(chosen, str):  # a string names a platform
     return jax.local_devices(backend=chosen)[0]
@@ -154,7 +155,7 @@ def _default_device() -> Any:
 
 
 def _units(found: str) -> _Units | None:
-  """Looks up the matrix units of a compute capability: "9.0" is NVIDIA's, "gfx942" AMD's."""
+  """Looks up matrix units by compute capability, such as "9.0" (NVIDIA) or "gfx942" (AMD)."""
   if version := re.match(r"(\d+)\.(\d+)", found):
     numbers = int(version[1]), int(version[2])
     return next((units for first, units in _CUDA.items() if numbers >= first), None)
@@ -162,11 +163,11 @@ def _units(found: str) -> _Units | None:
 
 
 def _refusal(units: _Units | None, needs: Needs | None) -> str:
-  """Says why the units do not do what is needed; empty where they do."""
+  """Returns why the matrix units do not meet the needs; empty if they do."""
   if units is None:
     return (
-      "no FP8 matrix units known; NVIDIA's have them from 8.9 (Ada) on, AMD's are gfx94x, gfx95x "
-      "and gfx12xx"
+      "no FP8 matrix units known; NVIDIA GPUs have them from compute capability 8.9 (Ada), "
+      "AMD GPUs on gfx94x, gfx95x and gfx12xx"
     )
   if needs is None:
     return ""
@@ -176,14 +177,14 @@ def _refusal(units: _Units | None, needs: Needs | None) -> str:
     return f"its FP8 matrix units multiply {names}, not {' or '.join(missing)}"
   if forward not in _ONE_OPERAND_IS:
     return (
-      f"fprop would multiply {forward.name} by {forward.name}, and one operand of each FP8 GEMM "
+      f"fprop would multiply {forward.name} by {forward.name}, but one operand of each FP8 GEMM "
       "must be E4M3"
     )
   if needs.block_scales is not None:
     scales = jnp.dtype(needs.block_scales).name
     if scales not in units.block_scales:
       return (
-        f"its matrix units do not scale blocks by {scales}; NVIDIA's do from 10.0 (Blackwell) on, "
-        "AMD's gfx95x do"
+        f"its matrix units do not apply {scales} block scales; NVIDIA GPUs do from compute "
+        "capability 10.0 (Blackwell), AMD GPUs on gfx95x"
       )
   return ""

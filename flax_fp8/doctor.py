@@ -1,6 +1,6 @@
-"""What this machine can do with FP8, what is missing or broken, and what to install.
+"""Reports what this machine can do with FP8, what is missing or broken, and what to install.
 
-``examine`` looks and returns lines of text; a line says whether it tells of something broken.
+``examine`` returns one ``Line`` per finding. A line says whether its subject is broken.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,28 +23,26 @@ from flax_fp8.capability import capability
 from flax_fp8.explain.explain import explain
 from flax_fp8.explain.plugin import find_compiler, require_compiler
 from flax_fp8.formats import Format
-from flax_fp8.recipes import DelayedScaling
+from flax_fp8.recipes import RECIPES, Recipe
 
-DRIVER = Path("/proc/driver/nvidia/version")  # which NVIDIA's kernel module writes
-CUDA13_DRIVER = 580  # the first series of drivers that runs CUDA 13
+DRIVER = Path("/proc/driver/nvidia/version")  # written by NVIDIA's kernel module
+CUDA13_DRIVER = 580  # first driver series that supports CUDA 13
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "flax-fp8")
-QUESTIONS: Mapping[str, Mapping[str, Any]] = {
-  "HYBRID": {"fp8_format": Format.HYBRID},
-  "E4M3": {"fp8_format": Format.E4M3},
-  "HYBRID_FNUZ": {"fp8_format": Format.HYBRID_FNUZ},
-  "DelayedScaling()": {"recipe": DelayedScaling()},
+FNUZ_VARIANTS = {
+  Format.HYBRID: ("HYBRID_FNUZ", Format.HYBRID_FNUZ),
+  Format.E4M3: ("E4M3_FNUZ", Format.E4M3_FNUZ),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-  """One thing that was looked at.
+  """One finding.
 
   Attributes:
-    label: what.
-    text: what it is like.
-    cure: the command that mends it or adds it; empty where there is nothing to do.
-    broken: whether it must be mended; a cure of what is not broken is advice.
+    label: what was examined.
+    text: what was found.
+    cure: the command that repairs or installs it; empty if there is nothing to do.
+    broken: whether it must be repaired. If False, ``cure`` is only advice.
   """
 
   label: str
@@ -54,7 +52,7 @@ class Line:
 
 
 def examine() -> list[Line]:
-  """Looks at this machine; compiles a small program for an H100, which takes some seconds."""
+  """Examines this machine. Compiles a small program for an H100, which takes some seconds."""
   found, error = find_devices()
   sees_gpu = any(device.platform == "gpu" for device in found)
   compiler = plugin()
@@ -64,7 +62,7 @@ def examine() -> list[Line]:
 
 
 def render(lines: Sequence[Line]) -> str:
-  """The lines as text, the commands on lines of their own, and the verdict."""
+  """Formats the findings as text, with commands on their own lines and a verdict at the end."""
   width = max(len(line.label) for line in lines)
   rows = [row for line in lines for row in _rows(line, width + 2)]
   broken = [line.label for line in lines if line.broken]
@@ -80,7 +78,7 @@ def _rows(line: Line, indent: int) -> Iterator[str]:
 
 
 def version(package: str) -> str:
-  """The version of an installed package."""
+  """Returns the version of a package, or that it is not installed."""
   try:
     return metadata.version(package)
   except metadata.PackageNotFoundError:
@@ -88,7 +86,7 @@ def version(package: str) -> str:
 
 
 def versions() -> list[Line]:
-  """Python's version, and those of the packages that matter."""
+  """Reports the versions of Python and of the relevant packages."""
   return [
     Line("Python", platform.python_version()),
     *(Line(package, version(package)) for package in PACKAGES),
@@ -97,21 +95,21 @@ def versions() -> list[Line]:
 
 
 def matplotlib() -> Line:
-  """matplotlib, which only ``Report.plot`` and ``--plot`` need."""
+  """Reports matplotlib, which only ``Report.plot``, ``Stats.plot`` and ``--plot`` need."""
   found = version("matplotlib")
   return Line("matplotlib", found, "pip install matplotlib" if found == "not installed" else "")
 
 
 def find_devices() -> tuple[list[Any], str]:
-  """The devices that JAX sees, or none and why."""
+  """Returns the devices that JAX finds, and the error if it finds none."""
   try:
     return jax.devices(), ""
-  except (AssertionError, RuntimeError) as error:  # of which JAX raises either
+  except (AssertionError, RuntimeError) as error:  # JAX raises either
     return [], f"{type(error).__name__} {error}".strip()
 
 
 def devices(found: Sequence[Any], error: str) -> Iterator[Line]:
-  """Each kind of device, and which FP8 it multiplies; or why JAX has none."""
+  """Reports each kind of device and the recipes that it computes in FP8, or why there is none."""
   if not found:
     platforms = _platforms()
     asked = f" with JAX_PLATFORMS={platforms}" if platforms else ""
@@ -120,18 +118,31 @@ def devices(found: Sequence[Any], error: str) -> Iterator[Line]:
   for kind in dict.fromkeys(device.device_kind for device in found):
     alike = [device for device in found if device.device_kind == kind]
     yield Line("device", f"{len(alike)} x {kind}")
-    for name, question in QUESTIONS.items():
-      supported, reason = capability(alike[0], **question)
-      yield Line(f"  {name}", f"{'yes' if supported else 'no'}; {reason}")
+    for name, recipe in RECIPES.items():
+      yield Line(f"  {name}", support(alike[0], recipe()))
+
+
+def support(device: Any, recipe: Recipe) -> str:
+  """Says whether a device computes a recipe in FP8, and why or why not."""
+  supported, reason = capability(device, recipe=recipe)
+  reason = reason.partition(": ")[2]  # without the name of the device
+  if device.platform == "cpu":
+    return reason
+  if supported:
+    return f"yes; {reason}"
+  name, fnuz = FNUZ_VARIANTS[recipe.fp8_format]
+  if capability(device, recipe=dataclasses.replace(recipe, fp8_format=fnuz))[0]:
+    return f"yes, with fp8_format=Format.{name}; {reason}"
+  return f"no; {reason}"
 
 
 def _platforms() -> str:
-  config: Any = jax.config  # of which no type checker knows the settings
+  config: Any = jax.config  # type checkers do not know its settings
   return config.jax_platforms or ""
 
 
 def driver_version() -> str | None:
-  """The version of NVIDIA's driver, None without one; empty if its file does not say."""
+  """Returns the version of NVIDIA's driver: None without a driver, empty if unknown."""
   if not DRIVER.exists():
     return None
   found = re.search(r"\s(\d+\.[\d.]+)\s", DRIVER.read_text())
@@ -139,16 +150,16 @@ def driver_version() -> str | None:
 
 
 def allow_missing_cuda() -> None:
-  """Keeps JAX's CUDA plugin from complaining of missing CUDA libraries where there is no driver.
+  """Silences JAX's warnings about missing CUDA libraries on a machine without a driver.
 
-  To be called before JAX's backends start. With a driver, complaints are worth reading.
+  Call it before JAX initializes its backends. With a driver, the warnings stay, as they matter.
   """
   if driver_version() is None:
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 
 def driver(*, sees_gpu: bool) -> Line:
-  """NVIDIA's driver, and whether JAX makes use of it."""
+  """Reports NVIDIA's driver, and whether JAX uses it."""
   found = driver_version()
   if found is None:
     return Line("NVIDIA driver", "none")
@@ -163,7 +174,7 @@ def driver(*, sees_gpu: bool) -> Line:
 
 
 def _hidden() -> str:
-  """The setting that hides NVIDIA's GPUs from JAX; empty without one."""
+  """Returns the setting that hides NVIDIA GPUs from JAX; empty if there is none."""
   platforms = _platforms()
   if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
     return f"JAX_PLATFORMS={platforms}"
@@ -172,29 +183,29 @@ def _hidden() -> str:
 
 
 def plugin() -> Line:
-  """The GPU compiler that ``explain`` needs where no GPU is attached."""
+  """Reports the GPU compiler, which ``explain`` needs if no GPU is attached."""
   if platform.system() != "Linux":
-    return Line("GPU compiler", "none; JAX's CUDA plugin is for Linux only")
+    return Line("GPU compiler", "none; JAX's CUDA plugin supports only Linux")
   try:
     require_compiler()
   except ImportError as error:
     text, _, cure = str(error).removeprefix("explain: ").partition(" Run: ")
-    # That flatbuffers is missing, too, is raised from an error; a wrong version is not.
+    # A missing flatbuffers package sets __cause__; a wrong version does not.
     missing = find_compiler() is None or error.__cause__ is not None
     return Line("GPU compiler", text, cure, broken=not missing)
   return Line("GPU compiler", " ".join(find_compiler() or ()))
 
 
 def trial() -> Line:
-  """Compiles an FP8 product for an H100 that need not be there."""
+  """Compiles an FP8 product for an H100, which need not be attached."""
   x = jax.ShapeDtypeStruct((256, 256), jnp.float8_e4m3fn)
   started = time.perf_counter()
   try:
     report = explain(_product, x, x, target="h100", timeout=120)
-  except Exception as error:  # whatever it is, it is what was to be found out
+  except Exception as error:  # any error is the finding
     return Line("trial", f"{type(error).__name__}: {error}", broken=True)
   seconds, is_fp8 = time.perf_counter() - started, report.fp8_gemms == report.total_gemms == 1
-  what = f"compiled a 256 x 256 product of E4M3 for an H100 in {seconds:.1f} s"
+  what = f"compiled a 256 x 256 E4M3 product for an H100 in {seconds:.1f} s"
   return Line("trial", f"{what}; it is {'' if is_fp8 else 'not '}FP8", broken=not is_fp8)
 
 

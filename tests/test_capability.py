@@ -1,4 +1,4 @@
-"""Which devices multiply what, and that XLA agrees where it compiles for them."""
+"""Which devices support which formats, and that XLA agrees when it compiles for them."""
 
 import dataclasses
 
@@ -23,10 +23,10 @@ FORMATS = {
 
 @dataclasses.dataclass
 class Device:
-  """What ``capability`` reads of a JAX device.
+  """The attributes of a JAX device that ``capability`` reads.
 
-  For devices that no plugin in the test environment can describe: AMD's, TPUs, and NVIDIA's before
-  those that ``GpuTarget`` knows. The others are JAX's own, of the fixture ``described``.
+  It stands for devices that no plugin in the test environment can describe: AMD GPUs, TPUs, and
+  NVIDIA GPUs that ``GpuTarget`` does not know. The fixture ``described`` makes the others.
   """
 
   platform: str
@@ -86,8 +86,8 @@ REASONS = {
   "one format": ("h100", "mixed", "multiply float8_e4m3fn and float8_e5m2, not float8_e5m2fnuz$"),
   "fnuz": ("MI300", "HYBRID", "multiply float8_e4m3fnuz and float8_e5m2fnuz, not float8_e4m3fn or"),
   "pair": ("h100", "E5M2", "fprop would multiply float8_e5m2 by float8_e5m2, .* must be E4M3"),
-  "scales": ("h100", "MXFP8", r"do not scale blocks by float8_e8m0fnu; .* 10.0 \(Blackwell\)"),
-  "platform": ("TPU", "any", "TPU v4: no FP8 matrix units known for platform 'tpu'"),
+  "scales": ("h100", "MXFP8", r"do not apply float8_e8m0fnu block scales; .* 10.0 \(Blackwell\)"),
+  "platform": ("TPU", "any", "TPU v4: no FP8 matrix units known on platform 'tpu'"),
 }
 
 
@@ -99,11 +99,11 @@ def test_reasons(find, name, question, match):
 
 
 def is_fp8_gemm(device, lhs, rhs):
-  """Whether XLA makes an FP8 GEMM of a product, compiling for a device that need not be there."""
+  """Tells whether XLA emits an FP8 GEMM for a product on a device that need not be attached."""
   place = SingleDeviceSharding(device)
   args = [jax.ShapeDtypeStruct((256, 256), f.dtype, sharding=place) for f in (lhs, rhs)]
   dot = lambda x, y: lax.dot(x, y, preferred_element_type=jnp.float32)
-  # Autotuning would time kernels on the device, and Triton's have no name to tell them by.
+  # Autotuning would time kernels on the device, and Triton kernels have no recognizable name.
   options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
   compiled = jax.jit(dot).lower(*args).compile(compiler_options=options)
   program = compiled.as_text() or compiled.runtime_executable().serialize().decode("latin-1")
@@ -157,7 +157,7 @@ WRONG = {
   ),
   "both": (
     {"recipe": fp8.DelayedScaling(), "fp8_format": fp8.Format.E4M3},
-    "formats are those of the recipe; got fp8_format=.* beside recipe=.*. Pass one of the two",
+    "a recipe has its own formats; got both fp8_format=.* and recipe=.*. Pass only one of the two",
   ),
 }
 

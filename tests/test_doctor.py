@@ -1,15 +1,17 @@
-"""What ``flax-fp8 doctor`` finds on machines good and bad, and what it says to install."""
+"""What ``flax-fp8 doctor`` reports on working and broken machines, and what it says to install."""
 
 import os
 import re
 import subprocess
 import sys
+import types
 from importlib import metadata
 from pathlib import Path
 
 import jax
 import pytest
 
+import flax_fp8 as fp8
 from flax_fp8 import doctor
 from flax_fp8.doctor import Line
 from flax_fp8.explain import plugin
@@ -26,7 +28,7 @@ CLOSED_MODULE = (
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-  """Sets what NVIDIA's driver says of itself, and JAX's settings."""
+  """Sets the reported version of NVIDIA's driver, and JAX's settings."""
   monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
   def describe(driver=None, platforms="", visible=None):
@@ -41,7 +43,7 @@ def machine(monkeypatch, tmp_path):
 
 
 def run_doctor(path=(), stdout=subprocess.PIPE, **environment):
-  """The command in a process of its own, without the tests' settings of JAX."""
+  """Runs the command in its own process, without the test suite's JAX settings."""
   inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "CUDA_"))}
   environment |= {"PYTHONPATH": os.pathsep.join(map(str, [*path, ROOT]))}
   return subprocess.run(
@@ -61,10 +63,11 @@ class TestTheCommand:
     assert (found.returncode, found.stderr) == (0, "")
     assert re.search(rf"^jax +{re.escape(jax.__version__)}$", found.stdout, re.MULTILINE)
     assert re.search(r"^device +1 x cpu$", found.stdout, re.MULTILINE)
-    assert re.search(r"^  HYBRID_FNUZ +yes; CPU: FP8 is emulated", found.stdout, re.MULTILINE)
+    for name in fp8.RECIPES:
+      assert re.search(rf"^  {name} +FP8 is emulated", found.stdout, re.MULTILINE)
     assert found.stdout.endswith("\n\nNothing is broken.\n")
 
-  @pytest.mark.skipif(doctor.driver_version() is not None, reason="here JAX may look for CUDA")
+  @pytest.mark.skipif(doctor.driver_version() is not None, reason="JAX may look for CUDA")
   def test_jax_does_not_miss_cuda_where_there_is_no_driver(self):
     found = run_doctor()
     assert (found.returncode, found.stderr) == (0, "")
@@ -90,7 +93,7 @@ class TestTheCommand:
     os.close(writing)
     assert (found.returncode, found.stderr) == (141, "")
 
-  @pytest.mark.skipif(doctor.driver_version() is not None, reason="here there may be a GPU")
+  @pytest.mark.skipif(doctor.driver_version() is not None, reason="there may be a GPU")
   def test_a_platform_that_is_not_there(self):
     found = run_doctor(JAX_PLATFORMS="cuda")
     assert found.returncode == 1
@@ -103,7 +106,7 @@ class TestTrial:
     pytest.importorskip("jax_plugins.xla_cuda13", reason="the CUDA plugin exists for Linux alone")
     line = doctor.trial()
     assert re.fullmatch(
-      r"compiled a 256 x 256 product of E4M3 for an H100 in [\d.]+ s; it is FP8", line.text
+      r"compiled a 256 x 256 E4M3 product for an H100 in [\d.]+ s; it is FP8", line.text
     )
     assert not line.broken
 
@@ -154,7 +157,7 @@ class TestCompiler:
 
   def test_cannot_be_had_everywhere(self, monkeypatch):
     monkeypatch.setattr(doctor.platform, "system", lambda: "Darwin")
-    assert doctor.plugin() == Line("GPU compiler", "none; JAX's CUDA plugin is for Linux only")
+    assert doctor.plugin() == Line("GPU compiler", "none; JAX's CUDA plugin supports only Linux")
 
   def test_is_not_tried_where_it_is_missing(self, monkeypatch):
     monkeypatch.setattr(plugin, "_PLUGINS", ())
@@ -239,16 +242,37 @@ class TestDevices:
     ]
     assert not any(line.broken for line in lines)
 
-  def test_fp8_by_format_and_recipe(self, described):
-    answers = {line.label.strip(): line.text for line in doctor.devices([described("h100")], "")}
-    assert {label: text.partition(";")[0] for label, text in answers.items()} == {
-      "device": f"1 x {described('h100').device_kind}",
-      "HYBRID": "yes",
-      "E4M3": "yes",
-      "HYBRID_FNUZ": "no",
-      "DelayedScaling()": "yes",
+  @pytest.mark.parametrize(
+    ("name", "unsupported", "reason"),
+    [
+      ("a100", set(fp8.RECIPES), "no FP8 matrix units known; NVIDIA GPUs have them from"),
+      ("h100", {"mxfp8"}, "its matrix units do not apply float8_e8m0fnu block scales;"),
+      ("b200", set(), ""),
+    ],
+    ids=["no FP8", "no block scales", "all recipes"],
+  )
+  def test_each_recipe_with_its_reason(self, described, name, unsupported, reason):
+    device, *lines = doctor.devices([described(name)], "")
+    assert device == Line("device", f"1 x {described(name).device_kind}")
+    answers = {line.label.strip(): line.text for line in lines}
+    assert list(answers) == list(fp8.RECIPES)
+    for recipe, text in answers.items():
+      expected = f"no; {reason}" if recipe in unsupported else "yes; FP8 matrix units present"
+      assert text.startswith(expected), recipe
+
+  def test_a_gpu_with_fnuz_formats(self):
+    mi300 = types.SimpleNamespace(
+      platform="gpu", device_kind="AMD MI300X", compute_capability="gfx942:sramecc+:xnack-"
+    )
+    _, *lines = doctor.devices([mi300], "")
+    answers = {line.label.strip(): line.text.partition(";")[0] for line in lines}
+    assert answers == {
+      "delayed": "yes, with fp8_format=Format.HYBRID_FNUZ",
+      "current": "yes, with fp8_format=Format.HYBRID_FNUZ",
+      "rowwise": "yes, with fp8_format=Format.E4M3_FNUZ",
+      "block": "yes, with fp8_format=Format.E4M3_FNUZ",
+      "mxfp8": "no",
     }
-    assert "not float8_e4m3fnuz" in answers["HYBRID_FNUZ"]
 
   def test_none(self, machine):
     machine()
@@ -277,3 +301,17 @@ def test_render():
     "one    fine\nthree  BROKEN: bad\n       -> pip install good\n\nBroken: three."
   )
   assert doctor.render(lines[:1]).endswith("\n\nNothing is broken.")
+
+
+def test_install_commands_name_packages_on_pypi():
+  """``pip install`` lines work from a checkout and from a wheel: flax-fp8 is not on PyPI."""
+  package = Path(doctor.__file__).parent
+  commands = [
+    command
+    for path in package.rglob("*.py")
+    for command in re.findall(r"pip install ([^\n\"]+)", path.read_text())
+  ]
+  assert len(commands) >= 5
+  for command in commands:
+    assert not re.search(r"flax[-_]fp8|-e |\.\[|(^|\s)\.($|\s)", command), command
+    assert "[" not in command or re.search(r"'[^']*\[.*'", command), command
