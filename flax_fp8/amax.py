@@ -1,8 +1,8 @@
-"""The largest magnitude of a tensor, with one answer wherever its state has one.
+"""Computes the amax of a tensor: its largest magnitude, one value for each state.
 
-A state belongs to a tensor. Where a transformation splits the tensor but not the state (``vmap``
-with the state unmapped, ``shard_map`` with the state replicated) the amax is reduced over the split
-too, so that the new state is not mapped and JAX has nothing to sum in the backward pass.
+A state belongs to one tensor. ``vmap`` with unmapped state and ``shard_map`` with replicated state
+split the tensor but not the state. The amax is then reduced over the split as well. The new state
+stays unmapped, and JAX has nothing to sum in the backward pass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jax.custom_batching import custom_vmap
 from flax_fp8 import _compat
 
 
-# Inlined where it is traced, and compiled once for each shape where it is not.
+# Inlined under a trace. Outside of a trace, compiled once for each shape.
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def largest_magnitude(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
   """Returns the largest magnitude along some axes.
@@ -29,16 +29,16 @@ def largest_magnitude(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.
 
   Args:
     x: values; any shape; float32, bfloat16 or float16.
-    axes: those to reduce, which stay with size 1; None for all, which goes to shape ``()``.
+    axes: axes to reduce; they stay with size 1. None reduces all axes to shape ``()``.
 
   Returns:
-    float32. Zero where there are no elements.
+    float32. Zero if there are no elements.
 
   Numerics:
-    NaN where there is a NaN, inf where there is an infinity and no NaN. On a CPU the maximum is
-    that of the bits: as integers, magnitudes rank as they do as numbers, infinity above all and NaN
-    above that. As floats, XLA's CPU compiler makes of many values with a NaN the largest of the
-    others, or -inf.
+    The result is NaN if there is a NaN, and inf if there is an infinity but no NaN. On a CPU the
+    maximum is taken over the bits as integers. Integers order magnitudes as floats do, with
+    infinity above all numbers and NaN above infinity. A float maximum is wrong there: for large
+    arrays, XLA's CPU compiler drops NaN and returns the largest other value, or -inf.
 
   Example:
     >>> import jax.numpy as jnp
@@ -63,19 +63,19 @@ def largest_magnitude(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.
 
 
 def amax(x: jax.Array, state: Any) -> jax.Array:
-  """Returns the largest magnitude of all of the tensor that ``state`` describes.
+  """Returns the largest magnitude of the whole tensor that ``state`` describes.
 
-  ``max(|x|)``, over mapped axes and devices too where ``state`` is not mapped or not sharded.
+  ``max(|x|)``, also over mapped axes and devices if ``state`` is not mapped or not sharded.
 
   Args:
     x: values; any shape; float32, bfloat16 or float16.
-    state: pytree of arrays whose batching and sharding decide how far to reduce; may be empty.
+    state: pytree of arrays; may be empty. Its batching and sharding decide how far to reduce.
 
   Returns:
     float32 scalar in the units of ``x``. Zero for a tensor without elements.
 
   Numerics:
-    NaN where ``x`` holds a NaN, inf where it holds an infinity.
+    NaN if ``x`` holds a NaN, inf if it holds an infinity but no NaN.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -94,7 +94,7 @@ def amax(x: jax.Array, state: Any) -> jax.Array:
 
 @functools.cache
 def _reduce_all_but(kept: int) -> Callable[[jax.Array, Any], jax.Array]:
-  """Makes the reduction that keeps the first ``kept`` axes, over which the state is mapped."""
+  """Makes a reduction that keeps the first ``kept`` axes, which are mapped in the state too."""
 
   @custom_vmap
   def reduce(x: jax.Array, state: Any) -> jax.Array:
@@ -115,14 +115,14 @@ def _reduce_all_but(kept: int) -> Callable[[jax.Array, Any], jax.Array]:
 
 
 def across_devices(largest: jax.Array, state: Any) -> jax.Array:
-  """Reduces an amax over the devices of a shard_map among which ``state`` does not differ.
+  """Reduces an amax over the devices of a shard_map that share ``state``.
 
   Args:
-    largest: float32 scalar, of each device's part.
+    largest: float32 scalar; the amax of each device's part.
     state: as for ``amax``.
 
   Returns:
-    float32 scalar, the largest of them.
+    float32 scalar; the maximum over these devices.
   """
   if unchecked := _compat.unchecked_manual_axes():
     return lax.pmax(largest, unchecked)

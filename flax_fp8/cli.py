@@ -1,8 +1,8 @@
-"""The command ``flax-fp8``: what the GPU compiler makes of a program; what this machine can do.
+"""The command ``flax-fp8``: explains how a program compiles for a GPU, and examines this machine.
 
-It exits with 0; with 1 where a check fails or an error occurs; with 2 where the command line is
-wrong; with 130 for Ctrl-C, and with 141 where the reader of its output has gone. Errors are a few
-lines; ``--traceback`` shows all.
+Exit codes: 0 for success, 1 for a failed check or an error, 2 for a wrong command line, 130 for
+Ctrl-C, 141 if the reader of the output closed it. Errors are short. ``--traceback`` shows the full
+traceback.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from flax_fp8.explain.report import Report
 from flax_fp8.explain.target import NAMES
 
 _EXPLAIN = """\
-Show what the GPU compiler makes of a program: which GEMMs are FP8, why the others are not, kernels,
-bytes and memory. The program is compiled, never run. With --target, no GPU is needed.
+Compile a program for a GPU and show the result: which GEMMs are FP8, why the others are not,
+kernels, bytes and memory. The program is never run. With --target, no GPU is needed.
 
-MODULE:FUNCTION names a function that takes no arguments and returns (fn, *args). fn is what jax.jit
-takes; args are arrays or jax.ShapeDtypeStructs. Python must find the module from the current
-folder. For example, program.py has:
+MODULE:FUNCTION names a function that takes no arguments and returns (fn, *args). fn is a function
+that jax.jit accepts. args are arrays or jax.ShapeDtypeStructs. Python must be able to import the
+module from the current folder. For example, program.py contains:
 
   def dense():
     layer = nn.Dense(256, dtype=jnp.bfloat16, dot_general_cls=fp8.Fp8DotGeneral)
@@ -50,21 +50,23 @@ examples:
   flax-fp8 explain program:dense --target h100 --against program:bf16_dense --plot both.png
   flax-fp8 explain program:dense --target h100 --assert-fp8 --exclude '*/head'
 
-exit codes: 0; 1 if --assert-fp8 fails, or for an error; 2 for a wrong command line
+exit codes: 0 for success, 1 if --assert-fp8 fails or an error occurs, 2 for a wrong command line
 """
 _DOCTOR = """\
-Show what this machine can do with FP8: versions, devices, the FP8 formats that they multiply, the
-driver, and whether the GPU compiler works. A command after -> installs what is missing.
+Show what this machine can do with FP8: versions, devices, the recipes that each device computes in
+FP8, the driver, and whether the GPU compiler works. A command after -> installs what is missing.
 """
-_DOCTOR_EXAMPLES = "example:\n  flax-fp8 doctor\n\nexit codes: 0; 1 if something is broken\n"
+_DOCTOR_EXAMPLES = (
+  "example:\n  flax-fp8 doctor\n\nexit codes: 0 for success, 1 if something is broken\n"
+)
 
 
 class UsageError(ValueError):
-  """The command line names something that is not there, or that can't be used."""
+  """The command line names something that does not exist or can't be used."""
 
 
 def make_parser() -> argparse.ArgumentParser:
-  """The command line."""
+  """Makes the parser of the command line."""
   parser = argparse.ArgumentParser(prog="flax-fp8", description="FP8 training for Flax Linen.")
   parser.epilog = "example: flax-fp8 explain program:step --target h100"
   version = f"%(prog)s {doctor.version('flax-fp8')}"
@@ -80,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _command(
   commands: Any, run: Callable[..., int], description: str, epilog: str, summary: str
 ) -> argparse.ArgumentParser:
-  """Adds the command that ``run`` is named for."""
+  """Adds a command named after the function ``run``, without its prefix ``run_``."""
   parser: argparse.ArgumentParser = commands.add_parser(
     run.__name__.removeprefix("run_"),
     help=summary,
@@ -94,7 +96,7 @@ def _command(
 
 
 def _add_explain(commands: Any) -> None:
-  summary = "show what the GPU compiler makes of a program"
+  summary = "show how a program compiles for a GPU"
   add = _command(commands, run_explain, _EXPLAIN, _EXPLAIN_EXAMPLES, summary).add_argument
   add("program", metavar="MODULE:FUNCTION", help="function that returns the program")
   add("--target", choices=NAMES, help="GPU to compile for; default: the attached GPU")
@@ -104,7 +106,7 @@ def _add_explain(commands: Any) -> None:
   add("--assert-fp8", action="store_true", help="exit with 1 unless every GEMM is FP8")
   excluded = "modules that --assert-fp8 ignores, such as '*/head'"
   add("--exclude", nargs="+", action="extend", default=[], metavar="PATTERN", help=excluded)
-  limit = "seconds to compile in; default: 600"
+  limit = "time limit for compilation in seconds; default: 600"
   add("--timeout", type=_seconds, default=600.0, metavar="S", help=limit)
 
 
@@ -112,15 +114,15 @@ def _seconds(text: str) -> float:
   with contextlib.suppress(ValueError):
     if (seconds := float(text)) > 0:
       return seconds
-  raise argparse.ArgumentTypeError(f"must be a number of seconds above 0; got {_cut(text)}")
+  raise argparse.ArgumentTypeError(f"must be a positive number of seconds; got {_cut(text)}")
 
 
 def run_explain(arguments: argparse.Namespace) -> int:
-  """Explains a program, or two; ``--assert-fp8`` then judges the first."""
+  """Explains one or two programs. ``--assert-fp8`` checks only the first."""
   _require_consistent(arguments)
   doctor.allow_missing_cuda()
   specs = [spec for spec in (arguments.program, arguments.against) if spec is not None]
-  programs = [load(spec) for spec in specs]  # whose mistakes show before anything is compiled
+  programs = [load(spec) for spec in specs]  # load all first, so errors appear before compilation
   options = {"target": arguments.target, "timeout": arguments.timeout}
   reports = [
     explain(*program, name=spec, **options) for spec, program in zip(specs, programs, strict=True)
@@ -145,11 +147,11 @@ def _require_consistent(arguments: argparse.Namespace) -> None:
 
 
 def _require_drawable(path: Path) -> None:
-  """Raises where a picture can't be drawn or written; nothing is left of the attempt."""
+  """Raises UsageError if the plot can't be drawn or written. Leaves no file behind."""
   formats = plot.formats()
   if path.suffix and path.suffix[1:].lower() not in formats:
     raise UsageError(
-      f"explain: --plot must name a file in one of the formats {', '.join(formats)}; got "
+      f"explain: --plot must name a file with one of the suffixes {', '.join(formats)}; got "
       f"{_cut(path.name)}. Use the suffix .png."
     )
   try:
@@ -158,13 +160,13 @@ def _require_drawable(path: Path) -> None:
         path.open("ab").close()
   except OSError as error:
     raise UsageError(
-      f"explain: --plot must name a file that can be written; got {_cut(str(path))} "
-      f"({error.strerror}). Name another file, or make its folder."
+      f"explain: --plot must name a writable file; got {_cut(str(path))} ({error.strerror}). "
+      "Choose another file, or create its folder."
     ) from error
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
-  """Examines the machine."""
+  """Examines this machine."""
   del arguments
   doctor.allow_missing_cuda()
   lines = doctor.examine()
@@ -172,21 +174,21 @@ def run_doctor(arguments: argparse.Namespace) -> int:
   return int(any(line.broken for line in lines))
 
 
-# From MODULE:FUNCTION to a program.
+# Loading a program from MODULE:FUNCTION.
 
 
 def load(spec: str) -> tuple[Any, ...]:
-  """Builds a program.
+  """Loads a program from a function of a module.
 
   Args:
-    spec: ``MODULE:FUNCTION``; the module is found as Python finds it, the current folder first.
+    spec: ``MODULE:FUNCTION``. The module is imported with the current folder first on the path.
 
   Returns:
-    ``(fn, *args)``, what the function returns.
+    ``(fn, *args)``, the result of the function.
 
   Raises:
-    UsageError: ``spec`` is not of that form; the module or the function is missing; or the function
-      takes arguments, or returns something else.
+    UsageError: ``spec`` does not have this form, the module or the function is missing, or the
+      function takes arguments or returns anything else.
     RuntimeError: the module or the function ends the process.
   """
   module, _, function = spec.partition(":")
@@ -194,14 +196,14 @@ def load(spec: str) -> tuple[Any, ...]:
   if not all(name.isidentifier() for name in names) or module.endswith(".py"):
     raise UsageError(
       "explain: a program must be named MODULE:FUNCTION, such as package.module:step; got "
-      f"{_cut(repr(spec))}. Write the module as in an import: dots, no slashes, no .py."
+      f"{_cut(repr(spec))}. Write the module as in an import, with dots, without slashes or .py."
     )
   try:
     program = _builder(_module(module), function)()
   except SystemExit as error:
     raise RuntimeError(
-      f"explain: {spec} must return a program; got SystemExit({error.code!r}). Put what runs a "
-      'script under if __name__ == "__main__".'
+      f"explain: {spec} must return a program; got SystemExit({error.code!r}). Put code that runs "
+      'the script under if __name__ == "__main__".'
     ) from error
   if not (isinstance(program, tuple) and program and callable(program[0])):
     raise UsageError(
@@ -212,7 +214,7 @@ def load(spec: str) -> tuple[Any, ...]:
 
 
 def _kind(value: Any) -> str:
-  """What a value is, without its numbers."""
+  """Returns the type of a value, or the types of the elements of a tuple."""
   if isinstance(value, tuple):
     return f"({', '.join(type(part).__name__ for part in value)})"
   return type(value).__name__
@@ -224,11 +226,13 @@ def _module(name: str) -> ModuleType:
   try:
     return pkgutil.resolve_name(f"{name}:")
   except ModuleNotFoundError as error:
-    if not f"{name}.".startswith(f"{error.name}."):  # the module is there; what it imports is not
+    if not f"{name}.".startswith(
+      f"{error.name}."
+    ):  # the module exists; one of its imports does not
       raise
     raise UsageError(
-      f"explain: Python must find the module {_cut(repr(name))} from {os.getcwd()}; got "
-      f"{_cut(str(error))}. Change to its folder, or add the folder to PYTHONPATH."
+      f"explain: Python must be able to import the module {_cut(repr(name))} from {os.getcwd()}; "
+      f"got {_cut(str(error))}. Change to its folder, or add the folder to PYTHONPATH."
     ) from error
 
 
@@ -238,11 +242,11 @@ def _builder(module: ModuleType, name: str) -> Callable[[], Any]:
     near = difflib.get_close_matches(name, vars(module), n=3)
     raise UsageError(
       f"explain: the module {module.__name__!r} must have the function {_cut(repr(name))}; got "
-      f"none in {getattr(module, '__file__', None)}. The nearest names are {near}."
+      f"none in {getattr(module, '__file__', None)}. Close matches are {near}."
     )
   try:
     inspect.signature(builder).bind()
-  except (TypeError, ValueError) as error:  # ValueError: some of C have no signature
+  except (TypeError, ValueError) as error:  # ValueError: some C functions have no signature
     why = f": {error}" if callable(builder) else ""
     raise UsageError(
       f"explain: {module.__name__}:{name} must be a function that takes no arguments; got "
@@ -251,18 +255,18 @@ def _builder(module: ModuleType, name: str) -> Callable[[], Any]:
   return builder
 
 
-# What is printed.
+# Output.
 
 
 def render(reports: Sequence[Report], form: str) -> str:
-  """Shows one report, or compares the first with the second.
+  """Formats one report, or the comparison of two.
 
   Args:
-    reports: one or two.
+    reports: one or two reports.
     form: ``"text"``, ``"markdown"`` or ``"json"``.
 
   Returns:
-    The text. JSON of two holds both whole, as ``one`` and ``other``, beside the ``comparison``.
+    The text. For two reports, the JSON has the keys ``one``, ``other`` and ``comparison``.
   """
   if form == "json":
     found = _shown(reports).to_dict()
@@ -287,14 +291,14 @@ _LIBRARIES = (_PACKAGE, *(Path(sysconfig.get_path(name)) for name in ("stdlib", 
 
 
 def tell(error: Exception, *, whole: bool = False) -> int:
-  """Shows an error on stderr.
+  """Prints an error to stderr.
 
-  An error of ours says what to change, and is shown as it is. Any other, such as one of the user's
-  own code while JAX traces it, is shown with its type, and the line of the user's code.
+  An error of this package says what to change and is printed unchanged. Any other error, such as an
+  error in user code during tracing, is printed with its type and the line in the user's code.
 
   Args:
-    error: with its traceback, from the command's first frame on.
-    whole: whether to show the traceback.
+    error: the exception, with its traceback from the command's first frame on.
+    whole: whether to print the traceback.
 
   Returns:
     The exit code.
@@ -321,7 +325,7 @@ def _words(error: Exception) -> str:
     place = f"\n  at {frame.filename}:{frame.lineno}, in {frame.name}"
   text = _cut(error.msg if isinstance(error, SyntaxError) else str(error), 400)
   name = ": ".join(filter(None, [type(error).__name__, text]))
-  return f"{name}{place}\n  --traceback shows the whole traceback"
+  return f"{name}{place}\n  --traceback shows the full traceback"
 
 
 def _is_users(filename: str) -> bool:
@@ -347,7 +351,7 @@ def main(argv: list[str] | None = None) -> int:
   """Runs the command.
 
   Args:
-    argv: the command line without the program's name; None reads the process's own.
+    argv: the command line without the program's name. None reads ``sys.argv``.
 
   Returns:
     The exit code.
@@ -361,7 +365,7 @@ def main(argv: list[str] | None = None) -> int:
   except KeyboardInterrupt:
     print("flax-fp8: interrupted", file=sys.stderr or io.StringIO())
     return 130
-  except OSError as error:  # its reader has gone, as head does, or its disk is full
+  except OSError as error:  # the reader closed the pipe, as head does, or the disk is full
     os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # Python flushes it again at exit
     return 141 if isinstance(error, BrokenPipeError) else tell(error)
 

@@ -1,4 +1,4 @@
-"""Dimension-number algebra: the two GEMMs of a backward pass, and einsum equations as GEMMs."""
+"""Derives the two backward GEMMs of a contraction, and rewrites einsum equations as GEMMs."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class View:
   """A tensor as one GEMM sees it: a stack of matrices, ``[batch, kept, contracted]``.
 
   Attributes:
-    shape: of the tensor.
+    shape: shape of the tensor.
     batch: axes that both operands and the result share.
     kept: axes that only this operand and the result have.
-    contracting: axes that are summed over.
+    contracting: axes that the GEMM sums over.
   """
 
   shape: Axes
@@ -36,19 +36,19 @@ class View:
   contracting: Axes
 
   def matrices(self, x: jax.Array) -> jax.Array:
-    """Returns a tensor as ``[batch, kept, contracted]``, each group of axes made one."""
+    """Returns a tensor as ``[batch, kept, contracted]``, with each group of axes merged."""
     axes = self.batch + self.kept + self.contracting
     return lax.transpose(x, axes).reshape(self.sizes)
 
   @property
   def sizes(self) -> tuple[int, int, int]:
-    """The shape of ``matrices`` of the tensor."""
+    """The shape that ``matrices`` returns."""
     groups = (self.batch, self.kept, self.contracting)
     batch, kept, contracted = (math.prod(self.shape[axis] for axis in axes) for axes in groups)
     return batch, kept, contracted
 
   def mesh_axes(self, sharding: NamedSharding) -> tuple[MeshAxes, MeshAxes, MeshAxes]:
-    """Returns the mesh axes over which a tensor's batch, kept and contracted axes are sharded."""
+    """Returns the mesh axes that shard a tensor's batch, kept and contracted axes."""
     groups = (self.batch, self.kept, self.contracting)
     named = mesh_axes(sharding, sum(map(len, groups)))
     batch, kept, contracting = (sum((named[axis] for axis in axes), ()) for axes in groups)
@@ -60,13 +60,13 @@ class Gemm:
   """One ``dot_general`` and the transposition that follows it.
 
   Attributes:
-    dimension_numbers: of ``lax.dot_general``.
-    lhs: how it sees its left operand.
-    rhs: how it sees its right operand; contracted axes are in one order in both views.
-    shape: of its result, ``[*batch, *lhs kept, *rhs kept]``.
-    permutation: axes for ``lax.transpose`` of its result.
-    sharding: of the transposed result, on a mesh with explicit axes; else None.
-    shared: the operand, 0 or 1, that other GEMMs may take too, as layers with one input do.
+    dimension_numbers: dimension numbers for ``lax.dot_general``.
+    lhs: view of the left operand.
+    rhs: view of the right operand. Both views list the contracted axes in the same order.
+    shape: shape of the result, ``[*batch, *lhs kept, *rhs kept]``.
+    permutation: axes for ``lax.transpose`` of the result.
+    sharding: sharding of the transposed result on a mesh with explicit axes; else None.
+    shared: the operand, 0 or 1, that other GEMMs may also take, as in layers that share an input.
   """
 
   dimension_numbers: DimensionNumbers
@@ -79,11 +79,11 @@ class Gemm:
 
   @property
   def dot_sharding(self) -> NamedSharding | None:
-    """The sharding before the transposition, for ``lax.dot_general``."""
+    """The sharding of the result before the transposition, for ``lax.dot_general``."""
     return transposed(self.sharding, np.argsort(self.permutation).tolist())
 
   def sharded(self, sharding: NamedSharding | None) -> Gemm:
-    """Returns the same GEMM with a sharding of its transposed result."""
+    """Returns the same GEMM with another sharding of its transposed result."""
     return dataclasses.replace(self, sharding=sharding)
 
 
@@ -94,17 +94,17 @@ def forward_gemm(
   *,
   kernel: int = 1,
 ) -> Gemm:
-  """Returns the GEMM of a ``lax.dot_general`` whose result stays as it is.
+  """Returns the GEMM of a ``lax.dot_general`` without a transposition of its result.
 
   Args:
-    dimension_numbers: of ``lax.dot_general``.
-    lhs_shape: of the left operand.
-    rhs_shape: of the right operand.
-    kernel: the operand, 0 or 1, whose own order the contracted axes have in the views, so that all
-      GEMMs see one matrix of it, or its transpose.
+    dimension_numbers: dimension numbers of ``lax.dot_general``.
+    lhs_shape: shape of the left operand.
+    rhs_shape: shape of the right operand.
+    kernel: the operand, 0 or 1, whose order of contracted axes both views take. All GEMMs then see
+      the same matrix of this operand, or its transpose.
 
   Returns:
-    fprop, to be called with (lhs, rhs).
+    fprop, which takes (lhs, rhs).
   """
   contracting, (lhs_batch, rhs_batch) = dimension_numbers
   order = np.argsort(contracting[kernel])
@@ -132,7 +132,7 @@ def _view(shape: Sequence[int], contracting: Axes, batch: Axes) -> View:
 def backward_gemms(
   dimension_numbers: DimensionNumbers, lhs_shape: Sequence[int], rhs_shape: Sequence[int]
 ) -> tuple[Gemm, Gemm]:
-  """Derives the GEMMs that give the gradients of both operands.
+  """Derives the GEMMs that compute the gradients of both operands.
 
   For ``out = dot_general(lhs, rhs, dims)`` with axes ``[batch, lhs kept, rhs kept]``::
 
@@ -140,12 +140,12 @@ def backward_gemms(
       grad_rhs = dot_general(grad_out, lhs, over "lhs kept") transposed to rhs   # wgrad
 
   Args:
-    dimension_numbers: of the forward GEMM.
-    lhs_shape: of the left operand.
-    rhs_shape: of the right operand.
+    dimension_numbers: dimension numbers of the forward GEMM.
+    lhs_shape: shape of the left operand.
+    rhs_shape: shape of the right operand.
 
   Returns:
-    dgrad, to be called with (output gradient, rhs); and wgrad, with (output gradient, lhs).
+    dgrad, which takes (output gradient, rhs), and wgrad, which takes (output gradient, lhs).
   """
   forward = forward_gemm(dimension_numbers, lhs_shape, rhs_shape)
   lhs, rhs, shape = forward.lhs, forward.rhs, forward.shape
@@ -162,27 +162,28 @@ def backward_gemms(
 
 
 def _back_to(operand: View, other_contracting: Axes) -> Axes:
-  """Returns the transposition that puts a gradient's axes in its operand's order.
+  """Returns the transposition from a gradient's axes to its operand's axes.
 
-  The gradient comes as batch, kept, then the contracted axes in the other operand's order.
+  The gradient has the batch axes, the kept axes, then the contracted axes in the order of the other
+  operand.
   """
   contracted = tuple(operand.contracting[i] for i in np.argsort(other_contracting))
   return tuple(int(a) for a in np.argsort(operand.batch + operand.kept + contracted))
 
 
 def in_blocks(matrices: jax.Array, rows: int, columns: int) -> jax.Array:
-  """Cuts a stack of matrices into blocks; what a block lacks at the edge is zero.
+  """Cuts a stack of matrices into blocks. Pads blocks at the edges with zeros.
 
   Args:
     matrices: ``[batch, R, C]``.
-    rows: of a block.
-    columns: of a block.
+    rows: rows of a block.
+    columns: columns of a block.
 
   Returns:
     ``[batch, ceil(R / rows), rows, ceil(C / columns), columns]``.
   """
   batch, height, width = matrices.shape
-  # Of a symbolic size JAX knows in this form alone that there is one block at least.
+  # For symbolic sizes, JAX can prove only in this form that there is at least one block.
   tall, wide = (height + rows - 1) // rows, (width + columns - 1) // columns
   missing = tall * rows - height, wide * columns - width
   padded = lax.pad(matrices, matrices.dtype.type(0), ((0, 0, 0), *((0, n, 0) for n in missing)))
@@ -191,14 +192,15 @@ def in_blocks(matrices: jax.Array, rows: int, columns: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EinsumPlan:
-  """An einsum over two operands, taken apart.
+  """The steps of an einsum over two operands: reductions, one GEMM, a transposition.
 
   Attributes:
     lhs_reduction: unary equation that takes diagonals and sums of the left operand.
-    rhs_reduction: the same for the right operand.
-    swap: whether the GEMM takes what is left of the right operand first.
-    dimension_numbers: of the GEMM.
-    permutation: transposition of the GEMM's result; the identity where either order allows it.
+    rhs_reduction: unary equation that takes diagonals and sums of the right operand.
+    swap: whether the GEMM takes the reduced right operand first.
+    dimension_numbers: dimension numbers of the GEMM.
+    permutation: transposition of the GEMM's result. It is the identity if one of the two operand
+      orders allows that.
   """
 
   lhs_reduction: str
@@ -211,24 +213,24 @@ class EinsumPlan:
 def plan_einsum(
   equation: str, lhs_shape: Sequence[int], rhs_shape: Sequence[int], name: str = "Fp8Einsum"
 ) -> EinsumPlan:
-  """Takes a two-operand equation apart into unary reductions, one GEMM and a transposition.
+  """Splits a two-operand equation into unary reductions, one GEMM and a transposition.
 
-  Labels that occur in one operand alone and not in the output are summed out before the GEMM, and
-  repeated labels of one operand are its diagonal, as in ``jnp.einsum``. A dimension of size 1 that
-  meets a larger one under the same label broadcasts.
+  Labels that occur in only one operand and not in the output are summed before the GEMM. Repeated
+  labels of one operand select its diagonal, as in ``jnp.einsum``. A dimension of size 1 broadcasts
+  against a larger dimension with the same label.
 
   Args:
-    equation: ``"lhs,rhs->out"`` or ``"lhs,rhs"``; may hold ellipses and blanks. A label is any
+    equation: ``"lhs,rhs->out"`` or ``"lhs,rhs"``; may contain ellipses and blanks. A label is any
       character, such as ``"2"`` in ``"BSD,2KDH->2BSKH"``.
-    lhs_shape: of the left operand.
-    rhs_shape: of the right operand.
-    name: what error messages call the operation.
+    lhs_shape: shape of the left operand.
+    rhs_shape: shape of the right operand.
+    name: name of the operation in error messages.
 
   Returns:
     The plan.
 
   Raises:
-    ValueError: the equation is malformed, or does not fit the shapes.
+    ValueError: the equation is malformed or does not match the shapes.
   """
   lhs, rhs, out = _labels(name, equation, len(lhs_shape), len(rhs_shape))
   lhs_sizes = _sizes(name, equation, lhs, lhs_shape, rhs_shape)
@@ -239,7 +241,7 @@ def plan_einsum(
       raise ValueError(
         f"{name}: a label must have one size; got {equation=} where {label!r} is "
         f"{lhs_sizes[label]} in {tuple(lhs_shape)} and {rhs_sizes[label]} in {tuple(rhs_shape)}. "
-        "Mend the equation or the shapes."
+        "Fix the equation or the shapes."
       )
     if len(sizes) == 2:  # broadcast: summing over a size of 1 drops the label
       (lhs_sizes if lhs_sizes[label] == 1 else rhs_sizes).pop(label)
@@ -263,20 +265,20 @@ def plan_einsum(
 
 
 def _result(first: str, second: str, out: str) -> str:
-  """Returns the labels of a GEMM's result: batch, the first operand's own, the second's own."""
+  """Returns the labels of a GEMM's result: batch, first operand only, second operand only."""
   batch = "".join(c for c in out if c in first and c in second)
   own = lambda labels, other: "".join(c for c in labels if c not in other)
   return batch + own(first, second) + own(second, first)
 
 
 def _labels(name: str, equation: str, lhs_ndim: int, rhs_ndim: int) -> tuple[str, str, str]:
-  """Splits an equation into label strings, ellipses spelled out, the output made explicit."""
+  """Splits an equation into label strings, with ellipses expanded and an explicit output."""
   inputs, arrow, out = equation.replace(" ", "").partition("->")
   operands = inputs.split(",")
   if len(operands) != 2:
     raise ValueError(
-      f"{name}: the equation must have two operands; got {equation=}. Use jnp.einsum for "
-      "others, or split it."
+      f"{name}: the equation must have two operands; got {equation=}. Use jnp.einsum for other "
+      "equations, or split it."
     )
   dots = [
     ndim - len(labels.replace("...", "")) if "..." in labels else 0
@@ -296,9 +298,9 @@ def _labels(name: str, equation: str, lhs_ndim: int, rhs_ndim: int) -> tuple[str
   legal = not set(lhs + rhs + out) & set(",.->")
   if not legal or len(set(out)) != len(out) or not set(out) <= set(lhs + rhs) or min(dots) < 0:
     raise ValueError(
-      f"{name}: labels are letters or other single characters, and each label of the output "
-      f"must occur there once and in an operand; got {equation=} for operands of rank {lhs_ndim} "
-      f"and {rhs_ndim}. Mend it."
+      f"{name}: labels must be single characters, and each output label must occur once in the "
+      f"output and in an operand; got {equation=} for operands of rank {lhs_ndim} and {rhs_ndim}. "
+      "Fix the equation."
     )
   return lhs, rhs, out
 
@@ -313,7 +315,7 @@ def _sizes(
       labels = ""
   if len(labels) != len(shape):
     raise ValueError(
-      f"{name}: an operand must have one dimension a label; got {equation=} with shapes "
-      f"{tuple(shape)} and {tuple(other)}. Mend the equation or the shapes."
+      f"{name}: an operand must have one dimension for each label; got {equation=} with shapes "
+      f"{tuple(shape)} and {tuple(other)}. Fix the equation or the shapes."
     )
   return sizes

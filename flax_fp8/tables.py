@@ -1,4 +1,4 @@
-"""Tables, for a terminal and for Markdown."""
+"""Renders tables for a terminal and for Markdown."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 Rows: TypeAlias = Sequence[tuple[str, ...]]
-_NARROW = 8  # characters to which text may be folded
+_NARROW = 8  # minimum width in characters of a column of folded text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +27,10 @@ class Table:
   """A table.
 
   Attributes:
-    columns: their names; those that start with ``<`` are aligned to the left.
+    columns: names of the columns. A name that starts with ``<`` aligns its column to the left.
     rows: the cells.
-    grouped: whether a terminal shows the first cell of successive rows once, on a line of its own.
+    grouped: whether a terminal shows the first cell once for successive rows that share it, on its
+      own line.
   """
 
   columns: tuple[str, ...]
@@ -50,7 +51,7 @@ def _markdown(table: Table) -> str:
 
 
 def terminal(parts: Sequence[Table | str]) -> str:
-  """Renders tables and lines of text at the width of the terminal, without colours."""
+  """Renders tables and lines of text at the width of the terminal, without colors."""
   width = max(20, shutil.get_terminal_size(fallback=(100, 24)).columns)
   console = Console(
     file=io.StringIO(), width=width, color_system=None, highlight=False, force_jupyter=False
@@ -68,7 +69,7 @@ _ASCII = str.maketrans({"─": "-", "×": "x", "±": "+-", "≈": "~", "µ": "u"
 
 
 def printable(text: str) -> str:
-  """Replaces the characters that stdout can't encode: ours by ASCII ones, others by escapes."""
+  """Replaces characters that stdout can't encode: known ones with ASCII, others with escapes."""
   encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
   try:
     text.encode(encoding)
@@ -102,7 +103,7 @@ def _name(column: str) -> str:
 
 
 def _fitted(columns: Sequence[str], rows: Rows, available: int) -> list[int] | None:
-  """Chooses the columns' widths; texts and names fold, numbers do not. None if that is too wide."""
+  """Chooses column widths: text and names fold, numbers do not. None if they do not fit."""
   widths, least = [], []
   for column, *cells in zip(columns, *rows, strict=True):
     name, lines = len(_name(column)), [line for cell in cells for line in cell.splitlines()]
@@ -120,7 +121,7 @@ def _fitted(columns: Sequence[str], rows: Rows, available: int) -> list[int] | N
 def _grid(
   columns: Sequence[str], rows: Rows, widths: Sequence[int] | None, *, headed: bool = False
 ) -> RichTable:
-  """Lays out rows in columns; without widths, each row is a list of names and values."""
+  """Lays out rows in columns. Without widths, each row becomes a list of names and values."""
   if widths is None:
     return _records(columns, rows)
   grid = RichTable(box=box.SIMPLE_HEAD if headed else None, show_header=headed, pad_edge=False)

@@ -1,4 +1,4 @@
-"""How far the amax reaches, under mappings nested either way."""
+"""The axes and devices that the amax is reduced over, under nested transformations."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def test_non_finite_values_show(value):
 )
 @pytest.mark.parametrize("place", [0, 2048, 4095])
 def test_a_nan_shows_among_many_values(place, dtype):
-  """Of so many, XLA's CPU compiler makes a float maximum that is -inf or that of the others."""
+  """For this size, XLA's CPU compiler drops NaN from a float maximum, or returns -inf."""
   x = np.random.default_rng(0).normal(size=4096)
   x[place] = np.nan
   assert np.isnan(jax.jit(amax)(jnp.asarray(x, dtype), ()))
@@ -45,7 +45,7 @@ def test_a_nan_shows_among_many_values(place, dtype):
   np.testing.assert_array_equal(np.isnan(rows[:, 0]), [place < 2048, place >= 2048])
 
 
-# What each mapping, outer first, does to the state, and the axes that are then reduced.
+# For each vmap, outermost first: whether the state is mapped. Then the axes that are reduced.
 NESTED = {
   ("shared", "shared"): (0, 1, 2, 3),
   ("mapped", "shared"): (1, 2, 3),
@@ -78,7 +78,7 @@ def test_one_tensor_for_many_states():
 
 
 def test_an_unmapped_result_stays_unmapped():
-  """Else autodiff would sum what comes of it."""
+  """Otherwise autodiff would sum the cotangents over the mapped axis."""
   inner = lambda x: amax(x, jnp.zeros(2))
   jaxpr = jax.make_jaxpr(jax.vmap(inner, out_axes=None))(X)
   assert jaxpr.out_avals[0].shape == ()

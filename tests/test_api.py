@@ -1,4 +1,4 @@
-"""The public surface: what it is, and that every name of it is documented."""
+"""The public names: which they are, and that each is documented."""
 
 import importlib
 import inspect
@@ -27,11 +27,11 @@ NAMES = {
   "remat_policies", "stats", "upgrade_variables", "use_kernels", "value_and_grad", "vmap",
 }  # fmt: skip
 MODULES = sorted(m.name for m in pkgutil.walk_packages(fp8.__path__, "flax_fp8."))
-RULES = ("_fwd", "_bwd", "_jvp")  # differentiation rules, which Flax's namespace exports
+RULES = ("_fwd", "_bwd", "_jvp")  # differentiation rules that Flax's namespace exports
 
 
 def documented(module):
-  """Functions and classes of a namespace that are ours, by name."""
+  """Maps names to the functions and classes of a namespace that this package defines."""
   values = {name: getattr(module, name) for name in module.__all__}
   return {
     name: value

@@ -1,4 +1,4 @@
-"""``flax-fp8 explain``: what it prints, each error that it can end with, and the exit codes."""
+"""``flax-fp8 explain``: its output, its errors and its exit codes."""
 
 import contextlib
 import io
@@ -104,7 +104,7 @@ def of_other_shapes():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """A folder of programs, good and bad."""
+  """Makes a folder with valid and invalid programs."""
   folder = tmp_path_factory.mktemp("programs")
   (folder / "programs.py").write_text(PROGRAMS)
   (folder / "lacks_a_module.py").write_text("import a_module_that_nobody_has\n")
@@ -115,7 +115,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def explain(folder, monkeypatch, capsys):
-  """Runs ``flax-fp8 explain`` in that folder; returns exit code, stdout and stderr."""
+  """Runs ``flax-fp8 explain`` in that folder. Returns the exit code, stdout and stderr."""
   monkeypatch.chdir(folder)
   monkeypatch.setattr(sys, "path", list(sys.path))
 
@@ -128,8 +128,8 @@ def explain(folder, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def reports():
-  """An FP8 product and its BF16 twin, as the command names them."""
-  pytest.importorskip("jax_plugins.xla_cuda13", reason="the CUDA plugin exists for Linux alone")
+  """An FP8 product and its BF16 variant, as the command names them."""
+  pytest.importorskip("jax_plugins.xla_cuda13", reason="the CUDA plugin supports only Linux")
   sys.modules.pop("programs", None)
   namespace = {}
   exec(compile(PROGRAMS, "programs.py", "exec"), namespace)
@@ -161,7 +161,7 @@ class TestRender:
 
 @pytest.fixture
 def compiler():
-  pytest.importorskip("jax_plugins.xla_cuda13", reason="the CUDA plugin exists for Linux alone")
+  pytest.importorskip("jax_plugins.xla_cuda13", reason="the CUDA plugin supports only Linux")
 
 
 @pytest.mark.usefixtures("compiler")
@@ -191,7 +191,7 @@ class TestExplain:
   def test_one_that_is_not(self, explain):
     code, out, err = explain("programs:bf16_dense", "--target", "h100", "--assert-fp8")
     assert code == 1
-    assert "0 of 1 GEMMs are FP8" in " ".join(out.split())  # the report comes first
+    assert "0 of 1 GEMMs are FP8" in " ".join(out.split())  # the report is printed first
     assert err.startswith("flax-fp8: assert_fp8: every GEMM of programs:bf16_dense must be FP8 on ")
 
   def test_one_that_need_not_be(self, explain):
@@ -217,8 +217,8 @@ CLEAR = {
   "a path": (["programs.py:dense"], r"be named MODULE:FUNCTION, .*; got 'programs.py:dense'\. "),
   "a folder": (["./programs:dense"], r"be named MODULE:FUNCTION, .*; got './programs:dense'\. "),
   "no function": (["programs"], r"be named MODULE:FUNCTION, .*; got 'programs'\. Write the"),
-  "no module": (["no.such:dense"], r"find the module 'no.such' from .*; got No module"),
-  "no package": (["programs.x:dense"], r"find the module 'programs.x' from .*; got .*not a"),
+  "no module": (["no.such:dense"], r"import the module 'no.such' from .*; got No module"),
+  "no package": (["programs.x:dense"], r"import the module 'programs.x' from .*; got .*not a"),
   "misspelt": (["programs:dens"], r"must have the function 'dens'; got none in .*are \['dense'\]"),
   "no callable": (
     ["programs:x"],
@@ -246,13 +246,16 @@ def test_clear_errors_are_one_line(explain, argv, match):
 
 
 PLOTS = {
-  "no folder": ("no/such.png", r"written; got no/such\.png \(No such file or directory\)\. "),
-  "no file": (".", r"written; got \. \(Is a directory\)\. "),
-  "no name": ("", r"written; got \. \(Is a directory\)\. "),
-  "a file for a folder": ("programs.py/a.png", r"written; got .* \(Not a directory\)\. "),
-  "a file that none may write": ("/proc/version", r"written; got /proc/version \(.*\)\. "),
-  "a folder that none may write to": ("/proc/self/a.png", r"written; got .* \(.*\)\. "),
-  "a format": ("picture.of_no_format", r"in one of the formats .* png, .*; got picture.of_no_for"),
+  "no folder": ("no/such.png", r"writable file; got no/such\.png \(No such file or directory\)\. "),
+  "no file": (".", r"writable file; got \. \(Is a directory\)\. "),
+  "no name": ("", r"writable file; got \. \(Is a directory\)\. "),
+  "a file for a folder": ("programs.py/a.png", r"writable file; got .* \(Not a directory\)\. "),
+  "a file that none may write": ("/proc/version", r"writable file; got /proc/version \(.*\)\. "),
+  "a folder that none may write to": ("/proc/self/a.png", r"writable file; got .* \(.*\)\. "),
+  "a format": (
+    "picture.of_no_format",
+    r"file with one of the suffixes .* png, .*; got picture.of_no_for",
+  ),
 }
 
 
@@ -261,7 +264,7 @@ def test_a_plot_that_cannot_be_written_is_refused_first(explain, folder, path, m
   before = sorted(folder.iterdir())
   code, out, err = explain("programs:interrupts", "--target=h100", "--plot", path)
   assert (code, out) == (2, "")
-  assert re.fullmatch(rf"flax-fp8: explain: --plot must name a file .*{match}.*\n", err)
+  assert re.fullmatch(rf"flax-fp8: explain: --plot must name a .*{match}.*\n", err)
   assert sorted(folder.iterdir()) == before
 
 
@@ -330,7 +333,7 @@ def test_errors_of_the_user_name_their_line(explain, folder, spec, first, line, 
   assert (code, out) == (1, "")
   assert err.startswith(f"flax-fp8: {first}")
   assert f"\n  at {folder / 'programs.py'}:{number}, in {function}\n" in err
-  assert err.endswith("\n  --traceback shows the whole traceback\n")
+  assert err.endswith("\n  --traceback shows the full traceback\n")
   assert len(err) < 800
 
 
@@ -369,7 +372,7 @@ def test_a_program_that_exits(explain, spec):
 def test_an_error_without_a_word(capsys):
   assert cli.tell(RuntimeError()) == 1
   assert capsys.readouterr().err == (
-    "flax-fp8: RuntimeError\n  --traceback shows the whole traceback\n"
+    "flax-fp8: RuntimeError\n  --traceback shows the full traceback\n"
   )
 
 
@@ -380,8 +383,14 @@ class TestCommandLine:
       ([], "required: COMMAND"),
       (["explain"], "required: MODULE:FUNCTION"),
       (["explain", "a:b", "--target", "v100"], "--target: invalid choice: 'v100'"),
-      (["explain", "a:b", "--timeout", "0"], "--timeout: must be a number of .* above 0; got 0"),
-      (["explain", "a:b", "--timeout", "soon"], "--timeout: must be a number of .*; got soon"),
+      (
+        ["explain", "a:b", "--timeout", "0"],
+        "--timeout: must be a positive number of seconds; got 0",
+      ),
+      (
+        ["explain", "a:b", "--timeout", "soon"],
+        "--timeout: must be a positive number of .*; got soon",
+      ),
     ],
     ids=["no command", "no program", "target", "no time", "no number"],
   )
@@ -412,7 +421,7 @@ class TestCommandLine:
     assert explain("programs:interrupts", "--target=h100") == (130, "", "flax-fp8: interrupted\n")
 
 
-ODD = (  # command lines that can't be followed, as a shell splits them
+ODD = (  # invalid command lines, as a shell splits them
   *("", "nothing", "explain", "explain ''", "explain :", "explain : :", "explain a", "explain a:"),
   *("explain :b", "explain a:b:c", "explain a.:b", "explain .a:b", "explain a..b:c", "explain .:f"),
   *("explain a/b:c", "explain a.py:b", "explain 'a b:c'", "explain a:b()", "explain a:b.c"),
@@ -465,7 +474,7 @@ def test_odd_command_lines_are_refused_in_words(explain, folder, capsys, line):
 
 
 class TestStreams:
-  """A reader that has gone, a full disk, no stdout at all: each ends the command quietly."""
+  """A closed pipe, a full disk and a missing stdout each end the command without a traceback."""
 
   @pytest.fixture(autouse=True)
   def examined(self, monkeypatch):
@@ -481,7 +490,7 @@ class TestStreams:
       stdout.close()
     assert capsys.readouterr().err == ""
 
-  @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+  @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device exists only on Linux")
   def test_a_full_disk(self, capsys):
     with contextlib.redirect_stdout(open("/dev/full", "w")) as stdout:
       assert cli.main(["doctor"]) == 1
@@ -512,7 +521,7 @@ class TestStreams:
 
 @pytest.mark.usefixtures("compiler")
 def test_from_a_shell(folder):
-  """Finds the module in the current folder, and keeps stderr empty."""
+  """The command finds the module in the current folder and leaves stderr empty."""
   inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
   start = "import sys; from flax_fp8.cli import main; sys.path.remove(''); sys.exit(main())"
   found = subprocess.run(

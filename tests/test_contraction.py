@@ -1,4 +1,4 @@
-"""Dimension-number algebra against JAX's own differentiation and einsum."""
+"""GEMMs derived from dimension numbers, compared with JAX's differentiation and einsum."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -15,13 +15,13 @@ hypothesis.settings.load_profile("here")
 
 
 def integers(shape, seed=0):
-  """Small integers: every contraction of them is exact in float32."""
+  """Makes small integers, whose contractions are exact in float32."""
   return np.random.default_rng(seed).integers(-3, 4, size=shape).astype(np.float32)
 
 
 @st.composite
 def contractions(draw):
-  """Two shapes with dimension numbers that fit."""
+  """Makes two shapes with matching dimension numbers."""
   batch, contract = (
     draw(st.lists(st.integers(1, 3), max_size=2)),
     draw(st.lists(st.integers(1, 3), max_size=2)),
@@ -107,7 +107,7 @@ def test_plan_equals_jnp_einsum(equation, shapes):
 
 @st.composite
 def equations(draw):
-  """Random labels, some repeated, some summed, the output in any order."""
+  """Makes an equation with random labels: some repeated, some summed, in random output order."""
   sizes = dict(zip("abcd", (2, 3, 1, 4), strict=True))
   lhs, rhs = (draw(st.text("abcd", max_size=4)) for _ in range(2))
   out = draw(st.permutations(sorted(set(lhs + rhs))))
@@ -126,15 +126,15 @@ def test_random_equations_equal_jnp_einsum(case):
 BAD = {
   "one operand": ("mk->m", (2, 3), (3, 4), "two operands"),
   "three operands": ("mk,kn,n->m", (2, 3), (3, 4), "two operands"),
-  "unknown output": ("mk,kn->mz", (2, 3), (3, 4), "labels are letters"),
-  "repeated output": ("mk,kn->mm", (2, 3), (3, 4), "labels are letters"),
-  "lone dot": ("m.,.n->mn", (2, 3), (3, 4), "labels are letters"),
-  "too few labels": ("m,kn->mn", (2, 3), (3, 4), "one dimension a label"),
-  "too many labels": ("mkz,kn->mn", (2, 3), (3, 4), "one dimension a label"),
-  "too many beside dots": ("...mkz,kn->mn", (2, 3), (3, 4), "labels are letters"),
+  "unknown output": ("mk,kn->mz", (2, 3), (3, 4), "labels must be single characters"),
+  "repeated output": ("mk,kn->mm", (2, 3), (3, 4), "labels must be single characters"),
+  "lone dot": ("m.,.n->mn", (2, 3), (3, 4), "labels must be single characters"),
+  "too few labels": ("m,kn->mn", (2, 3), (3, 4), "one dimension for each label"),
+  "too many labels": ("mkz,kn->mn", (2, 3), (3, 4), "one dimension for each label"),
+  "too many beside dots": ("...mkz,kn->mn", (2, 3), (3, 4), "labels must be single characters"),
   "sizes differ": ("mk,kn->mn", (2, 3), (4, 5), "one size.*'k' is 3 in .* and 4 in"),
-  "diagonal differs": ("mm,mn->n", (2, 3), (2, 4), "one dimension a label"),
-  "lone dots in output": ("mk,kn->...mn->", (2, 3), (3, 4), "labels are letters"),
+  "diagonal differs": ("mm,mn->n", (2, 3), (2, 4), "one dimension for each label"),
+  "lone dots in output": ("mk,kn->...mn->", (2, 3), (3, 4), "labels must be single characters"),
 }
 
 
@@ -146,7 +146,7 @@ def test_bad_equations(equation, lhs, rhs, message):
 
 @hypothesis.given(contractions(), st.integers(0, 1))
 def test_a_gemm_multiplies_stacks_of_matrices(case, kernel):
-  """Views and the result's shape say the same as the dimension numbers, in the kernel's order."""
+  """The views and the shape agree with the dimension numbers, in the kernel's order of axes."""
   lhs_shape, rhs_shape, dims = case
   lhs, rhs = integers(lhs_shape), integers(rhs_shape, 1)
   gemm = contraction.forward_gemm(dims, lhs.shape, rhs.shape, kernel=kernel)

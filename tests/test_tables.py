@@ -1,4 +1,4 @@
-"""Tables for a terminal and for Markdown."""
+"""Tables rendered for a terminal and for Markdown."""
 
 import contextlib
 import io
@@ -142,7 +142,7 @@ def test_groups_have_the_same_columns(monkeypatch):
 
 
 def printed(show):
-  """What an ASCII terminal shows of what is made when it is there."""
+  """Makes the text inside of an ASCII terminal, and returns what the terminal shows."""
   written = io.BytesIO()
   with contextlib.redirect_stdout(io.TextIOWrapper(written, encoding="ascii", write_through=True)):
     print(show())
@@ -150,7 +150,7 @@ def printed(show):
 
 
 class TestAscii:
-  """What stdout can't encode is replaced, here and nowhere else."""
+  """Only characters that stdout can't encode are replaced."""
 
   def test_rules_and_names(self):
     shown = printed(lambda: tables.terminal(["1×128 ± ½", PLAIN]))

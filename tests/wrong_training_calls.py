@@ -484,7 +484,7 @@ def _tools() -> Iterator[Wrong]:
   recipes = {"recipe": ("delayed", fp8.DelayedScaling, fp8.Format.HYBRID)}
   yield from fields(name, fp8.capability, TypeError, "must be a recipe, such as", **recipes)
   both = lambda: fp8.capability(fp8_format=fp8.Format.HYBRID, recipe=DELAYED)
-  yield Wrong(name, "both", both, TypeError, "formats are those of the recipe; got")
+  yield Wrong(name, "both", both, TypeError, "a recipe has its own formats; got both")
   which = {"which": ("on", "Auto", None, True, jnp.ones((2, 2)), ["off"])}
   yield from fields("use_kernels", fp8.use_kernels, ValueError, "must be one of", **which)
   name = "save_checkpoint"
