@@ -1,7 +1,7 @@
-"""Executes the tutorials: ``<name>.md``, the source, becomes ``<name>.ipynb``, with its outputs.
+"""Executes the tutorials: each source ``<name>.md`` becomes ``<name>.ipynb`` with its outputs.
 
-Run ``python notebooks/build.py``. The same sources and the same packages give the same files: cells
-are named after their text, and neither times nor versions of the interpreter are kept.
+Run ``python notebooks/build.py``. Equal sources and packages give equal files: cell ids come from the
+cells' text, and no times or interpreter versions are stored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SOURCES = sorted(path for path in HERE.glob("*.md") if path.name != "README.md")
 
 
 class ThisInterpreter(AsyncKernelManager):
-  """Starts the kernel in the running interpreter, whatever kernels are registered."""
+  """Starts the kernel in the running interpreter, independent of registered kernels."""
 
   @property
   def kernel_spec(self) -> KernelSpec:
@@ -31,7 +31,7 @@ class ThisInterpreter(AsyncKernelManager):
 
 
 def execute(source: Path) -> nbformat.NotebookNode:
-  """Runs a source from top to bottom in the checkout that holds it.
+  """Runs a source from top to bottom in its checkout.
 
   Args:
     source: a notebook as MyST Markdown.
@@ -43,7 +43,7 @@ def execute(source: Path) -> nbformat.NotebookNode:
     nbclient.exceptions.CellExecutionError: a cell failed.
     RuntimeError: a cell wrote to stderr, a warning for example.
   """
-  font_manager.findfont("sans")  # a first import builds a font cache, and says so on stderr
+  font_manager.findfont("sans")  # a first import builds a font cache and prints to stderr
   notebook = read(source)
   client = NotebookClient(
     notebook,
@@ -63,7 +63,7 @@ def execute(source: Path) -> nbformat.NotebookNode:
 
 
 def read(source: Path) -> nbformat.NotebookNode:
-  """Reads a source, without outputs, its ids and metadata stable."""
+  """Reads a source without outputs, with stable ids and metadata."""
   notebook = jupytext.read(source)
   for cell in notebook.cells:
     cell.id = hashlib.sha256(cell.source.encode()).hexdigest()[:8]
@@ -72,22 +72,22 @@ def read(source: Path) -> nbformat.NotebookNode:
 
 
 def kernel_environment() -> dict[str, str]:
-  """Environment in which the kernel imports the checkout's package, and JAX starts in silence.
+  """Returns an environment in which the kernel imports the checkout and JAX starts silently.
 
-  XLA's flags stay out of it: a notebook runs as it would for its reader.
+  ``XLA_FLAGS`` is removed, so that a notebook runs as it does for its reader.
   """
   search = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
   kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
   return kept | {
     "PYTHONPATH": os.pathsep.join(search),
-    # A CUDA plugin without the CUDA libraries is enough to compile for a described GPU, but would
-    # otherwise print a traceback when JAX starts.
+    # A CUDA plugin without the CUDA libraries can compile for a described GPU. Without this
+    # variable, JAX would print a traceback when it starts.
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
   }
 
 
 def write(notebook: nbformat.NotebookNode, path: Path) -> None:
-  """Writes a notebook; the interpreter's version stays out of it."""
+  """Writes a notebook without the interpreter's version."""
   notebook.metadata.language_info = {"name": "python"}
   nbformat.validate(notebook)
   path.write_text(nbformat.writes(notebook), encoding="utf-8")
