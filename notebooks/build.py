@@ -1,7 +1,7 @@
 """Executes the tutorials: each source ``<name>.md`` becomes ``<name>.ipynb`` with its outputs.
 
-Run ``python notebooks/build.py``. Equal sources and packages give equal files: cell ids come from the
-cells' text, and no times or interpreter versions are stored.
+Run ``python notebooks/build.py``. Equal sources and packages give equal files: cell ids come from
+the cells' text, and no times or interpreter versions are stored.
 """
 
 from __future__ import annotations
