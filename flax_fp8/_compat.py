@@ -1,7 +1,8 @@
-"""The only file that touches ``jax._src``.
+"""The only file that uses ``jax._src``.
 
-Import needs one symbol, the base class of extended dtypes. Everything else is looked up where it is
-used, by what it is rather than by version. Where a plain path exists, it is taken instead.
+The import needs only a few symbols, such as the base class of extended dtypes. Everything else is
+looked up when it is used, by feature and not by version. If a symbol is missing and a public
+alternative exists, the alternative is used.
 """
 
 from __future__ import annotations
@@ -23,25 +24,25 @@ from jax.interpreters import ad
 
 
 def require(module: str, attribute: str) -> Any:
-  """Returns ``module.attribute`` of JAX's private tree, or raises an error that says what to do."""
+  """Returns ``module.attribute`` of JAX's private modules; raises ImportError if it is missing."""
   try:
     return getattr(importlib.import_module(module), attribute)
   except (ImportError, AttributeError) as error:
     raise ImportError(
-      f"flax_fp8: this JAX has no {module}.{attribute}, on which flax_fp8 is built; "
-      f"got jax=={jax.__version__}. Install a JAX release that flax_fp8's changelog names as "
-      "tested, or a newer flax_fp8."
+      f"flax_fp8: JAX must have the private name {module}.{attribute}; got jax=={jax.__version__} "
+      "without it. Install a JAX release that flax_fp8's changelog lists as tested, or a newer "
+      "flax_fp8."
     ) from error
 
 
 def find(module: str, attribute: str) -> Any | None:
-  """Returns ``module.attribute`` of JAX's private tree; None where this JAX has none."""
+  """Returns ``module.attribute`` of JAX's private modules; None if it is missing."""
   with contextlib.suppress(ImportError):
     return require(module, attribute)
   return None
 
 
-# JAX 0.12 can't serialize a product whose FP8 algorithm is named, for any compiler plugin:
+# JAX 0.12 can't serialize a dot_general with an explicit FP8 algorithm for a compiler plugin:
 # "failed to legalize operation 'vhlo.dot_general_v2'".
 NAMES_FP8_ALGORITHM = jax.__version_info__ < (0, 12)
 
@@ -50,13 +51,13 @@ ExtendedDType: Any = require("jax._src.dtypes", "ExtendedDType")
 
 
 class ResultHandler:
-  """Makes an array of an extended dtype from what a compiled function returns.
+  """Makes an array of an extended dtype from the buffers that a compiled function returns.
 
-  The physical array has the logical array's shape, so the sharding is the same for both.
+  The physical array has the logical array's shape, so both have the same sharding.
   """
 
   def __init__(self, aval: Any, sharding: Any, committed: bool) -> None:
-    """Prepares for arrays of one type and sharding."""
+    """Prepares a handler for one type and sharding."""
     make = require("jax._src.interpreters.pxla", "global_result_handlers")[jax.core.ShapedArray]
     self._physical = make(require("jax._src.core", "physical_aval")(aval), sharding, committed)
     self._aval, self._array = aval, require("jax._src.earray", "EArray")
@@ -66,18 +67,18 @@ class ResultHandler:
     return self._array(self._aval, self._physical(buffers))
 
   def pre_wrap(self, check: Callable[[Any], Any]) -> ResultHandler:
-    """Skips the check of ``jax_debug_infs``: -inf is the neutral element of a maximum."""
+    """Skips the check of ``jax_debug_infs``, since -inf is the neutral element of the maximum."""
     del check
     return self
 
 
 def wrapped_from_shards(aval: Any, sharding: Any, arrays: Any, committed: bool) -> Any:
-  """Assembles an array of an extended dtype from one array a device."""
+  """Assembles an array of an extended dtype from one array per device."""
   return ResultHandler(aval, sharding, committed)([array._data for array in arrays])
 
 
 class ElementRules:
-  """What JAX asks of every extended dtype whose elements are scalars in memory."""
+  """The rules that JAX requires of an extended dtype whose elements are scalars in memory."""
 
   allow_conversion: bool = True
   scalar_elements: bool = True
@@ -90,19 +91,19 @@ def _add_eagerly(x: Any, y: Any) -> Any:
 
 
 def _logical_sharding(shape: Any, dtype: Any, physical: Any) -> Any:
-  """JAX's function, but right for dtypes whose elements are scalars in memory.
+  """Replaces JAX's function, and is correct for dtypes whose elements are scalars in memory.
 
-  JAX cuts the element's own dimensions off a sharding with ``[:-ndim]``, which for no dimensions
-  cuts all: a sharded array would raise, or come out as replicated. Here there is nothing to cut.
+  JAX removes the element's own dimensions from a sharding with ``[:-ndim]``. For ``ndim == 0`` this
+  removes all dimensions: a sharded array then raises or becomes replicated.
   """
   if getattr(dtype._rules, "scalar_elements", False):
     return physical
   return _jax_logical_sharding(shape, dtype, physical)
 
 
-# Eager autodiff adds cotangents through a table without an entry for arrays of extended dtypes:
-# state used twice outside jit would raise KeyError. Such an array has no method `transpose` either,
-# which an eager vmap calls where the mapped axis is not the first.
+# Eager autodiff adds cotangents through a table that has no entry for arrays of extended dtypes.
+# Without an entry, state used twice outside of jit raises KeyError. These arrays also lack the
+# method `transpose`, which an eager vmap calls if the mapped axis is not the first.
 _array: Any = require("jax._src.earray", "EArray")
 _array.transpose = lambda self, *axes: jax.lax.transpose(self, np.ravel(axes).tolist())
 _adders = find("jax._src.ad_util", "raw_jaxval_adders")
@@ -111,12 +112,14 @@ if _adders is not None:
 
 
 def transpose_in(dtype: Any, primitive: Any, transpose: Callable[..., Any]) -> None:
-  """Gives a primitive of JAX with one operand another transpose, for cotangents of one dtype.
+  """Replaces the transpose rule of a unary JAX primitive for cotangents of one dtype.
+
+  JAX's own rule sums cotangents or pads them with zeros. The dtype supports neither.
 
   Args:
-    dtype: of the cotangents.
-    primitive: its own rule adds cotangents up, or fills with zeros, which this dtype can't take.
-    transpose: takes cotangent, operand shape and the primitive's parameters.
+    dtype: dtype of the cotangents.
+    primitive: the primitive.
+    transpose: function of the cotangent, the operand's shape and the primitive's parameters.
   """
   fancy: Any = find("jax._src.interpreters.ad", "fancy_transposes") or {}
   plain: Any = ad.primitive_transposes
@@ -149,36 +152,36 @@ if _jax_logical_sharding is not None:
 def under_trace_of(tracer: Any) -> contextlib.AbstractContextManager[Any]:
   """Makes a context whose operations belong to a tracer's own trace, not to the current one.
 
-  What is computed there lies outside of every loop that closes over the tracer.
+  Its operations are outside of every loop that closes over the tracer.
   """
   return under_trace(getattr(tracer, "_trace", None))
 
 
 def under_trace(trace: Any) -> contextlib.AbstractContextManager[Any]:
-  """Makes a context whose operations belong to a trace; to the current one for None."""
+  """Makes a context whose operations belong to a trace; None means the current trace."""
   enter = find("jax._src.core", "set_current_trace")
   return contextlib.nullcontext() if enter is None or trace is None else enter(trace)
 
 
 def current_trace() -> Any:
-  """Returns the trace to which operations belong now."""
+  """Returns the current trace."""
   return getattr(find("jax._src.core", "trace_ctx"), "trace", None)
 
 
 def staging_trace() -> Any:
-  """Returns the innermost trace that writes a program down; None where all is evaluated."""
+  """Returns the innermost trace that stages out a jaxpr; None under eager evaluation."""
   kinds = ("DynamicJaxprTrace", "JaxprTrace")
   return next((trace for trace in _running() if type(trace).__name__ in kinds), None)
 
 
 def is_of_shard_map(staging_trace: Any) -> bool:
-  """Tells whether a trace writes down the body of a shard_map."""
+  """Tells whether a trace stages out the body of a shard_map."""
   debug_info = getattr(getattr(staging_trace, "frame", None), "debug_info", None)
   return getattr(debug_info, "traced_for", "") == "shard_map"
 
 
 def transpositions() -> int:
-  """Counts the backward passes inside which operations are bound now, as JAX names them."""
+  """Counts the enclosing backward passes, as recorded in JAX's name stack."""
   stack = require("jax._src.source_info_util", "current_name_stack")().stack
   return sum(getattr(entry, "name", "") == "transpose" for entry in stack)
 
@@ -186,7 +189,7 @@ def transpositions() -> int:
 def python_dispatch() -> contextlib.AbstractContextManager[Any]:
   """Makes a context in which JAX binds each jitted function that is called, even eagerly.
 
-  Where nothing is traced and no axis has a name, a compiled function runs without being bound.
+  Outside of a trace and without named axes, JAX runs a compiled function without binding it.
   """
   if not require("jax._src.core", "trace_state_clean")():
     return contextlib.nullcontext()
@@ -204,12 +207,12 @@ def shard_map_primitive() -> Any:
 
 
 def keeps_its_operands(tracer: Any) -> bool:
-  """Tells whether a tracer keeps alive what it was computed from, as those of a jaxpr do."""
+  """Tells whether a tracer keeps its operands alive, as tracers of a jaxpr do."""
   return hasattr(tracer, "parent") or hasattr(tracer, "recipe")
 
 
 def scan_counts(params: Any) -> tuple[int, int] | None:
-  """Returns how many constants and carries a scan's equation takes; None if it can't be told."""
+  """Returns the numbers of constants and carries of a scan's equation; None if unknown."""
   if "num_consts" in params:
     return params["num_consts"], params["num_carry"]
   if "ft_in" in params:
@@ -219,13 +222,13 @@ def scan_counts(params: Any) -> tuple[int, int] | None:
 
 
 def is_ambiguous_sharding(error: Exception) -> bool:
-  """Tells whether JAX refused an operation because it can't tell how its result is sharded."""
+  """Tells whether JAX rejected an operation because the sharding of its result is ambiguous."""
   kind = find("jax._src.core", "ShardingTypeError")
   return kind is not None and isinstance(error, kind)
 
 
 def varying_axes(x: Any) -> frozenset[str]:
-  """Returns the mesh axes along which ``x`` differs, as far as a checked shard_map tracks them."""
+  """Returns the mesh axes along which ``x`` varies, as tracked by a checked shard_map."""
   aval = jax.typeof(x)
   if hasattr(aval, "manual_axis_type"):
     return frozenset(aval.manual_axis_type.varying)
@@ -233,20 +236,20 @@ def varying_axes(x: Any) -> frozenset[str]:
 
 
 def vary_as(x: jax.Array, *others: jax.Array) -> jax.Array:
-  """Lets a checked shard_map know that ``x``, made of ``others``, varies along the axes they do.
+  """Marks ``x`` as varying along the mesh axes along which ``others`` vary.
 
-  Needed after a primitive of JAX that does not track this itself.
+  A checked shard_map needs this after JAX primitives that do not track varying axes themselves.
   """
   axes = frozenset[str]().union(*map(varying_axes, others)) - varying_axes(x)
   if not axes:
     return x
-  lax: Any = jax.lax  # which has one of the two, by version
+  lax: Any = jax.lax  # has pcast or pvary, depending on the version
   names = tuple(sorted(axes))
   return lax.pcast(x, names, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, names)
 
 
 def psum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-  """``lax.psum`` that may be mapped: in a checked shard_map, older JAX fails to map its own."""
+  """``lax.psum`` that can be mapped in a checked shard_map. Older JAX can't map its own there."""
 
   @custom_vmap
   def add(x: jax.Array) -> jax.Array:
@@ -254,7 +257,7 @@ def psum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
   @add.def_vmap
   def rule(axis_size: int, in_batched: Any, x: jax.Array) -> tuple[jax.Array, bool]:
-    del axis_size  # each element is added up by itself, whichever axis is mapped
+    del axis_size  # the sum is elementwise, so the mapped axis does not matter
     return psum(x, axes), in_batched[0]
 
   return add(x)
@@ -263,15 +266,15 @@ def psum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 def unchecked_manual_axes() -> tuple[str, ...]:
   """Returns the manual mesh axes of an enclosing ``shard_map(check_vma=False)``, else ``()``.
 
-  There JAX does not track along which axes a value varies, and sums the cotangent of every
-  replicated input over them. ``axis_index`` varies by its nature, so it tells whether JAX tracks.
+  There JAX does not track varying axes, and it sums the cotangent of every replicated input over
+  these axes. ``axis_index`` always varies, so its type shows whether JAX tracks an axis.
   """
   axes = tuple(jax.sharding.get_abstract_mesh().manual_axes)
   return tuple(a for a in axes if a not in varying_axes(jax.lax.axis_index(a)))
 
 
 def _with_parents(trace: Any) -> list[Any]:
-  """Returns a trace and its parents, without evaluation; the last one is that of a body."""
+  """Returns a trace and its parents without the EvalTrace. The last is the trace of a body."""
   traces: list[Any] = []
   while trace is not None:
     if type(trace).__name__ != "EvalTrace":
@@ -285,23 +288,23 @@ def _running() -> list[Any]:
 
 
 def running_body() -> weakref.ref[Any] | None:
-  """Returns a reference to the trace of the innermost shard_map body that runs.
+  """Returns a reference to the trace of the innermost running shard_map body.
 
-  JAX's backward pass of a shard_map runs in a body of its own. One that a body asks for itself, by
-  ``jax.grad``, runs in this same body.
+  JAX runs the backward pass of a shard_map in a separate body. A backward pass from ``jax.grad``
+  inside of a body runs in that same body.
   """
   traces = _running()
   return weakref.ref(traces[-1]) if traces else None
 
 
 def is_of_running_body(tracer: Any) -> bool:
-  """Tells whether a tracer was made in the innermost shard_map body that runs."""
+  """Tells whether a tracer was made in the innermost running shard_map body."""
   own, running = _with_parents(getattr(tracer, "_trace", None)), _running()
   return bool(own and running) and own[-1] is running[-1]
 
 
 def in_running_body() -> contextlib.AbstractContextManager[Any]:
-  """Makes a context whose operations belong to the body itself, not to a loop or a remat in it."""
+  """Makes a context whose operations belong to the body, not to a loop or remat inside of it."""
   enter, traces = find("jax._src.core", "set_current_trace"), _running()
   if enter is None or not traces:
     return contextlib.nullcontext()
@@ -311,28 +314,28 @@ def in_running_body() -> contextlib.AbstractContextManager[Any]:
 
 
 def manual_axes(x: Any) -> frozenset[str]:
-  """Returns the mesh axes of the shard_maps in whose bodies ``x`` was made."""
+  """Returns the mesh axes of all shard_maps that enclose the creation of ``x``."""
   return frozenset(jax.typeof(x).sharding.mesh.manual_axes)
 
 
 def scalar_aval() -> Any:
-  """Returns the abstract value of the float32 that stands behind one fp32_max_grad element."""
+  """Returns the abstract value of the float32 that stores one fp32_max_grad element."""
   return jax.core.ShapedArray((), jnp.dtype("float32"))
 
 
 def split_jaxpr(jaxpr: Any, known: int, unknown: int, saveable: Any) -> tuple[Any, Any]:
-  """Splits a jaxpr into what hangs on its first ``known`` inputs alone, and the rest.
+  """Splits a jaxpr into the part that depends only on its first ``known`` inputs, and the rest.
 
   Args:
-    jaxpr: without references.
-    known: how many inputs are known.
-    unknown: how many follow them.
-    saveable: policy of ``jax.checkpoint``: which results of the first part the second takes; the
-      others it computes again.
+    jaxpr: a jaxpr without references.
+    known: the number of known inputs.
+    unknown: the number of inputs after them.
+    saveable: a policy of ``jax.checkpoint``. It selects the results of the first part that the
+      second part takes as inputs. The second part recomputes the others.
 
   Returns:
-    The first part, from the known inputs to such results; the second, from these and all inputs to
-    the results of ``jaxpr``.
+    The first part, which maps the known inputs to the selected results, and the second part, which
+    maps these results and all inputs to the results of ``jaxpr``.
   """
   partial_eval = require("jax._src.interpreters.partial_eval", "partial_eval_jaxpr_custom")
   dce = require("jax._src.interpreters.partial_eval", "dce_jaxpr")
@@ -353,9 +356,9 @@ _HOST_CALLBACKS = (
 
 @functools.cache
 def uncalled_host_callbacks(platform: str) -> tuple[tuple[Any, Any], ...]:
-  """Returns lowering rules for host callbacks of a program that is compiled and never run.
+  """Returns lowering rules for host callbacks in a program that is compiled but never run.
 
-  JAX's own rules need a client of the platform, and keep the Python functions for it to call.
+  JAX's own rules need a client of the platform, and they keep the Python functions alive.
   """
   rules = [(find(module, name), find(module, rule)) for name, module, rule in _HOST_CALLBACKS]
   return tuple((name, _uncalled(rule, platform)) for name, rule in rules if name and rule)

@@ -1,7 +1,7 @@
-"""Checks of plain arguments, in the words of the public name: numbers, flags, choices, dtypes.
+"""Checks arguments of public functions and classes: numbers, flags, choices, dtypes.
 
-NumPy's scalars count as Python's and are returned as these, so that what holds them is hashable.
-Arrays are no numbers. An error shows them by dtype and shape.
+NumPy scalars are accepted and converted to Python scalars, so a dataclass that holds them is
+hashable. Arrays do not count as numbers. Errors show arrays by dtype and shape.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ _SHOWN = 160
 
 
 class _Text(str):
-  """Text that ``repr`` writes as it is."""
+  """Text that ``repr`` shows without quotes."""
 
   __slots__ = ()
   __repr__ = str.__str__
 
 
 def show(value: Any) -> str:
-  """Writes a value in an error: arrays by dtype and shape, long text cut."""
+  """Formats a value for an error: arrays by dtype and shape, long text truncated."""
   is_array = lambda x: hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, np.generic)
   brief = lambda x: _Text(f"{x.dtype}{list(x.shape)}") if is_array(x) else x
   if isinstance(value, type):
     return f"<class {value.__name__!r}>"
   try:
     text = repr(jax.tree.map(brief, value))
-  except ValueError:  # keys that can't be sorted
+  except ValueError:  # dictionary keys that can't be sorted
     return type(value).__name__
-  if "rray(" in text:  # in what is no pytree
+  if "rray(" in text:  # an array inside of an object that is not a pytree
     return type(value).__name__
   return cut(text)
 
 
 def cut(text: Any, limit: int = _SHOWN) -> str:
-  """Writes the message of another error, say, in one line that is not long."""
+  """Formats text, such as the message of another error, as one short line."""
   line = " ".join(str(text).split())
   return line if len(line) <= limit else f"{line[:limit]}..."
 
 
 def integer(owner: str, field: str, value: Any, advice: str, *, least: int = 1) -> int:
-  """Returns an integer; raises as ``number``."""
+  """Returns an integer; raises the same errors as ``number``."""
   holds = lambda x: isinstance(x, numbers.Integral) and int(x) >= least
   return int(number(owner, field, value, f"an integer of at least {least}", holds, advice))
 
@@ -54,15 +54,15 @@ def integer(owner: str, field: str, value: Any, advice: str, *, least: int = 1) 
 def number(
   owner: str, field: str, value: Any, rule: str, holds: Callable[[Any], bool], advice: str
 ) -> float:
-  """Returns a real number; raises TypeError for another kind, ValueError where the rule fails.
+  """Returns a real number; raises TypeError for other types, ValueError if the rule fails.
 
   Args:
-    owner: public name.
-    field: of the argument.
-    value: given.
-    rule: what it must be, in words.
-    holds: tells whether a number is that; False for NaN.
-    advice: what to do.
+    owner: the public name that takes the argument.
+    field: the name of the argument.
+    value: the given value.
+    rule: what the value must be, in words.
+    holds: tells whether a number meets the rule; must return False for NaN.
+    advice: what the user should do.
   """
   is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
   if not is_number or not holds(value):
@@ -83,7 +83,7 @@ def flag(owner: str, field: str, value: Any) -> bool:
 
 
 def choice(owner: str, field: str, value: Any, choices: Sequence[str]) -> None:
-  """Raises ValueError unless a value is one of some strings."""
+  """Raises ValueError unless a value is one of the allowed strings."""
   if not isinstance(value, str) or value not in choices:
     raise ValueError(
       f"{owner}: {field} must be one of {tuple(choices)}; got {field}={show(value)}. Pass one of "
@@ -92,13 +92,13 @@ def choice(owner: str, field: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def function(owner: str, field: str, value: Any, advice: str) -> None:
-  """Raises TypeError unless a value can be called."""
+  """Raises TypeError unless a value is callable."""
   if not callable(value):
     raise TypeError(f"{owner}: {field} must be a function; got {field}={show(value)}. {advice}")
 
 
 def dtype(owner: str, field: str, value: Any, names: Sequence[str], advice: str) -> Any:
-  """Returns a dtype; raises TypeError unless it is one of those named."""
+  """Returns a dtype; raises TypeError unless it has one of the given names."""
   try:
     found = jnp.dtype(value)
   except TypeError:

@@ -1,4 +1,4 @@
-"""The 8-bit formats as data: what each can represent, and which pair a recipe trains with."""
+"""Describes the 8-bit formats, and the pairs of formats that recipes train with, as data."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Float8:
     dtype: the NumPy dtype that JAX computes with.
     max: largest finite value.
     smallest_normal: smallest positive value with full precision.
-    smallest_subnormal: smallest positive value; the spacing of the format around zero.
+    smallest_subnormal: smallest positive value, which is the spacing of the format around zero.
     mantissa_bits: explicit bits of the significand.
-    has_inf: whether the format encodes infinities; the others overflow to NaN, which the
-      saturating cast of this package never does.
+    has_inf: whether the format encodes infinities. JAX's plain cast to the other formats overflows
+      to NaN. The saturating cast of this package never overflows.
 
   Numerics:
     The spacing of normal values in ``[2**e, 2**(e+1))`` is ``2**(e - mantissa_bits)``, so rounding
@@ -85,13 +85,13 @@ def float8(dtype: Any, owner: str = "formats.float8: the dtype") -> Float8:
 
   Args:
     dtype: anything that ``jnp.dtype`` takes.
-    owner: what the error calls the dtype.
+    owner: name of the dtype in the error.
 
   Returns:
     The ``Float8`` that describes it.
 
   Raises:
-    ValueError: ``dtype`` is none of float8_e4m3fn, float8_e5m2 and their fnuz twins.
+    ValueError: ``dtype`` is not float8_e4m3fn, float8_e5m2, float8_e4m3fnuz or float8_e5m2fnuz.
 
   Example:
     >>> from flax_fp8 import formats
@@ -112,18 +112,18 @@ def float8(dtype: Any, owner: str = "formats.float8: the dtype") -> Float8:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-  """The formats of a training step: one for values that go forward, one for gradients.
+  """The pair of formats of a training step: one for inputs and kernels, one for gradients.
 
-  ``Format.HYBRID`` is E4M3 forward and E5M2 for gradients, the default of every FP8 recipe in use.
-  ``Format.E4M3`` takes E4M3 for all. ``HYBRID_FNUZ`` and ``E4M3_FNUZ`` are their twins for AMD's
-  CDNA3. Any other pair is ``Format(forward, backward)``.
+  ``Format.HYBRID`` uses E4M3 for inputs and kernels and E5M2 for gradients. ``Format.E4M3`` uses
+  E4M3 for all tensors. ``HYBRID_FNUZ`` and ``E4M3_FNUZ`` are the same pairs in the FNUZ formats of
+  AMD's CDNA3 GPUs. For any other pair, use ``Format(forward, backward)``.
 
   Attributes:
     forward: format of inputs and kernels.
     backward: format of output gradients.
 
   Raises:
-    TypeError: a field is no ``Float8``.
+    TypeError: a field is not a ``Float8``.
 
   Example:
     >>> import flax_fp8 as fp8

@@ -1,8 +1,8 @@
-"""The switch between hand-written kernels and what XLA compiles of plain JAX.
+"""Switches between hand-written kernels and code that XLA compiles from plain JAX.
 
-There is no kernel to choose at present. Triton kernels for the scales and the casts of delayed
-scaling were measured on an H100: a Transformer block was 0.8 % slower with them than without, and
-they are gone. ``benchmarks/README.md`` has the figures.
+No recipe has a hand-written kernel at present. Triton kernels for the scales and casts of delayed
+scaling were measured on an H100 and removed: with them, a Transformer block was 0.8 % slower.
+``benchmarks/README.md`` has the figures.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ Kernels = Literal["auto", "all", "off"]
 
 
 def use_kernels(which: Kernels) -> contextlib.AbstractContextManager[Any]:
-  """Chooses what is left to hand-written kernels, in what is traced inside.
+  """Selects which hand-written kernels to use in code that is traced inside the context.
 
-  No recipe has such a kernel at present, so every choice compiles the same program.
+  No recipe has a hand-written kernel at present, so every choice compiles the same program.
 
   Args:
-    which: "auto", as without this context: kernels where they were measured to be faster. "all":
-      every kernel that can run. "off": plain JAX everywhere.
+    which: "auto" uses kernels that were measured to be faster, as without this context. "all" uses
+      every kernel that can run. "off" uses plain JAX everywhere.
 
   Returns:
     A context manager.
 
   Raises:
-    ValueError: ``which`` is none of these.
+    ValueError: ``which`` is not one of these strings.
 
   Numerics:
-    The same bits, whatever is chosen.
+    Every choice gives the same bits.
 
   Example:
     >>> import flax_fp8 as fp8

@@ -1,8 +1,8 @@
-"""``fp32_max_grad``: float32 in memory, but autodiff accumulates its cotangents by maximum.
+"""``fp32_max_grad``: a dtype stored as float32 whose cotangents autodiff combines by maximum.
 
-The gradient of a scale or of an amax history is its new value. Where one state is used on several
-paths, the sum of the new values means nothing; the maximum is right, since every path computes its
-new value from the same old state and differs only in the amax that it saw.
+The gradient of a scale or an amax history is its new value. If several paths use one state, the sum
+of their new values has no meaning. The maximum is correct: all paths start from the same old state
+and differ only in the amax that they observe.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flax_fp8 import _compat
 
 
 class MaxGradRules(_compat.ElementRules):
-  """What JAX asks of an extended dtype: how to lower, convert, fill and add it."""
+  """The rules that JAX requires of an extended dtype: lowering, conversion, fill and addition."""
 
   @staticmethod
   def physical_element_aval(dtype: Any) -> Any:
@@ -31,40 +31,40 @@ class MaxGradRules(_compat.ElementRules):
 
   @staticmethod
   def convert_from(dtype: MaxGradDType, other: Any) -> bool:
-    """Conversion to float32 alone is allowed."""
+    """Allows conversion to float32 only."""
     return other == dtype.float_dtype
 
   @staticmethod
   def convert_to(other: Any, dtype: MaxGradDType) -> bool:
-    """Conversion from float32 alone is allowed."""
+    """Allows conversion from float32 only."""
     return other == dtype.float_dtype
 
   @staticmethod
   def add(dtype: MaxGradDType, x: Any, y: Any) -> jax.Array:
-    """Autodiff's sum of two cotangents: their maximum."""
+    """Combines two cotangents by their maximum, where autodiff would add them."""
     del dtype
     return _maximum(x, y)
 
   @staticmethod
   def zero(dtype: MaxGradDType) -> jax.Array:
-    """The neutral element of ``add``: ``max(-inf, x) == x``, and -inf means that no path came."""
+    """The neutral element of ``add``, -inf. It means that no path contributed a value."""
     return _wrap(np.float32(-np.inf), dtype)
 
   @staticmethod
   def full(shape: Any, fill_value: Any, dtype: MaxGradDType) -> jax.Array:
-    """As ``lax.full``; the integer 0, with which JAX transposes a select, is ``zero``."""
+    """Like ``lax.full``. The integer 0, which JAX uses to transpose a select, gives ``zero``."""
     if type(fill_value) is int and fill_value == 0:
       fill_value = -np.inf
     elif jnp.issubdtype(jax.typeof(fill_value).dtype, jax.dtypes.extended):
       fill_value = to_float32(fill_value)
-    # Without an operation of JAX, which its debug modes would look at.
+    # Constants avoid a JAX operation, whose result JAX's debug modes would check.
     is_constant = isinstance(fill_value, (int, float, np.generic))
     full = np.full if is_constant else lax.full
     return _wrap(full(shape, fill_value, dtype.float_dtype), dtype)
 
   @staticmethod
   def tangent_dtype(dtype: MaxGradDType) -> MaxGradDType:
-    """Tangents are of the same dtype: a new state is a state."""
+    """Tangents have the same dtype, since a new state is a state."""
     return dtype
 
 
@@ -74,7 +74,7 @@ class max_grad(jax.dtypes.extended):  # noqa: N801 - a scalar type, named as Num
 
 @dataclasses.dataclass(frozen=True)
 class MaxGradDType(_compat.ExtendedDType):
-  """Class of the dtype ``fp32_max_grad``.
+  """The class of the dtype ``fp32_max_grad``.
 
   Attributes:
     float_dtype: the dtype in memory.
@@ -95,12 +95,12 @@ class MaxGradDType(_compat.ExtendedDType):
 
   @property
   def name(self) -> str:
-    """Name of the dtype, as arrays print it."""
+    """The name of the dtype, as arrays print it."""
     return "fp32_max_grad"
 
   @property
   def itemsize(self) -> int:
-    """Bytes an element."""
+    """Bytes per element."""
     return self.float_dtype.itemsize
 
   def __repr__(self) -> str:
@@ -110,8 +110,8 @@ class MaxGradDType(_compat.ExtendedDType):
 fp32_max_grad = MaxGradDType()
 
 
-# Each of these is one program where nothing is traced: JAX's debug modes look at float32 results,
-# among which -inf must not be.
+# Each of these functions compiles to one program outside of a trace. JAX's debug modes check the
+# float32 results of single operations, and would stop at -inf.
 @functools.partial(jax.jit, inline=True)
 def _maximum(x: Any, y: Any) -> jax.Array:
   return to_max_grad(lax.max(to_float32(x), to_float32(y)))
@@ -119,7 +119,7 @@ def _maximum(x: Any, y: Any) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4), inline=True)
 def _put_back(new: jax.Array, whole: Any, start: Any, limit: Any, strides: Any) -> jax.Array:
-  """Puts the cotangent of a slice back; no path came to the rest."""
+  """Transposes a slice. Elements outside of the slice become -inf, the neutral element."""
   cut = lambda x: lax.slice(x, start, limit, strides)
   put = jax.linear_transpose(cut, jax.ShapeDtypeStruct(whole, jnp.float32))
   (values,), (came,) = put(to_float32(new)), put(jnp.ones(new.shape, jnp.float32))
@@ -128,7 +128,7 @@ def _put_back(new: jax.Array, whole: Any, start: Any, limit: Any, strides: Any) 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
 def _largest(new: jax.Array, of: tuple[int, ...], places: tuple[int, ...]) -> jax.Array:
-  """Takes the maximum over what one element was copied to, by ``broadcast_in_dim``."""
+  """Transposes ``broadcast_in_dim``: takes the maximum over the copies of each element."""
   kept = [to for to, size in zip(places, of, strict=True) if size == new.shape[to]]
   copied = tuple(axis for axis in range(new.ndim) if axis not in kept)
   return to_max_grad(jnp.max(to_float32(new), copied).reshape(of))
@@ -152,22 +152,22 @@ def _wrap(x: Any, dtype: MaxGradDType) -> jax.Array:
 
 
 def is_max_grad(x: Any) -> bool:
-  """Tells whether an array, tracer or ShapeDtypeStruct is of dtype fp32_max_grad."""
+  """Tells whether an array, tracer or ShapeDtypeStruct has the dtype fp32_max_grad."""
   return getattr(x, "dtype", None) == fp32_max_grad
 
 
 def to_max_grad(x: Any) -> jax.Array:
-  """Casts float32 to fp32_max_grad; leaves fp32_max_grad as it is."""
+  """Casts float32 to fp32_max_grad. Returns fp32_max_grad unchanged."""
   return x if is_max_grad(x) else _wrap(x, fp32_max_grad)
 
 
 def to_float32(x: Any) -> jax.Array:
-  """Casts fp32_max_grad to float32; leaves any other dtype as it is."""
+  """Casts fp32_max_grad to float32. Returns any other dtype unchanged."""
   return lax.convert_element_type(x, jnp.float32) if is_max_grad(x) else x
 
 
 def require_float32(name: str, where: str, leaf: Any) -> None:
-  """Raises TypeError where a leaf of FP8 state is neither float32 nor fp32_max_grad."""
+  """Raises TypeError if a leaf of FP8 state is neither float32 nor fp32_max_grad."""
   dtype = getattr(leaf, "dtype", type(leaf).__name__)
   if not is_max_grad(leaf) and dtype != jnp.float32:
     raise TypeError(
@@ -178,5 +178,5 @@ def require_float32(name: str, where: str, leaf: Any) -> None:
 
 
 def like(x: Any, old: Any) -> jax.Array:
-  """Casts new float32 state to the dtype, float32 or fp32_max_grad, that the old state has."""
+  """Casts new float32 state to the dtype of the old state, float32 or fp32_max_grad."""
   return to_max_grad(x) if is_max_grad(old) else x

@@ -1,7 +1,7 @@
-"""What a program computes on CUDA, and elsewhere: decided where it is lowered.
+"""Selects code by platform, CUDA or other, when a program is lowered.
 
-``jax.lax.platform_dependent`` is not enough. In a program for several platforms it lowers each
-branch for all of them, and a CPU refuses a product whose FP8 algorithm is named.
+``jax.lax.platform_dependent`` is not sufficient. In a program for several platforms it lowers every
+branch for all of them, and the CPU rejects a dot_general with an explicit FP8 algorithm.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from jax.interpreters import ad, batching, mlir
 
 
 def by_platform(*args: Any, cuda: Callable[..., Any], default: Callable[..., Any]) -> Any:
-  """Calls ``cuda`` on NVIDIA's GPUs, and ``default`` elsewhere.
+  """Calls ``cuda`` on NVIDIA GPUs, and ``default`` on other platforms.
 
   Args:
     *args: pytrees of arrays.
-    cuda: takes them; gives one array.
-    default: gives an array of the same shape and dtype.
+    cuda: function of ``args`` that returns one array.
+    default: function of ``args`` that returns an array of the same shape and dtype.
 
   Returns:
-    The array. Its derivative is that of ``default``.
+    The array. It has the derivative of ``default``.
   """
   leaves, tree = jax.tree.flatten(args)
   flat = lambda fun: lambda *leaves: fun(*jax.tree.unflatten(tree, leaves))
@@ -50,7 +50,7 @@ _by_platform.def_abstract_eval(lambda *avals, default, **_: default.out_avals)
 
 
 def _compiled(call: Callable[..., Any], args: Any) -> Any:
-  """Compiles, whatever ``jax.disable_jit`` says: only a compiler knows the platform."""
+  """Compiles even under ``jax.disable_jit``, since the platform is known only when lowering."""
   with jax.disable_jit(False):
     return jax.jit(call)(*args)
 
@@ -83,15 +83,16 @@ mlir.register_lowering(
 
 
 def in_rows(x: jax.Array) -> jax.Array:
-  """Has XLA's GPU compiler keep the last axis of an array the last in memory.
+  """Constrains an array to row-major layout on CUDA, so the last axis is contiguous in memory.
 
-  On one device, and inside a ``shard_map`` over all mesh axes. Elsewhere, and on other platforms,
-  this is the identity: XLA's partitioner would gather what has a fixed layout. On how many devices
-  a program runs is known no sooner than it is lowered. It is the identity in exported programs too,
-  since JAX does not serialize the constraint, except for a GPU that ``explain`` describes.
+  The constraint applies on one device, and inside a ``shard_map`` over all mesh axes. Otherwise
+  this function is the identity, because XLA's partitioner would gather an array with a fixed
+  layout. The number of devices is known only when the program is lowered. The function is also the
+  identity on other platforms and in exported programs, since JAX does not serialize the constraint.
+  Programs that ``explain`` exports for a described GPU keep it.
 
   Args:
-    x: any shape and dtype.
+    x: array of any shape and dtype.
 
   Returns:
     The same array.
@@ -128,7 +129,7 @@ def _is_alone(context: Any) -> bool:
 
 
 def _batch_in_rows(args: Any, axes: Any) -> tuple[jax.Array, int]:
-  """The mapped axis becomes the first, as that of a batch of GEMMs."""
+  """Moves the mapped axis to the front, where a batch of GEMMs has it."""
   return in_rows(jax.numpy.moveaxis(args[0], axes[0], 0)), 0
 
 

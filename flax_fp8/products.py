@@ -1,7 +1,7 @@
-"""Products of quantised tensors: one for each granularity of scales, in plain JAX.
+"""Products of quantized tensors in plain JAX, one function for each granularity of scales.
 
-Each takes the data and scales of two operands, and gives the GEMM's result. A kernel written by
-hand for a GPU replaces the body of one of them, and nothing else.
+Each function takes the data and scales of two operands and returns the GEMM's result. A
+hand-written GPU kernel would replace the body of one function and nothing else.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ Product: TypeAlias = Callable[[QTensor, QTensor], jax.Array]
 
 _E4M3, _E5M2 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)
 _LEAST_ROWS = 16
-# Elements of a product from which on a GPU has work for all its cores: below, XLA may split the
-# contracted axis and add up the parts in a kernel of its own, which scales them as well.
+# Number of elements of a product that keeps all cores of a GPU busy. For smaller products, XLA may
+# split the contracted axis and add the parts in a separate kernel, which also applies the scale.
 _LARGE = 2**21
 
 
 def dot_high_precision(lhs: jax.Array, rhs: jax.Array, gemm: Gemm, dtype: Any) -> jax.Array:
-  """Multiplies two tensors that are not quantised.
+  """Multiplies two tensors that are not quantized.
 
   ``transpose(dot_general(lhs, rhs))`` in the promoted dtype of the operands.
 
   Args:
     lhs: left operand; float32, bfloat16 or float16.
-    rhs: right operand; the same.
+    rhs: right operand; float32, bfloat16 or float16.
     gemm: dimension numbers, and the transposition of the result.
-    dtype: of the result.
+    dtype: dtype of the result.
 
   Returns:
     The product in ``dtype``.
@@ -52,11 +52,12 @@ def dot_high_precision(lhs: jax.Array, rhs: jax.Array, gemm: Gemm, dtype: Any) -
 
 
 def scaled_matrices(q: QTensor, view: View) -> QTensor:
-  """Returns a tensor scaled as a whole or by rows in the layout that a GEMM sees.
+  """Returns a tensor with per-tensor or rowwise scales in the layout that a GEMM sees.
 
   Args:
-    q: data of the tensor's shape; scale of shape ``()``, or 1 along some axes of the data.
-    view: of the tensor.
+    q: data with the tensor's shape. The scale has shape ``()``, or the data's rank with size 1
+      along some axes.
+    view: the GEMM's view of the tensor.
 
   Returns:
     Data and scales, both ``[batch, kept, contracted]``.
@@ -77,34 +78,34 @@ def dot_per_tensor(
 ) -> jax.Array:
   """Multiplies two tensors that have one scale each.
 
-  ``transpose(dot_general(lhs.data, rhs.data)) * (lhs.scale * rhs.scale)``, in this order, so that
-  the compiler sees the transposition beside the GEMM and can make the GEMM write it.
+  ``transpose(dot_general(lhs.data, rhs.data)) * (lhs.scale * rhs.scale)``. In this order the
+  transposition is next to the GEMM, and the compiler can fuse it into the GEMM.
 
-  On an NVIDIA GPU a large bfloat16 product is asked for in bfloat16. XLA makes it one FP8 GEMM that
-  applies the scale in float32 before it rounds. A product in float32 would be written, read again,
-  and summed over devices in float32.
+  On an NVIDIA GPU, the result type of a large bfloat16 product is bfloat16. XLA then emits one FP8
+  GEMM that applies the scale in float32 before it rounds. With a float32 result type, the product
+  would be written, read again, and summed over devices in float32.
 
   Args:
-    lhs: left operand, scale of shape ``()``.
-    rhs: right operand, scale of shape ``()``.
+    lhs: left operand; its scale has shape ``()``.
+    rhs: right operand; its scale has shape ``()``.
     gemm: dimension numbers, and the transposition of the result.
-    dtype: of the result.
-    fast_accumulation: lets the tensor core keep partial sums in less than float32 (Hopper keeps
-      about 14 bits), which is faster. On other hardware it changes nothing.
-    shared: the operand, 0 or 1, that other products may share. XLA merges GEMMs that share an
-      operand, and no one scale fits the merged GEMM, so this operand is hidden from that pass.
-    scales_at_once: multiplies by the product of both scales on a CPU, too, as flax.linen.fp8_ops
-      does; ``dequantize_product`` otherwise.
+    dtype: dtype of the result.
+    fast_accumulation: lets the tensor cores keep partial sums in less than float32, which is
+      faster. Hopper keeps about 14 bits. Other hardware ignores this setting.
+    shared: the operand, 0 or 1, that other products may share. XLA would merge GEMMs that share an
+      operand, but the merged GEMM can't have one scale. This operand is hidden from that pass.
+    scales_at_once: multiplies by the product of both scales on a CPU too, as flax.linen.fp8_ops
+      does. If False, a CPU uses ``dequantize_product``.
 
   Returns:
     The product in ``dtype``.
 
   Numerics:
-    The sums are scaled in float32 (``dequantize_product``) and rounded once, to ``dtype``. A large
-    bfloat16 product on a GPU has three exceptions, in which its sums and its scale are rounded to
-    bfloat16 first:
-    ``--xla_allow_excess_precision=false``; a share of one device so small that XLA splits the
-    contracted axis; and, where XLA shards the program, a result that it lays out in columns.
+    The sums are scaled in float32 (``dequantize_product``) and rounded once, to ``dtype``. There
+    are three exceptions for a large bfloat16 product on a GPU, whose sums and scale are first
+    rounded to bfloat16: with ``--xla_allow_excess_precision=false``; if one device's share is so
+    small that XLA splits the contracted axis; and if XLA shards the program and chooses a
+    column-major layout for the result.
   """
   dims, sharding = gemm.dimension_numbers, gemm.dot_sharding
   is_large = _at_least(math.prod(gemm.shape), _LARGE)
@@ -120,7 +121,7 @@ def dot_per_tensor(
     both = product(lhs.scale, rhs.scale)
     left, right, scale = _set_apart(lhs.data, rhs.data, both, shared)
     out = _dot_transposed(left, right, gemm, dtype, fast_accumulation) * scale.astype(dtype)
-    # In columns, XLA would put a transposition between the GEMM and the scale.
+    # With a column-major result, XLA would put a transposition between the GEMM and the scale.
     return in_rows(out)
 
   def cuda(lhs: QTensor, rhs: QTensor) -> jax.Array:
@@ -142,10 +143,10 @@ def dot_per_tensor(
 def _set_apart(
   lhs: jax.Array, rhs: jax.Array, scale: jax.Array, shared: int | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Hides from XLA that an operand is another product's too.
+  """Hides from XLA that another product shares an operand.
 
-  The barrier also keeps reshapes out from between the scale and its cast: they would have XLA keep
-  the cast's rounding.
+  The barrier also keeps reshapes from moving between the scale and its cast. With a reshape there,
+  XLA would keep the rounding of the cast.
   """
   if shared == 0:
     lhs, scale = lax.optimization_barrier((lhs, scale))
@@ -157,9 +158,9 @@ def _set_apart(
 
 
 def _unless_scales_are_mapped(multiply: Product, otherwise: Product) -> Product:
-  """Makes a product that is ``otherwise`` under a vmap that maps a scale.
+  """Makes a product that uses ``otherwise`` under a vmap that maps a scale.
 
-  A GEMM of several experts takes one scale for all of them.
+  A batched GEMM, as for several experts, takes one scale for the whole batch.
   """
 
   @custom_vmap
@@ -182,14 +183,14 @@ def dot_per_row(
 ) -> jax.Array:
   """Multiplies two tensors that have a scale for each row that the GEMM contracts.
 
-  ``transpose(dot_general(lhs.data, rhs.data) * outer(lhs.scale, rhs.scale))``. The scales come
-  after the GEMM: before it, they would make its operands values of a wider type.
+  ``transpose(dot_general(lhs.data, rhs.data) * outer(lhs.scale, rhs.scale))``. The scales are
+  applied after the GEMM. Before the GEMM, they would turn its operands into a wider type.
 
   Args:
-    lhs: left operand; scale of its rank, 1 along the contracted axes.
-    rhs: right operand; the same.
+    lhs: left operand. The scale has the operand's rank and size 1 along the contracted axes.
+    rhs: right operand; same layout as ``lhs``.
     gemm: dimension numbers, and the transposition of the result.
-    dtype: of the result; the product is scaled in float32 before it is cast.
+    dtype: dtype of the result. The product is scaled in float32 before the cast.
     fast_accumulation: as for ``dot_per_tensor``.
 
   Returns:
@@ -217,10 +218,11 @@ def _dot(
   fast_accumulation: bool,
   sharding: Any = None,
 ) -> jax.Array:
-  """Multiplies FP8 operands; on an NVIDIA GPU by an FP8 GEMM, whatever XLA's flags are.
+  """Multiplies FP8 operands. On an NVIDIA GPU this is an FP8 GEMM regardless of XLA's flags.
 
-  There, the algorithm is named where JAX can name it. Without a name XLA tries its Triton fusions
-  first, which multiply in a wider type unless ``--xla_gpu_enable_triton_gemm=false``.
+  On a GPU the FP8 algorithm is requested explicitly, if JAX supports that. Otherwise XLA would try
+  its Triton fusions first. They multiply in a wider type unless
+  ``--xla_gpu_enable_triton_gemm=false``.
   """
 
   def with_precision(precision: Any) -> Callable[..., jax.Array]:
@@ -229,8 +231,8 @@ def _dot(
   plain = with_precision(lax.Precision.DEFAULT if fast_accumulation else lax.Precision.HIGHEST)
   if not _is_fp8_gemm(lhs, rhs, dims):
     return plain(lhs, rhs)
-  # XLA wants contracted axes to be the last in memory. Left to itself it turns what an operand is
-  # computed from: the stacked parameters of a scan, in float32.
+  # XLA requires the contracted axes to be last in memory. Without this constraint it transposes the
+  # array that an operand is computed from, such as the float32 stacked parameters of a scan.
   lhs, rhs = in_rows(lhs), in_rows(rhs)
   if not _compat.NAMES_FP8_ALGORITHM:
     return plain(lhs, rhs)
@@ -243,7 +245,7 @@ def _dot(
 def _dot_transposed(
   lhs: jax.Array, rhs: jax.Array, gemm: Gemm, dtype: Any, fast_accumulation: bool
 ) -> jax.Array:
-  """``transpose(dot_general(lhs, rhs))``; of exchanged operands where that is the same."""
+  """``transpose(dot_general(lhs, rhs))``. Swaps the operands if that avoids the transposition."""
   dims, n_batch, n_lhs = gemm.dimension_numbers, len(gemm.lhs.batch), len(gemm.lhs.kept)
   axes = range(len(gemm.shape))
   exchanged = (*axes[:n_batch], *axes[n_batch + n_lhs :], *axes[n_batch : n_batch + n_lhs])
@@ -256,10 +258,10 @@ def _dot_transposed(
 
 
 def _is_fp8_gemm(lhs: jax.Array, rhs: jax.Array, dims: DimensionNumbers) -> bool:
-  """Tells whether NVIDIA's GPUs with FP8 matrix units have an FP8 GEMM of a product.
+  """Tells whether NVIDIA GPUs with FP8 matrix units have an FP8 GEMM for a product.
 
-  XLA refuses to compile one that is named and does not exist: of E5M2 by E5M2, of a vector, on an
-  older GPU. FP8 brings nothing to matrices of less than ``_LEAST_ROWS`` rows.
+  XLA rejects an explicit FP8 algorithm without such a GEMM: for E5M2 by E5M2, for a vector, and on
+  an older GPU. FP8 has no benefit for matrices of less than ``_LEAST_ROWS`` rows.
   """
   contracting, batch = dims
   rows = (
@@ -273,7 +275,7 @@ def _is_fp8_gemm(lhs: jax.Array, rhs: jax.Array, dims: DimensionNumbers) -> bool
 
 
 def _at_least(size: Any, bound: int) -> bool:
-  """Compares a size; a symbolic one of an exported program only as its constraints tell."""
+  """Tells whether a size is at least a bound. False for a symbolic size if unknown."""
   try:
     return bool(size >= bound)
   except _compat.InconclusiveDimensionOperation:
@@ -288,13 +290,13 @@ def _without_contracted(scale: jax.Array, view: View) -> jax.Array:
 def dot_chunks(lhs: QTensor, rhs: QTensor) -> jax.Array:
   """Multiplies two stacks of matrices that are cut into chunks along the contracted axis.
 
-  Each chunk is one FP8 GEMM; its sums are promoted to float32, scaled and added there::
+  Each chunk is one FP8 GEMM. Its sums are promoted to float32, scaled, and added::
 
       sum(lhs.data[c] @ rhs.data[c].T * outer(lhs.scale[c], rhs.scale[c]) for c in chunks)
 
   Args:
-    lhs: data ``[chunks, batch, M, block]``, scale float32 ``[chunks, batch, M]``.
-    rhs: data ``[chunks, batch, N, block]``, scale float32 ``[chunks, batch, N]``.
+    lhs: data ``[chunks, batch, M, block]``; scale ``[chunks, batch, M]``, float32.
+    rhs: data ``[chunks, batch, N, block]``; scale ``[chunks, batch, N]``, float32.
 
   Returns:
     float32 ``[batch, M, N]``.
@@ -319,18 +321,18 @@ def dot_chunks(lhs: QTensor, rhs: QTensor) -> jax.Array:
 
 
 def dot_microscaled(lhs: QTensor, rhs: QTensor, dtype: Any) -> jax.Array:
-  """Multiplies two stacks of matrices with E8M0 scales for blocks of the contracted axis.
+  """Multiplies two stacks of matrices with E8M0 scales for blocks along the contracted axis.
 
   ``einsum("bmk,bnk->bmn", lhs.data * repeat(lhs.scale), rhs.data * repeat(rhs.scale))``
 
-  On a GPU this is ``jax.nn.scaled_matmul``, which matrix units compute where they scale blocks:
-  NVIDIA's from Blackwell on, AMD's gfx95x. Elsewhere the dequantised values, which bfloat16 holds
-  exactly, are multiplied.
+  On a GPU this calls ``jax.nn.scaled_matmul``. Matrix units that apply block scales compute it:
+  NVIDIA GPUs from Blackwell, and AMD gfx95x. On other platforms the dequantized values are
+  multiplied in bfloat16, which represents them exactly.
 
   Args:
-    lhs: data ``[batch, M, K]``, scale float8_e8m0fnu ``[batch, M, K / block]``.
-    rhs: data ``[batch, N, K]``, scale float8_e8m0fnu ``[batch, N, K / block]``.
-    dtype: of the result; sums are float32.
+    lhs: data ``[batch, M, K]``; scale ``[batch, M, K / block]``, float8_e8m0fnu.
+    rhs: data ``[batch, N, K]``; scale ``[batch, N, K / block]``, float8_e8m0fnu.
+    dtype: dtype of the result. Sums are float32.
 
   Returns:
     ``[batch, M, N]`` in ``dtype``.
@@ -342,7 +344,7 @@ def dot_microscaled(lhs: QTensor, rhs: QTensor, dtype: Any) -> jax.Array:
 
 @functools.cache
 def _microscaled(dtype: Any) -> Callable[[QTensor, QTensor], jax.Array]:
-  """Makes the product of a dtype; JAX's own maps over batches only where both operands do."""
+  """Makes the product for a dtype. JAX's own supports vmap only if it maps both operands."""
 
   def native(lhs: QTensor, rhs: QTensor) -> jax.Array:
     operands = (lhs.data, rhs.data, lhs.scale, rhs.scale)
@@ -367,7 +369,9 @@ def _microscaled(dtype: Any) -> Callable[[QTensor, QTensor], jax.Array]:
       out = multiply(*jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (lhs, rhs)))
       return out.reshape(-1, lhs.data.shape[1], *out.shape[1:]), True
     mapped = lhs if lhs_mapped else rhs
-    stacked = jax.tree.map(_stack_rows, mapped)  # what is not mapped meets all rows at once
+    stacked = jax.tree.map(
+      _stack_rows, mapped
+    )  # multiplies all rows with the unmapped operand at once
     out = multiply(stacked, rhs) if lhs_mapped else multiply(lhs, stacked)
     size, batch, rows = mapped.data.shape[:3]
     if lhs_mapped:
@@ -378,7 +382,7 @@ def _microscaled(dtype: Any) -> Callable[[QTensor, QTensor], jax.Array]:
 
 
 def _map_alike(x: QTensor, mapped: QTensor, size: int) -> tuple[QTensor, bool]:
-  """Maps data and scale, if one is: stochastic rounding by mapped keys maps the data alone."""
+  """Maps both data and scale if one is mapped. Stochastic rounding with mapped keys maps data."""
   if mapped.data == mapped.scale:
     return x, bool(mapped.data)
   repeat = lambda leaf, is_mapped: (
@@ -396,5 +400,5 @@ def _dequantize_microscaled(x: QTensor) -> jax.Array:
   block = x.data.shape[-1] // x.scale.shape[-1]
   repeated = jnp.repeat(x.scale.astype(jnp.float32), block, axis=-1)
   values = dequantize(x.data, repeated, jnp.bfloat16)
-  # Near the end of float32's range a value may have been rounded up to 2**128.
+  # A value near the end of float32's range may round up to 2**128, which overflows.
   return jnp.clip(values, jnp.finfo(jnp.bfloat16).min, jnp.finfo(jnp.bfloat16).max)

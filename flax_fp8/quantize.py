@@ -1,7 +1,7 @@
-"""Scales, the saturating cast, and the pair of FP8 data and scale that a GEMM takes.
+"""Computes scales, casts to FP8 with saturation, and pairs FP8 data with its scale for a GEMM.
 
-A scale is always the *dequantisation* multiplier, ``x ≈ q * scale``, and all arithmetic on scales
-and quotients is float32, whatever dtype the tensor has.
+A scale is always the *dequantization* multiplier, ``x ≈ q * scale``. All arithmetic on scales and
+quotients is float32, regardless of the tensor's dtype.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax import lax
 from flax_fp8.amax import largest_magnitude
 from flax_fp8.formats import Float8
 
-# Scales stay inside the normal float32 range, with room for the reciprocal.
+# Scales and their reciprocals stay within the normal float32 range.
 _SMALLEST_SCALE = 2.0**-126
 _LARGEST_SCALE = 2.0**126
 
@@ -26,12 +26,12 @@ _LARGEST_SCALE = 2.0**126
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QTensor:
-  """A quantised tensor: ``x ≈ data * scale``.
+  """A quantized tensor: ``x ≈ data * scale``.
 
   Attributes:
     data: the values in FP8; shape of the tensor.
-    scale: float32, or float8_e8m0fnu where a matrix unit applies it; shape ``()`` for a scale per
-      tensor, else as the recipe and its product of ``flax_fp8.products`` agree.
+    scale: float32, or float8_e8m0fnu if matrix units apply it. The shape is ``()`` for per-tensor
+      scaling. Otherwise the recipe's product in ``flax_fp8.products`` defines it.
   """
 
   data: jax.Array
@@ -46,18 +46,19 @@ def saturating_cast(x: jax.Array, float8: Float8, key: jax.Array | None = None) 
   Args:
     x: values; any shape; float32, bfloat16 or float16.
     float8: the format.
-    key: PRNG key; if given, values are rounded stochastically.
+    key: PRNG key. If given, values are rounded stochastically.
 
   Returns:
     The values in ``float8.dtype``; shape of ``x``.
 
   Numerics:
-    Rounds to nearest, ties to even, subnormals included; values below half the smallest subnormal
-    become zero (which in a fnuz format has no sign). ±inf and overflow saturate to ±max, as the
-    hardware's satfinite conversion does. NaN stays NaN.
-    Stochastic rounding goes up with the probability of the distance from the value below, in steps
-    of ``2**-16`` of the spacing, subnormals included: to within such a step, the expectation is the
-    clamped value.
+    Rounds to nearest, ties to even, including subnormals. Values below half the smallest subnormal
+    become zero, which has no sign in an FNUZ format. ±inf and overflow saturate to ±max, as in the
+    hardware's satfinite conversion. NaN stays NaN.
+
+    Stochastic rounding rounds up with a probability equal to the relative distance from the value
+    below, in steps of ``2**-16`` of the spacing, including subnormals. The expectation is the
+    clamped value to within one such step.
 
   Example:
     >>> import jax.numpy as jnp
@@ -76,12 +77,12 @@ def saturating_cast(x: jax.Array, float8: Float8, key: jax.Array | None = None) 
 
 
 def _round_stochastically(x: jax.Array, float8: Float8, key: jax.Array) -> jax.Array:
-  """Rounds float32 values to one of the two neighbours that FP8 has."""
+  """Rounds float32 values stochastically to one of the two neighboring FP8 values."""
   exponent = (lax.bitcast_convert_type(x, jnp.int32) >> 23) & 0xFF
   smallest = 127 + math.frexp(float8.smallest_normal)[1] - 1
   spacing_exponent = jnp.maximum(exponent, smallest) - float8.mantissa_bits
   spacing = lax.bitcast_convert_type(spacing_exponent << 23, jnp.float32)
-  # Fewer than 5 integer and 16 fractional bits: exact in float32, so floor is exact too.
+  # Fewer than 5 integer bits and 16 fractional bits, exact in float32. So floor is exact too.
   fraction = jnp.floor(jnp.abs(x) / spacing * 2.0**16)
   chance = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.float32)
   magnitude = jnp.floor((fraction + chance) * 2.0**-16) * spacing
@@ -97,27 +98,27 @@ def quantize(
   *,
   stale: bool = False,
 ) -> QTensor:
-  """Quantises with a given scale.
+  """Quantizes with a given scale.
 
   ``data = saturating_cast(x / scale)``
 
   Args:
     x: values; shape ``[...]``; float32, bfloat16 or float16.
-    scale: dequantisation multiplier; float32; of a shape that broadcasts against ``x`` without
+    scale: dequantization multiplier; float32. The shape must broadcast to that of ``x`` without
       adding dimensions.
     float8: the format.
-    inverse: ``1 / scale``, of the shape of ``scale``, where it is known without another rounding;
-      then ``x`` is multiplied by it.
-    key: PRNG key; if given, values are rounded stochastically.
-    stale: whether the scale is that of other values than ``x``, so that infinities must be made NaN
-      here. The scale of values with an infinity among them is NaN already.
+    inverse: ``1 / scale`` with the shape of ``scale``, if it is known without a second rounding.
+      Then ``x`` is multiplied by it.
+    key: PRNG key. If given, values are rounded stochastically.
+    stale: whether the scale was computed from other values than ``x``. Infinities in ``x`` then
+      become NaN here. A scale computed from an infinity is NaN already.
 
   Returns:
     The ``QTensor`` of data and scale.
 
   Numerics:
-    The quotient is float32, rounded once to FP8: see ``saturating_cast``. Where the scale is stale,
-    finite values beyond the range saturate, and infinite ones become NaN.
+    The quotient is float32 and rounded once to FP8 (see ``saturating_cast``). With a stale scale,
+    finite values beyond the range saturate, and infinities become NaN.
 
   Example:
     >>> import jax.numpy as jnp
@@ -133,8 +134,8 @@ def quantize(
   else:
     quotient = x.astype(jnp.float32) * jnp.broadcast_to(inverse, x.shape)
   if stale:
-    # Zero times infinity is NaN. Zero times the value, since the quotient of a finite one may
-    # overflow; and no select, since XLA would write what it hangs on by a kernel of its own.
+    # Zero times infinity is NaN. This multiplies x and not the quotient, since the quotient of a
+    # finite value may overflow. A select would make XLA write its condition in a separate kernel.
     quotient += x.astype(jnp.float32) * 0.0
   return QTensor(saturating_cast(quotient, float8, key), scale)
 
@@ -146,14 +147,15 @@ def dequantize(data: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
 
   Args:
     data: FP8 values, or the result of a GEMM on them; shape ``[...]``.
-    scale: dequantisation multiplier; float32; broadcasts against ``data`` as in ``quantize``.
-    dtype: of the result.
+    scale: dequantization multiplier; float32; broadcasts to the shape of ``data`` as in
+      ``quantize``.
+    dtype: dtype of the result.
 
   Returns:
-    The dequantised values; shape of ``data``; ``dtype``.
+    The dequantized values in ``dtype``; shape of ``data``.
 
   Numerics:
-    One rounding to float32 and one to ``dtype``.
+    Rounds once to float32 and once to ``dtype``.
 
   Example:
     >>> import jax.numpy as jnp
@@ -170,7 +172,7 @@ def dequantize(data: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
 
 
 def product(lhs_scale: jax.Array, rhs_scale: jax.Array) -> jax.Array:
-  """Multiplies two scales without overflow to infinity, which would turn a zero into NaN."""
+  """Multiplies two scales. Clamps overflow, since infinity times zero would be NaN."""
   return jnp.minimum(lhs_scale * rhs_scale, np.finfo(np.float32).max)
 
 
@@ -183,17 +185,18 @@ def dequantize_product(
 
   Args:
     out: the product of FP8 values; float32; shape ``[...]``.
-    lhs_scale: of the left operand; float32; shape ``()`` or that of ``out``.
-    rhs_scale: of the right operand; the same.
-    dtype: of the result.
+    lhs_scale: scale of the left operand; float32; shape ``()`` or the shape of ``out``.
+    rhs_scale: scale of the right operand; float32; shape ``()`` or the shape of ``out``.
+    dtype: dtype of the result.
 
   Returns:
-    The scaled product; shape of ``out``; ``dtype``.
+    The scaled product in ``dtype``; shape of ``out``.
 
   Numerics:
-    On a CPU, which has no subnormal numbers, ``out`` is multiplied by the larger scale and then by
-    the smaller one where their product is no normal float32, so that what float32 can hold of the
-    result is there. Elsewhere their product may be subnormal; below 2**-149 it is zero.
+    XLA's CPU code flushes subnormal numbers to zero. If the product of the scales is not a normal
+    float32, a CPU multiplies ``out`` by the larger scale first and then by the smaller one. This
+    keeps every result that float32 can represent. On other platforms the product of the scales may
+    be subnormal, and it is zero below 2**-149.
 
   Example:
     >>> import jax.numpy as jnp
@@ -214,7 +217,7 @@ def dequantize_product(
     first = lax.select(is_normal, both, lax.max(lhs_scale, rhs_scale))
     second = lax.select(is_normal, jnp.ones_like(both), lax.min(lhs_scale, rhs_scale))
     scaled = out.astype(jnp.float32) * widen(first)
-    # XLA may not make one product of the two factors.
+    # The barrier stops XLA from merging the two factors into one product.
     return (lax.optimization_barrier(scaled) * widen(second)).astype(dtype)
 
   return lax.platform_dependent(out, lhs_scale, rhs_scale, cpu=one_by_one, default=at_once)
@@ -227,24 +230,25 @@ def scale_from_amax(
   margin: float = 0,
   power_of_two: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-  """Computes the scale under which ``amax`` is the format's largest value, and its inverse.
+  """Computes the scale that maps ``amax`` to the format's largest value, and its inverse.
 
   ``inverse = float8_max / amax / 2**margin``; ``scale = 1 / inverse``
 
   Args:
     amax: largest magnitude; float32; units of the tensor; any shape.
-    fallback: scale where ``amax`` is zero, NaN or infinite; float32; shape of ``amax``.
+    fallback: the scale if ``amax`` is zero, NaN or infinite; float32; shape of ``amax``.
     float8_max: largest finite value of the format.
     margin: headroom in powers of two.
-    power_of_two: rounds the scale up to a power of two, so that scaling is exact.
+    power_of_two: rounds the scale up to a power of two, which makes scaling exact.
 
   Returns:
-    The dequantisation multiplier and its inverse, by which to quantise; float32; shape of ``amax``.
+    The dequantization multiplier and its inverse, the quantization multiplier; float32; shape of
+    ``amax``.
 
   Numerics:
-    Neither is ever zero, infinite or NaN for a sound fallback: scales are kept within
-    ``[2**-126, 2**126]``. Both round as in a compiled program of flax.linen.fp8_ops, where the
-    compiler turns the division by a quotient into a product: bit for bit the same FP8 values.
+    Scales are clamped to ``[2**-126, 2**126]``. With a valid fallback, neither result is zero,
+    infinite or NaN. Both round as in a compiled program of flax.linen.fp8_ops, whose compiler turns
+    the division by a quotient into a product. FP8 values are bit-identical to Flax's.
 
   Example:
     >>> import jax.numpy as jnp
@@ -257,7 +261,7 @@ def scale_from_amax(
     Micikevicius et al., FP8 Formats for Deep Learning, https://arxiv.org/abs/2209.05433, section 4.
   """
   usable = (amax > 0.0) & jnp.isfinite(amax)
-  # No infinity comes up that is then left out: JAX's debug modes would stop at it.
+  # Avoids an intermediate infinity, at which JAX's debug modes would stop.
   inverse = (jnp.float32(float8_max) / jnp.where(usable, amax, 1.0)) / jnp.float32(2.0**margin)
   inverse = jnp.clip(inverse, 1.0 / _LARGEST_SCALE, 1.0 / _SMALLEST_SCALE)
   scale = 1.0 / inverse
@@ -270,23 +274,23 @@ def scale_from_amax(
 def current_scale(
   x: jax.Array, float8: Float8, axes: tuple[int, ...] | None = None, power_of_two: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-  """Computes scales from the values that are about to be quantised.
+  """Computes scales from the values that will be quantized with them.
 
   ``scale_from_amax(max(|x|, axes, keepdims))``
 
   Args:
     x: values; any shape; float32, bfloat16 or float16.
     float8: the format.
-    axes: those that share a scale; None for all.
-    power_of_two: rounds scales up to powers of two, so that scaling is exact.
+    axes: axes that share a scale. None shares one scale for all axes.
+    power_of_two: rounds scales up to powers of two, which makes scaling exact.
 
   Returns:
-    The dequantisation multipliers and their inverses; float32; of shape ``()`` if ``axes`` is None,
-    else 1 along ``axes``.
+    The dequantization multipliers and their inverses; float32. The shape is ``()`` if ``axes`` is
+    None, else that of ``x`` with size 1 along ``axes``.
 
   Numerics:
-    1 where all values are zero. NaN where one is NaN or infinite: what a scale can't be found for
-    becomes NaN as a whole, and is seen, where any other scale would hide it.
+    The scale is 1 if all values are zero, and NaN if one is NaN or infinite. All values with a NaN
+    scale become NaN, so a bad value stays visible.
 
   Example:
     >>> import jax.numpy as jnp
@@ -299,7 +303,7 @@ def current_scale(
     Transformer Engine, transformer_engine.common.recipe.Float8CurrentScaling.
   """
   amax = largest_magnitude(x, axes)
-  fallback = jnp.where(jnp.isfinite(amax), 1.0, amax * 0.0)  # NaN for infinity and NaN
+  fallback = jnp.where(jnp.isfinite(amax), 1.0, amax * 0.0)  # NaN if amax is infinite or NaN
   return scale_from_amax(amax, fallback, float8.max, power_of_two=power_of_two)
 
 

@@ -1,7 +1,7 @@
-"""Meshes with explicit axes, under which the type of an array says how it is sharded.
+"""Supports meshes with explicit axes, where the type of an array includes its sharding.
 
-There JAX asks how the result of a product that sums over a sharded axis is sharded, and of many a
-reshape. On other meshes nothing here does anything: there the compiler finds out by itself.
+On such meshes JAX requires the sharding of a product that sums over a sharded axis, and of some
+reshapes. On other meshes these functions do nothing, since the compiler infers shardings.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ MeshAxes: TypeAlias = tuple[str, ...]
 
 
 def explicit_sharding(x: Any) -> NamedSharding | None:
-  """Returns the sharding that the type of an array names; None where no mesh axis is explicit."""
+  """Returns the sharding in the type of an array; None if no mesh axis is explicit."""
   sharding = jax.typeof(x).sharding
   return sharding if sharding.mesh.explicit_axes else None
 
 
 def replicated_as(sharding: NamedSharding | None) -> NamedSharding | None:
-  """Returns the sharding of what is the same on every device of a mesh."""
+  """Returns the replicated sharding on the same mesh; None for None."""
   return sharding and NamedSharding(sharding.mesh, PartitionSpec())
 
 
@@ -35,7 +35,7 @@ def transposed(sharding: NamedSharding | None, permutation: Sequence[int]) -> Na
 
 
 def mesh_axes(sharding: NamedSharding, ndim: int) -> list[MeshAxes]:
-  """Returns the mesh axes over which each axis of an array is sharded."""
+  """Returns the mesh axes that shard each axis of an array."""
   entries: list[Any] = [*sharding.spec, *(None,) * (ndim - len(sharding.spec))]
   named = lambda entry: entry if isinstance(entry, tuple) else (entry,) if entry else ()
   return [named(entry) for entry in entries]
@@ -44,7 +44,7 @@ def mesh_axes(sharding: NamedSharding, ndim: int) -> list[MeshAxes]:
 def evenly(
   sharding: NamedSharding, sizes: Sequence[int], axes: Sequence[MeshAxes]
 ) -> NamedSharding:
-  """Shards each axis of a shape over those of its mesh axes, in order, that divide its size."""
+  """Shards each axis of a shape over its leading mesh axes that divide its size evenly."""
   entries = []
   for size, names in zip(sizes, axes, strict=True):
     fitting: MeshAxes = ()
@@ -58,18 +58,18 @@ def evenly(
 
 
 def in_auto(fun: Callable[..., Any], out_shardings: Any, *args: Any) -> Any:
-  """Calls a function in whose body the compiler decides how arrays are sharded.
+  """Calls a function with automatic sharding: the compiler shards the arrays in its body.
 
   ``fun(*args)``
 
   Args:
-    fun: takes pytrees of arrays.
-    out_shardings: pytree of what it returns, or a prefix of it; None on a mesh without explicit
-      axes, where it is merely called.
-    *args: its arguments.
+    fun: function of pytrees of arrays.
+    out_shardings: shardings of the results, as a pytree or a prefix of it. None on a mesh without
+      explicit axes, where ``fun`` is called directly.
+    *args: arguments of ``fun``.
 
   Returns:
-    What ``fun`` returns, of these shardings.
+    The results of ``fun``, with these shardings.
   """
   leaves = jax.tree.leaves(out_shardings)
   if not leaves:

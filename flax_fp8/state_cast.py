@@ -1,7 +1,7 @@
-"""Where state is cast to ``fp32_max_grad``: all of its cotangents must meet behind the cast.
+"""Casts state to ``fp32_max_grad`` at the place where all of its cotangents meet after the cast.
 
-A cast belongs outside of every loop and inside of every boundary at which JAX sums cotangents by
-itself, as it does at an unchecked shard_map.
+The cast must be outside of every loop. It must also be inside of every boundary at which JAX itself
+sums cotangents, such as an unchecked shard_map.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from jax import lax
 from flax_fp8 import _compat
 from flax_fp8.meta_dtype import is_max_grad, to_float32, to_max_grad
 
-# The cast of each float32 tracer that is alive: a reference to the tracer, and a way to its cast.
+# For each live float32 tracer: a reference to the tracer, and a function that returns its cast.
 _casts: dict[int, tuple[weakref.ref[Any], Callable[[], Any]]] = {}
 
 
 def emit_once(new_state: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-  """Prepares a new state for being summed over devices, as cotangents of a shard_map's inputs are.
+  """Prepares a new state for the sum over devices that JAX applies to a shard_map's cotangents.
 
   Args:
     new_state: one leaf; float32; equal on all devices.
     axes: mesh axes that JAX will sum over; may be empty.
 
   Returns:
-    The cotangent: ``new_state`` on the first device, and zero on the others.
+    The cotangent: ``new_state`` on the first device and zero on the others.
   """
   if not axes:
     return new_state
@@ -43,19 +43,20 @@ def emit_once(new_state: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 def cast_once(value: Any) -> Any:
-  """Casts a traced float32 value to fp32_max_grad, the same tracer always to the same cast.
+  """Casts a traced float32 value to fp32_max_grad, once for each tracer.
 
-  State may be read in several places: in a loop and behind it, in two applies of one loss. If each
-  place made its own cast, their cotangents would meet behind the casts, in float32, and be summed.
-  So the cast is made once, under the trace that the tracer belongs to, outside of every loop that
-  closes over it. An entry lives as long as its tracer does.
+  A program may read state in several places, such as inside and after a loop, or in two applies of
+  one loss. If each place made its own cast, their cotangents would meet in float32 and be summed.
+  This function therefore makes one cast under the tracer's own trace, outside of every loop that
+  closes over it. The cast is cached as long as the tracer is alive.
 
   Args:
     value: any value.
 
   Returns:
-    The cast of a float32 tracer; fp32_max_grad, or what is not traced, as it is. Where the body of
-    a ``shard_map(check_vma=False)`` closes over the tracer, a cast that is made inside.
+    The cast of a float32 tracer. Values of dtype fp32_max_grad and values that are not traced are
+    returned unchanged. If the body of a ``shard_map(check_vma=False)`` closes over the tracer, the
+    cast is made inside of the body.
   """
   if not isinstance(value, jax.core.Tracer):
     return value
@@ -63,7 +64,7 @@ def cast_once(value: Any) -> Any:
   axes = frozenset(_compat.unchecked_manual_axes()) - _compat.manual_axes(value)
   if not axes or _compat.is_of_running_body(value):
     return cast
-  # JAX sums cotangents at that boundary, as it can do in float32 alone.
+  # JAX sums cotangents at this boundary, which it can do only in float32.
   with _compat.under_trace_of(cast):
     plain = _in_float32(cast)
   with _compat.in_running_body():
@@ -72,7 +73,7 @@ def cast_once(value: Any) -> Any:
 
 @jax.custom_vjp
 def _in_float32(value: jax.Array) -> jax.Array:
-  """``to_float32`` with a derivative, which JAX's conversion from an extended dtype lacks."""
+  """``to_float32`` with a derivative. JAX's conversion from an extended dtype has none."""
   return to_float32(value)
 
 
@@ -81,7 +82,7 @@ _in_float32.defvjp(lambda value: (to_float32(value), None), lambda _, new: (to_m
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _enter(axes: tuple[str, ...], value: jax.Array) -> jax.Array:
-  """Casts a value that comes from outside of a shard_map; only one device gives its cotangent."""
+  """Casts a value from outside of a shard_map. Only one device contributes its cotangent."""
   del axes
   return to_max_grad(value)
 
@@ -98,7 +99,7 @@ _enter.defvjp(_enter_forward, _enter_backward)
 
 
 def _cast_under_own_trace(value: Any) -> jax.Array:
-  """Casts a float32 tracer, or returns the cast that was made of it before."""
+  """Casts a float32 tracer, or returns its cached cast."""
   key = id(value)
   if key in _casts:
     tracer, cast_of = _casts[key]
@@ -111,7 +112,7 @@ def _cast_under_own_trace(value: Any) -> jax.Array:
     if _casts.get(key, (None,))[0] is dead:
       del _casts[key]
 
-  # A cast in a jaxpr holds its operand, and its program holds the cast: here it is held weakly.
+  # A jaxpr keeps the cast alive, and the cast its operand. A weak reference avoids a cycle.
   held = weakref.ref(cast) if _compat.keeps_its_operands(cast) else lambda: cast
   _casts[key] = (weakref.ref(value, forget), held)
   return cast
@@ -123,7 +124,7 @@ _cast_under = contextvars.ContextVar("cast_under", default=None)
 
 @contextlib.contextmanager
 def cast_here() -> Generator[None]:
-  """Notes inside which unchecked shard_maps state is cast, for ``entered_since_cast``."""
+  """Records the unchecked shard_maps that enclose a cast, for ``entered_since_cast``."""
   token = _cast_under.set(frozenset(_compat.unchecked_manual_axes()))
   try:
     yield
@@ -132,10 +133,10 @@ def cast_here() -> Generator[None]:
 
 
 def entered_since_cast() -> frozenset[str]:
-  """Returns the axes of unchecked shard_maps between the cast to fp32_max_grad and here.
+  """Returns the axes of unchecked shard_maps entered since the cast to fp32_max_grad.
 
-  At their boundary JAX sums cotangents, which it can't do in this dtype, and says so only when it
-  compiles, in words that don't help.
+  JAX sums cotangents at the boundary of such a shard_map, but can't sum this dtype. Its own error
+  appears only when it compiles, and does not name the cause.
   """
   under = _cast_under.get()
   return frozenset() if under is None else frozenset(_compat.unchecked_manual_axes()) - under

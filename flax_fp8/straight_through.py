@@ -1,9 +1,9 @@
-"""FP8 values whose derivatives are those of the values that they stand for.
+"""A dtype for FP8 data with straight-through derivatives.
 
-JAX gives an FP8 array tangents in FP8, without its scale: small ones become zero, large ones NaN.
-So where a quantized tensor leaves a function that may be differentiated again, its data are of a
-dtype with the same bits whose tangents are in the dtype of the tensor, and in its units. Quantizing
-passes tangents on unchanged, straight through.
+JAX gives an FP8 array tangents in FP8 without a scale: small tangents become zero, large ones NaN.
+Quantized data that may be differentiated again therefore has an extended dtype with the same bits.
+Its tangents have the dtype and the units of the original tensor, and quantization passes them
+through unchanged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flax_fp8 import _compat
 
 
 class QuantizedRules(_compat.ElementRules):
-  """What JAX asks of an extended dtype."""
+  """The rules that JAX requires of an extended dtype."""
 
   @staticmethod
   def physical_element_aval(dtype: Any) -> Any:
@@ -32,27 +32,27 @@ class QuantizedRules(_compat.ElementRules):
 
   @staticmethod
   def convert_from(dtype: QuantizedDType, other: Any) -> bool:
-    """Conversion to its FP8 dtype alone is allowed."""
+    """Allows conversion to its FP8 dtype only."""
     return other == dtype.fp8
 
   @staticmethod
   def convert_to(other: Any, dtype: QuantizedDType) -> bool:
-    """Conversion from its FP8 dtype alone is allowed."""
+    """Allows conversion from its FP8 dtype only."""
     return other == dtype.fp8
 
   @staticmethod
   def tangent_dtype(dtype: QuantizedDType) -> Any:
-    """Tangents are of the dtype of the tensor that was quantized."""
+    """Tangents have the dtype of the original tensor."""
     return dtype.tangent
 
   @staticmethod
   def zero(dtype: QuantizedDType) -> jax.Array:
-    """What fills a residual of a branch that was not taken."""
+    """The fill value for residuals of a branch that was not taken."""
     return lax.convert_element_type(np.zeros((), dtype.fp8), dtype)
 
   @staticmethod
   def full(shape: Any, fill_value: Any, dtype: QuantizedDType) -> jax.Array:
-    """As ``lax.full``."""
+    """Like ``lax.full``."""
     return lax.convert_element_type(lax.full(shape, fill_value, dtype.fp8), dtype)
 
 
@@ -62,7 +62,7 @@ class quantized(jax.dtypes.extended):  # noqa: N801 - a scalar type, named as Nu
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedDType(_compat.ExtendedDType):
-  """Dtype of FP8 values that are differentiated as what they stand for.
+  """The dtype of FP8 data that is differentiated as the original tensor.
 
   Attributes:
     fp8: the dtype in memory.
@@ -77,12 +77,12 @@ class QuantizedDType(_compat.ExtendedDType):
 
   @property
   def name(self) -> str:
-    """Name of the dtype, as arrays print it."""
+    """The name of the dtype, as arrays print it."""
     return f"{self.fp8.name}_of_{self.tangent.name}"
 
   @property
   def itemsize(self) -> int:
-    """Bytes an element."""
+    """Bytes per element."""
     return self.fp8.itemsize
 
   def __repr__(self) -> str:
@@ -90,15 +90,16 @@ class QuantizedDType(_compat.ExtendedDType):
 
 
 def with_tangent(value: Callable[..., Any], tangent: Callable[..., Any], *args: Any) -> jax.Array:
-  """Calls a function whose derivative is another function, however often it is differentiated.
+  """Calls a function with a custom derivative, which holds for derivatives of any order.
 
-  ``value(*args)``, as ``jax.custom_jvp``. But JAX before 0.12 drops the rules of ``custom_jvp`` in
-  the body of a scan on the way to its second derivative; it keeps those of a primitive.
+  Computes ``value(*args)``, like ``jax.custom_jvp``. JAX before 0.12 drops ``custom_jvp`` rules in
+  the body of a scan when it takes a second derivative. It keeps the rules of a primitive, so this
+  function binds one.
 
   Args:
-    value: takes ``args``; gives one array.
-    tangent: takes two tuples, of arguments and of their tangents, and gives the tangent of the
-      array. The tangent of a leaf is None where it is zero.
+    value: function of ``args`` that returns one array.
+    tangent: function of two tuples, the arguments and their tangents, that returns the tangent of
+      the array. The tangent of a leaf is None if it is zero.
     *args: pytrees of arrays.
 
   Returns:
@@ -115,7 +116,7 @@ def with_tangent(value: Callable[..., Any], tangent: Callable[..., Any], *args: 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class _Rule:
-  """A derivative, as a parameter of an equation: two traces of one program print alike."""
+  """A derivative as an equation parameter. Two traces of one program print the same text."""
 
   function: Callable[..., Any]
 

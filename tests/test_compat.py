@@ -1,4 +1,4 @@
-"""The probes of JAX's private features."""
+"""Checks for JAX's private features."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Plain arguments: NumPy's scalars count as Python's, and a value is shown without its numbers."""
+"""Argument checks: NumPy scalars are accepted, and errors show arrays without their values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Formats against the code-by-code oracle."""
+"""Formats compared with the oracle, which decodes each code."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,7 +1,7 @@
-"""The import rules that import-linter cannot state, read off the syntax trees of the package.
+"""Import rules that import-linter cannot express, checked on the package's syntax trees.
 
-import-linter sees packages outside ours by their root alone, so ``jax._src`` is ``jax`` to it. It
-does not mind where an import stands, and takes any name imported from the façade for the façade.
+import-linter sees only the root of other packages, so it treats ``jax._src`` as ``jax``. It ignores
+the place of an import, and it treats every name imported from the façade as the façade.
 """
 
 import ast
@@ -18,7 +18,7 @@ FACADE = PACKAGE / "__init__.py"
 
 
 def imported(tree: ast.AST) -> Iterator[tuple[ast.stmt, str, str]]:
-  """Yields ``(statement, module, name)`` for each imported thing; ``name`` is empty for modules."""
+  """Yields ``(statement, module, name)`` for each import; ``name`` is empty for modules."""
   for node in ast.walk(tree):
     if isinstance(node, ast.Import):
       yield from ((node, alias.name, "") for alias in node.names)
@@ -28,7 +28,7 @@ def imported(tree: ast.AST) -> Iterator[tuple[ast.stmt, str, str]]:
 
 
 def names_private_jax(tree: ast.AST) -> Iterator[tuple[int, str]]:
-  """Finds ``jax._src``, imported or reached as an attribute."""
+  """Finds ``jax._src``, as an import or as an attribute."""
   advice = "names jax._src: reach it through flax_fp8._compat"
   for statement, module, name in imported(tree):
     if f"{module}.{name}.".startswith("jax._src."):
@@ -39,7 +39,7 @@ def names_private_jax(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def imports_by_string(tree: ast.AST) -> Iterator[tuple[int, str]]:
-  """Finds imports that no reader of import statements, machine or human, could follow."""
+  """Finds imports by a string, which no tool can follow."""
   for node in ast.walk(tree):
     if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
       ("import_module", "__import__")
@@ -48,7 +48,7 @@ def imports_by_string(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def imports_in_function(tree: ast.AST) -> Iterator[tuple[int, str]]:
-  """Finds imports that stand in a function, where they would hide a cycle."""
+  """Finds imports inside of functions, where they could hide a cycle."""
   for function in ast.walk(tree):
     if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
       for statement, module, _ in imported(function):
@@ -56,7 +56,7 @@ def imports_in_function(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def imports_facade(tree: ast.AST, submodules: set[str]) -> Iterator[tuple[int, str]]:
-  """Finds imports of ``flax_fp8`` itself rather than of one of its modules."""
+  """Finds imports of ``flax_fp8`` itself instead of one of its modules."""
   for statement, module, name in imported(tree):
     if module.startswith("."):
       yield statement.lineno, "imports relatively: write the module's full name"
@@ -66,9 +66,9 @@ def imports_facade(tree: ast.AST, submodules: set[str]) -> Iterator[tuple[int, s
 
 
 def unambiguous_submodules() -> set[str]:
-  """Returns the modules that ``from flax_fp8 import ...`` means at whatever time it runs.
+  """Returns the names that mean a module in ``from flax_fp8 import ...`` at any time.
 
-  Where the façade exports a function under its module's name, the name means either.
+  If the façade exports a function under the name of its module, the name is ambiguous.
   """
   modules = {path.stem for path in PACKAGE.glob("*.py")} | {
     p.parent.name for p in PACKAGE.glob("*/*.py")

@@ -1,12 +1,11 @@
-"""Ten training steps on a mesh of eight devices are those of one device, bit for bit.
+"""Ten training steps on a mesh of eight devices equal those on one device, bit for bit.
 
-FP8 rounds: had two programs summed a product in another order, an element might fall on the other
-side of a tie, and from there the runs would part. So that equality is a matter of proof and not of
-luck, all sums here are exact, whatever their order. Inputs are integers and kernels multiples of
-1/4; the loss is the sum of distances, whose gradient is -1, 0 or 1; the optimiser steps by the sign
-of the gradient times 1/4; scales are powers of two. Rounding an integer to FP8 then gives another
-integer, and ``test_no_sum_was_rounded`` finds that all sums stay below 2**24. Parameters as well as
-state are compared for equality.
+FP8 rounding amplifies small differences: if two programs sum a product in different orders, an
+element may fall on the other side of a tie, and the runs diverge. All sums here are therefore exact
+in any order. Inputs are integers, and kernels are multiples of 1/4. The loss is a sum of distances,
+so its gradient is -1, 0 or 1. The optimizer steps by the sign of the gradient times 1/4. Scales are
+powers of two. Rounding an integer to FP8 then gives an integer, and ``test_no_sum_was_rounded``
+checks that all sums stay below 2**24. Both parameters and state are compared for equality.
 """
 
 import functools
@@ -38,7 +37,7 @@ def dense(features, out_sharding=None, **options):
 
 
 class Expert(nn.Module):
-  """What one expert does with its tokens."""
+  """The layers that one expert applies to its tokens."""
 
   out_sharding: P | None
 
@@ -48,10 +47,10 @@ class Expert(nn.Module):
 
 
 class Model(nn.Module):
-  """A layer whose tokens mix along the sequence, then an expert for each place in it."""
+  """A layer that mixes tokens along the sequence, then one expert for each position."""
 
-  hidden: P | None = None  # a sharding of hidden values, [batch, sequence, features]
-  down: P | None = None  # on a mesh with explicit axes: of what an expert returns
+  hidden: P | None = None  # sharding of hidden values, [batch, sequence, features]
+  down: P | None = None  # sharding of an expert's result, on a mesh with explicit axes
 
   @nn.compact
   def __call__(self, x):
@@ -74,7 +73,7 @@ def data():
 
 
 def by_sign():
-  """Steps of one unit against the gradient: exact, and so are ten of them."""
+  """An optimizer that steps by one unit against the gradient. Ten steps are exact."""
   sign = optax.stateless(lambda grads, _: jax.tree.map(jnp.sign, grads))
   return optax.chain(sign, optax.scale(-UNIT))
 
@@ -108,7 +107,9 @@ def mesh(kind):
 
 
 ALL = ("data", "model")
-LAYOUTS = {  # of x, of the kernels of "up" and of the experts, of the experts' state; hidden values
+# Shardings of x, of the kernels of "up" and of the experts, of the experts' state, and of hidden
+# values.
+LAYOUTS = {
   "data parallel": (P(ALL), P(), P(), P(), None),
   "FSDP": (P(ALL), P(ALL), P(None, ALL), P(), None),
   "tensor parallel": (P(), P(None, ALL), P(None, ALL), P(), None),
@@ -119,7 +120,7 @@ LAYOUTS = {  # of x, of the kernels of "up" and of the experts, of the experts' 
 
 
 def specs(variables, up, experts, state):
-  """The specification of each leaf of the variables."""
+  """Returns the PartitionSpec of each leaf of the variables."""
 
   def one(path, _):
     collection, layer = path[0].key, path[1].key
@@ -143,7 +144,7 @@ def equal(got, want):
   np.testing.assert_array_equal(got_losses, want_losses)
 
 
-# What "FSDP and tensor parallel" does, each by itself.
+# The parts of "FSDP and tensor parallel" on their own.
 SLOW = ("FSDP", "tensor parallel")
 
 
@@ -160,7 +161,7 @@ def test_jit_with_shardings(layout):
 
 
 def test_explicit_axes():
-  """As "FSDP and tensor parallel", with the shardings in the types."""
+  """Like "FSDP and tensor parallel", with the shardings in the types."""
   x, up, experts, of_state, _ = LAYOUTS["FSDP and tensor parallel"]
   with jax.set_mesh(explicit := mesh(AxisType.Explicit)):
     state, params = placed(create(Model(down=P("data"))), explicit, up, experts, of_state)
@@ -173,7 +174,7 @@ def test_explicit_axes():
 
 @pytest.mark.parametrize("check_vma", [True, False], ids=["check_vma", "unchecked"])
 def test_shard_map(check_vma):
-  """The whole step is mapped; unchecked, the step adds up the parameters' gradients itself."""
+  """Maps the whole step. Without checks, the step sums the parameters' gradients itself."""
 
   def mapped(state, batch):
     local = lambda v: distance(state, v, *batch)
@@ -194,7 +195,7 @@ def test_shard_map(check_vma):
 
 
 def test_no_sum_was_rounded():
-  """The histories hold all ten steps: their amaxes bound every sum of every product."""
+  """The histories hold the amaxes of all ten steps, which bound every sum of every product."""
   variables, losses = alone()
   layers = {
     "up": (variables[OWG]["up"], WIDTH, HIDDEN, 1.0),
@@ -203,7 +204,7 @@ def test_no_sum_was_rounded():
   for state, contracted, features, unit in layers.values():
     state = state["Fp8DotGeneral_0"]
     amax = {r: state[f"{r}_amax_history"].max() for r in ("input", "kernel", "output_grad")}
-    # In units of the product; FP8 rounds up by an eighth at most.
+    # In units of the product. FP8 rounds up by at most one eighth.
     assert contracted * amax["input"] / unit * amax["kernel"] / UNIT * 1.25 < 2**24
     assert features * amax["output_grad"] / UNIT * amax["kernel"] / UNIT * 1.25 < 2**24
     assert BATCH * EXPERTS * amax["input"] / unit * amax["output_grad"] / UNIT * 1.25 < 2**24

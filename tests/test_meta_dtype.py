@@ -1,4 +1,4 @@
-"""The dtype ``fp32_max_grad`` in every place where JAX may meet it."""
+"""The dtype ``fp32_max_grad`` under JAX's operations and transformations."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ RUNS = pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["eager", "jit
 
 @jax.custom_vjp
 def emit(state, new):
-  """A use of the state whose cotangent is ``new``."""
+  """Uses the state in a way that makes its cotangent ``new``."""
   return jnp.float32(0)
 
 
@@ -28,7 +28,7 @@ emit.defvjp(
 
 
 def new_state(program, state=X):
-  """Gradient of a program of the cast state, with respect to the state before the cast."""
+  """Differentiates a function of the cast state with respect to the state before the cast."""
   return jax.grad(lambda s: program(meta_dtype.to_max_grad(s)))(state)
 
 
@@ -75,7 +75,7 @@ class TestRules:
 
   @RUNS
   def test_what_a_select_leaves_out_came_on_no_path(self, run):
-    """Neither the state that was not selected, nor where it was not."""
+    """Elements that a select drops get -inf, in both of its operands."""
     which = np.array([True, False])
 
     def new(x):
@@ -107,7 +107,7 @@ class TestRules:
       run(lambda x: lax.mul(x, x))(meta_dtype.to_max_grad(X))
 
 
-NEW = jnp.stack([X, -X, X * 2, X / 4])  # what four paths report
+NEW = jnp.stack([X, -X, X * 2, X / 4])  # new values from four paths
 MAX = NEW.max(0)
 
 
@@ -231,7 +231,7 @@ def test_eager_results_print_and_unflatten():
 
 
 class TestTranspositions:
-  """What lies between the cast and the uses: each element is the maximum of where it went."""
+  """Slices and copies between the cast and the uses: each element gets the maximum of its uses."""
 
   @RUNS
   @pytest.mark.parametrize(

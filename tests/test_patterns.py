@@ -1,4 +1,4 @@
-"""One pattern means the same module wherever it is used."""
+"""A pattern matches the same module everywhere."""
 
 import dataclasses
 import re
@@ -51,7 +51,7 @@ class Net(nn.Module):
 
 
 def reported(batch=1):
-  """A report of two GEMMs in high precision."""
+  """Makes a report of two GEMMs in high precision."""
   extent = Extent(batch, 8, 16, 32)
   types = {"lhs": "bf16", "rhs": "bf16", "out": "bf16", "kernel": "cuBLASLt", "times": 1}
   gemms = tuple(

@@ -1,7 +1,7 @@
-"""Public objects survive ``pickle`` and ``copy.deepcopy``: to other processes, and in notebooks.
+"""Public objects support ``pickle`` and ``copy.deepcopy``.
 
-Initializers and Optax's transformations are closures of JAX's and Optax's, which pickle refuses:
-models and states that hold them are only copied.
+JAX's initializers and Optax's transformations are closures, which pickle rejects. Models and states
+that hold them are only copied.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""What CUDA computes and other platforms do not; the layout that XLA keeps to on one device."""
+"""Selection by platform, and the layout constraint for XLA on one device."""
 
 import jax
 import jax.export
@@ -47,7 +47,7 @@ SHARDED = jax.ShapeDtypeStruct((16, 3), jnp.float32, sharding=NamedSharding(MESH
 
 
 def test_where_xla_shards_there_is_none():
-  """It would gather the array."""
+  """XLA would gather the array."""
   assert "LayoutConstraint" not in lowered(in_rows, SHARDED)
 
 
@@ -59,7 +59,7 @@ def test_inside_a_shard_map_there_is_one(check_vma):
 
 
 def test_each_platform_computes_its_own_in_a_program_for_both():
-  """A CPU refuses what only CUDA is asked for."""
+  """A CPU rejects the code that is meant for CUDA only."""
   dims = (((1,), (0,)), ((), ()))
   named = jax.lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32
   plain = lambda x, y: jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)

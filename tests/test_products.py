@@ -1,4 +1,4 @@
-"""Products of quantised tensors against float64."""
+"""Products of quantized tensors compared with float64."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 
 
 def microscaled(*shape):
-  """Values and scales of blocks of 32; magnitudes differ, so that a misplaced scale shows."""
+  """Makes values and scales of blocks of 32. Magnitudes differ, so a misplaced scale shows."""
   data = jnp.asarray(random.normal(size=shape), jnp.float8_e4m3fn)
   exponents = random.integers(-6, 6, size=(*shape[:-1], shape[-1] // 32))
   return QTensor(data, jnp.asarray(2.0**exponents, jnp.float8_e8m0fnu))
@@ -51,7 +51,7 @@ def per_tensor(lhs, rhs):
 
 
 def scaled(*shape, n_scales=None):
-  """Scales that bfloat16 does not have."""
+  """Makes scales that bfloat16 can't represent."""
   scale = random.uniform(0.001, 0.1, [n_scales] if n_scales else []).astype(np.float32)
   data = jnp.asarray(random.normal(size=shape) * 100, jnp.float8_e4m3fn)
   return QTensor(data, jnp.asarray(scale))
@@ -67,7 +67,7 @@ def test_dot_per_tensor():
 @pytest.mark.parametrize("inner", [False, True], ids=["once", "twice"])
 @pytest.mark.parametrize("scales", [None, 4], ids=["one scale", "scales"])
 def test_dot_per_tensor_under_vmap(scales, inner):
-  """A mapped scale is for one product of several, and is applied to it alone."""
+  """Each slice of a mapped scale applies to one product only."""
   lhs, rhs = scaled(4, 16, 32, n_scales=scales), scaled(4, 32, 48, n_scales=scales)
   axes = QTensor(0, None if scales is None else 0)
   of = per_tensor
@@ -81,7 +81,7 @@ def test_dot_per_tensor_under_vmap(scales, inner):
 
 
 def compiled_for_h100(fn, *args):
-  pytest.importorskip("jax_plugins.xla_cuda13", reason="the CUDA plugin exists for Linux alone")
+  pytest.importorskip("jax_plugins.xla_cuda13", reason="the CUDA plugin supports only Linux")
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
   return compile_program(fn, shapes, target="h100", mesh=None, timeout=300).hlo
 
@@ -91,7 +91,7 @@ FP8_GEMM = 'custom_call_target="__cublas$lt$matmul$f8"'
 
 @pytest.fixture(params=[False, True], ids=["triton off", "default flags"])
 def triton(request, monkeypatch):
-  """Compiles as users who switch XLA's Triton GEMMs off, and as all others."""
+  """Compiles with and without XLA's Triton GEMMs."""
   if request.param and not _compat.NAMES_FP8_ALGORITHM:
     pytest.skip("this JAX can't name the algorithm, so XLA chooses by trial on the GPU")
   options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": request.param}
@@ -99,7 +99,7 @@ def triton(request, monkeypatch):
 
 
 def matrices(lhs, rhs, dims=(((1,), (0,)), ((), ())), dtypes=(E4M3, E4M3)):
-  """Shapes of two operands with a scale each, and their GEMM."""
+  """Makes the shapes of two operands with one scale each, and their GEMM."""
   gemm = contraction.forward_gemm(dims, lhs, rhs, kernel=1)
   scale = jax.ShapeDtypeStruct((), jnp.float32)
   shapes = (jax.ShapeDtypeStruct(*each) for each in zip((lhs, rhs), dtypes, strict=True))
@@ -126,7 +126,7 @@ SIZES = {
 @pytest.mark.parametrize(("lhs", "rhs", "dims"), SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
 def test_a_gpu_gets_an_fp8_gemm_whatever_the_flags(lhs, rhs, dims, dtype):
-  """And no kernel rounds a scale."""
+  """The GEMM is FP8 for all flags, and no kernel rounds a scale."""
   lhs, rhs, gemm = matrices(lhs, rhs, *dims)
   hlo = compiled_for_h100(multiply(gemm, dtype), lhs, rhs)
   assert hlo.count(FP8_GEMM) == 1
@@ -157,7 +157,7 @@ def test_a_large_product_is_written_once_in_bfloat16():
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize(("shared", "count"), [(0, 2), (None, 1)])
 def test_gemms_of_a_shared_operand_stay_apart(shared, count):
-  """Else XLA merges them, and each scale is applied, rounded, by a kernel of its own."""
+  """If XLA merged them, separate kernels would apply the scales, with extra rounding."""
   lhs, rhs, gemm = matrices(*LARGE)
   both = lambda x, a, b: [multiply(gemm, shared=shared)(x, each) for each in (a, b)]
   hlo = compiled_for_h100(both, lhs, rhs, rhs)
@@ -188,7 +188,7 @@ def test_a_transposed_product_is_that_of_exchanged_operands():
 
 
 class Layer(nn.Module):
-  """A step of a scan."""
+  """One step of a scan."""
 
   @nn.compact
   def __call__(self, x, _):
@@ -199,7 +199,7 @@ class Layer(nn.Module):
 
 @pytest.mark.usefixtures("triton")
 def test_kernels_are_turned_in_fp8_and_not_the_stack_of_them_in_float32():
-  """XLA would do so before the scan, and keep a second stack."""
+  """Otherwise XLA would transpose the stack before the scan and store a second copy."""
   layer = nn.remat(Layer, prevent_cse=False)
   model = fp8.scan(layer, {"params": 0}, split_rngs={"params": True}, length=4)()
   x = jax.ShapeDtypeStruct((2048, 1024), jnp.bfloat16)
@@ -223,20 +223,20 @@ REFUSED = {
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize(("lhs", "rhs", "dtypes"), REFUSED.values(), ids=REFUSED)
 def test_products_without_an_fp8_gemm_compile(lhs, rhs, dtypes):
-  """XLA refuses to compile a named algorithm that it does not have."""
+  """XLA rejects an explicit algorithm that it does not support."""
   lhs, rhs, gemm = matrices(lhs, rhs, dtypes=dtypes)
   assert FP8_GEMM not in compiled_for_h100(multiply(gemm), lhs, rhs)
 
 
 def test_a_gpu_without_fp8_units_multiplies_in_a_wider_type():
-  pytest.importorskip("jax_plugins.xla_cuda13", reason="the CUDA plugin exists for Linux alone")
+  pytest.importorskip("jax_plugins.xla_cuda13", reason="the CUDA plugin supports only Linux")
   lhs, rhs, gemm = matrices(*LARGE)
   report = fp8.explain(multiply(gemm), lhs, rhs, target="a100")
   assert (report.fp8_gemms, report.total_gemms) == (0, 1)
 
 
 def test_whether_this_jax_can_name_the_algorithm():
-  """So that a JAX that can again is noticed."""
+  """This test fails as soon as a JAX release supports it again."""
   dot = functools.partial(
     lax.dot, precision=lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32, preferred_element_type=jnp.float32
   )
@@ -258,7 +258,7 @@ def test_whether_this_jax_can_name_the_algorithm():
   ids=["delayed", "interval", "current"],
 )
 def test_no_scale_of_a_layer_is_rounded(recipe):
-  """A reshape between its two casts would be enough for XLA to keep the rounding."""
+  """A reshape between the two casts of a scale would make XLA keep the rounding."""
   layer = nn.Dense(2048, dtype=jnp.bfloat16, dot_general_cls=recipe.dot_general_cls)
   x = jax.ShapeDtypeStruct((2048, 2048), jnp.bfloat16)
   variables = jax.eval_shape(layer.init, jax.random.key(0), x)
@@ -269,7 +269,7 @@ def test_no_scale_of_a_layer_is_rounded(recipe):
 
 
 def test_a_gpu_gets_fp8_gemms_of_experts():
-  """With a scale for all of them, or one for each."""
+  """The experts have one scale each, or share one."""
   for scales in (None, 4):
     axes = QTensor(0, None if scales is None else 0)
     args = scaled(4, 16, 32, n_scales=scales), scaled(4, 32, 48, n_scales=scales)
@@ -284,7 +284,7 @@ def test_dot_microscaled():
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)], ids=["lhs", "rhs", "both"])
 def test_dot_microscaled_under_vmap(axes):
-  """Of JAX's scaled_matmul, both operands or none may be mapped."""
+  """JAX's scaled_matmul supports vmap only over both operands."""
   lhs = microscaled(*[3][: axes[0] == 0], 2, 5, 64)
   rhs = microscaled(*[3][: axes[1] == 0], 2, 7, 64)
   got = jax.vmap(product_of, in_axes=axes)(lhs, rhs)
@@ -296,7 +296,7 @@ def test_dot_microscaled_under_vmap(axes):
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)], ids=["lhs", "rhs", "both"])
 def test_dot_microscaled_under_vmap_compiles_for_cuda(axes):
-  pytest.importorskip("jax_plugins.xla_cuda13", reason="the CUDA plugin exists for Linux alone")
+  pytest.importorskip("jax_plugins.xla_cuda13", reason="the CUDA plugin supports only Linux")
   shape = lambda rows, mapped: (*[3][:mapped], 2, rows)
   spec = lambda rows, mapped: QTensor(
     jax.ShapeDtypeStruct((*shape(rows, mapped), 128), jnp.float8_e4m3fn),

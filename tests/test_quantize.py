@@ -1,4 +1,4 @@
-"""The saturating cast and the arithmetic of scales against the scalar oracle."""
+"""The saturating cast and the arithmetic of scales, compared with the scalar oracle."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ F32_MAX = float(np.finfo(np.float32).max)
 
 
 def hard_values(name: str) -> np.ndarray:
-  """Every value, every midpoint, their float32 neighbours, and what lies beyond both ends."""
+  """Makes every value, every midpoint, their float32 neighbors, and values out of range."""
   values = np.array(oracle.magnitudes(name))
   points = np.concatenate(
     [values, (values[1:] + values[:-1]) / 2, [values[-1] * 1.04, 1e30, F32_MAX]]
@@ -25,7 +25,7 @@ def hard_values(name: str) -> np.ndarray:
   return np.concatenate([all_points, -all_points, [np.nan]]).astype(np.float32)
 
 
-# XLA's quick emitters of code for the CPU (conftest.py) are wrong in these formats.
+# XLA's fast CPU code generation (conftest.py) gives wrong results in these formats.
 CASTS = [
   pytest.param(fmt, marks=[pytest.mark.slow] if fmt.name.endswith("fnuz") else [], id=fmt.name)
   for fmt in ALL
@@ -70,7 +70,7 @@ def test_quantize_and_dequantize_equal_the_oracle(fmt, scale):
 @pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.name)
 @pytest.mark.parametrize("given", ["scale", "inverse", "key"])
 def test_an_infinity_becomes_nan_and_overflow_saturates(given, fmt, dtype):
-  """Of a finite value the quotient may well be infinite: that is overflow."""
+  """A finite value may have an infinite quotient, which counts as overflow."""
   x = jnp.array([np.inf, -np.inf, np.nan, 60000.0, -60000.0, 0.0], dtype)
   scale = jnp.float32(2.0**-126)
   options = {"inverse": {"inverse": 1 / scale}, "key": {"key": jax.random.key(0)}}.get(given, {})
@@ -103,7 +103,9 @@ class TestScaleFromAmax:
   @pytest.mark.parametrize("margin", [0, 64, -64])
   def test_is_never_zero_or_infinite(self, amax, fmt, margin):
     scale = self.scale(amax, fmt, margin=margin)
-    assert 2.0**-126 <= scale <= 2.0**126 or scale == 3.0  # XLA's CPU may read a subnormal as zero
+    assert (
+      2.0**-126 <= scale <= 2.0**126 or scale == 3.0
+    )  # XLA's CPU code may read a subnormal as zero
     quotient = jnp.float32(min(amax, F32_MAX)) / jnp.float32(scale)
     assert np.isfinite(quotient)
 

@@ -1,4 +1,4 @@
-"""Policies of rematerialisation: the same gradients, and what is computed again."""
+"""Rematerialization policies: gradients stay equal, and the expected values are recomputed."""
 
 import functools
 
@@ -14,7 +14,7 @@ from flax_fp8 import remat_policies
 
 RECIPE = fp8.DelayedScaling(amax_history_len=3)
 JAX = jax.checkpoint_policies
-# GEMMs of a block's forward and backward pass: three of each layer, and what is computed again.
+# GEMMs in a block's forward and backward pass: three for each layer, plus those recomputed.
 POLICIES = {
   "none": (None, 6),
   "nothing": (JAX.nothing_saveable, 7),
@@ -27,7 +27,7 @@ POLICIES = {
 
 
 class Block(nn.Module):
-  """A residual MLP; its first GEMM's result is needed for the gradient, its second's is not."""
+  """A residual MLP. The gradient needs the result of its first GEMM, but not of its second."""
 
   dtype: object = jnp.float32
 
@@ -40,7 +40,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-  """A block that is computed again as a policy says; what is around it needs its gradients."""
+  """A block under a remat policy. The layers around it need its gradients."""
 
   policy: object
   dtype: object = jnp.float32

@@ -1,4 +1,4 @@
-"""Second derivatives pass straight through quantization, near those of the model in float32."""
+"""Straight-through second derivatives, compared with those of the float32 model."""
 
 import functools
 
@@ -24,7 +24,7 @@ RECIPES = {
 
 
 class Step(nn.Module):
-  """A layer, as the step of a scan."""
+  """A layer that is the step of a scan."""
 
   cls: object
 
@@ -34,7 +34,7 @@ class Step(nn.Module):
 
 
 class Model(nn.Module):
-  """Two layers; the plain model where ``cls`` is None."""
+  """Two layers. If ``cls`` is None, this is the model without FP8."""
 
   cls: object
   lift: str = "none"
@@ -52,7 +52,7 @@ class Model(nn.Module):
 
 @functools.cache
 def pair(name, lift):
-  """A model in FP8 and the plain one, with variables of one parameter; state has seen a step."""
+  """Makes an FP8 model and one without FP8, with equal parameters and state after one step."""
   ours, plain = Model(RECIPES[name].dot_general_cls, lift), Model(None, lift)
   variables = jax.jit(ours.init)(jax.random.key(0), X)
   if OWG in variables:
@@ -63,7 +63,7 @@ def pair(name, lift):
 
 
 def penalty(model, state, scale=1.0):
-  """A gradient penalty: the squared norm of the input's gradient."""
+  """Computes a gradient penalty: the squared norm of the input's gradient."""
 
   def of_params(params):
     loss = lambda x: scale * jnp.sum(model.apply({"params": params, **state}, x) ** 2)
@@ -73,7 +73,7 @@ def penalty(model, state, scale=1.0):
 
 
 def curvature(model, state):
-  """A Hessian-vector product, forward over reverse."""
+  """Computes a Hessian-vector product, forward over reverse."""
 
   def of_params(params):
     loss = lambda params: jnp.sum(model.apply({"params": params, **state}, X) ** 2)
@@ -101,7 +101,7 @@ def test_within_fp8_of_the_plain_model(second, name, lift):
   params, state = variables["params"], {OWG: variables[OWG]} if OWG in variables else {}
   got = jax.jit(second(ours, state))(params)
   assert error(got, jax.jit(second(plain, {}))(params)) < 0.2
-  assert error(got, jax.jit(second(plain, {}))(params)) > 1e-3  # it is FP8
+  assert error(got, jax.jit(second(plain, {}))(params)) > 1e-3  # FP8 changes the result
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
@@ -126,7 +126,7 @@ def test_nothing_in_nothing_out(name):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_in_the_dtype_of_the_computation(dtype):
-  """Compiled, forward over reverse: a GEMM that a CPU has."""
+  """Compiles forward over reverse to a GEMM that a CPU supports."""
   ours = nn.Dense(32, dtype=dtype, dot_general_cls=RECIPES["current"].dot_general_cls)
   plain = nn.Dense(32, dtype=dtype)
   params = plain.init(jax.random.key(0), X)
@@ -139,7 +139,7 @@ def test_in_the_dtype_of_the_computation(dtype):
 
 
 def test_clipping_has_the_derivative_of_the_tensor():
-  """At the amax, too, where a clip has a half."""
+  """This includes the amax, where a clip has the derivative 1/2."""
   layer = nn.Dense(1, use_bias=False, dot_general_cls=RECIPES["current"].dot_general_cls)
   params = {"params": {"kernel": jnp.ones((1, 1))}}
   square = lambda x: jnp.sum(layer.apply(params, x) ** 2)
@@ -147,7 +147,7 @@ def test_clipping_has_the_derivative_of_the_tensor():
 
 
 def test_state_has_no_derivative_but_its_new_value():
-  """A penalty alone records nothing; beside a loss, state is what the loss makes of it."""
+  """A penalty alone records no state. With a loss, the new state comes from the loss only."""
   ours, _, variables = pair("delayed", "none")
   loss = lambda v: jnp.sum(ours.apply(v, X) ** 2)
   both = lambda v: loss(v) + jnp.sum(jax.grad(lambda x: jnp.sum(ours.apply(v, x)))(X) ** 2)

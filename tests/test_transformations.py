@@ -1,10 +1,10 @@
-"""Every cell of the table that ``python -m tests.transformations`` prints."""
+"""Tests every cell of the table that ``python -m tests.transformations`` prints."""
 
 import pytest
 
 from tests import transformations
 
-# Seven seconds and more each: JAX runs an eager shard_map one operation at a time.
+# At least seven seconds each: JAX runs an eager shard_map one operation at a time.
 SLOW = {"shard_map, check_vma=True, eager", "shard_map, closure, pmean, eager"}
 cases = [
   pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name in SLOW else ())
@@ -12,7 +12,7 @@ cases = [
 ]
 
 
-# Seven seconds and more each: JAX runs an eager shard_map one operation at a time.
+# At least seven seconds each: JAX runs an eager shard_map one operation at a time.
 SLOW = {"shard_map, check_vma=True, eager", "shard_map, closure, pmean, eager"}
 cases = [
   pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name in SLOW else ())
