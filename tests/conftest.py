@@ -16,6 +16,7 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
   os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    + " --xla_cpu_parallel_codegen_split_count=1"
   )
 else:
   # Workers share a GPU.
