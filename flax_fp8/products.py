@@ -55,8 +55,7 @@ def scaled_matrices(q: QTensor, view: View) -> QTensor:
   """Returns a tensor with per-tensor or rowwise scales in the layout that a GEMM sees.
 
   Args:
-    q: data with the tensor's shape. The scale has shape ``()``, or the data's rank with size 1
-      along some axes.
+    q: data of the tensor's shape; scale of shape ``()``, or of the data's rank with some sizes 1.
     view: the GEMM's view of the tensor.
 
   Returns:
@@ -90,8 +89,8 @@ def dot_per_tensor(
     rhs: right operand; its scale has shape ``()``.
     gemm: dimension numbers, and the transposition of the result.
     dtype: dtype of the result.
-    fast_accumulation: lets the tensor cores keep partial sums in less than float32, which is
-      faster. Hopper keeps about 14 bits. Other hardware ignores this setting.
+    fast_accumulation: allows faster partial sums in less than float32 (about 14 bits on Hopper).
+      Other hardware ignores this setting.
     shared: the operand, 0 or 1, that other products may share. XLA would merge GEMMs that share an
       operand, but the merged GEMM can't have one scale. This operand is hidden from that pass.
     scales_at_once: multiplies by the product of both scales on a CPU too, as flax.linen.fp8_ops
@@ -101,11 +100,10 @@ def dot_per_tensor(
     The product in ``dtype``.
 
   Numerics:
-    The sums are scaled in float32 (``dequantize_product``) and rounded once, to ``dtype``. There
-    are three exceptions for a large bfloat16 product on a GPU, whose sums and scale are first
-    rounded to bfloat16: with ``--xla_allow_excess_precision=false``; if one device's share is so
-    small that XLA splits the contracted axis; and if XLA shards the program and chooses a
-    column-major layout for the result.
+    The sums are scaled in float32 (``dequantize_product``) and rounded once, to ``dtype``. For a
+    large bfloat16 product on a GPU, sums and scale are first rounded to bfloat16 in three cases:
+    with ``--xla_allow_excess_precision=false``; if one device's share is so small that XLA splits
+    the contracted axis; and if XLA shards the program and makes the result column-major.
   """
   dims, sharding = gemm.dimension_numbers, gemm.dot_sharding
   is_large = _at_least(math.prod(gemm.shape), _LARGE)
@@ -145,8 +143,7 @@ def _set_apart(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Hides from XLA that another product shares an operand.
 
-  The barrier also keeps reshapes from moving between the scale and its cast. With a reshape there,
-  XLA would keep the rounding of the cast.
+  The barrier also keeps reshapes away from the scale's cast. They would make XLA keep its rounding.
   """
   if shared == 0:
     lhs, scale = lax.optimization_barrier((lhs, scale))
@@ -220,9 +217,8 @@ def _dot(
 ) -> jax.Array:
   """Multiplies FP8 operands. On an NVIDIA GPU this is an FP8 GEMM regardless of XLA's flags.
 
-  On a GPU the FP8 algorithm is requested explicitly, if JAX supports that. Otherwise XLA would try
-  its Triton fusions first. They multiply in a wider type unless
-  ``--xla_gpu_enable_triton_gemm=false``.
+  The FP8 algorithm is explicit there if JAX supports it. Otherwise XLA tries Triton fusions first.
+  They multiply in a wider type unless ``--xla_gpu_enable_triton_gemm=false``.
   """
 
   def with_precision(precision: Any) -> Callable[..., jax.Array]:

@@ -184,7 +184,7 @@ def _contractions() -> Iterator[Wrong]:
       words = r"the state of \w+ must hold \['amax_history', 'scale'\]; got \[\]. Make it with ops"
       yield options(f"state {what}", ValueError, words, recipe=DELAYED, state=value)
     for value in (None, [], "state", X, {"input": X}, {"input": 1.0}):
-      words = "state must be a mapping of mappings, as ops.init_state makes it; got"
+      words = "state must be a mapping of mappings, as ops.init_state returns; got"
       yield options(f"state {show(value):.20}", TypeError, words, recipe=DELAYED, state=value)
     words = r"input_amax_history must have shape \(1024,\).*; got shape \(4,\)"
     yield options("state shorter", ValueError, words, recipe=DELAYED, state=short)
@@ -201,7 +201,7 @@ def _contractions() -> Iterator[Wrong]:
     long = PartitionSpec("a", "b", "c")
     yield options("out_sharding long", ValueError, words, out_sharding=long)
     for value in ("key", 0, jnp.ones(2), jnp.ones((2, 2))):
-      words = r"key must be one PRNG key, as jax.random.key\(seed\) makes; got"
+      words = r"key must be one PRNG key, such as jax.random.key\(seed\); got"
       stochastic = fp8.Float8CurrentScaling(grad_rounding="stochastic")
       yield options(f"key {show(value):.20}", TypeError, words, key=value, recipe=stochastic)
   batched = (((2,), (1,)), ((0,), (0,)))

@@ -1,4 +1,4 @@
-"""Contractions in FP8 as functions of values and state; no modules, no variables."""
+"""FP8 contractions as functions of arrays and state, without modules or variables."""
 
 from flax_fp8.ops.dot_general import dot_general, init_state
 from flax_fp8.ops.einsum import einsum

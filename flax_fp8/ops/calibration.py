@@ -1,8 +1,8 @@
-"""Calibration: contractions compute in the dtype of their operands while recipes observe.
+"""Calibration: contractions compute in the dtype of their operands, and recipes record amaxes.
 
-State is observed in high precision, for what FP8 loses at scales that are not right yet, no later
-layer would see. The switch is a context that JAX's compilation caches know of, so that a function
-compiled under it and the same function without it are two programs.
+FP8 with scales that are not calibrated yet would lose values, and later layers would never see
+them. Calibration therefore computes in high precision. The switch is a JAX user context, which is
+part of the compilation cache key. A function compiles to separate programs with and without it.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from flax_fp8.recipes.base import Recipe, Role, StatefulRecipe, TensorState
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
-  """What contractions do instead of multiplying in FP8.
+  """How contractions calibrate instead of multiplying in FP8.
 
   Attributes:
-    finalizes: whether the new state is the old one with the scale that its history implies, instead
-      of one that recorded the tensor; metrics are those at that scale.
-    percentile: that of the magnitudes which is recorded as the largest; None for the largest.
+    finalizes: whether to compute the new scale from the stored history instead of recording the
+      tensor. Metrics are measured at this scale.
+    percentile: percentile of the magnitudes to record as the amax. None records the maximum.
   """
 
   finalizes: bool = False
   percentile: float | None = None
 
   def clip(self, x: jax.Array) -> jax.Array:
-    """Limits magnitudes to their percentile; float32 where there is one."""
+    """Clips magnitudes to the percentile, in float32. Returns ``x`` unchanged without one."""
     if self.percentile is None or not x.size:
       return x
     x = x.astype(jnp.float32)
@@ -38,7 +38,7 @@ class Calibration:
     return jnp.clip(x, -limit, limit)
 
   def finalize(self, recipe: Recipe, state: TensorState, role: Role) -> TensorState:
-    """Returns the state with the scale that the next step would use; as it is without a scale."""
+    """Returns the state with the scale of the next step. Stateless recipes return it unchanged."""
     if not isinstance(recipe, StatefulRecipe):
       return state
     return recipe.finalize_scale(state, role)
@@ -48,10 +48,10 @@ _context: Any = jax.make_user_context(None)
 
 
 def calibrating(how: Calibration) -> Any:
-  """Makes the context in which contractions calibrate; for a ``with`` statement."""
+  """Returns a context manager in which contractions calibrate."""
   return _context(how)
 
 
 def current() -> Calibration | None:
-  """Returns how contractions calibrate here; None where they don't."""
+  """Returns the current calibration; None outside of ``calibrating``."""
   return _context.value

@@ -1,4 +1,4 @@
-"""Checks of a contraction's arguments, at trace time, in the words of the public name."""
+"""Checks the arguments of a contraction at trace time. Errors use the public name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def operand(name: str, side: str, x: Any) -> jax.Array:
-  """Returns an operand as an array; raises TypeError where it is none."""
+  """Returns an operand as an array; raises TypeError if it can't be converted to one."""
   if isinstance(x, jax.Array):
     return x
   try:
@@ -40,22 +40,22 @@ def operand(name: str, side: str, x: Any) -> jax.Array:
 
 
 def result_dtype(name: str, lhs: jax.Array, rhs: jax.Array, preferred: Any) -> Any:
-  """Returns the dtype of the product; raises TypeError where FP8 can't represent an operand."""
+  """Returns the dtype of the product; raises TypeError for an unsupported operand dtype."""
   for side, x in (("lhs", lhs), ("rhs", rhs)):
     if x.dtype.name not in COMPUTE_DTYPES:
       raise TypeError(
         f"{name}: operands must be of dtype {', '.join(COMPUTE_DTYPES)}; got {side} of dtype "
-        f"{x.dtype} and shape {x.shape}. Cast it, or leave this contraction to lax.dot_general."
+        f"{x.dtype} and shape {x.shape}. Cast it, or use lax.dot_general for this contraction."
       )
   dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
   if preferred is None:
     return dtype
-  advice = f"Leave it out for {dtype}."
+  advice = f"Omit it to use {dtype}."
   return fields.dtype(name, "preferred_element_type", preferred, COMPUTE_DTYPES, advice)
 
 
 def dimension_numbers(name: str, numbers: Any, lhs: jax.Array, rhs: jax.Array) -> DimensionNumbers:
-  """Returns canonical dimension numbers; raises ValueError where ``lax.dot_general`` would."""
+  """Returns canonical dimension numbers; raises ValueError if ``lax.dot_general`` rejects them."""
   try:
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = numbers
     contract = _axes(lhs_contract), _axes(rhs_contract)
@@ -67,13 +67,13 @@ def dimension_numbers(name: str, numbers: Any, lhs: jax.Array, rhs: jax.Array) -
       f"{name}: dimension_numbers must be ((lhs_contracting, rhs_contracting), (lhs_batch, "
       "rhs_batch)) with equal sizes of paired axes; got "
       f"dimension_numbers={fields.show(numbers)}, lhs of shape {lhs.shape}, rhs of shape "
-      f"{rhs.shape}: {fields.cut(error)} Mend the axes or the shapes."
+      f"{rhs.shape}: {fields.cut(error)} Fix the axes or the shapes."
     ) from error
   return dims
 
 
 def canonical_sharding(name: str, value: Any, ndim: int) -> NamedSharding | None:
-  """Returns ``out_sharding`` on the current mesh; None where none is given or none is explicit."""
+  """Returns ``out_sharding`` on the current mesh; None if omitted or without explicit axes."""
   if value is None:
     return None
   sharding = value
@@ -82,9 +82,9 @@ def canonical_sharding(name: str, value: Any, ndim: int) -> NamedSharding | None
       sharding = NamedSharding(jax.sharding.get_abstract_mesh(), value)
   if not isinstance(sharding, NamedSharding) or len(sharding.spec) > ndim:
     raise ValueError(
-      f"{name}: out_sharding must be a PartitionSpec or NamedSharding of at most {ndim} axes, as "
-      "the product has, that names axes of the current mesh; got "
-      f"out_sharding={fields.show(value)}. Name the mesh axes of each axis, or None."
+      f"{name}: out_sharding must be a PartitionSpec or NamedSharding of at most {ndim} axes, the "
+      "rank of the product, and use axes of the current mesh; got "
+      f"out_sharding={fields.show(value)}. Give the mesh axes of each axis, or None."
     )
   return sharding if sharding.mesh.abstract_mesh.explicit_axes else None
 
@@ -92,20 +92,20 @@ def canonical_sharding(name: str, value: Any, ndim: int) -> NamedSharding | None
 def sharding_of_product(
   name: str, dims: DimensionNumbers, lhs: jax.Array, rhs: jax.Array, out_sharding: Any
 ) -> NamedSharding | None:
-  """Returns how the product is sharded on a mesh with explicit axes, by the rule of JAX.
+  """Returns the sharding of the product on a mesh with explicit axes, by JAX's own rule.
 
   Args:
-    name: what error messages call the operation.
+    name: name of the operation in error messages.
     dims: canonical dimension numbers.
     lhs: left operand.
     rhs: right operand.
-    out_sharding: as the caller gave it.
+    out_sharding: the caller's argument.
 
   Returns:
     The sharding; None on any other mesh.
 
   Raises:
-    ValueError: ``lax.dot_general`` would find it ambiguous.
+    ValueError: the sharding is ambiguous for ``lax.dot_general``.
   """
   ndim = lhs.ndim + rhs.ndim - 2 * len(dims[0][0]) - len(dims[1][0])
   wanted = canonical_sharding(name, out_sharding, ndim)
@@ -117,25 +117,25 @@ def sharding_of_product(
     if not _compat.is_ambiguous_sharding(error):
       raise
     raise ValueError(
-      f"{name}: on a mesh with explicit axes the sharding of the product must be clear; got lhs of "
-      f"type {jax.typeof(lhs)} and rhs of type {jax.typeof(rhs)}: {error} Pass out_sharding; to a "
-      "layer by dot_general_cls=functools.partial(Fp8DotGeneral, out_sharding=PartitionSpec(...))."
+      f"{name}: on a mesh with explicit axes the sharding of a product must be unambiguous; got "
+      f"lhs of type {jax.typeof(lhs)} and rhs of type {jax.typeof(rhs)}: {error} Pass "
+      "out_sharding. For a layer, pass dot_general_cls=functools.partial(Fp8DotGeneral, "
+      "out_sharding=PartitionSpec(...))."
     ) from error
   return out.sharding
 
 
 def precision(name: str, value: Any) -> None:
-  """Raises ValueError for a precision other than the default: the recipe chooses it."""
+  """Raises ValueError unless the precision is the default, since the recipe chooses it."""
   if value not in (None, lax.Precision.DEFAULT):
     raise ValueError(
-      f"{name}: the recipe chooses how the FP8 GEMMs accumulate, so precision must be None; got "
-      f"precision={fields.show(value)}. Leave precision out of this layer, or leave the layer out "
-      "of FP8."
+      f"{name}: precision must be None; got precision={fields.show(value)}. The recipe chooses how "
+      "FP8 GEMMs accumulate: omit precision in this layer, or exclude the layer from FP8."
     )
 
 
 def recipe(name: str, value: Any) -> None:
-  """Raises TypeError where the recipe is none."""
+  """Raises TypeError unless the value is a recipe."""
   if not isinstance(value, Recipe):
     raise TypeError(
       f"{name}: recipe must be a recipe, such as DelayedScaling(); got "
@@ -144,57 +144,57 @@ def recipe(name: str, value: Any) -> None:
 
 
 def key(name: str, recipe: Recipe, value: jax.Array | None) -> None:
-  """Raises ValueError where stochastic rounding has no key."""
+  """Raises ValueError if stochastic rounding has no key."""
   if recipe.rounds_by_key and value is None:
     raise ValueError(
       f"{name}: stochastic rounding of gradients needs a PRNG key; got none for {recipe}. Pass "
-      "rngs={'sr_rng': key} to apply, another key at each step, and name 'sr_rng' in the "
-      "split_rngs of nn.scan and nn.vmap; or pass key= to the function of flax_fp8.ops."
+      "rngs={'sr_rng': key} to apply with a new key at each step and add 'sr_rng' to the "
+      "split_rngs of nn.scan and nn.vmap, or pass key= to the function of flax_fp8.ops."
     )
 
 
 def one_key(name: str, value: Any) -> None:
-  """Raises TypeError where a PRNG key is none."""
+  """Raises TypeError unless the value is one PRNG key."""
   is_array = isinstance(value, jax.Array | np.ndarray)
   typed = is_array and jnp.issubdtype(value.dtype, jax.dtypes.prng_key) and value.ndim == 0
   raw = is_array and value.dtype == jnp.uint32 and value.ndim == 1
   if not typed and not raw:
     raise TypeError(
-      f"{name}: key must be one PRNG key, as jax.random.key(seed) makes; got "
-      f"key={fields.show(value)}. Split a key with jax.random.split, and pass one of them."
+      f"{name}: key must be one PRNG key, such as jax.random.key(seed); got "
+      f"key={fields.show(value)}. Split a key with jax.random.split, and pass one of the results."
     )
 
 
 def device(name: str, value: Any, emulate: bool) -> None:
-  """Raises ValueError where the default device can't multiply what the recipe needs."""
+  """Raises ValueError if the default device does not support the recipe."""
   recipe(name, value)
   if fields.flag(name, "emulate", emulate):
     return
   supported, reason = capability(recipe=value)
   if not supported:
     raise ValueError(
-      f"{name}: the default device must multiply the formats of the recipe; got {reason}. "
-      "Run on a device that does, choose a recipe of other formats, or pass emulate=True, which "
-      "computes in a wider type: right, and slow."
+      f"{name}: the default device must support the recipe's formats and scales; got {reason}. "
+      "Use another device or recipe, or pass emulate=True to compute in a wider type, which is "
+      "correct but slow."
     )
 
 
 def warn_of_device(name: str, recipe: Recipe) -> None:
-  """Warns where ``device`` would raise, for modules that keep to Flax's behaviour.
+  """Warns where ``device`` would raise, for modules that follow Flax's behavior.
 
-  The warning's place is in Flax, the same for all layers, so Python shows it once.
+  The warning is attributed to one line in Flax, so Python shows it once for all layers.
   """
   supported, reason = capability(recipe=recipe)
   if not supported:
-    message = f"{name}: {reason}. Products are computed in a wider type: right, and slow."
+    message = f"{name}: {reason}. Products are computed in a wider type, which is correct but slow."
     warnings.warn(message, stacklevel=3)
 
 
 def state(name: str, recipe: Recipe, value: Mapping[str, Any]) -> None:
-  """Raises TypeError or ValueError where the state is not of the recipe's making."""
+  """Raises TypeError or ValueError if the state does not match the recipe."""
   if not isinstance(value, Mapping) or not all(isinstance(x, Mapping) for x in value.values()):
     raise TypeError(
-      f"{name}: state must be a mapping of mappings, as ops.init_state makes it; got "
+      f"{name}: state must be a mapping of mappings, as ops.init_state returns; got "
       f"state={fields.show(value)}. Pass ops.init_state(recipe), or its gradient."
     )
   for role in Role:
@@ -205,7 +205,7 @@ def state(name: str, recipe: Recipe, value: Mapping[str, Any]) -> None:
     if leaves.keys() != fresh.keys():
       raise ValueError(
         f"{name}: the state of {role.value} must hold {sorted(fresh)}; got {sorted(leaves)}. Make "
-        "it with ops.init_state(recipe); of metrics, add all or none."
+        "it with ops.init_state(recipe), with all metrics or none."
       )
     for key, leaf in leaves.items():
       require_float32(name, f"{role.value}_{key}", leaf)
@@ -216,15 +216,15 @@ def _leaf(name: str, leaf: Any, shape: tuple[int, ...], recipe: Recipe) -> None:
   if is_max_grad(leaf) and (axes := entered_since_cast() & _compat.manual_axes(leaf)):
     raise TypeError(
       f"{name} must not pass into shard_map(check_vma=False) as fp32_max_grad, because JAX sums "
-      f"cotangents at its boundary; got mesh axes {sorted(axes)}. Call shard_map with "
-      "check_vma=True; or call flax_fp8.value_and_grad inside the mapped function; or cast inside "
-      "it, with as_max_grad(variables), and differentiate with jax.value_and_grad."
+      f"cotangents at its boundary; got mesh axes {sorted(axes)}. Use check_vma=True, call "
+      "flax_fp8.value_and_grad inside the mapped function, or cast inside it with "
+      "as_max_grad(variables) and differentiate with jax.value_and_grad."
     )
   if leaf.shape != shape and (leaf.shape, shape) != ((), (1,)):
     raise ValueError(
-      f"{name} must have shape {shape} for {recipe}; got shape {leaf.shape}. Choose the recipe "
-      "that the state was made with, map leading axes with nn.vmap or nn.scan, or take fresh state "
-      "from upgrade_variables."
+      f"{name} must have shape {shape} for {recipe}; got shape {leaf.shape}. Use the recipe that "
+      "made the state, map leading axes with nn.vmap or nn.scan, or get new state from "
+      "upgrade_variables."
     )
 
 

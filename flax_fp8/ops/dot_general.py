@@ -1,7 +1,8 @@
-"""The contraction: one GEMM forward, two backward, the new state leaving as the old one's gradient.
+"""The FP8 contraction: one forward GEMM and two backward GEMMs.
 
-Forward, both operands are quantized and multiplied; the backward GEMMs' operands are kept in FP8.
-Backward, the output gradient is quantized, and multiplied with both.
+The forward pass quantizes and multiplies both operands, and saves them in FP8 for the backward
+pass. The backward pass quantizes the output gradient and multiplies it with both. The gradient of
+the state is the new state.
 """
 
 from __future__ import annotations
@@ -35,40 +36,43 @@ def dot_general(
   key: jax.Array | None = None,
   name: str = "dot_general",
 ) -> jax.Array:
-  """Contracts two arrays in FP8; ``lax.dot_general`` with state.
+  """Contracts two arrays in FP8, like ``lax.dot_general`` with state.
 
-  ``recipe.contract(recipe.quantize(lhs), recipe.quantize(rhs))``, and the same in the backward pass
-  for the gradients of both operands. The gradient with respect to ``state`` is the new state.
+  Computes ``recipe.contract(recipe.quantize(lhs), recipe.quantize(rhs))``. The backward pass
+  computes the gradients of both operands in the same way. The gradient with respect to ``state`` is
+  the new state.
 
   Args:
     lhs: left operand, the *input*; float32, bfloat16 or float16.
     rhs: right operand, the *kernel*; float32, bfloat16 or float16.
-    dimension_numbers: of ``lax.dot_general``.
-    recipe: how to scale.
-    state: for each role, the leaves of ``recipe.init_state(role)``, float32 or fp32_max_grad.
-      Beside them there may be the metrics ``amax``, ``saturated``, ``flushed``, ``noise`` and
-      ``nonfinite``, all five, ``(1,)``: where they are there, they are measured.
-    preferred_element_type: dtype of the result; the promoted dtype of the operands if None.
-    out_sharding: of the result, a ``PartitionSpec`` or ``NamedSharding``; needed on a mesh with
-      explicit axes alone, and there where ``lax.dot_general`` needs it.
-    key: PRNG key, by which a recipe that asks for it rounds output gradients stochastically; needed
-      for differentiation alone.
-    name: what error messages call the operation.
+    dimension_numbers: dimension numbers of ``lax.dot_general``.
+    recipe: the scaling recipe.
+    state: for each role, the leaves of ``recipe.init_state(role)``; float32 or fp32_max_grad. A
+      role may also hold all five metrics ``amax``, ``saturated``, ``flushed``, ``noise`` and
+      ``nonfinite``, each of shape ``(1,)``. They are measured if present.
+    preferred_element_type: dtype of the result. None uses the promoted dtype of the operands.
+    out_sharding: sharding of the result, a ``PartitionSpec`` or ``NamedSharding``. Required only on
+      a mesh with explicit axes, where ``lax.dot_general`` requires it too.
+    key: PRNG key for recipes that round output gradients stochastically. Required only for
+      differentiation.
+    name: name of the operation in error messages.
 
   Returns:
-    The product; shape as ``lax.dot_general``.
+    The product; same shape as from ``lax.dot_general``.
 
   Raises:
-    TypeError: an operand is not float32, bfloat16 or float16; the state is no mapping of mappings,
-      or a leaf of it is not float32 or fp32_max_grad; ``recipe`` is no recipe, or ``key`` no key.
-    ValueError: dimension numbers do not fit the shapes; the state is not the recipe's; the gradient
-      is taken without the key that the recipe asks for; on a mesh with explicit axes, the sharding
-      of the result is ambiguous.
+    TypeError: an operand is not float32, bfloat16 or float16; the state is not a mapping of
+      mappings, or a leaf of it is not float32 or fp32_max_grad; ``recipe`` is not a recipe, or
+      ``key`` is not a key.
+    ValueError: the dimension numbers do not match the shapes; the state does not match the recipe;
+      the gradient is computed without the key that the recipe needs; the sharding of the result is
+      ambiguous on a mesh with explicit axes.
 
   Numerics:
-    GEMMs accumulate and are scaled in float32, then cast to the result's dtype. Where the state is
-    shared by mapped (``vmap``) or replicated (``shard_map``) operands, the amax is over all. Second
-    derivatives are those of the dequantized tensors, multiplied in the dtype of the operands.
+    GEMMs accumulate in float32. The result is scaled in float32 and then cast to its dtype. If
+    mapped (``vmap``) or sharded (``shard_map``) operands share one state, the amax covers all of
+    them. Second derivatives are those of the dequantized tensors, multiplied in the dtype of the
+    operands.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -111,7 +115,7 @@ def plan_dot_general(
   preferred_element_type: Any,
   out_sharding: Any,
 ) -> Plan:
-  """Checks the arguments of ``dot_general``, and plans the contraction."""
+  """Checks the arguments of ``dot_general`` and plans the contraction."""
   dtype = check.result_dtype(name, lhs, rhs, preferred_element_type)
   dims = check.dimension_numbers(name, dimension_numbers, lhs, rhs)
   check.recipe(name, recipe)
@@ -122,7 +126,7 @@ def plan_dot_general(
 def contract(
   plan: Plan, lhs: jax.Array, rhs: jax.Array, state: State, key: jax.Array | None
 ) -> jax.Array:
-  """Runs a planned contraction; arguments as for ``dot_general``."""
+  """Runs a planned contraction. The arguments are those of ``dot_general``."""
   check.state(plan.name, plan.recipe, state)
   if key is not None:
     check.one_key(plan.name, key)
@@ -134,7 +138,7 @@ def contract(
 def _contract(
   plan: Plan, lhs: jax.Array, rhs: jax.Array, state: State, key: jax.Array | None
 ) -> jax.Array:
-  """The contraction where nothing is differentiated: nothing is observed, nothing is kept."""
+  """Contracts without differentiation: records no state and saves no residuals."""
   del key
   (q_lhs, _), _ = quantize(plan, plan.lhs, lhs, state[plan.lhs.role.value], observed=False)
   (q_rhs, _), _ = quantize(plan, plan.rhs, rhs, state[plan.rhs.role.value], observed=False)
@@ -144,7 +148,7 @@ def _contract(
 def _forward(
   plan: Plan, lhs: jax.Array, rhs: jax.Array, state: State, key: jax.Array | None
 ) -> tuple[jax.Array, Any]:
-  """Quantizes both operands and multiplies; keeps them for the backward GEMMs, and new states."""
+  """Quantizes and multiplies both operands. Saves them and the new states for the backward pass."""
   now: list[Quantized] = []
   later: list[Quantized] = []
   new: dict[str, TensorState] = {}
@@ -164,7 +168,7 @@ def _forward(
 def _backward(
   plan: Plan, residuals: Any, grad: jax.Array
 ) -> tuple[jax.Array, jax.Array, State, None]:
-  """Quantizes the output gradient, and multiplies it with both operands."""
+  """Quantizes the output gradient and multiplies it with both operands."""
   q_lhs, q_rhs, new, own, key = residuals
   if plan.rounds_gradients:
     check.key(plan.name, plan.recipe, key)
@@ -178,7 +182,7 @@ def _backward(
 
 
 def _as_cotangent(new: TensorState, old: TensorState) -> TensorState:
-  """Makes a new state the cotangent of the old one: of its shapes and dtypes."""
+  """Casts and reshapes a new state into a cotangent of the old state."""
   return jax.tree.map(lambda new, old: like(new.reshape(old.shape), old), new, dict(old))
 
 
@@ -186,16 +190,16 @@ _contract.defvjp(_forward, _backward)
 
 
 def init_state(recipe: Recipe) -> dict[str, TensorState]:
-  """Makes the state of a contraction that never ran.
+  """Creates the initial state of a contraction.
 
   Args:
-    recipe: whose state.
+    recipe: the recipe of the contraction.
 
   Returns:
     For each role, ``recipe.init_state(role)`` as JAX arrays.
 
   Raises:
-    TypeError: ``recipe`` is no recipe.
+    TypeError: ``recipe`` is not a recipe.
 
   Example:
     >>> import flax_fp8 as fp8

@@ -1,4 +1,4 @@
-"""Einsum in FP8: reductions of each operand in its own dtype, then one contraction."""
+"""Einsum in FP8: reduces each operand in its own dtype, then runs one FP8 contraction."""
 
 from __future__ import annotations
 
@@ -31,32 +31,33 @@ def einsum(
   key: jax.Array | None = None,
   name: str = "einsum",
 ) -> jax.Array:
-  """Contracts two arrays in FP8 by an einsum equation; ``jnp.einsum`` with state.
+  """Contracts two arrays in FP8 by an einsum equation, like ``jnp.einsum`` with state.
 
-  ``transpose(dot_general(reduce(lhs), reduce(rhs)))``, where ``reduce`` takes diagonals and sums
-  out the labels that neither the other operand nor the output has.
+  Computes ``transpose(dot_general(reduce(lhs), reduce(rhs)))``. Here ``reduce`` takes diagonals and
+  sums over labels that occur neither in the other operand nor in the output.
 
   Args:
-    equation: any that ``jnp.einsum`` takes for two operands.
+    equation: any equation that ``jnp.einsum`` accepts for two operands.
     lhs: left operand, the *input*; float32, bfloat16 or float16.
     rhs: right operand, the *kernel*; float32, bfloat16 or float16.
-    recipe: how to scale.
+    recipe: the scaling recipe.
     state: as for ``dot_general``.
-    preferred_element_type: dtype of the result; the promoted dtype of the operands if None.
+    preferred_element_type: dtype of the result. None uses the promoted dtype of the operands.
     out_sharding: as for ``dot_general``.
     key: as for ``dot_general``.
-    name: what error messages call the operation.
+    name: name of the operation in error messages.
 
   Returns:
-    The contraction; shape as ``jnp.einsum``.
+    The result; same shape as from ``jnp.einsum``.
 
   Raises:
-    TypeError: as for ``dot_general``, or ``equation`` is no string.
-    ValueError: as for ``dot_general``, or the equation is malformed, has not two operands, or does
-      not fit the shapes.
+    TypeError: as for ``dot_general``, or ``equation`` is not a string.
+    ValueError: as for ``dot_general``, or the equation is malformed, does not have two operands, or
+      does not match the shapes.
 
   Numerics:
-    Labels are summed out in the operand's dtype before it is quantised. Else as ``dot_general``.
+    Labels are summed in the operand's dtype before the operand is quantized. Otherwise as
+    ``dot_general``.
 
   Example:
     >>> import jax.numpy as jnp
@@ -85,12 +86,12 @@ def einsum(
 
 @dataclasses.dataclass(frozen=True)
 class Einsum:
-  """An einsum, taken apart into reductions of its operands, one contraction and a transposition.
+  """An einsum as one contraction of reduced operands and a transposition.
 
   Attributes:
-    plan: of the contraction.
-    operands: what is left of the einsum's, in the order in which the contraction takes them.
-    kernel_reduction: einsum equation that made the kernel of the right operand.
+    plan: plan of the contraction.
+    operands: the reduced operands, in the order of the contraction.
+    kernel_reduction: einsum equation that reduces the right operand to the kernel.
     permutation: transposition of the contraction's result.
   """
 
@@ -110,10 +111,10 @@ def plan_einsum(
   preferred_element_type: Any,
   out_sharding: Any,
 ) -> Einsum:
-  """Checks the arguments of ``einsum``, and takes it apart."""
+  """Checks the arguments of ``einsum`` and splits it into its steps."""
   if not isinstance(equation, str):
     raise TypeError(
-      f"{name}: the equation must be a string; got {fields.show(equation)}. Write it as "
+      f"{name}: the equation must be a string; got {fields.show(equation)}. Pass a string such as "
       "'mk,kn->mn'."
     )
   dtype = check.result_dtype(name, lhs, rhs, preferred_element_type)

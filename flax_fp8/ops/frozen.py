@@ -1,7 +1,7 @@
-"""Inference: the forward pass of a plan whose kernel was quantized before. Nothing is updated.
+"""Inference with a kernel that is quantized in advance. Updates no state.
 
-It does what the forward pass of ``ops.dot_general`` and ``ops.einsum`` does, bit for bit, in two
-parts: the kernel's, which is done once, and the input's.
+The results equal the forward pass of ``ops.dot_general`` and ``ops.einsum`` bit for bit.
+``quantize_kernel`` runs once, and ``contract_frozen`` runs for each input.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def quantize_kernel(plan: Plan, kernel: jax.Array, state: State) -> QTensor:
   """Quantizes a kernel for the forward GEMM.
 
   Args:
-    plan: of the contraction; its recipe scales the kernel.
-    kernel: float32, bfloat16 or float16, in the dtype in which it would be multiplied.
-    state: of the contraction.
+    plan: plan of the contraction. Its recipe scales the kernel.
+    kernel: float32, bfloat16 or float16; the dtype that the contraction would use.
+    state: state of the contraction.
 
   Returns:
-    Data and scale as the recipe lays them out; but data of the kernel's own shape with the
-    contracted axes last, the only order that FP8 GEMMs of NVIDIA GPUs before Blackwell read.
+    Data and scale in the recipe's layout. If the data has the kernel's own axes, the contracted
+    axes are moved last. FP8 GEMMs of NVIDIA GPUs before Blackwell support only this order.
   """
   operand = kernel_operand(plan)
   own = state.get(operand.role.value, {})
@@ -41,10 +41,10 @@ def contract_frozen(plan: Plan, x: jax.Array, kernel: QTensor, state: State) -> 
   """Contracts an input with a quantized kernel.
 
   Args:
-    plan: of the contraction.
+    plan: plan of the contraction.
     x: the input; float32, bfloat16 or float16.
-    kernel: as ``quantize_kernel`` returned it.
-    state: of the input.
+    kernel: the result of ``quantize_kernel``.
+    state: state of the input.
 
   Returns:
     The product.
@@ -61,7 +61,7 @@ def contract_frozen(plan: Plan, x: jax.Array, kernel: QTensor, state: State) -> 
 
 
 def contract_as_is(plan: Plan, x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Contracts in the dtype of the operands, where the recipe leaves the forward GEMM in it."""
+  """Contracts in the dtype of the operands, for recipes with a high-precision forward GEMM."""
   operands = (kernel, x) if plan.kernel_is_left else (x, kernel)
   return multiply(plan, plan.fprop, *operands)
 
@@ -72,7 +72,7 @@ def kernel_operand(plan: Plan) -> Operand:
 
 
 def _is_plain(q: QTensor) -> bool:
-  """Tells whether data has the axes of the tensor, not blocks of its own."""
+  """Tells whether data has the axes of the tensor and is not cut into blocks."""
   return q.scale.dtype == jnp.float32 and q.scale.ndim in (0, q.data.ndim)
 
 

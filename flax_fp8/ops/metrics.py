@@ -1,7 +1,7 @@
-"""What FP8 does to a tensor, measured where it is quantised, as optional leaves of its state.
+"""Measures the effect of quantization on a tensor, as optional leaves of its state.
 
-Where a role's state holds ``amax``, ``saturated``, ``flushed``, ``noise`` and ``nonfinite``, their
-new values leave the backward pass as their gradients, like all state. Else nothing is computed.
+If a role's state holds ``amax``, ``saturated``, ``flushed``, ``noise`` and ``nonfinite``, their new
+values are returned as their gradients, like all state. Otherwise nothing is computed.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from flax_fp8.quantize import QTensor, dequantize, scale_from_amax
 from flax_fp8.recipes.base import TensorState
 
 METRICS = ("amax", "saturated", "flushed", "noise", "nonfinite")
-# How far beyond the largest value counts as saturated: more than scales and products are rounded.
+# A value counts as saturated beyond this factor, which exceeds rounding of scales and products.
 _SLACK = np.float32(1 + 2.0**-20)
 
 
 def init_metrics() -> dict[str, np.ndarray]:
-  """Returns the metrics of a tensor that was never seen: zeros, float32 ``(1,)``."""
+  """Returns the initial metrics of a tensor: zeros, float32 ``(1,)``."""
   return {name: np.zeros((1,), np.float32) for name in METRICS}
 
 
 def split(state: Mapping[str, jax.Array]) -> tuple[TensorState, TensorState]:
-  """Takes a role's state apart into that of the recipe and the metrics, ``{}`` if there are none.
+  """Splits a role's state into the recipe's state and the metrics, ``{}`` if there are none.
 
-  Both are fresh dicts; leaves stay as they are.
+  Both are new dicts with the same leaves.
   """
   metrics = {name: leaf for name, leaf in state.items() if name in METRICS}
   return {name: leaf for name, leaf in state.items() if name not in METRICS}, metrics
@@ -40,10 +40,10 @@ def split(state: Mapping[str, jax.Array]) -> tuple[TensorState, TensorState]:
 def measure(
   x: jax.Array, seen_as: Sequence[tuple[QTensor, View]], float8: Float8, state: TensorState
 ) -> TensorState:
-  """Measures what quantisation made of a tensor.
+  """Measures the effect of quantization on a tensor.
 
-  ``nonfinite = count(x is not finite) / size(x)``; and with ``x_hat = data * scale``, over the
-  elements for which both are finite::
+  ``nonfinite = count(x is not finite) / size(x)``. With ``x_hat = data * scale``, and over elements
+  for which both ``x`` and ``x_hat`` are finite::
 
       amax = max(|x|)
       saturated = count(|x| > max(float8) * scale) / count(x)
@@ -52,18 +52,18 @@ def measure(
 
   Args:
     x: the tensor; float32, bfloat16 or float16; any shape.
-    seen_as: each quantisation of ``x``, in the layout of ``Recipe.in_matrices``, and its view. Of
-      several, the worst counts.
+    seen_as: each quantized form of ``x``, in the layout of ``Recipe.in_matrices``, with its view.
+      If there are several, each metric is the maximum over them.
     float8: the format.
-    state: the old metrics, whose batching and sharding decide how far to reduce.
+    state: the old metrics. Their batching and sharding decide how far to reduce.
 
   Returns:
     The new metrics, float32 scalars; zeros for a tensor without elements.
 
   Numerics:
-    Sums are float32, of values scaled to 1, so that nothing underflows; counts are exact up to
-    ``2**32``. ``saturated`` disregards what lies beyond the range by less than ``2**-20`` of it.
-    Over mapped axes and devices that share the state, each figure is the largest of the parts.
+    Sums are float32 over values scaled to at most 1, which avoids underflow. Counts are exact up to
+    ``2**32``. ``saturated`` ignores values that exceed the range by less than ``2**-20`` of it. If
+    mapped axes or devices share the state, each metric is the maximum over the parts.
   """
   found = [_compare(view.matrices(x), q, float8) for q, view in seen_as]
   worst = jax.tree.map(lambda *values: jnp.max(jnp.stack(values)), *found)
@@ -71,7 +71,7 @@ def measure(
 
 
 def _compare(x: jax.Array, q: QTensor, float8: Float8) -> dict[str, jax.Array]:
-  """Measures one quantisation."""
+  """Measures one quantized form of a tensor."""
   x, x_hat = x.astype(jnp.float32), dequantize(q.data, q.scale, jnp.float32)
   finite = jnp.isfinite(x)
   counted = finite & jnp.isfinite(x_hat)

@@ -1,4 +1,4 @@
-"""What is known of a contraction when it is traced: its three tensors and its three GEMMs."""
+"""The static description of a contraction: its three tensors and its three GEMMs."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Tensor:
   """One of the three tensors of a contraction.
 
   Attributes:
-    role: what it is.
-    kinds: the two GEMMs that take it. Of an operand, fprop and then the backward one; of the output
-      gradient, the one that gives the left operand's gradient and then the right one's.
-    views: how these two see it.
+    role: input, kernel or output gradient.
+    kinds: the two GEMMs that take the tensor. For an operand: fprop, then the backward GEMM. For
+      the output gradient: the GEMM of the left operand's gradient, then the right operand's.
+    views: the views of these two GEMMs.
   """
 
   role: Role
@@ -42,9 +42,9 @@ class Operand(Tensor):
   """The left or the right operand.
 
   Attributes:
-    dtype: of the operand, and so of its gradient.
-    varying: mesh axes along which it differs, in a checked shard_map.
-    sharding: on a mesh with explicit axes; else None.
+    dtype: dtype of the operand and of its gradient.
+    varying: mesh axes along which the operand varies, in a checked shard_map.
+    sharding: sharding of the operand on a mesh with explicit axes; else None.
   """
 
   dtype: Any
@@ -52,7 +52,7 @@ class Operand(Tensor):
   sharding: NamedSharding | None
 
   def reduce(self, grad: jax.Array) -> jax.Array:
-    """Sums a gradient over the mesh axes over which the operand is replicated."""
+    """Sums a gradient over the mesh axes along which the operand is replicated."""
     axes = _compat.varying_axes(grad) - self.varying
     return _compat.psum(grad, tuple(sorted(axes))) if axes else grad
 
@@ -62,9 +62,9 @@ class PlannedGemm:
   """One of the three GEMMs.
 
   Attributes:
-    kind: which of the three.
-    gemm: its dimension numbers, and what becomes of its result.
-    dtype: of its result.
+    kind: fprop, dgrad or wgrad.
+    gemm: dimension numbers, views and the transposition of the result.
+    dtype: dtype of the result.
   """
 
   kind: GemmKind
@@ -74,7 +74,7 @@ class PlannedGemm:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-  """What is static about a contraction.
+  """The static description of a contraction.
 
   ::
 
@@ -83,16 +83,16 @@ class Plan:
       grad_of_rhs = rhs_gemm(output_grad, lhs)  # wgrad, if the right one is the kernel
 
   Attributes:
-    name: what error messages call the contraction.
-    recipe: how its tensors are scaled.
-    calibration: what it does instead of multiplying in FP8; None as a rule.
-    lhs: its left operand.
-    rhs: its right operand.
-    output_grad: the gradient of its result.
-    fprop: the GEMM that gives the result.
-    lhs_gemm: the GEMM that gives the left operand's gradient.
-    rhs_gemm: the GEMM that gives the right operand's gradient.
-    body: the body of the ``shard_map(check_vma=False)`` that it is in, if any.
+    name: name of the contraction in error messages.
+    recipe: the scaling recipe.
+    calibration: how to calibrate instead of multiplying in FP8; usually None.
+    lhs: the left operand.
+    rhs: the right operand.
+    output_grad: the gradient of the result.
+    fprop: the GEMM of the result.
+    lhs_gemm: the GEMM of the left operand's gradient.
+    rhs_gemm: the GEMM of the right operand's gradient.
+    body: the body of the enclosing ``shard_map(check_vma=False)``, if any.
   """
 
   name: str
@@ -108,15 +108,15 @@ class Plan:
 
   @property
   def rounds_gradients(self) -> bool:
-    """Whether the output gradient is rounded by a PRNG key."""
+    """Whether the output gradient is rounded stochastically, which needs a PRNG key."""
     in_fp8 = not all(map(self.recipe.is_high_precision, self.output_grad.kinds))
     return in_fp8 and self.recipe.rounds_by_key and self.calibration is None
 
   def summed_axes(self) -> tuple[str, ...]:
-    """Returns the mesh axes over which JAX will sum the cotangents that this backward pass gives.
+    """Returns the mesh axes over which JAX will sum the cotangents of this backward pass.
 
-    An unchecked shard_map sums the cotangents of what it takes. What is differentiated inside of
-    its body is left as it is.
+    An unchecked shard_map sums the cotangents of its inputs. JAX does not sum cotangents of a
+    function that is differentiated inside of the body.
     """
     axes = _compat.unchecked_manual_axes()
     runs_here = axes and self.body is not None and self.body == _compat.running_body()
@@ -124,7 +124,7 @@ class Plan:
 
   @property
   def kernel_is_left(self) -> bool:
-    """Whether the left operand is the kernel, the right one the input."""
+    """Whether the left operand is the kernel and the right operand is the input."""
     return self.lhs.role is Role.KERNEL
 
 
@@ -142,21 +142,21 @@ def make_plan(
   """Plans a contraction.
 
   Args:
-    name: what error messages call it.
-    recipe: how to scale.
-    dimension_numbers: canonical, of the forward product.
+    name: name of the contraction in error messages.
+    recipe: the scaling recipe.
+    dimension_numbers: canonical dimension numbers of the forward product.
     lhs: left operand, or its shape and dtype.
     rhs: right operand, or its shape and dtype.
-    roles: what the two are; exchanged for a GEMM that takes the kernel first.
-    dtype: of the result.
-    sharding: of the result, on a mesh with explicit axes.
+    roles: roles of the two operands; swapped for a GEMM that takes the kernel first.
+    dtype: dtype of the result.
+    sharding: sharding of the result on a mesh with explicit axes.
   """
   shapes = lhs.shape, rhs.shape
   kernel = roles.index(Role.KERNEL)
   fprop = contraction.forward_gemm(dimension_numbers, *shapes, kernel=kernel)
   to_lhs, to_rhs = contraction.backward_gemms(dimension_numbers, *shapes)
   lhs_kind, rhs_kind = (_GRADIENT_OF[role] for role in roles)
-  # Each operand meets the output gradient in the GEMM that gives the other one's gradient.
+  # The GEMM of one operand's gradient multiplies the output gradient with the other operand.
   left = _operand(lhs, roles[0], rhs_kind, (fprop.lhs, to_rhs.rhs), beside=rhs)
   right = _operand(rhs, roles[1], lhs_kind, (fprop.rhs, to_lhs.rhs), beside=lhs)
   of_input = lambda role: 1 if role is Role.INPUT else None
@@ -182,7 +182,7 @@ def make_plan(
 def _operand(
   x: Any, role: Role, backward: GemmKind, views: tuple[View, View], *, beside: Any
 ) -> Operand:
-  """Describes an operand; one that knows no mesh is replicated over the mesh of the other."""
+  """Describes an operand. Without a mesh of its own, it is replicated over the other's mesh."""
   return Operand(
     role=role,
     kinds=(GemmKind.FPROP, backward),

@@ -1,7 +1,8 @@
-"""The two steps of every GEMM: its operands are quantized, and then multiplied.
+"""The two steps of every GEMM: quantize the operands, then multiply them.
 
-Both have the derivatives of the tensors that were quantized, so that a backward pass made of them
-can be differentiated again. State has no derivative here: its new value is its gradient.
+Both steps have the derivatives of the tensors before quantization, so a backward pass that uses
+them can be differentiated again. State has no derivative here, because its gradient is its new
+value.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from flax_fp8.recipes.base import Recipe, TensorState
 from flax_fp8.sharding import explicit_sharding, in_auto, replicated_as
 from flax_fp8.straight_through import QuantizedDType, with_tangent
 
-Quantized: TypeAlias = QTensor | jax.Array  # an array where the GEMM is in high precision
+Quantized: TypeAlias = QTensor | jax.Array  # an array if the GEMM is in high precision
 
 
 def quantize(
@@ -35,18 +36,19 @@ def quantize(
   *,
   observed: bool = True,
 ) -> tuple[tuple[Quantized, Quantized], TensorState]:
-  """Prepares a tensor for its two GEMMs: in FP8, or as it is for one in high precision.
+  """Prepares a tensor for its two GEMMs: in FP8, or unchanged for a high-precision GEMM.
 
   Args:
-    plan: of the contraction.
-    tensor: which of its tensors ``x`` is.
+    plan: plan of the contraction.
+    tensor: the tensor of the plan that ``x`` is the value of.
     x: float32, bfloat16 or float16.
-    state: of the tensor, with its metrics if any; float32 or fp32_max_grad.
-    key: PRNG key to round by, or None.
-    observed: whether the new state is wanted.
+    state: state of the tensor, with its metrics if any; float32 or fp32_max_grad.
+    key: PRNG key for stochastic rounding, or None.
+    observed: whether to compute the new state.
 
   Returns:
-    The tensor for each GEMM, and its new state, float32: the old one where neither is in FP8.
+    The tensor for each GEMM, and its new state in float32. The state stays unchanged if neither
+    GEMM is in FP8.
   """
   recipe = plan.recipe
   state = {name: lax.stop_gradient(to_float32(leaf)) for name, leaf in state.items()}
@@ -75,7 +77,7 @@ def _calibrate(
   own: TensorState,
   old_metrics: TensorState,
 ) -> TensorState:
-  """Returns the new state of a tensor that is multiplied as it is."""
+  """Returns the new state of a tensor that is multiplied without quantization."""
   if how.finalizes:
     own = how.finalize(plan.recipe, own, tensor.role)
     if not old_metrics:
@@ -87,9 +89,9 @@ def _calibrate(
 
 
 def multiply(plan: Plan, planned: PlannedGemm, lhs: Quantized, rhs: Quantized) -> jax.Array:
-  """Multiplies two tensors as ``quantize`` prepared them.
+  """Multiplies two tensors that ``quantize`` prepared.
 
-  Its derivative is that of the product of the dequantized tensors, in high precision.
+  The derivative is the derivative of the product of the dequantized tensors, in high precision.
   """
   recipe, gemm, dtype = plan.recipe, planned.gemm, planned.dtype
   if not (isinstance(lhs, QTensor) and isinstance(rhs, QTensor)):
@@ -123,7 +125,7 @@ def multiply(plan: Plan, planned: PlannedGemm, lhs: Quantized, rhs: Quantized) -
 
 
 def _stand_for(recipe: Recipe, q: QTensor, x: jax.Array, view: View) -> QTensor:
-  """Gives FP8 data the derivatives of the tensor that they were made of."""
+  """Gives FP8 data the derivatives of the original tensor."""
   dtype, values = QuantizedDType(q.data.dtype, x.dtype), x.dtype
 
   def tangent(primals: Any, dots: Any) -> jax.Array:
@@ -146,7 +148,7 @@ def _in_fp8(q: QTensor) -> QTensor:
 
 
 def _dequantize(recipe: Recipe, q: QTensor, view: View) -> jax.Array:
-  """Returns what a tensor stands for as ``[batch, kept, contracted]``, with its derivatives."""
+  """Dequantizes a tensor to ``[batch, kept, contracted]``, with the original's derivatives."""
   stands_for: Any = q.data.dtype
   dtype = stands_for.tangent
 
@@ -163,7 +165,7 @@ def _dequantize(recipe: Recipe, q: QTensor, view: View) -> jax.Array:
 def _measure(
   plan: Plan, tensor: Tensor, x: jax.Array, pair: tuple[QTensor, QTensor], old: TensorState
 ) -> TensorState:
-  """Measures the metrics of a tensor; once, where both GEMMs take values of one scale."""
+  """Measures the metrics of a tensor, only once if both GEMMs use the same scale."""
   recipe = plan.recipe
   seen = [
     (q, v)

@@ -1,8 +1,8 @@
-"""Names of what a contraction saves for its backward pass, for policies of ``jax.checkpoint``.
+"""Names the values that a contraction saves, for policies of ``jax.checkpoint``.
 
-A policy that saves a value that is also used at once makes ``jax.checkpoint`` pass it through
-``lax.reduce_precision``. For plain E4M3 arrays that makes NaN of values beyond 240 and zero of
-subnormals. So what the forward GEMM multiplies has no name that a policy would ask for.
+If a policy saves a value that the forward pass also uses, ``jax.checkpoint`` applies
+``lax.reduce_precision`` to it. For plain E4M3 arrays this turns values beyond 240 into NaN and
+subnormals into zero. The operands of the forward GEMM therefore have no name that a policy uses.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ SCALARS = "fp8_scalars"
 OUTPUT = "fp8_output"
 BATCHED_OUTPUT = "fp8_batched_output"
 
-# For ``training.once``, and no policy of ``jax.checkpoint``.
+# Only for ``training.once``, not for policies of ``jax.checkpoint``.
 KERNEL_FORWARD = "fp8_kernel_forward"
 
 OF_ROLE = {Role.INPUT: INPUT, Role.KERNEL: KERNEL}
-# What may hang on kernels and their state alone, and is then the same for several passes.
+# Values that may depend only on kernels and their state, and are then equal in several passes.
 OF_KERNELS = (KERNEL, KERNEL_FORWARD, SCALARS)
 
 Tree = TypeVar("Tree")

@@ -106,7 +106,7 @@ class TestDevices:
 
   @pytest.mark.parametrize("name", WARNED)
   def test_without_fp8(self, described, name):
-    match = rf"^{name}: NVIDIA A100.*no FP8.*wider type: right, and slow"
+    match = rf"^{name}: NVIDIA A100.*no FP8.*wider type, which is correct but slow"
     with jax.default_device(described("a100")), pytest.warns(UserWarning, match=match):
       self.shapes(name)
 

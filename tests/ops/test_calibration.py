@@ -1,4 +1,4 @@
-"""Contractions that calibrate: exact values, recorded amaxes, and no trace left in JAX's caches."""
+"""Calibration: exact values, recorded amaxes, and separate entries in JAX's caches."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ DELAYED = cases.RECIPES["delayed"]
 
 @pytest.mark.parametrize("name", ["delayed", "stochastic"])
 def test_computes_in_the_dtype_of_the_operands(name):
-  """Stochastic rounding then needs no key."""
+  """Stochastic rounding needs no key during calibration."""
   with calibrating(Calibration()):
     got = cases.step(cases.RECIPES[name], X, W, C, key=None)
   for value, want in zip(got[:3], cases.plain(X, W, C, cases.DIMS), strict=True):

@@ -1,4 +1,4 @@
-"""The contraction against float64 truth, in every compute dtype, and its refusals."""
+"""The contraction compared with float64 in every compute dtype, and its errors."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def operands(shape, other, out, dtype="float32", seed=0):
 
 
 def warm_state(recipe=RECIPE, **amaxes):
-  """State whose history holds the given amaxes."""
+  """Makes state with the given amaxes in its histories."""
   state = ops.init_state(recipe)
   for role, amax in amaxes.items():
     state[role]["amax_history"] = state[role]["amax_history"].at[-1].set(amax)
@@ -29,7 +29,7 @@ def warm_state(recipe=RECIPE, **amaxes):
 
 
 def forward_backward(x, w, g, dims=DIMS, state=None, recipe=RECIPE, **options):
-  """Output, both gradients and the new state."""
+  """Returns the output, both gradients and the new state."""
   state = warm_state(recipe) if state is None else state
   f = lambda x, w, s: ops.dot_general(x, w, dims, recipe=recipe, state=s, **options)
   out, vjp = jax.vjp(f, x, w, state)
@@ -37,7 +37,7 @@ def forward_backward(x, w, g, dims=DIMS, state=None, recipe=RECIPE, **options):
 
 
 def truth(x, w, g, scales):
-  """The three GEMMs of the plain case in float64, each operand rounded by the oracle."""
+  """Computes the three GEMMs of the plain case in float64, with operands from the oracle."""
   tensors = zip((x, w, g), NAMES.items(), strict=True)
   qx, qw, qg = (oracle.qdq(np.float32(t), np.float32(scales[r]), n) for t, (r, n) in tensors)
   return qx @ qw, qg @ qw.T, qx.T @ qg
@@ -50,7 +50,7 @@ SCALES = {role: np.float32(2.0) / np.float32(oracle.magnitudes(n)[-1]) for role,
   ("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2**-8), ("float16", 2**-11)]
 )
 def test_three_gemms_equal_the_oracle(dtype, tolerance):
-  """Beside FP8's own rounding, which the oracle has too, there is one rounding to the dtype."""
+  """The only rounding that the oracle lacks is the final rounding to the dtype."""
   x, w, g = operands((8, 16), (16, 4), (8, 4), dtype)
   state = warm_state(input=2.0, kernel=2.0, output_grad=2.0)
   out, dx, dw, _ = jax.jit(forward_backward)(x, w, g, state=state)
@@ -92,7 +92,7 @@ def test_max_grad_state_stays_max_grad(run):
 
 
 def test_residuals_are_fp8():
-  """Between forward and backward nothing of an operand's size is kept but its FP8 copy."""
+  """FP8 copies are the only residuals of an operand's size."""
   x, w, _ = operands((64, 128), (128, 32), (64, 32), "bfloat16")
   f = lambda x, w: ops.dot_general(x, w, DIMS, recipe=RECIPE, state=warm_state())
   _, vjp = jax.vjp(f, x, w)
@@ -103,7 +103,7 @@ def test_residuals_are_fp8():
 def test_gemms_of_the_lowered_program():
   """Operand formats, accumulation and output dtype of the three GEMMs.
 
-  Of so few rows that no platform's GEMM is named, and there is one for all platforms.
+  With so few rows, no algorithm is explicit, so all platforms have the same GEMM.
   """
   x, w, g = operands((8, 32), (32, 8), (8, 8), "float32")
   jaxpr = jax.make_jaxpr(forward_backward)(x, w, g)

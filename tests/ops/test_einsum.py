@@ -1,4 +1,4 @@
-"""Einsum in FP8: exact where FP8 is, for every form of equation."""
+"""FP8 einsum: exact for values that FP8 represents, for every form of equation."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ RECIPE = fp8.DelayedScaling(amax_history_len=2)
 
 @pytest.mark.parametrize(("equation", "shapes"), EQUATIONS.items(), ids=EQUATIONS)
 def test_small_integers_are_exact(equation, shapes):
-  """E4M3 and E5M2 hold them exactly, so values and gradients must be those of ``jnp.einsum``."""
+  """E4M3 and E5M2 represent them exactly, so values and gradients equal ``jnp.einsum``."""
   lhs, rhs = integers(shapes[0]), integers(shapes[1], 1)
   state = ops.init_state(RECIPE)
   ours = lambda x, y: ops.einsum(equation, x, y, recipe=RECIPE, state=state)
@@ -28,7 +28,7 @@ def test_small_integers_are_exact(equation, shapes):
 
 
 def test_left_is_always_the_input():
-  """Whatever order suits the output: Flax's ops mix the two up for transposed outputs."""
+  """This holds for any order of output labels. Flax swaps the two for transposed outputs."""
   lhs, rhs = jnp.full((2, 3), 5.0), jnp.full((3, 4), 7.0)
   for equation in ("mk,kn->mn", "mk,kn->nm"):
     loss = lambda s, e=equation: jnp.sum(ops.einsum(e, lhs, rhs, recipe=RECIPE, state=s))

@@ -1,4 +1,4 @@
-"""Metrics of every recipe against float64 NumPy and the scalar oracle; at no cost when absent."""
+"""Metrics of each recipe, compared with float64 NumPy and the oracle. Absent, they cost nothing."""
 
 import functools
 import re
@@ -16,12 +16,12 @@ from flax_fp8.recipes import Role
 from tests import oracle
 from tests.recipes import cases
 
-M, K, N = 3, 140, 5  # a block of 128 and a part of one; nothing is a multiple of 32
-AMAX = 0.25  # what delayed scaling remembers: many values are beyond it
+M, K, N = 3, 140, 5  # more than one block of 128, and no multiples of 32
+AMAX = 0.25  # recorded amax for delayed scaling; many values exceed it
 
 
 def wide(seed, *shape):
-  """Magnitudes over nine decades, zeros among them: some saturate, some are flushed."""
+  """Makes magnitudes over nine decades, and zeros. Some saturate, and some flush to zero."""
   random = np.random.default_rng(seed)
   x = random.normal(size=shape) * 10.0 ** random.uniform(-9, 0, shape)
   return np.where(random.random(shape) < 0.1, 0, x).astype(np.float32)
@@ -44,7 +44,7 @@ def with_metrics(recipe):
 
 
 def blocks_along(x, axis, size):
-  """Parts of at most ``size`` along an axis, with the places they have in ``x``."""
+  """Yields parts of at most ``size`` along an axis, with their places in ``x``."""
   for other in range(x.shape[1 - axis]):
     for start in range(0, x.shape[axis], size):
       part = slice(start, start + size)
@@ -58,7 +58,7 @@ def tiles(x, size):
 
 
 def dequantized(recipe, role, axis):
-  """What the oracle makes of a tensor that a GEMM sums over along ``axis``; and its range."""
+  """Quantizes a tensor with the oracle for a GEMM that sums along ``axis``. Adds its range."""
   x, name = TENSORS[role], np.dtype(recipe.float8(role).dtype).name
   x_hat, limit = np.zeros(x.shape), np.zeros(x.shape)
 
@@ -87,7 +87,7 @@ def dequantized(recipe, role, axis):
   return x_hat, limit
 
 
-# Which axis of a tensor each of its GEMMs sums over.
+# The axis of a tensor that each of its GEMMs sums over.
 SUMMED = {
   Role.INPUT: {"fprop": 1, "wgrad": 0},
   Role.KERNEL: {"fprop": 0, "dgrad": 1},
@@ -96,7 +96,7 @@ SUMMED = {
 
 
 def expected(recipe, role):
-  """The metrics in float64, the worst of the GEMMs that are FP8."""
+  """Computes the metrics in float64, as the maximum over the FP8 GEMMs."""
   x = np.float64(TENSORS[role])
   found = []
   for gemm, axis in SUMMED[role].items():
@@ -121,7 +121,7 @@ def measured(name):
 @pytest.mark.parametrize("role", Role)
 @pytest.mark.parametrize("name", RECIPES)
 def test_equal_the_oracle(name, role):
-  """Counts are exact; sums of float32 values have errors of its epsilon for each addition."""
+  """Counts are exact. Float32 sums have an error of one epsilon for each addition."""
   state = measured(name)[3][role.value]
   want = expected(RECIPES[name], role)
   got = {key: float(state[key][0]) for key in metrics.METRICS}
@@ -138,7 +138,7 @@ def test_the_oracle_meets_every_case():
 
 @pytest.mark.parametrize("name", ["delayed", "rowwise, wgrad whole", "block"])
 def test_change_nothing_else(name):
-  """Values and the recipe's own state are those of the contraction without metrics."""
+  """Values and the recipe's own state equal those of the contraction without metrics."""
   out, dx, dw, state = measured(name)
   plain = {role: metrics.split(leaves)[0] for role, leaves in with_metrics(RECIPES[name]).items()}
   want = cases.compiled_quickly(RECIPES[name], X, W, C, plain)
@@ -147,8 +147,10 @@ def test_change_nothing_else(name):
 
 
 def instructions(recipe, state):
-  """The optimised program, without the places in the source that it comes from."""
-  run = lambda *arrays: cases.step(recipe, *arrays)  # another function each time: none is cached
+  """Returns the optimized program without source locations."""
+  run = lambda *arrays: cases.step(
+    recipe, *arrays
+  )  # a new function each time, so nothing is cached
   text = jax.jit(run).lower(X, W, C, state).compile().as_text()
   assert text is not None
   text = re.sub(r", metadata=\{[^}]*\}", "", text)
@@ -156,7 +158,7 @@ def instructions(recipe, state):
 
 
 def test_cost_nothing_when_absent(monkeypatch):
-  """The same program as with the measuring taken out, instruction by instruction."""
+  """The program equals one without the measuring code, instruction by instruction."""
   recipe = RECIPES["delayed"]
   without, measuring = (
     instructions(recipe, state) for state in (ops.init_state(recipe), with_metrics(recipe))
@@ -174,14 +176,14 @@ BAD = np.array([[1.0, np.nan, -2.0, np.inf, 1e-9, 0.0]], np.float32)
 
 @pytest.mark.parametrize("name", ["delayed", "current"])
 def test_leave_out_what_is_not_finite(name):
-  """Under current scaling a NaN makes the whole tensor NaN: nothing is left to measure."""
+  """Under current scaling a NaN makes the whole tensor NaN, so nothing is measured."""
   recipe = RECIPES[name]
   state = with_metrics(recipe)
   new = cases.compiled_quickly(recipe, BAD, np.ones((6, 1), np.float32), np.ones((1, 1)), state)[3]
   got = [float(new["input"][key][0]) for key in metrics.METRICS]
   if name == "current":
     assert got[:4] == [0, 0, 0, 0]
-  else:  # the range ends at AMAX
+  else:  # AMAX is the largest value in range
     assert got[:3] == [2.0, 0.5, pytest.approx(1 / 3)]
     assert got[3] == pytest.approx((0.75**2 + 1.75**2) / 5)
   nonfinite = [float(new[role.value]["nonfinite"][0]) for role in Role]
@@ -189,7 +191,7 @@ def test_leave_out_what_is_not_finite(name):
 
 
 def test_of_tiny_values_do_not_underflow():
-  """Squares of 1e-30 are no float32 numbers; their ratio is."""
+  """Float32 can't represent squares of 1e-30, but it can represent their ratio."""
   state = with_metrics(RECIPES["current"])
   tiny = np.float32(1e-30) * cases.normal(0, 4, 8)
   new = cases.compiled_quickly(RECIPES["current"], tiny, np.ones((8, 1)), np.ones((4, 1)), state)
@@ -230,7 +232,7 @@ def test_of_shared_state_are_the_largest_of_the_parts(name, how):
 
 
 def test_of_a_whole_tensor_stay():
-  recipe = fp8.DelayedScaling(high_precision=("fprop", "wgrad"))  # the input is never quantised
+  recipe = fp8.DelayedScaling(high_precision=("fprop", "wgrad"))  # the input is never quantized
   new = cases.compiled_quickly(recipe, X, W, C, with_metrics(recipe))[3]
   assert [float(new["input"][key][0]) for key in metrics.METRICS] == [0] * 5
   assert float(new["kernel"]["amax"][0]) == np.abs(W).max()
@@ -239,6 +241,6 @@ def test_of_a_whole_tensor_stay():
 def test_all_or_none():
   state = ops.init_state(RECIPES["current"])
   state["kernel"]["amax"] = jnp.zeros((1,))
-  message = r"of kernel must hold \['amax', 'flushed', .*got \['amax'\].*metrics, add all or none"
+  message = r"of kernel must hold \['amax', 'flushed', .*got \['amax'\].*with all metrics or none"
   with pytest.raises(ValueError, match=message):
     ops.dot_general(X, W, cases.DIMS, recipe=RECIPES["current"], state=state)

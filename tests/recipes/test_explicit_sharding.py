@@ -209,7 +209,9 @@ def test_a_layer_is_told_by_its_field():
 def test_an_ambiguous_product_is_refused():
   x, w = place(X, P(None, "model")), place(W, P("model"))
   apply = functools.partial(ops.dot_general, recipe=RECIPES["current"], state={})
-  with pytest.raises(ValueError, match=r"must be clear; got lhs .*16,160@model.*out_sharding"):
+  with pytest.raises(
+    ValueError, match=r"must be unambiguous; got lhs .*16,160@model.*out_sharding"
+  ):
     apply(x, w, DIMS)
   with pytest.raises(ValueError, match=r"out_sharding must be a PartitionSpec.*got .*'data'"):
     apply(x, w, DIMS, out_sharding="data")
