@@ -238,11 +238,11 @@ def _gradients() -> Iterator[Wrong]:
       "complex": lambda v: 1j * loss(v),
     }.items():
       call = lambda t=take, w=wrong: t(w)(zeros_of(DENSE))
-      words = "fun must return a real scalar, or a pair of it and more with has_aux=True; got"
+      words = r"fun must return a real scalar, or \(scalar, aux\) with has_aux=True; got"
       yield Wrong(name, f"returns {what}", call, TypeError, words)
     for what, wrong in {"scalar": loss, "three": lambda v: (loss(v), 1, 2)}.items():
       call = lambda t=take, w=wrong: t(w, has_aux=True)(zeros_of(DENSE))
-      words = "fun must return a real scalar, or a pair of it and more with has_aux=True; got"
+      words = r"fun must return a real scalar, or \(scalar, aux\) with has_aux=True; got"
       yield Wrong(name, f"has_aux returns {what}", call, TypeError, words)
   norm = lambda: fp8.value_and_grad(optax.tree.norm)(zeros_of(DENSE))
   words = "FP8 state is fp32_max_grad here and takes no arithmetic; got"
@@ -289,7 +289,7 @@ def _states() -> Iterator[Wrong]:
   yield from fields(name, make, TypeError, "must be a function; got", apply_fn=("f", 3))
   yield from fields(name, make, TypeError, "must be True or False; got", skip_nonfinite=("no", 1))
   params = (None, pair(), "params")
-  words = "must be parameters or a variables dict|gradients must be of the structure"
+  words = "must be parameters or a variables dict|gradients must have the structure"
   for value in params:
     call = functools.partial(make, params=value)
     yield Wrong(name, f"params={show(value):.20}", call, ValueError, words)
@@ -370,10 +370,10 @@ def _microbatches() -> Iterator[Wrong]:
     "vector": lambda v, m: m, "pair": lambda v, m: (loss(v), m), "none": lambda v, m: None,
     "integer": lambda v, m: 1, "string": lambda v, m: "loss", "complex": lambda v, m: 1j * loss(v),
   }.items():  # fmt: skip
-    words = "loss_fn must return a real scalar, or a pair of it and more with has_aux=True; got"
+    words = r"loss_fn must return a real scalar, or \(scalar, aux\) with has_aux=True; got"
     yield Wrong(name, f"returns {what}", functools.partial(run, wrong), TypeError, words)
   aux = functools.partial(run, has_aux=True)
-  words = "loss_fn must return a real scalar, or a pair"
+  words = r"loss_fn must return a real scalar, or \(scalar, aux\) with has_aux=True"
   yield Wrong(name, "has_aux without", aux, TypeError, words)
   integers = functools.partial(run, lambda v, m: jnp.sum(v), jnp.ones(4, jnp.int32))
   yield Wrong(name, "integers", integers, TypeError, "must be real or complex")
@@ -389,39 +389,45 @@ def _calibration() -> Iterator[Wrong]:
   for what, value in {"list": [], "generator": (x for x in ()), "range": range(0)}.items():
     call = functools.partial(run, value)
     yield Wrong(
-      name, f"no batches, {what}", call, ValueError, "must be at least one batch; got none"
+      name, f"no batches, {what}", call, ValueError, "must have at least one batch; got none"
     )
   rule = r"must be within \(0, 100\]; got"
   yield from fields(name, run, TypeError, rule, percentile=("99", True, [99.0], jnp.ones(1)))
   yield from fields(name, run, ValueError, rule, percentile=(0, 100.5, -1, float("nan")))
   yield from fields(name, run, TypeError, "must be a function; got", loss_fn=(3.0, "loss", X))
   both = functools.partial(run, loss_fn=loss, rngs={"dropout": jax.random.key(0)})
-  yield Wrong(name, "rngs beside loss_fn", both, ValueError, "rngs are for module.apply")
+  yield Wrong(name, "rngs beside loss_fn", both, ValueError, "rngs must not be given with loss_fn")
   for what, wrong in {"vector": lambda v, b: b, "none": lambda v, b: None}.items():
     call = functools.partial(run, loss_fn=wrong)
     yield Wrong(name, f"loss_fn returns {what}", call, ValueError, "must return a real scalar; got")
   current = nn.Dense(16, dot_general_cls=fp8.Float8CurrentScaling().dot_general_cls)
   bare = lambda **o: fp8.calibrate(current, zeros_of(current), [X], progress=False, **o)
   call = lambda: bare(percentile=99.0)
-  yield Wrong(name, "percentile without state", call, ValueError, "a percentile is for state")
+  yield Wrong(
+    name, "percentile without state", call, ValueError, "percentile needs a model with state"
+  )
   call = lambda: bare(loss_fn=loss)
-  yield Wrong(name, "loss_fn without metrics", call, ValueError, "is observed by its metrics")
+  yield Wrong(
+    name, "loss_fn without metrics", call, ValueError, "must have metrics if loss_fn is given"
+  )
 
 
 def _diagnostics() -> Iterator[Wrong]:
   name, stats, given = "stats", fp8.stats, zeros_of(DENSE)
   for value in (None, {}, zeros_of(Model()), "state", X, {OWG: {}}):
     call = functools.partial(stats, value)
-    yield Wrong(name, f"variables={show(value):.20}", call, ValueError, "there must be FP8 state")
+    yield Wrong(name, f"variables={show(value):.20}", call, ValueError, "must have FP8 state")
   formats = {"fp8_format": ("hybrid", None, jnp.float8_e5m2, DELAYED)}
   of = functools.partial(stats, given)
   yield from fields(name, of, TypeError, "must be a Format; got", **formats)
   traced = lambda: jax.eval_shape(lambda v: stats(v) and v, given)
-  yield Wrong(name, "traced", traced, TypeError, "traced|outside of jit")
+  yield Wrong(name, "traced", traced, TypeError, "traced|outside jit")
   abstract = lambda: stats(jax.eval_shape(lambda: given))
   yield Wrong(name, "abstract", abstract, TypeError, "abstract|ShapeDtypeStruct")
   select = lambda: stats(given).select("*/outputs")
-  yield Wrong("Stats.select", "unmatched", select, ValueError, "the pattern must match a tensor")
+  yield Wrong(
+    "Stats.select", "unmatched", select, ValueError, "pattern must match at least one tensor"
+  )
   for value in (None, 5, ["*"]):
     call = lambda v=value: stats(given).select(v)
     yield Wrong("Stats.select", show(value), call, TypeError, "pattern must be a string; got")

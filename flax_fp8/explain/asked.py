@@ -1,4 +1,4 @@
-"""The matrix products of a program before optimisation, and which compiled GEMM each became."""
+"""The matrix products of a program before optimization, and which compiled GEMM each became."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flax_fp8.explain.names import Phase
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-  """A matrix product of the program before optimisation.
+  """A matrix product of the program before optimization.
 
   Attributes:
     dot: the instruction.
@@ -28,12 +28,12 @@ class Asked:
 
   @functools.cached_property
   def place(self) -> tuple[str, Phase]:
-    """The module and the pass, by which it is found again after optimisation."""
+    """The module and the pass, by which it is found again after optimization."""
     return names.model_path(self.op_name), names.phase(self.op_name)
 
 
 def asked_for(module: Module) -> list[Asked]:
-  """Lists the products of a program before optimisation, once for each place that calls them."""
+  """Lists the products of a program before optimization, once for each place that calls them."""
   found = []
   for computation in module.computations.values():
     for dot in computation.instructions.values():

@@ -1,4 +1,4 @@
-"""From a function to the GPU compiler's optimised program, on the attached GPU or on none.
+"""From a function to the GPU compiler's optimized program, on the attached GPU or on none.
 
 Without a GPU the function is exported, and a child process compiles it for a described one: the
 caller's process keeps its devices and flags.
@@ -55,8 +55,8 @@ class Program:
   """A compiled program.
 
   Attributes:
-    hlo: text of the optimised module, what runs.
-    asked: text of the module before optimisation, what was asked for.
+    hlo: text of the optimized module, what runs.
+    asked: text of the module before optimization, what was asked for.
     memory: per device.
     target: the GPU it is compiled for; None if attached and not known by name.
     device_kind: what the GPU is called.

@@ -74,7 +74,7 @@ def lower(request: dict[str, Any], program: bytes) -> Any:
 
 
 def compile_with_text(lowered: Any) -> tuple[Any, str]:
-  """Compiles, and returns the optimised HLO too, from a dump where JAX has no other way to it."""
+  """Compiles, and returns the optimized HLO too, from a dump where JAX has no other way to it."""
   compiled = lowered.compile(compiler_options=OPTIONS)
   if text := compiled.as_text():
     return compiled, text

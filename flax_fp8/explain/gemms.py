@@ -102,14 +102,14 @@ class Gemm:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-  """A GEMM where it stands in the optimised module.
+  """A GEMM where it stands in the optimized module.
 
   Attributes:
     launch: the kernel that computes it.
     dot: the instruction that multiplies: the kernel itself, or one inside its fusion.
     kernel: who made the kernel.
     extent: its sizes.
-    op_name: JAX's name stack; borrowed from a neighbour where the compiler lost it.
+    op_name: JAX's name stack; borrowed from a neighbor where the compiler lost it.
   """
 
   launch: Launch
@@ -218,7 +218,7 @@ def _dimension_numbers(dot: Instruction) -> list[tuple[int, ...]] | None:
 
 
 def _op_name(module: Module, launch: Launch, dot: Instruction) -> str:
-  """The name stack of a GEMM, or that of the nearest neighbour that has one."""
+  """The name stack of a GEMM, or that of the nearest neighbor that has one."""
   kernel = launch.instruction
   if found := dot.op_name or kernel.op_name:
     return names.within_loop(found, launch.loop)

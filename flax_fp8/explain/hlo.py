@@ -1,4 +1,4 @@
-"""Optimised HLO as data: a reader of XLA's text, nothing more.
+"""Optimized HLO as data: a reader of XLA's text, nothing more.
 
 The text is the same in every JAX since 0.8 up to details, which the reader takes as they come: with
 or without shapes before operands, percent signs, index comments, constants over several lines. A
@@ -222,7 +222,7 @@ _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?")
 
 
 def parse(text: str) -> Module:
-  """Reads the text of an optimised module."""
+  """Reads the text of an optimized module."""
   module, current = Module(), None
   for line in _logical_lines(text):
     if header := _HEADER.match(line):

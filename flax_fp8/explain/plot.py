@@ -57,8 +57,8 @@ def _stack(axes: Any, bars: Bars, measure: Any, label: str) -> None:
   for index, kind in enumerate(KernelClass):
     widths = [sum(measure(t) for t in totals if t.kind is kind) for _, totals in bars]
     if any(any(t.kind is kind for t in totals) for _, totals in bars):
-      colour = f"C{index % 10}"
-      axes.barh(range(len(bars)), widths, left=starts, color=colour, label=kind.value)
+      color = f"C{index % 10}"
+      axes.barh(range(len(bars)), widths, left=starts, color=color, label=kind.value)
       starts = [start + width for start, width in zip(starts, widths, strict=True)]
   axes.set_yticks(range(len(bars)), [name for name, _ in bars])
   axes.invert_yaxis()

@@ -1,7 +1,7 @@
 """Why a GEMM is not FP8: read off the program as it was before the compiler changed it.
 
-The optimised program cannot tell. Where XLA finds no FP8 kernel it computes in a wider type, and
-removes the rounding to FP8 as well, so that no trace is left. The program before optimisation shows
+The optimized program cannot tell. Where XLA finds no FP8 kernel it computes in a wider type, and
+removes the rounding to FP8 as well, so that no trace is left. The program before optimization shows
 each product with its operands and what made them.
 """
 
@@ -40,9 +40,9 @@ def reason(
   """Says why a GEMM is not FP8, in words to act on.
 
   Args:
-    module: the program before optimisation.
+    module: the program before optimization.
     asked: its products.
-    site: a GEMM of the program after optimisation.
+    site: a GEMM of the program after optimization.
     operands: dtypes that its kernel multiplies.
     fp8_units: whether the GPU multiplies FP8 at all.
   """

@@ -52,7 +52,7 @@ class Report:
     doubts: what the report could not read, or had to assume.
 
   Numerics:
-    Bytes count each input and result of a kernel once; caches are not modelled. ``seconds`` is a
+    Bytes count each input and result of a kernel once; caches are not modeled. ``seconds`` is a
     roofline, a lower bound by data-sheet rates. ``estimated_seconds`` takes the rates that an H100
     sustained, and adds the cost of launches: see ``flax_fp8/explain/roofline.py``.
 

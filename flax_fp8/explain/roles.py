@@ -30,9 +30,9 @@ def roles(module: Module, sites: Sequence[Site], asked: Sequence[Asked]) -> list
   """Tells what each GEMM is.
 
   Args:
-    module: the optimised program.
+    module: the optimized program.
     sites: its GEMMs.
-    asked: the products before optimisation, which still have the input on the left.
+    asked: the products before optimization, which still have the input on the left.
   """
   forward: dict[str, list[_Forward]] = {}
   for site in sites:

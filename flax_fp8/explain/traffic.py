@@ -2,7 +2,7 @@
 
 A kernel reads each of its inputs once and writes each of its results once. Of an input that is only
 sliced, the slice counts; of a result that is an update in place, the update; of a library's call,
-not its workspace. Caches are not modelled: what two kernels read is read twice.
+not its workspace. Caches are not modeled: what two kernels read is read twice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The training loop's side: FP8 state is written over, parameters go to the optimiser."""
+"""Training utilities: differentiation, train states, checkpoints, calibration and statistics.
+
+FP8 state is overwritten by its gradient in each step. The optimizer updates parameters only.
+"""
 
 from flax_fp8.training.accumulate import accumulate_gradients
 from flax_fp8.training.calibrate import calibrate

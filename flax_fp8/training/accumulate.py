@@ -1,4 +1,4 @@
-"""Gradients of a batch that is too large for one pass, with one step of the FP8 state."""
+"""Gradient accumulation over microbatches that counts as one step of the FP8 state."""
 
 from __future__ import annotations
 
@@ -29,53 +29,60 @@ def accumulate_gradients(
   reduction: Reduction = "mean",
   weights: Any = None,
 ) -> tuple[Any, Any]:
-  """Takes loss and gradients of a batch, one microbatch at a time.
+  """Computes the loss and gradients of a batch, one microbatch at a time.
 
-  ``value_and_grad(lambda v: reduction([loss_fn(v, m) for m in microbatches]))(variables)``, in the
-  memory of one microbatch: a ``lax.scan`` that adds gradients up. Before it kernels are quantised,
-  once for all microbatches, and kept in FP8 meanwhile: one or two bytes an element.
+  It computes the following in the memory of one microbatch::
 
-  Gradients of parameters are averaged or summed. FP8 state is the maximum: every microbatch is
-  quantised by the state of before, and all together they are one step of it, one slot of the amax
-  histories. The optimiser is called once, with what this returns.
+      value_and_grad(lambda v: reduction([loss_fn(v, m) for m in microbatches]))(variables)
 
-  With ``optax.MultiSteps`` as ``tx`` of ``TrainState`` instead, each microbatch is a call of
-  ``apply_gradients`` and a step of the FP8 state: right too, and ``amax_history_len`` then counts
+  A ``lax.scan`` adds the gradients. Kernels are quantized once, before the scan, for all
+  microbatches. They stay in memory in FP8 during the scan, in one or two bytes per element.
+
+  Gradients of parameters are averaged or summed. FP8 state takes the maximum. All microbatches use
+  the old FP8 state. Together, they make one step of it: one slot of the amax histories. Call the
+  optimizer once, with the returned gradients.
+
+  ``optax.MultiSteps`` as ``tx`` of a ``TrainState`` is correct too. Then each microbatch is one
+  call of ``apply_gradients`` and one step of the FP8 state, and ``amax_history_len`` counts
   microbatches.
 
   Args:
     loss_fn: ``loss_fn(variables, microbatch)`` returns a real scalar, or ``(loss, aux)``.
-    variables: what to differentiate with respect to: variables dict, or ``TrainState.params``.
-    microbatches: pytree of arrays, no list, each ``[microbatches, ...]``; ``loss_fn`` gets a
-      slice of each.
-      PRNG keys are arrays like any other: ``{"x": x, "key": jax.random.split(key, n)}``.
+    variables: variables dict or ``TrainState.params``, to differentiate with respect to.
+    microbatches: pytree of arrays ``[microbatches, ...]``, not a list of microbatches. ``loss_fn``
+      gets one slice of each array. PRNG keys are arrays too:
+      ``{"x": x, "key": jax.random.split(key, n)}``.
     has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
-    reduction: "mean" or "sum" of the microbatches' losses. The mean of means is the mean over the
-      batch where microbatches count alike.
-    weights: how much each microbatch counts in the mean, ``[microbatches]``; where tokens are
-      masked, the number of tokens in each. The loss is ``sum(weights * losses) / sum(weights)``,
-      that of one pass over the batch, where ``loss_fn`` returns the mean over its own tokens. Do
-      not divide the gradients that come back: that would divide the FP8 state among them.
+    reduction: "mean" or "sum" of the losses of the microbatches. The mean of means is the mean
+      over the batch if all microbatches have the same weight.
+    weights: weight of each microbatch in the mean; shape ``[microbatches]``. With masked tokens,
+      pass the number of tokens in each microbatch. The loss is then
+      ``sum(weights * losses) / sum(weights)``. This equals one pass over the batch if ``loss_fn``
+      returns the mean over its own tokens. Do not divide the returned gradients instead, because
+      that also divides the FP8 state in them.
 
   Returns:
-    ``(loss, gradients)``, or ``((loss, aux), gradients)`` with ``aux`` stacked,
-    ``[microbatches, ...]``. State among the gradients is its new value, float32; it stays as it was
-    where no microbatch used it.
+    ``(loss, gradients)``, or ``((loss, aux), gradients)`` with ``aux`` stacked to
+    ``[microbatches, ...]``. In the gradients, state is its new value in float32. State that no
+    microbatch used is its old value.
 
   Raises:
     ValueError: ``microbatches`` is a list, is empty, or its leaves have no common leading axis;
-      ``reduction`` is unknown; or ``weights`` are not one number a microbatch, or given for a sum.
-    TypeError: ``loss_fn`` is no function, or does not return what it should; as
-      ``value_and_grad``.
+      ``reduction`` is unknown; or ``weights`` are not one real number per microbatch, or are given
+      for a sum.
+    TypeError: ``loss_fn`` is not a function, or does not return a real scalar or a pair; or the
+      conditions of ``value_and_grad``.
 
   Numerics:
-    Each loss is differentiated as its share of the mean, so output gradients have the magnitude
-    that they have in the whole batch, and so have their amaxes. Sums of gradients are float32 or
-    wider, rounded at the end to the parameter's dtype. Scales and histories do not depend on the
-    order or the number of microbatches; with ``reduction="mean"`` exactly so for powers of two.
-    A microbatch of weight 0 adds nothing to loss and gradients, even where its mean over no tokens
-    is NaN. Inside ``shard_map`` the weights are those of one device: to weigh all devices, divide
-    in ``loss_fn`` by a ``psum`` of the tokens, with ``reduction="sum"``.
+    Each loss is differentiated as its share of the mean. So output gradients and their amaxes have
+    the same magnitude as in one pass over the batch. Gradients accumulate in float32 or wider, and
+    are rounded to the dtype of the parameter at the end. Scales and histories do not depend on the
+    order or the number of microbatches. With ``reduction="mean"``, this is exact if the number of
+    microbatches is a power of two.
+
+    A microbatch of weight 0 adds nothing to loss and gradients, even if its mean over no tokens is
+    NaN. Inside ``shard_map``, the weights are those of one device. To weight across devices, use
+    ``reduction="sum"`` and divide in ``loss_fn`` by a ``psum`` of the tokens.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -89,7 +96,7 @@ def accumulate_gradients(
     Array([3., 0.], dtype=float32)
 
   References:
-    optax.MultiSteps; haliax.quantization, on accumulation by maximum.
+    optax.MultiSteps; haliax.quantization, for accumulation by maximum.
   """
   owner = "accumulate_gradients"
   fields.function(owner, "loss_fn", loss_fn, "Pass loss_fn(variables, microbatch).")
@@ -107,7 +114,7 @@ def accumulate_gradients(
 
   run = value_and_cotangents(shared, has_aux=True, owner=owner)
 
-  # One program where nothing is traced: JAX's debug modes look at results, and -inf is none.
+  # jit, so that JAX's debug modes do not see the -inf of unused state in eager mode.
   @functools.partial(jax.jit, inline=True)
   def run_all(variables: Any, items: Any) -> tuple[jax.Array, Any, Any]:
     run_one = functools.partial(run, variables)
@@ -148,20 +155,22 @@ def _count(microbatches: Any) -> int:
   if len(counts) != 1 or not all(counts) or counts == {(0,)}:
     raise ValueError(
       "accumulate_gradients: the leaves of microbatches must have one leading axis in common, the "
-      f"number of microbatches, at least 1; got shapes {fields.cut(shapes)}. Reshape a batch to "
-      "(microbatches, batch // microbatches, ...), and keys to jax.random.split(key, microbatches)."
+      f"number of microbatches, at least 1; got shapes {fields.cut(shapes)}. Reshape arrays to "
+      "(microbatches, batch // microbatches, ...), and split keys with "
+      "jax.random.split(key, microbatches)."
     )
   return counts.pop()[0]
 
 
 def _shares(weights: Any, count: int, reduction: str) -> jax.Array:
-  """Returns what part of the mean each microbatch is: ``weights / sum(weights)``."""
+  """Returns the share of each microbatch in the mean: ``weights / sum(weights)``."""
   shape, dtype = jnp.shape(weights), jnp.result_type(weights)
   if shape != (count,) or jnp.issubdtype(dtype, jnp.complexfloating) or reduction != "mean":
     raise ValueError(
-      "accumulate_gradients: weights must be a real number for each microbatch, of a mean; got "
-      f"weights of shape {shape} and dtype {dtype} for {count} microbatches, and {reduction=}. "
-      "Pass the tokens of each microbatch, shape (microbatches,), or leave weights out of a sum."
+      "accumulate_gradients: weights must be one real number per microbatch, with "
+      f"reduction='mean'; got weights of shape {shape} and dtype {dtype} for {count} microbatches, "
+      f"and {reduction=}. Pass the number of tokens of each microbatch, shape (microbatches,), or "
+      "omit weights for a sum."
     )
   weights = jnp.asarray(weights, float)
   total = jnp.sum(weights)
@@ -173,7 +182,7 @@ def _wide(leaf: Any) -> Any:
 
 
 def _nothing(path: Any, leaf: Any) -> jax.Array:
-  """What sums, or maxima where ``leaf`` is state, begin with."""
+  """Returns the initial value of a sum, or of a maximum if ``leaf`` is state."""
   like = to_float32(leaf) if is_state(path) else leaf
   empty = jnp.full_like(like, -jnp.inf if is_state(path) else 0, dtype=_wide(like))
   return _compat.vary_as(empty, like)
@@ -182,7 +191,7 @@ def _nothing(path: Any, leaf: Any) -> jax.Array:
 def _add(path: Any, total: jax.Array, cotangent: jax.Array, share: jax.Array | None) -> jax.Array:
   if is_state(path):
     return lax.max(total, to_float32(cotangent))
-  if share is not None:  # the mean over no tokens may be NaN
+  if share is not None:  # a mean over no tokens may be NaN
     cotangent = jnp.where(share == 0, 0, cotangent)
   return total + cotangent.astype(total.dtype)
 

@@ -1,7 +1,7 @@
-"""Calibration: histories and scales from a few batches, before the first step in FP8.
+"""Calibration: fills histories and scales from a few batches before FP8 training starts.
 
-The model runs in the dtype of its operands while its recipes observe. At scale 1 a gradient of 1e-7
-is zero in E5M2: observed in FP8, all layers below it would be seen to have gradients of zero.
+Recipes record amaxes while the model computes in the dtype of its operands, not in FP8. At scale 1,
+E5M2 flushes a gradient of 1e-7 to zero, and all earlier layers would record gradients of zero.
 """
 
 from __future__ import annotations
@@ -47,46 +47,57 @@ def calibrate(
 ) -> Any:
   """Fills the histories and scales of a model from a few batches, without training it.
 
-  For each batch every FP8 contraction computes in the dtype of its operands, and its recipe records
-  the amax of each tensor as in training; at the end the scales are those of the next step::
+  For each batch, every FP8 contraction computes in the dtype of its operands. Its recipe records
+  the amax of each tensor as in training. At the end, the scales are set for the next step::
 
       history = [max(|x|), *history without its oldest]         # for each batch
-      scale = max(history) / fp8_max * 2**margin                # once, by the recipe's own rule
+      scale = max(history) / fp8_max * 2**margin                # once, by the rule of the recipe
 
-  Without ``loss_fn`` only the forward pass runs: for inputs and kernels, to evaluate a model, say.
-  With it output gradients are calibrated too, so that no gradient of the first step is flushed.
+  Without ``loss_fn``, only the forward pass runs, and only inputs and kernels are calibrated. This
+  is enough to evaluate a model. With ``loss_fn``, output gradients are calibrated too, so the first
+  training step flushes none of them.
 
   Args:
     module: the FP8 model.
     variables: its variables dict, or ``TrainState.params``.
-    batches: what to run on, a handful. Without ``loss_fn`` each is what ``module.apply`` takes
-      after the variables, several arguments as a tuple. Arrays are traced; all else is static.
-    loss_fn: ``loss_fn(variables, batch)`` gives a scalar; the training loss, scaled as in training.
-    rngs: PRNG keys for ``module.apply``, where there is no ``loss_fn``; the same for each batch.
-    percentile: records this percentile of the magnitudes of each tensor instead of the largest, so
-      that rare outliers saturate instead of widening the range; in (0, 100].
+    batches: a few batches. Without ``loss_fn``, each batch is the argument of ``module.apply``
+      after the variables, or a tuple of arguments. Arrays are traced. Everything else is static.
+    loss_fn: ``loss_fn(variables, batch)`` returns a scalar: the training loss, with the loss scale
+      of training.
+    rngs: PRNG keys for ``module.apply``, only without ``loss_fn``. All batches use the same keys.
+    percentile: in (0, 100]. Records this percentile of the magnitudes of each tensor instead of
+      their maximum. Rare outliers then saturate instead of widening the range.
     progress: shows a progress bar on the standard error stream.
 
   Returns:
-    ``variables`` with new FP8 state and nothing else changed. For a model without state, which has
-    nothing to fill, the ``Stats`` of its metrics instead, the worst of all batches.
+    ``variables`` with new FP8 state and nothing else changed. A model without state has nothing to
+    fill. For such a model, the ``Stats`` of its metrics, with the worst value over all batches.
 
   Raises:
-    TypeError: ``module`` is no Linen module, ``batches`` no iterable of batches, such as an array,
-      ``loss_fn`` no function, ``percentile`` no number; the state in ``variables`` was cast to
-      another dtype than float32.
-    ValueError: ``batches`` is empty; ``percentile`` is not within (0, 100], or is given for a model
-      without state; such a model is given a ``loss_fn`` without metrics (see ``add_metrics``);
-      ``variables`` is no variables dict.
+    TypeError: ``module`` is not a Linen module; ``batches`` is not an iterable of batches (an
+      array is not); ``loss_fn`` is not a function; ``percentile`` is not a number; or the state in
+      ``variables`` was cast from float32 to another dtype.
+    ValueError: ``batches`` is empty; ``percentile`` is outside (0, 100]; ``variables`` is not a
+      variables dict; ``loss_fn`` does not return a real scalar; or both ``loss_fn`` and ``rngs``
+      are given. For a model without state: ``percentile`` is given, or ``loss_fn`` is given and
+      ``variables`` has no metrics (see ``add_metrics``).
 
   Numerics:
-    A batch with a NaN in its loss or a gradient of a parameter (forward: in its output), or with an
-    infinite loss, is not recorded; a warning counts them. Without ``loss_fn``, the state of output
-    gradients stays as it was, and so does that of layers behind a ``stop_gradient``. A percentile
-    is that of the array at hand: of several devices or mapped copies, the largest counts. Metrics
-    beside state are those of the last batch, in FP8 at the new scales, which takes another program:
-    ``add_metrics`` afterwards is quicker. Variables that the model changes (``batch_stats``) stay
-    as they are. The deprecated ``fp8_ops.Fp8DotGeneralOp`` records as it does in training.
+    A batch is not recorded if its loss is infinite or NaN, or if the gradient of a parameter has a
+    NaN. Without ``loss_fn``, it is not recorded if its output has a NaN. A warning gives the number
+    of such batches.
+
+    Without ``loss_fn``, the state of output gradients keeps its value. So does the state of layers
+    behind a ``stop_gradient``.
+
+    A percentile is computed for each array that a contraction sees. The maximum over devices or
+    mapped copies is recorded.
+
+    If a model with state also has metrics, they describe the last batch in FP8 at the new scales.
+    This compiles another program, so it is faster to call ``add_metrics`` afterwards.
+
+    Variables that the model updates, such as ``batch_stats``, keep their values. The deprecated
+    ``fp8_ops.Fp8DotGeneralOp`` records as it does in training.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -101,11 +112,11 @@ def calibrate(
 
   References:
     Wu et al., Integer Quantization for Deep Learning Inference, https://arxiv.org/abs/2004.09602,
-    section 3.4, calibration by maximum and percentile.
+    section 3.4, calibration by maximum and by percentile.
   """
   _check(module, variables, batches, loss_fn, rngs)
   if percentile is not None:
-    advice = "A usual one is 99.99; leave it out for the largest magnitude."
+    advice = "A common value is 99.99. Omit it to record the largest magnitude."
     within = lambda x: 0 < x <= 100
     percentile = fields.number(
       "calibrate", "percentile", percentile, "within (0, 100]", within, advice
@@ -114,8 +125,8 @@ def calibrate(
   new = _zero_metrics(variables, has_loss)
   if (stateless := _is_stateless(new)) and percentile is not None:
     raise ValueError(
-      f"calibrate: a percentile is for state to record; got {percentile=} and a model without "
-      "state. Leave it out, or choose DelayedScaling."
+      f"calibrate: percentile needs a model with state; got {percentile=} and a model without "
+      "state. Omit it, or use DelayedScaling."
     )
   total, bad, batch = 0, 0, None
   for batch in _shown(batches, progress):
@@ -141,17 +152,17 @@ def _check(module: Any, variables: Any, batches: Any, loss_fn: Loss | None, rngs
       f"batches={fields.show(batches)}. Pass [batch] for a single batch."
     )
   if loss_fn is not None:
-    advice = "Pass loss_fn(variables, batch), or leave it out."
+    advice = "Pass loss_fn(variables, batch), or omit it."
     fields.function("calibrate", "loss_fn", loss_fn, advice)
   if loss_fn is not None and rngs is not None:
     raise ValueError(
-      "calibrate: rngs are for module.apply, which with a loss_fn is yours to call; got both. Pass "
-      "the keys to module.apply in loss_fn, or in the batch."
+      "calibrate: rngs must not be given with loss_fn, which calls module.apply itself; got both. "
+      "Pass the keys to module.apply in loss_fn, or put them in the batch."
     )
 
 
 class _Run:
-  """The programs that calibration compiles, once for each shape of a batch."""
+  """The programs that calibration compiles, once for each batch shape."""
 
   def __init__(self, module: nn.Module, loss_fn: Loss | None, percentile: float | None) -> None:
     self._module = module
@@ -160,11 +171,11 @@ class _Run:
     self._jitted = jax.jit(self._new_state, static_argnums=(0, 1))
 
   def observe(self, variables: Any, batch: Any, rngs: Any) -> tuple[Any, bool]:
-    """Records a batch; tells whether it was sound."""
+    """Records a batch; also returns whether it was recorded."""
     return self._run(self._observing, variables, batch, rngs)
 
   def finalize(self, variables: Any, batch: Any, rngs: Any) -> Any:
-    """Gives each state the scale that its history implies; metrics see the batch at that scale."""
+    """Computes each scale from its history; metrics are measured on the batch at that scale."""
     return self._run(Calibration(finalizes=True), variables, batch, rngs)[0]
 
   def _run(self, how: Calibration, variables: Any, batch: Any, rngs: Any) -> tuple[Any, bool]:
@@ -195,20 +206,20 @@ class _Run:
     return map_with_path(record, new, state), sound
 
   def _loss(self, variables: Any, batch: Any, rngs: Any) -> tuple[jax.Array, jax.Array]:
-    """Returns a scalar to differentiate, and whether the forward pass was sound."""
+    """Returns a scalar to differentiate, and whether the batch may be recorded."""
     if self._loss_fn is not None:
       loss = _scalar(self._loss_fn(variables, batch))
       return loss, jnp.isfinite(loss)
     mutable = flax.core.DenyList(("params", OVERWRITE_WITH_GRADIENT))
     out, _ = self._module.apply(plain(variables), *_arguments(batch), rngs=rngs, mutable=mutable)
-    # Cotangents of zero: the backward pass brings out what was seen, and computes nothing.
+    # Cotangents of zero: the backward pass returns the recorded state and computes nothing else.
     parts = [jnp.sum(leaf.real).astype(jnp.float32) for leaf in _inexact(out)]
     return 0.0 * sum(parts, jnp.float32(0)), ~_has_nan(out)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-  """What of a batch is no array: its structure, and flags for ``module.apply``, say."""
+  """The static part of a batch: its structure, and leaves that are not arrays."""
 
   structure: Any
   others: tuple[Any, ...]
@@ -239,7 +250,7 @@ def _scalar(loss: Any) -> jax.Array:
   if not is_real_scalar(loss):
     raise ValueError(
       f"calibrate: loss_fn must return a real scalar; got {fields.show(loss)}. Take the mean, and "
-      "leave auxiliary outputs out."
+      "omit auxiliary outputs."
     )
   return jnp.asarray(loss)
 
@@ -260,24 +271,24 @@ def _is_stateless(variables: Mapping[str, Any]) -> bool:
 
 
 def _with_metrics(variables: Any, module: nn.Module, batch: Any, has_loss: bool) -> Any:
-  """Gives a model without state the metrics that it is observed by."""
+  """Adds metrics to the variables of a model without state."""
   if jax.tree.leaves(partition_for_grad_overwrite(variables)[0]):
     return variables
   if has_loss:
     raise ValueError(
-      "calibrate: a model without state is observed by its metrics, which with a loss_fn must be "
-      "there; got variables without. Pass add_metrics(module, variables, *inputs)."
+      "calibrate: variables of a model without state must have metrics if loss_fn is given; got "
+      "none. Pass add_metrics(module, variables, *inputs) as variables."
     )
   return add_metrics(module, variables, *_arguments(batch))
 
 
 def _variable_name(path: Any) -> str:
-  """Returns the name of a variable, the last key on the path to its leaf: a box has only fields."""
+  """Returns the name of a variable: the last dict key of its path, since boxes add only fields."""
   return next(entry.key for entry in reversed(path) if isinstance(entry, jax.tree_util.DictKey))
 
 
 def _zero_metrics(variables: Any, has_loss: bool) -> Any:
-  """Starts the maximum over batches anew."""
+  """Resets the metrics, which accumulate the maximum over batches."""
   state, rest = partition_for_grad_overwrite(variables)
 
   def zero(path: Any, leaf: jax.Array) -> jax.Array:
@@ -297,10 +308,10 @@ def _shown(batches: Iterable[Any], progress: bool) -> Iterator[Any]:
 def _report(total: int, bad: int) -> None:
   if not total:
     raise ValueError(
-      "calibrate: there must be at least one batch; got none. Pass a list, or a fresh iterator."
+      "calibrate: batches must have at least one batch; got none. Pass a list, or a new iterator."
     )
   if bad:
     warnings.warn(
-      f"calibrate: {bad} of {total} batches gave NaN or an infinite loss; they are not recorded.",
+      f"calibrate: {bad} of {total} batches gave NaN or an infinite loss and were not recorded.",
       stacklevel=3,
     )

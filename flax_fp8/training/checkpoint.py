@@ -1,8 +1,8 @@
 """Checkpoints of training states and variables, written and read by Orbax.
 
-What Orbax does stays as it is: it writes shards in parallel and renames a finished checkpoint into
-place. Added here are a lock, checksums of the leaves, and the comparison of what there is with what
-is wanted, leaf by leaf, in words that say what to do about FP8 state that is missing or too much.
+Orbax writes shards in parallel, and renames a finished checkpoint into place. This module adds a
+lock, checksums of the leaves, and a comparison of the checkpoint with the target. Its errors give
+advice on missing and extra FP8 state.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ except ImportError:  # Windows
 Directory = str | os.PathLike[str]
 
 CHECKSUMS = "flax_fp8_checksums"
-NUMBER = 0  # stands for a leaf that is read as a NumPy array without dimensions
+NUMBER = 0  # placeholder for a leaf that is read as a zero-dimensional NumPy array
 REASON = 200
 
 
 class Restored(NamedTuple):
-  """What ``restore_checkpoint`` found.
+  """Result of ``restore_checkpoint``.
 
   Attributes:
-    tree: of the structure of the target.
+    tree: the restored tree, with the structure of the target.
     missing: paths of the leaves that were taken from the target.
-    extra: paths of the leaves of the checkpoint that were left out.
+    extra: paths of the leaves of the checkpoint that were not read.
   """
 
   tree: Any
@@ -50,33 +50,39 @@ class Restored(NamedTuple):
 
 
 def save_checkpoint(directory: Directory, state: Any, *, overwrite: bool = False) -> None:
-  """Saves a tree of arrays; a second save to the directory raises, unless ``overwrite`` is True.
+  """Saves a tree of arrays.
 
-  Returns when the checkpoint stands. In a loop, pass ``overwrite=True``, or save each step to a
-  directory of its own.
+  The call returns after the checkpoint is written completely. A second save to the same directory
+  raises an error unless ``overwrite`` is True. In a loop, pass ``overwrite=True``, or save each
+  step to its own directory.
+
+  If the process is killed while saving, ``directory`` has either the old or the new checkpoint.
 
   Args:
-    directory: made where missing; a path, or what else Orbax takes (``gs://...``).
-    state: pytree of arrays, sharded or not, PRNG keys and numbers; a ``TrainState``, say. In a
-      program of several processes each calls this.
-    overwrite: deletes what checkpoints are there already, once the new one stands.
-
-  Raises:
-    ValueError: ``directory`` has a checkpoint and ``overwrite`` is False, or it is a file. Or a
-      leaf can't be stored: its path is that of another leaf, it was donated, or it has no elements.
-    TypeError: a leaf is fp32_max_grad, or another thing that can't be stored.
-    OSError: the checkpoint could not be written, or another program is saving to ``directory``.
-      What was there before stays.
-
-  Numerics:
-    Bits are kept. A CRC-32 of each leaf, or of each shard, is stored beside them, for
-    ``restore_checkpoint`` to compare; that takes about 0.3 seconds per GiB of a process's data.
+    directory: path, or another location that Orbax supports (``gs://...``). It is created if
+      missing.
+    state: pytree of arrays, sharded or not, PRNG keys and numbers, such as a ``TrainState``. In a
+      multi-process program, every process calls this function.
+    overwrite: deletes older checkpoints in ``directory`` after the new one is complete.
 
   Returns:
-    Nothing. ``directory`` is one of ``orbax.checkpoint.CheckpointManager``, of one item, numbered
-    from 0; killed at any moment, it has the checkpoint from before or the new one. For checkpoints
-    of many steps, use that class itself with ``StandardSave(state)``: a ``TrainState`` is a plain
-    pytree, and ``restore_checkpoint`` reads the newest.
+    None. The layout of ``directory`` is that of an ``orbax.checkpoint.CheckpointManager`` with a
+    single item; steps are numbered from 0. To keep checkpoints of many steps, use that class with
+    ``StandardSave(state)``. A ``TrainState`` is a plain pytree. ``restore_checkpoint`` reads the
+    newest step.
+
+  Raises:
+    ValueError: ``directory`` is a file, or has a checkpoint and ``overwrite`` is False; ``state``
+      has no leaves; or a leaf has the path of another leaf, was donated, or has no elements.
+    TypeError: ``directory`` is not a path, ``overwrite`` is not a boolean, or a leaf is
+      fp32_max_grad or of another type that can't be stored.
+    OSError: the checkpoint could not be written, or another program is saving to ``directory``. An
+      older checkpoint is still there.
+
+  Numerics:
+    All bits are kept. A CRC-32 of each leaf, or of each shard, is stored too.
+    ``restore_checkpoint`` verifies it. The checksums take about 0.3 seconds per GiB of the data of
+    a process.
 
   Example:
     >>> import tempfile, jax.numpy as jnp
@@ -116,37 +122,41 @@ def restore_checkpoint(
   allow_missing: Sequence[str] = (),
   allow_extra: Sequence[str] = (),
 ) -> Restored:
-  """Reads a checkpoint, all of it or the part that ``target`` describes.
+  """Reads a checkpoint, or the part of it that ``target`` describes.
 
   Args:
-    directory: where ``save_checkpoint`` wrote it, or a ``CheckpointManager`` of one item.
-    target: pytree of what is wanted, of arrays or ShapeDtypeStructs. Each leaf is read with the
-      sharding of its target, on whatever mesh it was written; without one, onto the first device.
-    allow_missing: patterns (``fnmatch``) of paths that the checkpoint may lack. Their leaves are
+    directory: directory of ``save_checkpoint``, or of a ``CheckpointManager`` with a single item.
+    target: pytree of arrays or ShapeDtypeStructs that describes the result. Each leaf is read with
+      the sharding of its target, even if it was saved on another mesh. Without a sharding, it is
+      read onto the first device.
+    allow_missing: patterns (``fnmatch``) of paths that the checkpoint may lack. These leaves are
       taken from ``target``, where they must be arrays.
-    allow_extra: patterns of paths that only the checkpoint has, and that are not read; ``"*"``
-      allows all, to read the parameters alone, say.
+    allow_extra: patterns of paths that only the checkpoint has. These leaves are not read. Pass
+      ``["*"]`` to allow all, for example to read only the parameters.
 
   Returns:
-    ``(tree, missing, extra)``: the tree, of the structure of ``target``; the paths of leaves that
-    were taken from ``target``; those of leaves that were not read. A path is that of keys and
-    fields, joined by slashes: ``params/params/Dense_0/kernel`` of a ``TrainState``.
+    ``(tree, missing, extra)``: the tree with the structure of ``target``; the paths of leaves that
+    were taken from ``target``; and the paths of leaves that were not read. A path is keys and
+    fields joined by slashes, such as ``params/params/Dense_0/kernel`` in a ``TrainState``.
 
   Raises:
-    ValueError: there is no checkpoint, or it can't be read, or a leaf does not have the checksum
-      with which it was saved; it has not the leaves of ``target`` in its shapes and dtypes; a leaf
-      that is missing is no array in ``target``, or does not divide by its sharding. Names the
-      paths.
-    TypeError: patterns are a string, or a leaf of ``target`` is fp32_max_grad.
+    ValueError: there is no checkpoint; it can't be read; a leaf differs from its saved checksum;
+      the leaves differ from ``target`` in paths, shapes or dtypes; a missing leaf is not an array
+      in ``target``; a shape does not divide by its sharding; or a number does not fit the type of
+      its target. The error names the paths.
+    TypeError: ``directory`` is not a path, ``allow_missing`` or ``allow_extra`` is a string, or a
+      leaf of ``target`` is fp32_max_grad.
 
   Numerics:
-    Bits are kept; nothing is cast, nothing padded. Only numbers that were saved as Python's take
-    the type of their target; floating-point numbers are then rounded. Checkpoints of Orbax itself,
-    or of earlier versions, have no checksums and are not verified. In a program of several
-    processes each verifies the saved shards that one of its own contains.
+    All bits are kept. Arrays are neither cast nor padded. Only numbers that were saved as Python
+    numbers take the type of their target, which rounds floating-point numbers.
+
+    Checkpoints that Orbax or earlier versions wrote have no checksums and are not verified. In a
+    multi-process program, each process verifies the saved shards that one of its own shards
+    contains.
 
   Example:
-    The parameters alone, of a checkpoint of a whole training state:
+    Read only the parameters from the checkpoint of a training state:
 
     >>> import tempfile, jax.numpy as jnp
     >>> import flax_fp8 as fp8
@@ -187,7 +197,7 @@ def restore_checkpoint(
 
 @contextlib.contextmanager
 def _only_writer(directory: Directory) -> Generator[None]:
-  """Locks a local directory. The system unlocks it when this process ends, however it ends."""
+  """Locks a local directory. The operating system releases the lock if this process dies."""
   if fcntl is None or "://" in os.fspath(directory):
     yield
     return
@@ -196,9 +206,9 @@ def _only_writer(directory: Directory) -> Generator[None]:
   try:
     if not _everywhere(jax.process_index() != 0 or _locked(descriptor)):
       raise BlockingIOError(
-        "save_checkpoint: one program at a time may save to a directory; got "
-        f"{directory}, to which another is saving. Nothing was changed. Save to another directory, "
-        "or let one program save."
+        "save_checkpoint: only one program may save to a directory at a time; got "
+        f"{directory}, where another program is saving. Nothing was changed. Save to another "
+        "directory, or save from one program only."
       )
     yield
   finally:
@@ -217,15 +227,15 @@ def _locked(descriptor: int) -> bool:
 
 
 def _everywhere(holds: bool) -> bool:
-  """Whether something holds in all processes of this program."""
+  """Returns whether ``holds`` is true in all processes of this program."""
   if jax.process_count() == 1:
     return holds
   return bool(np.all(multihost_utils.process_allgather(np.asarray(holds))))
 
 
 def _manager(directory: Directory, *, create: bool) -> ocp.CheckpointManager:
-  # Synchronous, since a training step may donate, and so overwrite, the arrays being saved. The old
-  # checkpoint is deleted only once its successor stands.
+  # Synchronous, because a training step may donate, and so overwrite, the arrays being saved.
+  # Orbax deletes the old checkpoint only after the new one is complete.
   options = ocp.CheckpointManagerOptions(
     max_to_keep=1, enable_async_checkpointing=False, create=create
   )
@@ -252,13 +262,13 @@ def _newest(manager: ocp.CheckpointManager, directory: Directory) -> int:
   if step is None:
     raise ValueError(
       f"restore_checkpoint: directory must have a finished checkpoint; got {directory}, which has "
-      "none. Pass the directory that save_checkpoint was given."
+      "none. Pass the directory of save_checkpoint."
     )
   return step
 
 
 def _reason(error: object) -> str:
-  """Says what was first to go wrong, in one line."""
+  """Returns the root cause of an error in one line."""
   while isinstance(error, BaseException) and error.__cause__ is not None:
     error = error.__cause__
   kind = "" if isinstance(error, ValueError | str) else f"{type(error).__name__}: "
@@ -270,16 +280,16 @@ def _reason(error: object) -> str:
 
 def _unwritten(directory: Directory, error: object) -> OSError:
   return OSError(
-    f"save_checkpoint: the checkpoint must be written whole; got {directory}, where it failed: "
-    f"{_reason(error)}. A checkpoint that was there before is still there. Mend the cause, a full "
-    "disk say, or choose another directory, and save again."
+    f"save_checkpoint: the checkpoint must be written completely; got {directory}, where writing "
+    f"failed: {_reason(error)}. An older checkpoint is still there. Fix the cause, such as a full "
+    "disk, or choose another directory, and save again."
   )
 
 
 def _unreadable(directory: Directory, error: object) -> ValueError:
   return ValueError(
-    f"restore_checkpoint: the checkpoint must be whole; got {directory}, which can't be read: "
-    f"{_reason(error)}. Restore another one, or copy its files again."
+    f"restore_checkpoint: the checkpoint must be complete and undamaged; got {directory}, which "
+    f"can't be read: {_reason(error)}. Restore another checkpoint, or copy its files again."
   )
 
 
@@ -294,7 +304,7 @@ def _read_metadata(manager: ocp.CheckpointManager, step: int, directory: Directo
 
 
 def _item(metadata: Any, wanted: Mapping[str, Any]) -> Any:
-  """Says as what Orbax is to read each leaf; ``PLACEHOLDER`` is for what it is to leave."""
+  """Returns how Orbax must read each leaf; ``PLACEHOLDER`` for leaves that it must skip."""
 
   def form(path: Any, saved: Any) -> Any:
     target = wanted.get(name(path), ocp.PLACEHOLDER)
@@ -304,7 +314,7 @@ def _item(metadata: Any, wanted: Mapping[str, Any]) -> Any:
       return NUMBER
     if isinstance(target, np.ndarray):
       return target
-    # Of a PRNG key, Orbax reads the data; they have dimensions that the key has not.
+    # Orbax reads the raw data of a PRNG key, which have more dimensions than the key.
     like = saved if checks.is_key(target) else target
     return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=_sharding(target))
 
@@ -314,7 +324,7 @@ def _item(metadata: Any, wanted: Mapping[str, Any]) -> Any:
 def _read(
   manager: ocp.CheckpointManager, step: int, item: Any, directory: Directory
 ) -> dict[str, Any]:
-  """Reads the leaves that are wanted, by path."""
+  """Reads the wanted leaves, by path."""
   args = ocp.args.PyTreeRestore(item=item, restore_args=jax.tree.map(_restore_args, item))
   try:
     read = leaves_by_path(manager.restore(step, args=args))
@@ -344,16 +354,16 @@ def _verify(
   try:
     sums = custom_metadata[CHECKSUMS]
     if sums.keys() != saved.keys():
-      raise ValueError("its checksums are of other leaves")
+      raise ValueError("its checksums belong to other leaves")
     wrong = damaged(found, sums)
-  except Exception as error:  # whatever may come of checksums that are damaged themselves
+  except Exception as error:  # the checksums may be damaged too
     raise _unreadable(directory, error) from error
   if wrong:
     raise _unreadable(directory, f"{few(wrong)} differ from what was saved")
 
 
 def _take_type(path: str, read: Any, target: Any) -> Any:
-  """Gives a number the type of its target; what else was read has it already."""
+  """Converts a number to the type of its target; other leaves have the type already."""
   if isinstance(read, jax.Array | str) or (isinstance(target, np.ndarray) and read.ndim):
     return read
   if type(read.item()) is type(target):
@@ -365,7 +375,7 @@ def _take_type(path: str, read: Any, target: Any) -> Any:
   if not (np.array_equal(number, read, equal_nan=rounded) or (rounded and np.isfinite(number))):
     raise ValueError(
       "restore_checkpoint: numbers must fit the types of target; got "
-      f"{path!r}={read} for {jnp.dtype(kind).name}. Give target a wider type."
+      f"{path!r}={read} for {jnp.dtype(kind).name}. Use a wider type in target."
     )
   if isinstance(target, jax.Array | jax.ShapeDtypeStruct):
     return jax.device_put(number, _sharding(target))

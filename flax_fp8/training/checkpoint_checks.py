@@ -1,4 +1,4 @@
-"""What ``save_checkpoint`` and ``restore_checkpoint`` refuse, in words that say what to do."""
+"""Input checks of ``save_checkpoint`` and ``restore_checkpoint``, with errors that give advice."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ ARRAYS = (jax.Array, jax.ShapeDtypeStruct, np.ndarray)
 
 
 def is_key(leaf: Any) -> bool:
-  """Tells typed PRNG keys from other leaves."""
+  """Returns whether a leaf is a typed PRNG key."""
   return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def require_directory(caller: str, directory: Any) -> None:
-  """Refuses what names no directory."""
+  """Raises TypeError if ``directory`` is not a path."""
   if not isinstance(directory, str | os.PathLike):
     raise TypeError(
       f"{caller}: directory must be a path; got directory={fields.show(directory)}. Pass "
@@ -36,7 +36,10 @@ def require_directory(caller: str, directory: Any) -> None:
 
 
 def require_distinct_paths(caller: str, tree: Any) -> None:
-  """Refuses leaves that we or Orbax, which joins by dots, would take for one another."""
+  """Raises ValueError if two leaves have the same path.
+
+  Paths must differ when joined by slashes, as here, and when joined by dots, as in Orbax.
+  """
   paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
   names = [Counter(separator.join(name([entry]) for entry in path) for path in paths)
            for separator in "/."]  # fmt: skip
@@ -48,7 +51,7 @@ def require_distinct_paths(caller: str, tree: Any) -> None:
 
 
 def require_plain_dtypes(caller: str, tree: Any) -> None:
-  """Refuses dtypes that exist for autodiff alone."""
+  """Raises TypeError for extended dtypes such as fp32_max_grad, which can't be stored."""
   extended = [
     path
     for path, leaf in leaves_by_path(tree).items()
@@ -58,32 +61,33 @@ def require_plain_dtypes(caller: str, tree: Any) -> None:
   ]
   if extended:
     raise TypeError(
-      f"{caller}: leaves must be of dtypes that can be stored; got fp32_max_grad or its like at "
-      f"{few(extended)}. Take the variables from before as_max_grad, or cast them to float32."
+      f"{caller}: leaves must have dtypes that can be stored; got fp32_max_grad or another "
+      f"extended dtype at {few(extended)}. Pass the variables from before as_max_grad, or cast "
+      "them to float32."
     )
 
 
 def require_storable(tree: Any) -> None:
-  """Refuses what Orbax would refuse in the middle of its work, or could not give back."""
+  """Raises an error for leaves that Orbax can't save, or can't restore unchanged."""
   require_distinct_paths("save_checkpoint", tree)
   require_plain_dtypes("save_checkpoint", tree)
   leaves = leaves_by_path(tree)
   if not leaves:
-    raise ValueError("save_checkpoint: state must have leaves; got none. Save it with the arrays.")
+    raise ValueError("save_checkpoint: state must have leaves; got none. Pass a tree with arrays.")
   if unlike := [f"{p} {type(x).__name__}" for p, x in leaves.items() if not _is_plain(x)]:
     raise TypeError(
       "save_checkpoint: leaves must be arrays, real numbers of at most 64 bits, or strings; got "
-      f"{few(unlike)}. Convert them, or leave them out."
+      f"{few(unlike)}. Convert them, or remove them from state."
     )
   arrays = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, ARRAYS)}
   if empty := [f"{path} {leaf.shape}" for path, leaf in arrays.items() if 0 in leaf.shape]:
     raise ValueError(
-      f"save_checkpoint: arrays must have elements, for Orbax stores no others; got {few(empty)}. "
-      "Leave them out of state, and allow_missing when you restore."
+      f"save_checkpoint: arrays must have elements, because Orbax can't store empty arrays; got "
+      f"{few(empty)}. Remove them from state, and pass allow_missing when you restore."
     )
   if gone := [p for p, x in arrays.items() if isinstance(x, jax.Array) and x.is_deleted()]:
     raise ValueError(
-      "save_checkpoint: arrays must be alive; got arrays that were donated or deleted at "
+      "save_checkpoint: arrays must not be deleted; got arrays that were donated or deleted at "
       f"{few(gone)}. Save the state that the step returned, or save before the step."
     )
 
@@ -97,7 +101,7 @@ def _is_plain(leaf: Any) -> bool:
 
 
 def check_patterns(*given: Any) -> None:
-  """Refuses a string in the place of a sequence of patterns."""
+  """Raises TypeError for a string where a sequence of patterns is expected."""
   for patterns in given:
     if isinstance(patterns, str):
       raise TypeError(
@@ -107,7 +111,7 @@ def check_patterns(*given: Any) -> None:
 
 
 def check_shardings(wanted: Mapping[str, Any]) -> None:
-  """Asks JAX early whether shapes divide, for Orbax would have begun to read."""
+  """Raises ValueError if a shape does not divide by its sharding, before Orbax starts to read."""
   for path, leaf in wanted.items():
     if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None:
       try:
@@ -120,9 +124,9 @@ def check_shardings(wanted: Mapping[str, Any]) -> None:
 
 
 def difference_of(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> Difference:
-  """Compares shapes and dtypes; numbers of Python have no dtype of their own."""
+  """Compares shapes and dtypes; Python numbers have no dtype."""
   numbers = {path for path in wanted if path in saved and is_number(saved[path], wanted[path])}
-  # Whether these keys are of the saved implementation shows once they are read.
+  # The implementation of a saved key is known only after it is read. See check_keys.
   keys = {path for path in wanted if is_key(wanted[path])}
 
   def describe(leaves: Mapping[str, Any]) -> dict[str, str]:
@@ -133,7 +137,7 @@ def difference_of(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> Differ
 
 
 def is_number(saved: Any, wanted: Any) -> bool:
-  """Tells what is read as it is, and then takes the type of its target."""
+  """Returns whether a leaf is a number, which is converted to the type of its target."""
   return isinstance(saved, ocp.metadata.ScalarMetadata) or not isinstance(wanted, ARRAYS)
 
 
@@ -149,7 +153,7 @@ def check_difference(
   allow_missing: Sequence[str],
   allow_extra: Sequence[str],
 ) -> None:
-  """Raises where the checkpoint is not what the target describes, unless that is allowed."""
+  """Raises ValueError if checkpoint and target differ in a way that is not allowed."""
   refused = Difference(
     missing=_not_matched(difference.missing, allow_missing),
     extra=_not_matched(difference.extra, allow_extra),
@@ -162,22 +166,22 @@ def check_difference(
     )
   if abstract := [p for p in difference.missing if isinstance(wanted[p], jax.ShapeDtypeStruct)]:
     raise ValueError(
-      "restore_checkpoint: leaves that the checkpoint lacks are taken from target, where they must "
-      f"be arrays; got ShapeDtypeStructs for {few(abstract)}. Initialize them."
+      "restore_checkpoint: leaves of target that the checkpoint does not have must be arrays; got "
+      f"ShapeDtypeStructs for {few(abstract)}. Initialize these leaves of target."
     )
 
 
 def check_keys(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-  """Raises where a PRNG key was saved with another implementation, or as plain numbers."""
+  """Raises ValueError if a PRNG key was saved with another implementation, or as raw data."""
   kind = lambda leaf: f"{getattr(leaf, 'dtype', type(leaf).__name__)}{np.shape(leaf)}"
   pairs = {
     p: (kind(found[p]), kind(wanted[p])) for p in found if is_key(found[p]) or is_key(wanted[p])
   }
   if other := [f"{path} {got} for {want}" for path, (got, want) in pairs.items() if got != want]:
     raise ValueError(
-      "restore_checkpoint: PRNG keys must have the implementation with which they were saved; got "
-      f"{few(other)}. Make the keys of target with jax.random.key(seed, impl=...); restore raw key "
-      "data into uint32, for jax.random.wrap_key_data."
+      "restore_checkpoint: PRNG keys of target must have the implementation of the saved keys; got "
+      f"{few(other)}. Create the keys of target with jax.random.key(seed, impl=...), or restore "
+      "raw key data as uint32 and pass it to jax.random.wrap_key_data."
     )
 
 
@@ -186,7 +190,7 @@ def _not_matched(paths: Sequence[str], patterns: Sequence[str]) -> tuple[str, ..
 
 
 def _advise(refused: Difference) -> str:
-  """Says what to do: first about FP8 state, which is what differs between the two ways to train."""
+  """Returns advice on a difference: about FP8 state if it differs, else in general."""
   state = f"*{OVERWRITE_WITH_GRADIENT}/*"
   missing, extra, other = (
     any(OVERWRITE_WITH_GRADIENT in path for path in paths)
@@ -195,16 +199,16 @@ def _advise(refused: Difference) -> str:
   advice: list[str] = []
   if missing or other:
     advice.append(
-      "Where the checkpoint has no FP8 state, or that of another recipe, restore what it has, and "
-      "then use upgrade_variables(model, variables, *inputs)"
-      + (f"; or take the state from target, with allow_missing=[{state!r}]." if missing else ".")
+      "If the checkpoint has no FP8 state, or the state of another recipe, restore it with a "
+      "matching target, and then call upgrade_variables(model, variables, *inputs)"
+      + (f"; or keep the state of target with allow_missing=[{state!r}]." if missing else ".")
     )
   if extra:
     advice.append(
-      "Where target has no FP8 state, leave the checkpoint's out with "
-      f"allow_extra=[{state!r}], or restore it all and use downgrade_variables(variables)."
+      "If target has no FP8 state, skip the state of the checkpoint with "
+      f"allow_extra=[{state!r}], or restore everything and call downgrade_variables(variables)."
     )
   return " ".join(advice) or (
-    "Pass a target of the same model and optimizer, or name what may differ in allow_missing and "
-    "allow_extra."
+    "Pass a target of the same model and optimizer, or list paths that may differ in allow_missing "
+    "and allow_extra."
   )

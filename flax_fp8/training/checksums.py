@@ -1,7 +1,8 @@
-"""Checksums of the leaves of a checkpoint, computed as it is saved and compared as it is restored.
+"""Checksums of checkpoint leaves, computed on save and compared on restore.
 
-Each block of a leaf that one device holds has its own CRC-32. So no process needs data of another
-one, and a reader may use another mesh. The checksums are JSON and lie in the checkpoint's metadata.
+Each block of a leaf, as sharded over devices, has its own CRC-32. So no process needs data of
+another process, and a reader may use another mesh. The checksums are JSON in the checkpoint's
+metadata.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from flax_fp8.training.checkpoint_checks import is_key
 
 
 def checksums(leaves: Mapping[str, Any]) -> dict[str, Any]:
-  """Computes the checksums of leaves. In a program of several processes, each calls this.
+  """Computes the checksums of leaves. In a multi-process program, every process calls this.
 
   Args:
-    leaves: by path; arrays, sharded or not, PRNG keys, numbers or strings.
+    leaves: leaves by path: arrays, sharded or not, PRNG keys, numbers or strings.
 
   Returns:
-    For each path the dtype, or a key's implementation; the shape of a block; and the blocks' CRC-32
-    in hexadecimal, in the order of ``np.ndindex`` over the grid of blocks.
+    A list for each path: the dtype, or the implementation of a key; the shape of a block; and the
+    CRC-32 of all blocks in hexadecimal, in the order of ``np.ndindex`` over the grid of blocks.
   """
   stored = {path: _stored(leaf) for path, leaf in leaves.items()}
   own = {path: _own_sums(leaf) for path, leaf in stored.items()}
   sums = np.concatenate([each.ravel() for each in own.values()])
   if jax.process_count() > 1:
-    # A block has one owner; its checksum is zero elsewhere.
+    # Each block has one owner. Its checksum is zero in other processes.
     sums = np.asarray(multihost_utils.process_allgather(sums)).max(axis=0)
   ends = np.cumsum([each.size for each in own.values()])[:-1]
   return {
@@ -41,17 +42,19 @@ def checksums(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def damaged(leaves: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
-  """Names the leaves that are not what was saved, as far as this process holds them.
+  """Returns the paths of leaves that differ from what was saved.
+
+  A process verifies only the blocks that it holds.
 
   Args:
-    leaves: by path, as they were read.
-    saved: of ``checksums``, for these leaves at least.
+    leaves: leaves by path, as they were read.
+    saved: result of ``checksums`` for at least these leaves.
   """
   return [path for path, leaf in leaves.items() if not _agrees(leaf, *saved[path])]
 
 
 def _own_sums(leaf: Any) -> np.ndarray:
-  """Computes the CRC-32 of the blocks that this process is to write, on the grid of all blocks."""
+  """Computes the CRC-32 of each block that this process writes; zero for all other blocks."""
   block = _block(leaf)
   sums = np.zeros(_grid(np.shape(leaf), block), np.uint32)
   if isinstance(leaf, jax.Array):
@@ -73,12 +76,12 @@ def _agrees(leaf: Any, kind: str, block: list[int], digits: str) -> bool:
     part = _part(held, starts, block)
     if part is not None and _crc(part) != sums[place]:
       return False
-  # The raw data of a key may have been asked for as a NumPy array.
+  # The target may ask for the raw data of a key as a NumPy array.
   return kind == _kind(leaf) or not isinstance(leaf, jax.Array)
 
 
 def _held(leaf: Any) -> Iterator[tuple[list[int], np.ndarray]]:
-  """Yields what this process has of a leaf, and where each begins."""
+  """Yields the start indices and the data of each part that this process holds."""
   if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
     whole = _on_host(leaf) if isinstance(leaf, jax.Array) else np.asarray(leaf)
     yield [0] * whole.ndim, whole
@@ -90,7 +93,7 @@ def _held(leaf: Any) -> Iterator[tuple[list[int], np.ndarray]]:
 def _part(
   held: list[tuple[list[int], np.ndarray]], starts: list[int], block: list[int]
 ) -> np.ndarray | None:
-  """Cuts a block out of what there is; None where no array has all of it."""
+  """Extracts a block from the held parts; None if no part contains the whole block."""
   for begins, array in held:
     low = [start - begin for start, begin in zip(starts, begins, strict=True)]
     high = [i + n for i, n in zip(low, block, strict=True)]
@@ -100,7 +103,7 @@ def _part(
 
 
 def _on_host(array: jax.Array) -> np.ndarray:
-  """Copies an array to the host. The copy is not kept with the array, as ``np.asarray`` does."""
+  """Copies an array to the host. Unlike ``np.asarray``, the array does not cache the copy."""
   shards = [shard.data for shard in array.addressable_shards]
   return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards))
 

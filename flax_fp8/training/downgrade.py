@@ -1,4 +1,4 @@
-"""Variables without FP8 state: what the same model without FP8 has."""
+"""Removal of FP8 state from variables, to continue with the same model without FP8."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 
 
 def downgrade_variables(variables: Any) -> Any:
-  """Removes the FP8 state from variables, so that the model goes on without FP8.
+  """Removes the FP8 state from variables.
 
-  ``{name: tree for name, tree in variables.items() if name != "_overwrite_with_gradient"}``, and
-  the same for state that lies deeper in the tree.
+  Use it to continue with the same model without FP8. It computes, at every depth of the tree::
+
+      {name: tree for name, tree in variables.items() if name != "_overwrite_with_gradient"}
 
   Args:
     variables: variables dict of an FP8 model; leaves may be arrays or ShapeDtypeStructs.
 
   Returns:
-    ``variables`` without their FP8 state, and without mappings that held nothing else. All other
-    leaves are the ones passed in; mappings keep their types.
+    ``variables`` without FP8 state, and without mappings that held nothing else. All other leaves
+    are the ones passed in. Mappings keep their types.
 
   Raises:
-    ValueError: ``variables`` is no variables dict.
+    ValueError: ``variables`` is not a variables dict.
 
   Numerics:
-    No number is touched. What the optimiser keeps is of the parameters alone, so that
-    ``state.replace(params=downgrade_variables(state.params), apply_fn=...)`` goes on from there.
+    No value changes. The optimizer state covers parameters only, so a ``TrainState`` continues with
+    ``state.replace(params=downgrade_variables(state.params), apply_fn=...)``.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -40,7 +41,7 @@ def downgrade_variables(variables: Any) -> Any:
     (2, 4)
 
   References:
-    flax_fp8.upgrade_variables, the way back.
+    flax_fp8.upgrade_variables, the inverse.
   """
   require_variables("downgrade_variables", variables)
   return _without_state(variables)

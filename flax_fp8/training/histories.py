@@ -1,4 +1,4 @@
-"""Amax histories as lines, with the end of the range of each tensor."""
+"""Plots amax histories and the largest representable value of each tensor."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ import pkgutil
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-# Layer, role, amaxes with the oldest first, the largest representable value.
+# Layer, role, amaxes with the oldest first, largest representable value.
 History: TypeAlias = tuple[str, str, Sequence[float], float]
 
 
 def draw(found: Sequence[History]) -> Any:
-  """Draws a row of panels for each layer, a panel for each role.
+  """Draws a row of panels for each layer and a panel for each role.
 
   Args:
-    found: layer, role, recorded amaxes with the oldest first, and the end of the range at the
-      present scale. An amax of zero was not recorded.
+    found: layer, role, amaxes with the oldest first, and the largest representable value at the
+      current scale. An amax of zero was not recorded and is not drawn.
 
   Returns:
     A matplotlib figure: ``figure.savefig("stats.png")``.
 
   Raises:
-    ValueError: there is no history.
-    ImportError: matplotlib, which only pictures need, is not installed.
+    ValueError: ``found`` is empty.
+    ImportError: matplotlib is not installed.
   """
   if not found:
     raise ValueError(
-      "Stats.plot: at least one tensor must have an amax history; got none. Take the state of "
-      "DelayedScaling; other recipes have numbers for each step alone, see Stats.scalars()."
+      "Stats.plot: at least one tensor must have an amax history; got none. Use the state of "
+      "DelayedScaling, or read the numbers of one step with Stats.scalars()."
     )
   names, roles = (list(dict.fromkeys(each[i] for each in found)) for i in (0, 1))
   figure = _figure_class()(
@@ -47,7 +47,7 @@ def draw(found: Sequence[History]) -> Any:
 
 
 def _panel(axes: Any, history: Sequence[float], limit: float) -> None:
-  """Draws one history; shades what is representable at the present scale."""
+  """Draws one history and shades the range that is representable at the current scale."""
   ages = range(1 - len(history), 1)
   seen = [(age, amax) for age, amax in zip(ages, history, strict=True) if amax > 0]
   axes.set_yscale("log")

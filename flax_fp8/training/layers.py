@@ -1,7 +1,7 @@
-"""The FP8 contractions that a tree holds state of: names and leaves, stacks taken apart.
+"""Finds the FP8 contractions in a tree of variables, and unstacks their state.
 
 ``nn.scan`` and ``nn.vmap`` stack the state of layers along any axis. The state of one contraction
-is a scale ``(1,)`` and a history ``(length,)``. All other axes are the stack, in their order.
+is a scale ``(1,)`` and a history ``(length,)``. All other axes are stacking axes, in their order.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _NAMED_BY_FLAX = re.compile(r"\w*Fp8\w*_\d+")
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-  """One contraction, or one of a stack.
+  """One contraction, or one element of a stack.
 
   Attributes:
-    name: path of the module, ``layers[3]/query``.
-    state: leaves by variable name, without the axes of stacks.
+    name: path of the module, such as ``layers[3]/query``.
+    state: leaves by variable name, without stacking axes.
   """
 
   name: str
@@ -48,13 +48,13 @@ class Layer:
 
 
 def layers(tree: Any) -> Iterator[Layer]:
-  """Finds every contraction that has state, in the order of the tree.
+  """Yields every contraction that has state, in the order of the tree.
 
   Args:
     tree: nested mapping, with state under keys ``_overwrite_with_gradient``.
 
   Yields:
-    Each contraction; each of a stack.
+    Each contraction, and each element of a stack.
 
   Raises:
     TypeError: a leaf of the state is traced or abstract.
@@ -94,26 +94,26 @@ def _concrete(leaf: Any, path: Path) -> Any:
   leaf = unbox(leaf)
   if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, (jax.Array, np.ndarray)):
     raise TypeError(
-      f"stats: state must be arrays with values; got {'/'.join(path)} of {type(leaf)}. Call stats "
-      "outside of jit, with the variables that came out of it."
+      f"stats: state must be concrete arrays; got {'/'.join(path)} of {type(leaf)}. Call stats "
+      "outside jit, with the variables that the jitted function returned."
     )
   return to_float32(leaf)
 
 
 def _stack(state: Mapping[str, Any]) -> tuple[int, ...]:
-  """Returns the leading axes of a module's leaves, whose own axis is the last."""
+  """Returns the stacking axes of a module's leaves: all axes but the last."""
   return max((leaf.shape[:-1] for leaf in state.values()), key=len)
 
 
 def _short(path: Path, below: Mapping[Path, Sequence[Any]]) -> Path:
-  """Drops the name that Flax gave the contraction, where its layer has no other."""
+  """Drops the automatic name of a contraction if it is the only one in its layer."""
   if len(path) < 2 or not _NAMED_BY_FLAX.fullmatch(path[-1]):
     return path
   return path[:-1] if len(below[path[:-1]]) == 1 else path
 
 
 def _outermost(path: Path, below: Mapping[Path, Sequence[Any]]) -> int:
-  """Returns the length of the shortest path under which all state is stacked as this one's."""
+  """Returns the length of the shortest prefix under which all state has the same stacking axes."""
   lengths = range(1, len(path) + 1)
   return next((length for length in lengths if len(set(below[path[:length]])) == 1), 0)
 

@@ -1,4 +1,4 @@
-"""Loss scaling for float16 that divides gradients, and leaves FP8 state what it is: no gradient."""
+"""Loss scaling for float16 that unscales the gradients of parameters but not FP8 state."""
 
 from __future__ import annotations
 
@@ -22,37 +22,40 @@ DynamicScaleResult = dynamic_scale.DynamicScaleResult
 
 
 class DynamicScale(dynamic_scale.DynamicScale):
-  """Flax's ``DynamicScale``, right for FP8 state.
+  """Flax's ``DynamicScale`` with support for FP8 state.
 
-  The loss is multiplied by the scale before it is differentiated, and gradients are divided by it
-  after; but the "gradient" of FP8 state is its new value, and stays. Whether a step was finite is
-  asked of the gradients of parameters alone::
+  The loss is multiplied by the scale before differentiation. Gradients are divided by the scale
+  afterwards. The gradient of FP8 state is its new value, so it is not divided. A step is finite if
+  all gradients of parameters are finite. After each step, the scale changes as follows::
 
       scale = min(scale * growth_factor, max(float32))  # after growth_interval + 1 finite steps
-      scale = max(scale * backoff_factor, minimum_scale)  # after a step that was not finite
+      scale = max(scale * backoff_factor, minimum_scale)  # after a nonfinite step
 
-  Use it with ``TrainState.create(..., skip_nonfinite=True)``, which does not take such a step.
+  Use it with ``TrainState.create(..., skip_nonfinite=True)``, which skips nonfinite steps.
 
   Attributes:
-    growth_factor: by which the scale grows.
-    backoff_factor: by which it shrinks.
-    growth_interval: finite steps in a row, and the one after them grows the scale; as in Flax.
-    fin_steps: finite steps in a row so far.
-    scale: multiplies the loss.
-    minimum_scale: below which the scale does not shrink; None for no bound.
+    growth_factor: factor by which the scale grows.
+    backoff_factor: factor by which the scale shrinks.
+    growth_interval: number of consecutive finite steps; the next finite step grows the scale, as
+      in Flax.
+    fin_steps: number of consecutive finite steps so far.
+    scale: multiplier of the loss.
+    minimum_scale: lower bound of the scale; None for no bound.
 
   Raises:
-    TypeError: a factor is no number, ``growth_interval`` no integer.
-    ValueError: a factor is not positive and finite, ``growth_interval`` or ``minimum_scale`` is
+    TypeError: a factor is not a number, or ``growth_interval`` is not an integer.
+    ValueError: a factor is not positive and finite, or ``growth_interval`` or ``minimum_scale`` is
       below 0.
 
   Numerics:
-    Scale and steps are Flax's, bit for bit. The loss is scaled in float32, and returned unscaled;
-    let it be float32, since in float16 the first scale, 65536, is infinite.
-    FP8 state is that of the *scaled* output gradients: it follows the scale by itself. When the
-    scale doubles, so do they, and for one step a delayed scale is too small for them: what was
-    above half of the old amax saturates. ``DelayedScaling(margin=1)`` has the headroom, and
-    ``DelayedScaling(overflow="current")`` notices.
+    ``scale`` and ``fin_steps`` equal those of Flax, bit for bit. The loss is scaled in float32 and
+    returned unscaled. Return a float32 loss, because the first scale, 65536, is infinite in
+    float16.
+
+    FP8 state describes the *scaled* output gradients, so it follows the scale. When the scale
+    doubles, output gradients double too. For one step, a delayed scale is then too small, and
+    values above half of the old amax saturate. ``DelayedScaling(margin=1)`` has enough headroom for
+    this step. ``DelayedScaling(overflow="current")`` detects the overflow.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -78,7 +81,7 @@ class DynamicScale(dynamic_scale.DynamicScale):
   """
 
   def __post_init__(self) -> None:
-    owner, default = "DynamicScale", "Leave it out for the default."
+    owner, default = "DynamicScale", "Omit it for the default."
     for field in ("growth_factor", "backoff_factor"):
       positive = lambda x: 0 < x < np.inf
       value = getattr(self, field)
@@ -99,19 +102,23 @@ class DynamicScale(dynamic_scale.DynamicScale):
     has_aux: bool = False,
     axis_name: str | None = None,
   ) -> Callable[..., DynamicScaleResult]:
-    """Like ``flax_fp8.value_and_grad``, of the scaled loss; the gradients are unscaled.
+    """Like ``flax_fp8.value_and_grad``, but differentiates the scaled loss and unscales gradients.
 
     Args:
-      fun: function of arrays and pytrees, returning a real scalar, or a pair if ``has_aux``.
-      argnums: which positional arguments to differentiate with respect to.
+      fun: function that returns a real scalar, or a pair if ``has_aux``.
+      argnums: positional arguments to differentiate with respect to.
       has_aux: whether ``fun`` returns ``(value, aux)``.
-      axis_name: axis of ``pmap`` or ``shard_map`` over which gradients of parameters are averaged,
-        and FP8 state becomes the maximum.
+      axis_name: axis of ``pmap`` or ``shard_map``. Gradients of parameters are averaged over this
+        axis. FP8 state becomes the maximum over it.
 
     Returns:
       A function of the same arguments that returns ``(dynamic_scale, finite, aux, grad)``: the
       dynamic scale for the next step; whether all gradients of parameters are finite; the value of
       ``fun``; and the gradients, in which state is its new value.
+
+    Raises:
+      TypeError: as for ``flax_fp8.value_and_grad``.
+      ValueError: as for ``flax_fp8.value_and_grad``.
     """
     owner = "DynamicScale.value_and_grad"
     fields.function(owner, "fun", fun, "Pass the loss, a function, not its value.")
@@ -135,18 +142,22 @@ class DynamicScale(dynamic_scale.DynamicScale):
   def unscale(
     self, grads: Any, axis_name: str | None = None
   ) -> tuple[DynamicScale, jax.Array, Any]:
-    """Divides gradients of a loss that was multiplied by ``scale``; for a loop of your own.
+    """Divides gradients by ``scale``, and updates the scale.
 
-    ``value_and_grad`` is this after ``flax_fp8.value_and_grad``. With microbatches it is this after
-    ``flax_fp8.accumulate_gradients`` of ``dynamic_scale.scale * loss``.
+    Use it in a loop that differentiates ``dynamic_scale.scale * loss`` itself, for example with
+    ``flax_fp8.accumulate_gradients``. ``value_and_grad`` calls it after
+    ``flax_fp8.value_and_grad``.
 
     Args:
-      grads: any pytree of gradients; its state is what lies under a key
+      grads: any pytree of gradients. Its state is every leaf under a key
         ``_overwrite_with_gradient``.
       axis_name: as for ``value_and_grad``.
 
     Returns:
-      ``(dynamic_scale, finite, grads)``, as ``value_and_grad``; float32.
+      ``(dynamic_scale, finite, grads)``, as for ``value_and_grad``; gradients are float32.
+
+    Raises:
+      ValueError: ``grads`` is the pair that ``value_and_grad`` returns.
     """
     refuse_pair("DynamicScale.unscale", grads)
     grads = map_with_path(self._unscale_leaf, grads)
@@ -160,7 +171,7 @@ class DynamicScale(dynamic_scale.DynamicScale):
     return leaf if is_state(path) else jnp.asarray(leaf, jnp.float32) / self.scale
 
   def _after(self, finite: jax.Array) -> DynamicScale:
-    """The scale of the next step. As Flax's: a test holds the two together."""
+    """Returns the dynamic scale of the next step; a test compares it with Flax's."""
     grown = jnp.minimum(self.scale * self.growth_factor, np.finfo(np.float32).max)
     shrunk = self.scale * self.backoff_factor
     if self.minimum_scale is not None:
@@ -173,7 +184,7 @@ class DynamicScale(dynamic_scale.DynamicScale):
 
 
 def all_finite(grads: Any) -> jax.Array:
-  """Tells whether the gradients of parameters are finite; FP8 state among them is not asked.
+  """Returns whether all gradients of parameters are finite; FP8 state is ignored.
 
   Args:
     grads: any pytree of gradients.

@@ -1,4 +1,4 @@
-"""Differentiation that takes the maximum of state used on several paths, instead of the sum."""
+"""Differentiation that accumulates FP8 state by maximum and everything else by sum."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from flax_fp8.training.state import overwrite_leaf
 
 
 def as_max_grad(variables: Any) -> Any:
-  """Casts the FP8 state in a tree to ``fp32_max_grad`` and leaves the rest.
+  """Casts the FP8 state in a tree to ``fp32_max_grad`` and leaves the rest unchanged.
 
-  Differentiated with respect to the tree so cast, or to the tree before the cast, state that is
-  used on several paths comes back as the maximum over them instead of the sum. Cast outside of
-  every loop, pipeline and remat that the state enters.
+  Differentiate with respect to the result, or to the tree before the cast. The gradient of state
+  that is used on several paths is then the maximum over the paths instead of the sum. Cast outside
+  every loop, pipeline and remat that takes the state.
 
   Args:
-    variables: any pytree; its state is what lies under a key ``_overwrite_with_gradient``.
+    variables: any pytree. Its state is every leaf under a key ``_overwrite_with_gradient``.
 
   Returns:
-    The tree with every float32 leaf under such a key as fp32_max_grad; same shapes.
+    The tree with every float32 state leaf as fp32_max_grad; same shapes.
 
   Raises:
-    TypeError: a leaf under such a key is neither float32 nor fp32_max_grad.
+    TypeError: a state leaf is neither float32 nor fp32_max_grad.
 
   Numerics:
-    The bits stay as they are.
+    The cast keeps all bits.
 
   Example:
     >>> import jax.numpy as jnp
@@ -69,36 +69,36 @@ def value_and_grad(
   holomorphic: bool = False,
   allow_int: bool = False,
 ) -> Callable[..., Any]:
-  """Like ``jax.value_and_grad``, but state met on several paths comes back as the maximum.
+  """Like ``jax.value_and_grad``, but FP8 state accumulates by maximum over its uses.
 
-  ``jax.value_and_grad(fun)(as_max_grad(variables))``, the state then cast back to float32. The
-  modules make this cast themselves, so plain ``jax.value_and_grad`` differs in two things only: it
-  sums state that several calls of one remat or jitted function take as an argument, and it gives
-  zero for state that no path used.
+  Equals ``jax.value_and_grad(fun)(as_max_grad(variables))`` with the state cast back to float32.
+  The modules make this cast too, so ``jax.value_and_grad`` differs in two cases only. It sums the
+  state if several calls of one remat or jitted function take it as an argument. It returns zero
+  for state that no path used.
 
   Args:
-    fun: function of arrays and pytrees, returning a real scalar, or a pair if ``has_aux``. It sees
-      the FP8 state of the differentiated arguments as fp32_max_grad.
-    argnums: which positional arguments to differentiate with respect to.
+    fun: function that returns a real scalar, or a pair if ``has_aux``. It gets the FP8 state of
+      the differentiated arguments as fp32_max_grad.
+    argnums: positional arguments to differentiate with respect to.
     has_aux: whether ``fun`` returns ``(value, aux)``.
     holomorphic: as for ``jax.value_and_grad``.
     allow_int: as for ``jax.value_and_grad``.
 
   Returns:
     A function of the same arguments that returns ``(value, gradients)``. In the gradients, state
-    is its new value in float32; state that no path of this call used is its old value.
+    is its new value in float32. State that no path of this call used is its old value.
 
   Raises:
-    TypeError: as ``jax.value_and_grad``; or ``fun`` takes the state through
-      ``shard_map(check_vma=False)``, across whose boundary JAX cannot take a maximum; or computes
-      with the state; or has a ``custom_vjp`` that closes over it.
-    ValueError: ``argnums`` is empty, names an argument twice, or one that was not passed by
-      position.
+    TypeError: the conditions of ``jax.value_and_grad``; ``fun`` passes the state through
+      ``shard_map(check_vma=False)``, where JAX cannot accumulate by maximum; ``fun`` computes with
+      the state; or ``fun`` has a ``custom_vjp`` that closes over the state.
+    ValueError: ``argnums`` is empty, repeats an argument, or names an argument that was not passed
+      by position.
 
   Numerics:
-    Gradients of everything else are those of ``jax.value_and_grad``, bit for bit.
-    ``jax.lax.stop_gradient`` does not stop state here: JAX returns extended dtypes unchanged. To
-    run a frozen teacher by the same variables, use ``jax.value_and_grad`` and
+    All other gradients equal those of ``jax.value_and_grad``, bit for bit.
+    ``jax.lax.stop_gradient`` does not stop state, because JAX returns extended dtypes unchanged. To
+    run a frozen teacher with the same variables, use ``jax.value_and_grad`` and
     ``TrainState.apply_fn``.
 
   Example:
@@ -127,7 +127,7 @@ def value_and_grad_as(
   holomorphic: bool = False,
   allow_int: bool = False,
 ) -> Callable[..., Any]:
-  """Does as ``value_and_grad``, in the words of ``owner``."""
+  """Implements ``value_and_grad``; ``owner`` is the function that errors name."""
   fields.function(owner, "fun", fun, "Pass the loss, a function, not its value.")
   fields.flag(owner, "has_aux", has_aux)
   argnums = _check_argnums(owner, argnums)
@@ -155,9 +155,9 @@ def grad(
   holomorphic: bool = False,
   allow_int: bool = False,
 ) -> Callable[..., Any]:
-  """Like ``jax.grad``, but state met on several paths comes back as the maximum.
+  """Like ``jax.grad``, but FP8 state accumulates by maximum over its uses.
 
-  ``value_and_grad(fun)(...)[1]``, with the auxiliary output if ``has_aux``.
+  Equals ``value_and_grad(fun)(...)[1]``, with the auxiliary output if ``has_aux``.
 
   Args:
     fun: as for ``value_and_grad``.
@@ -170,11 +170,11 @@ def grad(
     A function that returns the gradients, or ``(gradients, aux)`` if ``has_aux``.
 
   Raises:
-    TypeError: as ``value_and_grad``.
-    ValueError: as ``value_and_grad``.
+    TypeError: as for ``value_and_grad``.
+    ValueError: as for ``value_and_grad``.
 
   Numerics:
-    As ``value_and_grad``.
+    As for ``value_and_grad``.
 
   Example:
     >>> import flax_fp8 as fp8
@@ -203,9 +203,9 @@ def value_and_cotangents(
   *,
   owner: str = "value_and_grad",
 ) -> Callable[..., Any]:
-  """Like ``value_and_grad``, but leaves state as autodiff does: to be joined, then ``collect``-ed.
+  """Like ``value_and_grad``, but returns the raw cotangents, to be combined before ``collect``.
 
-  State is fp32_max_grad; ``-inf`` where no path used it.
+  State is fp32_max_grad, and ``-inf`` if no path used it.
   """
   positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
@@ -215,13 +215,13 @@ def value_and_cotangents(
     if not all(-len(args) <= i < len(args) for i in positions):
       raise ValueError(
         f"{owner}: argnums must be positions of the {len(args)} positional arguments; got "
-        f"{argnums=} and the keywords {fields.cut([*kwargs])}. Pass what is differentiated by "
-        "position."
+        f"{argnums=} and the keywords {fields.cut([*kwargs])}. Pass the differentiated arguments "
+        "by position."
       )
     for i in positions:
       _check_differentiable(owner, args[i], allow_int)
       cast[i] = as_max_grad(args[i])
-    # JAX counts extended dtypes as integers here; _check_differentiable kept real integers out.
+    # JAX counts extended dtypes as integers here. _check_differentiable refused real integers.
     run = jax.value_and_grad(fun, argnums, has_aux, holomorphic, allow_int=True)
     with cast_here(), _explain_use_of_state(owner):
       return run(*cast, **kwargs)
@@ -230,17 +230,17 @@ def value_and_cotangents(
 
 
 def collect(cotangents: Any, old: Any) -> Any:
-  """Makes of cotangents what a training loop takes: gradients, and for state its new value.
+  """Converts cotangents to gradients for a training loop, with the new value of state.
 
   Args:
-    cotangents: of ``value_and_cotangents``; state float32 or fp32_max_grad.
-    old: the tree that was differentiated with respect to.
+    cotangents: from ``value_and_cotangents``; state is float32 or fp32_max_grad.
+    old: the differentiated arguments.
   """
   return map_with_path(_collect, cotangents, old)
 
 
 def _check_argnums(owner: str, argnums: Any) -> Any:
-  """Returns positions of arguments as an integer or a tuple of integers."""
+  """Returns ``argnums`` as an integer or a tuple of integers."""
   try:
     is_one = isinstance(argnums, numbers.Integral)
     if isinstance(argnums, bool | jax.Array | np.ndarray):
@@ -260,7 +260,7 @@ def _check_argnums(owner: str, argnums: Any) -> Any:
 
 
 def is_real_scalar(value: Any, holomorphic: bool = False) -> bool:
-  """Tells whether a value can be differentiated as a loss."""
+  """Returns whether a value can be differentiated as a loss."""
   try:
     aval = jax.typeof(value)
   except TypeError:
@@ -273,12 +273,12 @@ def is_real_scalar(value: Any, holomorphic: bool = False) -> bool:
 def require_loss(
   owner: str, field: str, value: Any, has_aux: bool, holomorphic: bool = False
 ) -> Any:
-  """Returns what a loss function returned; raises TypeError where it can't be differentiated."""
+  """Returns the output of a loss function; raises TypeError if it can't be differentiated."""
   is_pair = isinstance(value, tuple | list) and len(value) == 2
   if (has_aux and not is_pair) or not is_real_scalar(value[0] if has_aux else value, holomorphic):
     raise TypeError(
-      f"{owner}: {field} must return a real scalar, or a pair of it and more with has_aux=True; "
-      f"got {fields.show(value)} with {has_aux=}. Take the mean of a loss that is an array."
+      f"{owner}: {field} must return a real scalar, or (scalar, aux) with has_aux=True; got "
+      f"{fields.show(value)} with {has_aux=}. Take the mean if the loss is an array."
     )
   return value
 
@@ -302,18 +302,18 @@ def _check_differentiable(owner: str, argument: Any, allow_int: bool) -> None:
 
 
 def _collect(path: Any, grad: Any, old: Any) -> Any:
-  """Turns a leaf of a gradient into what the training loop takes: new state, or a gradient."""
+  """Converts the cotangent of one leaf to a gradient or to new state."""
   if not is_state(path):
     return grad
   new = overwrite_leaf(old, grad)
-  # Where a cached program was traced for another body, all devices but the first may give zero.
+  # If a cached program was traced for another body, only the first device may give a nonzero value.
   axes = _compat.unchecked_manual_axes()
   return lax.pmax(new, axes) if axes else new
 
 
 @contextlib.contextmanager
 def _explain_use_of_state(owner: str) -> Generator[None]:
-  """Says what to do where a program does with state what only parameters allow."""
+  """Rewrites JAX's errors for operations that state does not support, with advice."""
   try:
     yield
   except TypeError as error:
@@ -328,20 +328,20 @@ def _explain_use_of_state(owner: str) -> Generator[None]:
 
 _ARITHMETIC = (
   "FP8 state is fp32_max_grad here and takes no arithmetic",
-  "Leave the state out of the loss, with partition_for_grad_overwrite(variables).",
+  "Exclude the state from the loss with partition_for_grad_overwrite(variables).",
 )
 _CUSTOM_VJP = f'grad_vars=["params", {OVERWRITE_WITH_GRADIENT!r}]'
-# By JAX's words, in which {} is the dtype.
+# Keyed by a part of JAX's error text, where {} is the dtype.
 _USES_OF_STATE = {
   "accept dtype {}": _ARITHMETIC,
   "interpret '{}'": _ARITHMETIC,
   "float0": (
     "cotangents of FP8 state and of integers take no arithmetic",
-    "In the backward_fn of nn.custom_vjp, return those below "
-    f"{OVERWRITE_WITH_GRADIENT!r} unchanged: use jax.tree_util.tree_map_with_path.",
+    "In the backward_fn of nn.custom_vjp, return cotangents below "
+    f"{OVERWRITE_WITH_GRADIENT!r} unchanged, with jax.tree_util.tree_map_with_path.",
   ),
   "with type {}[": (
-    "a function with a derivative of its own must take FP8 state as an argument",
-    f"Write nn.custom_vjp(..., {_CUSTOM_VJP}), and the same as vjp_variables of nn.vjp.",
+    "a function with a custom derivative must take FP8 state as an argument",
+    f"Pass nn.custom_vjp(..., {_CUSTOM_VJP}), and the same list as vjp_variables of nn.vjp.",
   ),
 }

@@ -1,4 +1,4 @@
-"""Leaves that measure FP8, put beside the state of a model's contractions, and taken away again."""
+"""Adds and removes metrics: leaves beside FP8 state that measure the effect of quantization."""
 
 from __future__ import annotations
 
@@ -22,39 +22,41 @@ NAMES = frozenset(f"{role.value}_{metric}" for role in Role for metric in METRIC
 
 
 def add_metrics(module: nn.Module, variables: Any, *init_args: Any, **init_kwargs: Any) -> Any:
-  """Lets every FP8 contraction of a model measure what FP8 does to its tensors.
+  """Adds metrics to variables, so that every FP8 contraction measures its quantization error.
 
-  For each role there are five more leaves, float32 ``(1,)``, whose gradients are their new values::
+  Each role gets five float32 leaves of shape ``(1,)``. Their gradients are their new values::
 
       {role}_amax        max(|x|)
-      {role}_saturated   part of the values that are beyond the range at their scale
-      {role}_flushed     part of the nonzero values that became zero
+      {role}_saturated   fraction of the values that are beyond the range at their scale
+      {role}_flushed     fraction of the nonzero values that became zero
       {role}_noise       sum((x - x_hat)**2) / sum(x**2)     # SQNR = -10 log10(noise) dB
-      {role}_nonfinite   part of the values that are NaN or infinite
+      {role}_nonfinite   fraction of the values that are NaN or infinite
 
-  Whatever moves state moves them: ``value_and_grad``, ``TrainState``, ``nn.scan``, checkpoints.
-  ``stats`` reads them. They are measured as long as they are there; see ``drop_metrics``.
+  Metrics are FP8 state for ``value_and_grad``, ``TrainState``, ``nn.scan`` and checkpoints.
+  ``stats`` reads them. Each step measures them until ``drop_metrics`` removes them.
 
   Args:
-    module: the FP8 model; of any recipe.
+    module: the FP8 model, with any recipe.
     variables: its variables dict, or ``TrainState.params``.
-    *init_args: what the model's ``init`` takes after the PRNG key; arrays or ShapeDtypeStructs.
-    **init_kwargs: the same by keyword.
+    *init_args: arguments of the model's ``init`` after the PRNG key; arrays or ShapeDtypeStructs.
+    **init_kwargs: keyword arguments of the model's ``init``.
 
   Returns:
-    ``variables`` with the leaves at zero, in the collection ``_overwrite_with_gradient``, which is
-    made where the recipe has no state.
+    ``variables`` with metrics of zero in the collection ``_overwrite_with_gradient``. The
+    collection is created if the recipe has no state.
 
   Raises:
-    ValueError: ``variables`` is no variables dict, the model has no FP8 contraction, or an
-      ``nn.scan`` or ``nn.vmap`` in it does not map the collection.
+    TypeError: ``module`` is not a Linen module.
+    ValueError: ``variables`` is not a variables dict, the model has no FP8 contraction, or an
+      ``nn.scan`` or ``nn.vmap`` in the model does not map the collection.
 
   Numerics:
-    ``nonfinite`` counts values that are not finite, and the others leave them out, with those whose
-    scale is NaN: after a step that gave NaN, it tells in which tensors there was one. Of a tensor
-    used on several paths, or shared by mapped axes or devices, each figure is the largest of the
-    parts. Of a tensor quantised differently for its two GEMMs, the worse. Tensors that no FP8 GEMM
-    takes stay at zero. The deprecated ``fp8_ops.Fp8DotGeneralOp`` has no metrics.
+    ``nonfinite`` counts NaN and infinite values. The other metrics exclude these values, and
+    values whose scale is NaN. After a step that gave NaN, ``nonfinite`` shows which tensors had
+    it. For a tensor that is used on several paths, or shared by mapped axes or devices, each
+    metric is the largest over these parts. For a tensor that is quantized differently for its two
+    GEMMs, it is the larger of the two. Metrics of tensors that enter no FP8 GEMM stay zero. The
+    deprecated ``fp8_ops.Fp8DotGeneralOp`` has no metrics.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -77,7 +79,7 @@ def add_metrics(module: nn.Module, variables: Any, *init_args: Any, **init_kwarg
   if not jax.tree.leaves(made):
     raise ValueError(
       f"add_metrics: the model must have FP8 contractions; got {type(module).__name__} with none. "
-      "Give its layers dot_general_cls=flax_fp8.Fp8DotGeneral."
+      "Set dot_general_cls=flax_fp8.Fp8DotGeneral in its layers."
     )
   made = made if has_boxes(rest) else unbox(made)
   state = merge(rest.get(OVERWRITE_WITH_GRADIENT, {}), made)
@@ -85,17 +87,17 @@ def add_metrics(module: nn.Module, variables: Any, *init_args: Any, **init_kwarg
 
 
 def drop_metrics(variables: Any) -> Any:
-  """Takes away what ``add_metrics`` added.
+  """Removes the metrics that ``add_metrics`` added.
 
   Args:
     variables: variables dict, or ``TrainState.params``.
 
   Returns:
-    ``variables`` without metrics; without the collection ``_overwrite_with_gradient`` where it held
-    nothing else.
+    ``variables`` without metrics. The collection ``_overwrite_with_gradient`` is removed if it
+    contained nothing else.
 
   Raises:
-    ValueError: ``variables`` is no variables dict.
+    ValueError: ``variables`` is not a variables dict.
 
   Example:
     >>> import flax_fp8 as fp8
@@ -114,7 +116,7 @@ def drop_metrics(variables: Any) -> Any:
 
 
 def select(state: Mapping[str, Any], *, metrics: bool) -> dict[str, Any]:
-  """Returns the metrics of state alone, or all but them; modules left empty are left out."""
+  """Returns only the metrics of state, or everything else, without empty modules."""
   kept: dict[str, Any] = {}
   for key, value in state.items():
     if isinstance(value, Mapping):
@@ -126,7 +128,7 @@ def select(state: Mapping[str, Any], *, metrics: bool) -> dict[str, Any]:
 
 
 def _declared(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-  """Makes the metrics of a model, at zero, from the shapes that initialising it would give."""
+  """Returns the metrics of a model, all zero, from the shapes of ``module.init``."""
 
   def init() -> Any:
     full_args, full_kwargs = fill((args, kwargs))

@@ -1,4 +1,4 @@
-"""What is the same for every microbatch, computed once: kernels in FP8, and their scales."""
+"""Quantizes kernels once for all microbatches."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _OF_KERNELS = jax.checkpoint_policies.save_only_these_names(*saved.OF_KERNELS)
 def kernels_first(
   fun: Callable[[Any, Any], Any], variables: Any, microbatch: Any
 ) -> Callable[[Any], Any]:
-  """Quantises the kernels among variables, for every microbatch that comes.
+  """Splits ``fun(variables, microbatch)`` so that kernels are quantized before the loop.
 
-  ``fun(variables, microbatch)`` in two parts: what of it has a name of ``ops.saved`` for kernels
-  and scalars and hangs on ``variables`` alone is computed here; all the rest is as ever.
+  Values that depend on ``variables`` only, and that have one of the checkpoint names
+  ``ops.saved.OF_KERNELS``, are computed here. The returned function computes the rest.
 
   Args:
     fun: differentiates a model.
-    variables: the first argument.
-    microbatch: an example of the second.
+    variables: first argument of ``fun``.
+    microbatch: example of the second argument.
 
   Returns:
-    ``lambda microbatch: fun(variables, microbatch)``, which quantises no kernel that is a
-    parameter.
+    A function equal to ``lambda microbatch: fun(variables, microbatch)``. It does not quantize
+    kernels that are parameters.
   """
   traced, shapes = jax.make_jaxpr(fun, return_shape=True)(variables, microbatch)
   closed_over, known = len(traced.consts), [*traced.consts, *jax.tree.leaves(variables)]

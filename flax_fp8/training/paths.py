@@ -1,4 +1,4 @@
-"""What two trees of variables differ in, leaf by leaf, in few words."""
+"""Paths of leaves as strings, and a short description of how two trees differ."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SHOWN = 5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Difference:
-  """In what a tree is not like the one that was wanted.
+  """How a tree differs from the expected tree.
 
   Attributes:
-    missing: paths of leaves that only the wanted tree has.
-    extra: paths of leaves that only the tree has.
-    other: paths of leaves that both have, each with what it is and should be.
+    missing: paths of leaves that only the expected tree has.
+    extra: paths of leaves that only the given tree has.
+    other: paths of leaves that differ, each with its actual and expected description.
   """
 
   missing: tuple[str, ...]
@@ -37,13 +37,13 @@ class Difference:
 
 
 def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] = lambda _: False) -> dict[str, Any]:
-  """Names each leaf by the keys, attributes and indices that lead to it, joined by slashes."""
+  """Returns the leaves by path; a path is keys, attributes and indices, joined by slashes."""
   found = leaves_with_path(tree, is_leaf)
   return {name(path): leaf for path, leaf in found}
 
 
 def name(path: Iterable[Any]) -> str:
-  """Joins the entries of a path of ``jax.tree_util``."""
+  """Joins the entries of a ``jax.tree_util`` path with slashes."""
   return "/".join(jax.tree_util.keystr((entry,), simple=True) for entry in path)
 
 
@@ -53,12 +53,12 @@ def compare(
   """Compares leaves by path.
 
   Args:
-    got: what there is, by path.
-    want: what there should be, by path.
-    describe: what of two leaves has to be equal.
+    got: actual leaves, by path.
+    want: expected leaves, by path.
+    describe: returns the property of a leaf that must be equal in both.
 
   Returns:
-    The difference; false where there is none.
+    The difference, which is false if there is none.
   """
   pairs = {path: (describe(got[path]), describe(want[path])) for path in want if path in got}
   return Difference(
@@ -70,7 +70,7 @@ def compare(
 
 
 def few(names: Iterable[str]) -> str:
-  """Lists the first names, and says how many more there are."""
+  """Lists the first names and the number of names left out."""
   names = list(names)
   more = f" ... and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
   return f"{names[:SHOWN]}{more}"

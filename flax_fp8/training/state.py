@@ -1,4 +1,4 @@
-"""FP8 state in trees of variables: take it apart from the rest, and write it over."""
+"""Splits FP8 state from a tree of variables, and overwrites it with its new value."""
 
 from __future__ import annotations
 
@@ -23,16 +23,21 @@ from flax_fp8.training import paths
 def partition_for_grad_overwrite(tree: Any) -> tuple[Any, Any]:
   """Splits variables or their gradients into FP8 state and the rest.
 
+  Use it in your own training loop to keep FP8 state from the optimizer.
+
   Args:
-    tree: nested mapping of collections, or any pytree; gradients of ``fp8.grad``, say.
+    tree: nested mapping of collections, or any pytree, such as the gradients of ``fp8.grad``.
 
   Returns:
-    ``(overwrite, rest)``: nested mappings of the types of those in ``tree``. The first has nothing
-    but what lies under keys ``_overwrite_with_gradient``, the second has everything else. A tree
-    that is no mapping is all rest.
+    ``(overwrite, rest)``: nested mappings of the same types as in ``tree``. ``overwrite`` has
+    everything under keys ``_overwrite_with_gradient``, and ``rest`` everything else. A tree that is
+    not a mapping is returned as ``rest``.
 
   Raises:
     ValueError: ``tree`` is the pair that ``value_and_grad`` returns.
+
+  Numerics:
+    No value changes.
 
   Example:
     >>> import flax_fp8 as fp8
@@ -57,26 +62,26 @@ def partition_for_grad_overwrite(tree: Any) -> tuple[Any, Any]:
 
 
 def refuse_pair(owner: str, tree: Any) -> None:
-  """Raises ValueError for what ``value_and_grad`` returns, not unpacked."""
+  """Raises ValueError if ``tree`` is the pair that ``value_and_grad`` returns."""
   if type(tree) is not tuple or len(tree) != 2 or not isinstance(tree[1], Mapping):
     return
   loss = tree[0][0] if type(tree[0]) is tuple and tree[0] else tree[0]
   if isinstance(loss, jax.Array) and loss.ndim == 0:
     raise ValueError(
-      f"{owner}: gradients must be of the structure of the variables; got the pair that "
+      f"{owner}: gradients must have the structure of the variables; got the pair that "
       "value_and_grad returns. Unpack it: loss, grads = value_and_grad(loss_fn)(variables)."
     )
 
 
 def parameters(tree: Any) -> Any:
-  """Returns what an optimizer trains.
+  """Returns the parameters that an optimizer trains.
 
   Args:
-    tree: bare parameters; a variables dict, whose collection ``params`` it is; or either of these
-      for each of several models, in mappings.
+    tree: bare parameters, a variables dict, or a mapping of models to one of these.
 
   Returns:
-    ``tree`` itself where nothing in it is FP8 state or a variables dict.
+    The collection ``params`` of each variables dict. ``tree`` itself if it has neither FP8 state
+    nor a variables dict.
   """
   if not isinstance(tree, Mapping):
     return tree
@@ -89,7 +94,7 @@ def parameters(tree: Any) -> Any:
 
 
 def with_parameters(variables: Any, params: Any) -> Any:
-  """Returns variables with other values of what ``parameters`` returns, and all else as it is."""
+  """Replaces ``parameters(variables)`` by ``params`` and keeps everything else."""
   if not isinstance(variables, Mapping):
     return params
   if "params" in variables:
@@ -101,7 +106,7 @@ def with_parameters(variables: Any, params: Any) -> Any:
 
 
 def as_variables(params: Any, like: Any) -> Any:
-  """Puts what ``parameters(like)`` took apart back in its place; the inverse, without the rest."""
+  """Inverts ``parameters``: nests ``params`` as in ``like``, without other collections."""
   if not isinstance(like, Mapping):
     return params
   if "params" in like:
@@ -112,11 +117,12 @@ def as_variables(params: Any, like: Any) -> Any:
 
 
 def apply_updates(variables: Any, updates: Any, overwrite: Any) -> Any:
-  """Adds updates to parameters, writes new FP8 state over the old, and keeps all else.
+  """Adds updates to parameters, overwrites FP8 state, and keeps everything else.
 
-  ``{"params": params + updates, "_overwrite_with_gradient": overwrite, ...}``
+  It computes ``{"params": params + updates, "_overwrite_with_gradient": overwrite, ...}``.
 
-  An optimizer whose ``update`` takes the loss, as ``optax.lbfgs``, gets no state there either::
+  An optimizer that takes the loss in ``update``, such as ``optax.lbfgs``, must not get state
+  either::
 
       state, rest = partition_for_grad_overwrite(variables)
       value, grads = value_and_grad(loss_fn)(variables)
@@ -128,21 +134,23 @@ def apply_updates(variables: Any, updates: Any, overwrite: Any) -> Any:
 
   Args:
     variables: nested mapping of collections before the step.
-    updates: of ``optax``; a tree of the shape of ``partition_for_grad_overwrite(variables)[1]``, or
-      of some of its collections.
-    overwrite: new state, as ``partition_for_grad_overwrite(gradients)[0]``.
+    updates: updates from ``optax``, with the structure of
+      ``partition_for_grad_overwrite(variables)[1]`` or of some of its collections.
+    overwrite: new state, from ``partition_for_grad_overwrite(gradients)[0]``.
 
   Returns:
-    Variables after the step, of the structure of ``variables``.
+    Variables after the step, with the structure of ``variables``.
 
   Raises:
-    TypeError: the state in ``variables`` was cast to another dtype than float32.
-    ValueError: ``overwrite`` does not hold exactly the state that ``variables`` holds, or
-      ``updates`` holds what ``variables`` does not, or of other shapes; names the paths.
+    TypeError: the state in ``variables`` was cast from float32 to another dtype.
+    ValueError: ``overwrite`` and ``variables`` do not have the same state, or ``updates`` has
+      leaves or shapes that ``variables`` does not have. The error names the paths. Also if an
+      argument is the pair that ``value_and_grad`` returns.
 
   Numerics:
-    State that no path of the step used (its new value is ``-inf``, or its scale is zero, which no
-    scale ever is) keeps its old value. State is float32 after the step.
+    State that no path of the step used keeps its old value. The new value of such state is
+    ``-inf``, or its new scale is zero, which is never a valid scale. State is float32 after the
+    step.
 
   Example:
     >>> import flax_fp8 as fp8, jax.numpy as jnp
@@ -179,21 +187,21 @@ def _check_same_paths(name: str, given: Any, expected: Any) -> None:
     raise ValueError(
       f"apply_updates: {name} must have the FP8 state of the variables; got "
       f"missing={cut(missing)}, extra={cut(extra)}, other shapes={cut(other)}. "
-      "Differentiate with respect to the whole variables dict, params and state, and pass on its "
-      "gradient unchanged."
+      "Differentiate with respect to the whole variables dict, params and state, and pass the "
+      "gradient of the state unchanged."
     )
 
 
 def _add(old: Any, updates: Any, path: tuple[str, ...]) -> Any:
-  """Adds updates to what they name, and keeps what they don't."""
+  """Adds updates to the leaves that they name, and keeps all other leaves."""
   if not isinstance(old, Mapping) or not isinstance(updates, Mapping):
     _check_fits(old, updates, path)
     return optax.apply_updates(old, updates)
   if unknown := sorted(set(updates) - set(old)):
     raise ValueError(
       f"apply_updates: updates must name parameters of the variables; got {unknown} at "
-      f"{'/'.join(path) or 'the top'}, where there are {sorted(old)}. Pass what tx.update returned "
-      "for the gradients of these variables."
+      f"{'/'.join(path) or 'the top level'}, where variables have {sorted(old)}. Pass the result "
+      "of tx.update for the gradients of these variables."
     )
   return {
     key: _add(value, updates[key], (*path, key)) if key in updates else value
@@ -208,13 +216,13 @@ def _check_fits(old: Any, updates: Any, path: tuple[str, ...]) -> None:
   if not same or any(update not in (shape, ()) for shape, update in pairs):
     raise ValueError(
       "apply_updates: updates must have the structure and shapes of the parameters; got, at "
-      f"{'/'.join(path) or 'the top'}, {fields.show(updates)} for {fields.show(old)}. Pass what "
-      "tx.update returned for the gradients of these variables."
+      f"{'/'.join(path) or 'the top level'}, {fields.show(updates)} for {fields.show(old)}. Pass "
+      "the result of tx.update for the gradients of these variables."
     )
 
 
 def merge(rest: Any, state: Any) -> Any:
-  """Puts together again what ``partition_for_grad_overwrite`` split, as nested dicts."""
+  """Inverts ``partition_for_grad_overwrite``; returns nested dicts."""
   if not state:
     return rest
   both = {key: merge(value, state[key]) if key in state else value for key, value in rest.items()}
@@ -222,14 +230,14 @@ def merge(rest: Any, state: Any) -> Any:
 
 
 def keep_unused(old: Any, new: Any) -> Any:
-  """Returns the new state, but the old one where no path of the step used it.
+  """Returns the new state, or the old state where no path of the step used it.
 
   Args:
-    old: state before the step; nested mapping down to the variables of a module.
-    new: its gradient, of the same structure; float32 or fp32_max_grad.
+    old: state before the step; nested mappings down to the variables of a module.
+    new: its gradient with the same structure; float32 or fp32_max_grad.
 
   Returns:
-    float32; of the structure of ``old``, as nested dicts.
+    Nested dicts with the structure of ``old``; float32.
   """
   if not isinstance(old, Mapping):
     return overwrite_leaf(old, new)
@@ -240,7 +248,7 @@ def keep_unused(old: Any, new: Any) -> Any:
 
 
 def _keep_unused_variable(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> jax.Array:
-  """Decides by the variable itself (-inf), and by the scale beside it (zero)."""
+  """Keeps an old variable if its new value is -inf or the scale beside it is zero."""
   kept = overwrite_leaf(old[name], new[name])
   roles = [role.value for role in Role if name.startswith(f"{role.value}_")]
   scales = [f"{role}_scale" for role in roles if f"{role}_scale" in new]
@@ -254,17 +262,17 @@ def _keep_where_zero(scale: Any, old: Any, new: jax.Array) -> jax.Array:
   return jnp.where(to_float32(scale) == 0, to_float32(old), new)
 
 
-# One program where nothing is traced: JAX's debug modes look at results, and -inf is none.
+# jit, so that JAX's debug modes do not see the -inf of unused state in eager mode.
 @functools.partial(jax.jit, inline=True)
 def overwrite_leaf(old: Any, new: Any) -> jax.Array:
-  """Returns new state as float32, or the old one where no path of the model used it.
+  """Returns the new state as float32, or the old state where no path of the model used it.
 
   Args:
     old: state before the step; float32 or fp32_max_grad.
-    new: its gradient; float32 or fp32_max_grad; ``-inf`` means that no path used the state.
+    new: its gradient; float32 or fp32_max_grad; ``-inf`` if no path used the state.
 
   Returns:
-    float32; shape of ``old``.
+    The state after the step; float32; shape of ``old``.
   """
   old, new = to_float32(old), to_float32(new)
   return jnp.where(jnp.isneginf(new), old, new)

@@ -1,6 +1,7 @@
-"""What the FP8 state says about a model's tensors: one row for each layer and role.
+"""Statistics of a model's tensors, read from FP8 state: one row for each layer and role.
 
-Nothing is run. Whatever holds state will do: variables, their gradients, ``TrainState.params``.
+The model does not run. The input is any tree with state: variables, gradients, or
+``TrainState.params``.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ _Cell = Callable[["TensorStats"], str]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorStats:
-  """What the state of one tensor says; NaN where it says nothing.
+  """Statistics of one tensor; NaN for each number that the state does not contain.
 
   Attributes:
-    layer: path of the module, with an index where layers are stacked: ``layers[3]/query``.
+    layer: path of the module, with an index for stacked layers: ``layers[3]/query``.
     role: "input", "kernel" or "output_grad".
-    amax: the newest, in the units of the tensor.
-    scale: the newest.
-    limit: the largest value that is representable at that scale.
-    history: recorded amaxes, oldest first; empty for a recipe without.
-    saturated: part of the values that were beyond the range.
-    flushed: part of the nonzero values that became zero.
-    noise: power of the error over that of the values.
-    nonfinite: part of the values that were NaN or infinite.
+    amax: newest amax, in the units of the tensor.
+    scale: newest dequantization scale.
+    limit: largest representable value at that scale.
+    history: recorded amaxes, oldest first; empty for a recipe without history.
+    saturated: fraction of the values beyond the representable range.
+    flushed: fraction of the nonzero values that became zero.
+    noise: power of the quantization error divided by the power of the values.
+    nonfinite: fraction of the values that were NaN or infinite.
   """
 
   layer: str
@@ -54,7 +55,7 @@ class TensorStats:
 
   @property
   def path(self) -> str:
-    """The layer, and the role in it."""
+    """The layer and the role, joined by a slash."""
     return "/".join(filter(None, (self.layer, self.role)))
 
   @property
@@ -64,26 +65,26 @@ class TensorStats:
 
   @property
   def jump(self) -> float:
-    """The newest amax over the largest before it."""
+    """The newest amax divided by the largest earlier one."""
     before = max(self.history[:-1], default=0.0)
     return self.history[-1] / before if before else math.nan
 
   @property
   def headroom(self) -> float:
-    """Powers of two from the newest amax to the end of the range; below 0 it saturated."""
+    """``log2(limit / amax)``; negative if the newest amax saturated."""
     if not (self.limit > 0 and self.amax > 0):
       return math.nan
     return round(math.log2(self.limit / self.amax), 4) + 0.0  # scales are rounded: no -1e-8
 
   @property
   def sqnr(self) -> float:
-    """Signal-to-quantisation-noise ratio in dB; infinite where the values were exact."""
+    """Signal-to-quantization-noise ratio in dB; infinite if the values were exact."""
     if not self.amax > 0 or math.isnan(self.noise):
       return math.nan
     return -10 * math.log10(self.noise) if self.noise > 0 else math.inf
 
   def figures(self) -> dict[str, float]:
-    """The numbers by name; those that the state does not have are NaN."""
+    """Returns the numbers by name; NaN for those that the state does not contain."""
     names = ("amax", "scale", "largest", "jump", "headroom", "saturated", "flushed", "nonfinite")
     return {name: getattr(self, name) for name in (*names, "sqnr")}
 
@@ -92,11 +93,11 @@ class TensorStats:
 class Stats:
   """A table of the tensors of a model's FP8 contractions.
 
-  ``print(stats)`` fits a terminal.
+  ``print(stats)`` shows the table at the width of the terminal.
 
   Attributes:
-    rows: a ``TensorStats`` for each layer and role; one each for layers that are stacked by
-      ``nn.scan`` or ``nn.vmap``.
+    rows: a ``TensorStats`` for each layer and role. Layers stacked by ``nn.scan`` or ``nn.vmap``
+      have a row each.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -109,19 +110,25 @@ class Stats:
     3.0
 
   References:
-    Transformer Engine, nvidia-dlfw-inspect, the features LogFp8TensorStats and LogTensorStats.
+    Transformer Engine, nvidia-dlfw-inspect, features LogFp8TensorStats and LogTensorStats.
   """
 
   rows: tuple[TensorStats, ...]
 
   def select(self, pattern: str) -> Stats:
-    """Keeps the tensors that a glob matches; ``*`` crosses slashes, brackets are themselves.
+    """Selects the tensors that match a glob.
+
+    ``*`` also matches slashes. Brackets match themselves.
 
     Args:
-      pattern: of ``layer/role``: ``"layers[3]/*"``, ``"*/output_grad"``.
+      pattern: glob of ``layer/role``, such as ``"layers[3]/*"`` or ``"*/output_grad"``.
+
+    Returns:
+      A ``Stats`` of the matching rows.
 
     Raises:
-      ValueError: none matches.
+      TypeError: ``pattern`` is not a string.
+      ValueError: no tensor matches.
     """
     if not isinstance(pattern, str):
       raise TypeError(
@@ -132,13 +139,13 @@ class Stats:
     kept = tuple(row for row in self.rows if fnmatch.fnmatchcase(row.path, glob))
     if not kept:
       raise ValueError(
-        f"Stats.select: the pattern must match a tensor; got {pattern!r}, which matches none of "
-        f"{len(self.rows)}, such as {self.rows[0].path!r}. Mend the pattern."
+        f"Stats.select: pattern must match at least one tensor; got {pattern=}, which matches none "
+        f"of {len(self.rows)} tensors. Pass a glob of paths such as {self.rows[0].path!r}."
       )
     return Stats(kept)
 
   def scalars(self) -> dict[str, float]:
-    """Every finite number as ``{"layers[3]/query/input/amax": ...}``, for any logger."""
+    """Returns every finite number as ``{"layers[3]/query/input/amax": ...}``, for a logger."""
     return {
       f"{row.path}/{name}": value
       for row in self.rows
@@ -147,15 +154,18 @@ class Stats:
     }
 
   def __str__(self) -> str:
-    """The table as text, as wide as the terminal, without the columns that are empty."""
+    """Returns the table as text, at the width of the terminal, without empty columns."""
     return tables.terminal((_table(self.rows),))
 
   def plot(self) -> Any:
-    """Draws the amax history of each tensor, and the end of its range; a matplotlib figure.
+    """Draws the amax history and the largest representable value of each tensor.
+
+    Returns:
+      A matplotlib figure.
 
     Raises:
       ValueError: no tensor has a history.
-      ImportError: matplotlib, which only pictures need, is not installed.
+      ImportError: matplotlib is not installed.
     """
     return histories.draw(
       [(row.layer, row.role, row.history, row.limit) for row in self.rows if row.history]
@@ -163,31 +173,35 @@ class Stats:
 
 
 def stats(variables: Any, *, fp8_format: Format = Format.HYBRID) -> Stats:
-  """Reads what the FP8 state tells of each tensor.
+  """Reads the statistics of each tensor from FP8 state.
 
-  From scales and histories of delayed scaling::
+  For delayed scaling, they are computed from scales and histories::
 
       amax, largest = history[0], max(history)
-      jump = amax / max(history[1:])                       # how far it outgrew its past
-      headroom = log2(max(float8) * scale / amax)          # below 0: beyond the range
-      sqnr = -10 log10(noise)                              # with metrics; as the others
+      jump = amax / max(history[1:])                       # growth over all earlier steps
+      headroom = log2(max(float8) * scale / amax)          # below 0: the amax saturated
+      sqnr = -10 log10(noise)                              # with metrics
+
+  Call ``add_metrics`` and run a step to also get ``saturated``, ``flushed``, ``noise`` and
+  ``nonfinite``.
 
   Args:
-    variables: variables dict, their gradients, or ``TrainState.params``, outside of ``jit``; of
-      gradients, only state is read. Metrics are there after ``add_metrics`` and a step.
-    fp8_format: the recipe's, which the state does not hold: ``headroom`` needs it.
+    variables: variables dict, its gradients, or ``TrainState.params``, outside ``jit``. Only state
+      is read from gradients.
+    fp8_format: format of the recipe, which the state does not contain. ``headroom`` depends on it.
 
   Returns:
-    The table: see ``Stats``. State alone does not say which module was stacked: the index stands
-    at the outermost one under which all state is, ``layers[3]/query``.
+    The table; see ``Stats``. State does not record which module was stacked. The index stands at
+    the outermost module under which all state has the same stacking axes, as in
+    ``layers[3]/query``.
 
   Raises:
-    TypeError: the state is traced, abstract or not float32, or ``fp8_format`` is no ``Format``.
-    ValueError: there is no state.
+    TypeError: the state is traced, abstract or not float32, or ``fp8_format`` is not a ``Format``.
+    ValueError: ``variables`` has no FP8 state.
 
   Numerics:
-    All that was recorded at the last step: the scale is the one that it used. An amax that was not
-    finite is recorded as 0.
+    All numbers are those of the last step, including the scale that it used. A nonfinite amax is
+    recorded as 0.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -204,23 +218,23 @@ def stats(variables: Any, *, fp8_format: Format = Format.HYBRID) -> Stats:
   """
   if not isinstance(fp8_format, Format):
     raise TypeError(
-      f"stats: fp8_format must be a Format; got fp8_format={fields.show(fp8_format)}. Pass that "
-      "of the recipe, such as Format.HYBRID."
+      f"stats: fp8_format must be a Format; got fp8_format={fields.show(fp8_format)}. Pass the "
+      "format of the recipe, such as Format.HYBRID."
     )
   require_float32_state("stats", variables)
   rows = [row for layer in layers(variables) for row in _rows(layer, fp8_format)]
   if not rows:
     got = sorted(variables) if isinstance(variables, Mapping) else type(variables)
     raise ValueError(
-      "stats: there must be FP8 state, under the key '_overwrite_with_gradient'; got none in "
-      f"{got}. Pass the whole variables dict; for a recipe without state call add_metrics(module, "
-      "variables, *inputs) first."
+      "stats: variables must have FP8 state under the key '_overwrite_with_gradient'; got none in "
+      f"{got}. Pass the whole variables dict, or call add_metrics(module, variables, *inputs) "
+      "first if the recipe has no state."
     )
   return Stats(tuple(rows))
 
 
 def _rows(layer: Layer, fp8_format: Format) -> Iterator[TensorStats]:
-  """Makes the rows of the roles that a layer has state of."""
+  """Yields a row for each role that has state in a layer."""
   for role in Role:
     leaves = layer.leaves(role)
     if not leaves:
@@ -228,7 +242,7 @@ def _rows(layer: Layer, fp8_format: Format) -> Iterator[TensorStats]:
     float8 = fp8_format.backward if role is Role.OUTPUT_GRAD else fp8_format.forward
     history = _oldest_first(leaves.get("amax_history", np.zeros(0)))
     known = {name: _finite(leaves[name]) for name in leaves if name != "amax_history"}
-    scale = known.get("scale", 0.0) or math.nan  # a scale of zero means that no path came
+    scale = known.get("scale", 0.0) or math.nan  # in gradients, zero means that no path used it
     yield TensorStats(
       layer=layer.name,
       role=role.value,
@@ -244,7 +258,7 @@ def _rows(layer: Layer, fp8_format: Format) -> Iterator[TensorStats]:
 
 
 def _oldest_first(history: np.ndarray) -> tuple[float, ...]:
-  """Slot 0 is the newest, slot 1 the oldest."""
+  """Reorders a history: slot 0 is the newest, slot 1 the oldest."""
   return tuple(float(amax) for amax in np.roll(np.where(np.isfinite(history), history, 0), -1))
 
 
@@ -264,14 +278,14 @@ def _percent(name: str) -> _Cell:
 _COLUMNS: dict[str, _Cell] = {
   **{name: _number(name) for name in ("amax", "scale", "largest", "jump", "headroom")},
   **{name: _percent(name) for name in ("saturated", "flushed")},
-  # Seen only after a step in which there was one.
+  # Shown only if a step had nonfinite values.
   "nonfinite": lambda row: _percent("nonfinite")(row) if row.nonfinite > 0 else "",
   "SQNR dB": lambda row: "" if math.isnan(row.sqnr) else f"{row.sqnr:.1f}",
 }
 
 
 def _table(rows: Sequence[TensorStats]) -> Table:
-  """A group for each layer, a line for each of its tensors."""
+  """Builds a table with a group for each layer and a line for each tensor."""
   cells = {name: [cell(row) for row in rows] for name, cell in _COLUMNS.items()}
   cells = {name: column for name, column in cells.items() if any(column)}
   heads = [(row.layer or "(model)", row.role) for row in rows]

@@ -1,4 +1,4 @@
-"""A ``TrainState`` that writes FP8 state over and sends parameters to the optimiser."""
+"""A ``TrainState`` that overwrites FP8 state and passes only parameters to the optimizer."""
 
 from __future__ import annotations
 
@@ -32,38 +32,37 @@ from flax_fp8.training.state import (
 
 
 class TrainState(train_state.TrainState):
-  """Flax's ``TrainState``, right for FP8 state.
+  """Flax's ``TrainState`` with support for FP8 state.
 
-  ``params`` may be bare parameters, a variables dict, or a mapping with one of these for each of
-  several models, ``{"generator": variables, "discriminator": variables}``. Of a variables dict, the
-  optimizer sees the collection ``params`` alone; ``_overwrite_with_gradient`` is replaced by its
-  gradient; every other collection stays as it is. So gradient clipping, weight decay and averages
-  inside ``tx`` never see a scale.
+  ``params`` may be bare parameters or a variables dict. It may also be a mapping of models to one
+  of these, such as ``{"generator": variables, "discriminator": variables}``. For a variables dict,
+  ``apply_gradients`` passes only the collection ``params`` to the optimizer. It replaces
+  ``_overwrite_with_gradient`` by its gradient, and leaves every other collection unchanged. So
+  gradient clipping, weight decay and parameter averages in ``tx`` never see a scale.
 
   Attributes:
-    step: counts calls of ``apply_gradients``.
-    apply_fn: the function given to ``create``, with FP8 state cast to fp32_max_grad on the way in,
-      so that state used on several paths accumulates by maximum.
-    params: bare parameters or variables dict.
-    tx: optimiser.
-    opt_state: its state, of the parameters alone.
-    skipped_steps: counts the steps that were not taken, with ``create(..., skip_nonfinite=True)``;
-      else None, and no field.
+    step: number of calls of ``apply_gradients``.
+    apply_fn: the function given to ``create``. It casts the FP8 state of its first argument to
+      fp32_max_grad, so state used on several paths accumulates by maximum.
+    params: bare parameters, a variables dict, or a mapping of models to one of these.
+    tx: optimizer.
+    opt_state: optimizer state, which covers parameters only.
+    skipped_steps: number of skipped steps, with ``create(..., skip_nonfinite=True)``. Otherwise
+      None, and not a field.
 
   Raises:
-    ValueError: from ``apply_gradients``, where the gradients are not of the structure of
-      ``params``; names the collections or paths.
+    ValueError: ``apply_gradients`` got gradients without the structure of ``params``. The error
+      names the collections or paths.
 
   Numerics:
     Parameters are updated exactly as by Flax's class. State that no path of the step used keeps
     its value.
 
-    FP8 state stays finite whatever a step holds. With ``skip_nonfinite=True``, a step whose
-    gradients of parameters are not all finite leaves parameters, optimiser and FP8 state as they
-    were, bit for bit: the next step is as if the bad batch had not come, and there is nothing to
-    recover from. ``step`` counts on, and ``skipped_steps`` with it. The metrics of
-    ``flax_fp8.add_metrics`` are still written, so that ``stats`` tells in which tensors it was.
-    What you ``replace`` yourself, statistics of batches say, is yours to guard.
+    FP8 state stays finite, whatever values a step contains. With ``skip_nonfinite=True``, a step
+    is skipped if a parameter gradient is not finite. A skipped step leaves parameters, optimizer
+    state and FP8 state unchanged, bit for bit. It increments ``step`` and ``skipped_steps``. It
+    still writes the metrics of ``flax_fp8.add_metrics``, so ``stats`` shows which tensors were not
+    finite. Fields that you pass to ``replace``, such as batch statistics, are not protected.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -82,7 +81,7 @@ class TrainState(train_state.TrainState):
     flax.training.train_state.TrainState.
   """
 
-  # No field here, where it would be a leaf, or a None that Orbax writes down, of every checkpoint.
+  # Not a field: a field would add a leaf, or a None that Orbax stores, to every checkpoint.
   skipped_steps: ClassVar[int | jax.Array | None] = None
 
   @classmethod
@@ -95,26 +94,32 @@ class TrainState(train_state.TrainState):
     skip_nonfinite: bool = False,
     **kwargs: Any,
   ) -> TrainState:
-    """Makes the state of step 0.
+    """Creates the state of step 0.
 
     Args:
-      apply_fn: as Flax's.
-      params: bare parameters or variables dict.
-      tx: as Flax's.
-      skip_nonfinite: does not take a step whose gradients of parameters are not all finite. The
-        state is then of a subclass with one leaf more, ``skipped_steps``. A checkpoint from before
-        goes into it by ``restore_checkpoint(..., allow_missing=["skipped_steps"])``.
+      apply_fn: as in Flax.
+      params: bare parameters, a variables dict, or a mapping of models to one of these.
+      tx: as in Flax.
+      skip_nonfinite: skips each step in which a parameter gradient is not finite. The state is
+        then an instance of a subclass with one more leaf, ``skipped_steps``. To restore a
+        checkpoint without it, use ``restore_checkpoint(..., allow_missing=["skipped_steps"])``.
       **kwargs: other fields.
 
+    Returns:
+      The training state.
+
     Raises:
-      TypeError: ``tx`` is no optimizer, ``apply_fn`` no function.
-      ValueError: ``params`` are none, or hold FP8 state outside of nested mappings.
+      TypeError: ``tx`` is not an optimizer, ``apply_fn`` is not a function, or ``skip_nonfinite``
+        is not a boolean.
+      ValueError: ``params`` is None, a string or the pair that ``value_and_grad`` returns, or has
+        FP8 state outside nested mappings.
     """
     _check_create(apply_fn, params, tx, skip_nonfinite)
     if any(is_state(path) for path, _ in leaves_with_path(parameters(params))):
       raise ValueError(
-        "TrainState.create: FP8 state must lie in nested mappings, so that the optimizer does not "
-        f"get it; got params of {type(params).__name__}. Name the models: {{'generator': ...}}."
+        "TrainState.create: FP8 state must be in nested mappings, which keep it from the "
+        f"optimizer; got params of {type(params).__name__}. Pass a mapping of models to variables: "
+        "{'generator': ...}."
       )
     require_float32_state("TrainState.create", params)
     made = _skipping(cls) if skip_nonfinite and cls.skipped_steps is None else cls
@@ -136,28 +141,28 @@ class TrainState(train_state.TrainState):
     value_fn: Callable[[Any], Any] | None = None,
     **kwargs: Any,
   ) -> TrainState:
-    """Takes one step.
+    """Takes one optimizer step and overwrites the FP8 state.
 
-    ``value``, ``grad`` and ``value_fn`` are for optimizers whose ``update`` takes them, such as
-    ``optax.lbfgs`` and ``optax.contrib.reduce_on_plateau``, alone or within ``optax.chain``. An
-    optimizer that takes none of them ignores them.
+    Pass ``value``, ``grad`` and ``value_fn`` to optimizers that use them in ``update``, such as
+    ``optax.lbfgs`` and ``optax.contrib.reduce_on_plateau``. They may be part of an
+    ``optax.chain``. Other optimizers ignore these arguments.
 
     Args:
-      grads: gradients of the structure of ``params``; collections other than ``params`` and
+      grads: gradients with the structure of ``params``. Collections other than ``params`` and
         ``_overwrite_with_gradient`` may be missing and are not read.
       value: the loss.
-      grad: gradients of the structure of ``params``, where the optimizer is to see others than
-        ``grads``. The optimizer gets those of parameters alone.
-      value_fn: the loss as a function of what ``params`` is. A line search calls it with other
-        parameters, and with the FP8 state and the other collections of this step.
-      **kwargs: fields to replace besides.
+      grad: gradients with the structure of ``params``, for an optimizer that takes ``grad`` in
+        addition to ``grads``. The default is ``grads``. The optimizer gets only the gradients of
+        parameters.
+      value_fn: the loss as a function of a tree with the structure of ``params``. A line search
+        calls it with other parameters, but with the FP8 state and other collections of this step.
+      **kwargs: other fields to replace.
 
     Returns:
       The state after the step.
 
     Raises:
-      ValueError: a collection that ``params`` has is missing from ``grads``, or differs in
-        structure.
+      ValueError: a collection of ``params`` is missing from ``grads`` or has another structure.
     """
     refuse_pair("TrainState.apply_gradients", grads)
     if (trained := parameters(self.params)) is self.params:
@@ -175,7 +180,7 @@ class TrainState(train_state.TrainState):
     return self._unless_nonfinite(new, own)
 
   def _more(self, value: Any, grad: Any, value_fn: Callable[[Any], Any] | None) -> dict[str, Any]:
-    """Gathers what the optimizer takes besides gradients, in terms of the parameters alone."""
+    """Returns the extra arguments that the optimizer takes, restricted to parameters."""
     more = {"grad": grad}
     if value is not None:
       more["value"] = value
@@ -186,7 +191,7 @@ class TrainState(train_state.TrainState):
     return {name: each for name, each in more.items() if takes_any or name in taken}
 
   def _unless_nonfinite(self, new: TrainState, grads: Any) -> TrainState:
-    """Takes back what a step did, but its count and the metrics, where gradients are not finite."""
+    """Undoes a step with nonfinite gradients, except for its count and the metrics."""
     if self.skipped_steps is None:
       return new
     finite = all_finite(grads)
@@ -200,13 +205,13 @@ class TrainState(train_state.TrainState):
 
 @functools.cache
 def _skipping(cls: Any) -> Any:
-  """Makes the subclass that counts skipped steps; one for each class, so that states compare."""
+  """Returns the subclass that counts skipped steps; cached, so that states have equal types."""
 
   class Skipping(cls):
     skipped_steps: Any = flax.struct.field(default=0, kw_only=True)
 
     def __reduce__(self) -> Any:
-      # pickle finds classes by name, and this one has none.
+      # pickle finds classes by name, and this class has no importable name.
       return _blank, (cls,), vars(self)
 
   Skipping.__name__, Skipping.__qualname__ = cls.__name__, cls.__qualname__
@@ -220,7 +225,7 @@ def _blank(cls: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _MaxGradApply:
-  """``apply_fn`` with the FP8 state of its first argument cast; equal if the functions are."""
+  """Casts the FP8 state of the first argument; instances with equal ``apply_fn`` are equal."""
 
   apply_fn: Callable[..., Any]
 
@@ -259,12 +264,12 @@ def _check_structure(grads: Any, params: Any, where: str) -> None:
       f"TrainState.apply_gradients: grads must have the structure of {where}; got "
       f"{type(grads).__name__} with missing={fields.cut(sorted(wanted - given), 100)}, "
       f"extra={fields.cut(sorted(given - wanted), 100)}. Differentiate the loss with respect to "
-      "state.params, and pass on its gradient unchanged."
+      "state.params, and pass the gradient unchanged."
     )
 
 
 def _check_collections(grads: Any, variables: Any, where: str = "params") -> None:
-  """Raises ValueError where gradients lack what is trained or overwritten."""
+  """Raises ValueError if a trained or overwritten collection is missing from gradients."""
   own = [name for name in ("params", OVERWRITE_WITH_GRADIENT) if name in variables]
   below = [] if "params" in own else [name for name in variables if name not in own]
   for name in (*own, *below):
@@ -273,7 +278,7 @@ def _check_collections(grads: Any, variables: Any, where: str = "params") -> Non
         f"TrainState.apply_gradients: grads must hold {'the collection ' if name in own else ''}"
         f"{name!r}, as {where} does; got "
         f"{fields.cut(sorted(grads)) if isinstance(grads, Mapping) else type(grads).__name__}. "
-        "Differentiate the loss with respect to the whole of state.params."
+        "Differentiate the loss with respect to the whole state.params."
       )
     if name in below and partition_for_grad_overwrite(variables[name])[0]:
       _check_collections(grads[name], variables[name], f"{where}[{name!r}]")

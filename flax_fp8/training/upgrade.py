@@ -1,4 +1,4 @@
-"""FP8 state for variables that come from a model or checkpoint without it, or of another recipe."""
+"""Adds FP8 state to variables that have none, or that have the state of another recipe."""
 
 from __future__ import annotations
 
@@ -26,31 +26,34 @@ HISTORY = "_amax_history"
 def upgrade_variables(
   module: nn.Module, variables: Any, *init_args: Any, **init_kwargs: Any
 ) -> Any:
-  """Gives variables the FP8 state that a model has: what is missing is added, the rest dropped.
+  """Gives variables exactly the FP8 state of a model: adds missing state and drops other state.
+
+  Use it to start FP8 training from a checkpoint of a model without FP8, or to change the recipe.
 
   Args:
     module: the FP8 model.
-    variables: variables dict of the same model without FP8, with the state of some layers, or with
-      that of another recipe.
-    *init_args: what the model's ``init`` takes after the PRNG key; arrays or ShapeDtypeStructs.
-    **init_kwargs: the same by keyword.
+    variables: variables dict of the same model without FP8, with the state of only some layers, or
+      with the state of another recipe.
+    *init_args: arguments of the model's ``init`` after the PRNG key; arrays or ShapeDtypeStructs.
+    **init_kwargs: keyword arguments of the model's ``init``.
 
   Returns:
-    ``variables`` with the state that ``module.init`` makes, its values taken from ``variables``
-    where these have a leaf of the same path and shape, or an amax history that differs in its
-    length alone. It is boxed as ``module.init`` boxes it, where ``variables`` are boxed at all.
-    Other collections stay as they are. What the model has no state for is left out: under a recipe
-    without state, the whole collection.
+    ``variables`` with the state of ``module.init``. A leaf keeps its value from ``variables`` if it
+    has the same path and shape there. An amax history is resized if only its length differs. If
+    ``variables`` has boxed leaves, state is boxed as in ``module.init``. Other collections are
+    unchanged. State that the model does not have is dropped. For a recipe without state, this
+    drops the whole collection.
 
   Raises:
-    ValueError: ``variables`` is no variables dict, or its parameters are not of the paths and
-      shapes that ``module.init`` makes.
+    TypeError: ``module`` is not a Linen module.
+    ValueError: ``variables`` is not a variables dict, or its parameters do not have the paths and
+      shapes of ``module.init``.
 
   Numerics:
-    A shorter history keeps the newest amaxes. A longer one has zeros, that is amaxes not seen, as
-    its oldest. State is float32. State that was cast with the parameters beside it is cast back:
-    rounded scales are right ones. A scale that the cast made zero or infinite is 1 again, and such
-    an amax is not seen.
+    A shorter history keeps the newest amaxes. A longer history is filled with zeros as its oldest
+    entries; an amax of zero means not recorded. State is float32. State that was cast to another
+    dtype with the parameters is cast back, because rounded scales are valid. If the cast made a
+    scale zero or infinite, the scale becomes 1. If it made an amax infinite, the amax becomes 0.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -63,13 +66,13 @@ def upgrade_variables(
     (2, 4)
 
   References:
-    flax.linen.Module.init; flax_fp8.downgrade_variables, the way back.
+    flax.linen.Module.init; flax_fp8.downgrade_variables, the inverse.
   """
   require_module("upgrade_variables", module)
   require_variables("upgrade_variables", variables)
   init = _initializer(module, init_args, init_kwargs)
   _check_parameters(variables, jax.eval_shape(init))
-  # Under jit, and the state alone, so that no parameter is computed.
+  # jit with only the state as output, so that no parameter is computed.
   fresh = jax.jit(lambda: init().get(OVERWRITE_WITH_GRADIENT, {}))()
   new = downgrade_variables(variables)
   if not fresh:
@@ -80,7 +83,7 @@ def upgrade_variables(
 
 
 def _initializer(module: nn.Module, args: Any, kwargs: Any) -> Any:
-  """Makes a function of nothing that gives all variables; it is traced once."""
+  """Returns a function without arguments that initializes all variables; it is traced once."""
 
   def init() -> Any:
     full_args, full_kwargs = fill((args, kwargs))
@@ -94,24 +97,24 @@ def _check_parameters(variables: Any, made: Any) -> None:
   if difference:
     raise ValueError(
       "upgrade_variables: variables must have the parameters of the module; got "
-      f"{difference}. Pass the model that the variables are of, differing in dot_general_cls "
-      "alone, and inputs of its shapes."
+      f"{difference}. Pass the model of the variables with only dot_general_cls changed, and "
+      "inputs of its shapes."
     )
 
 
 def _parameters(variables: Any) -> dict[str, Any]:
-  """The parameters by path, those in a box of metadata as one leaf."""
+  """Returns the parameters by path; a box of metadata counts as one leaf."""
   _, params = partition_for_grad_overwrite(variables.get("params", {}))
   return leaves_by_path(params, is_leaf=is_box)
 
 
 def _shape(leaf: Any) -> tuple[int, ...]:
-  """The shape of a leaf, or of the one leaf in a box."""
+  """Returns the shape of a leaf, or of the single leaf in a box."""
   return jnp.shape(unbox(leaf))
 
 
 def _take(old: Any, fresh: Any) -> Any:
-  """Fills the fresh state with the old one's values, where the two describe the same tensor."""
+  """Replaces fresh state by old state where both describe the same tensor."""
   if not isinstance(old, Mapping):
     return fresh
   return {
@@ -129,7 +132,7 @@ def _take_leaf(key: str, old: Mapping[str, Any], fresh: Mapping[str, jax.Array])
 
 
 def _float32(key: str, leaf: Any) -> Any:
-  """Casts a leaf of state back, and drops scales and amaxes that the cast made zero or infinite."""
+  """Casts a leaf of state to float32, and resets values that an earlier cast made invalid."""
   leaf = to_float32(leaf)
   if not hasattr(leaf, "dtype") or leaf.dtype == jnp.float32:
     return leaf
@@ -142,15 +145,15 @@ def _float32(key: str, leaf: Any) -> Any:
 
 
 def _scale_shape(key: str, leaves: Mapping[str, Any]) -> tuple[int, ...] | None:
-  """Returns the shape of the scale beside a history, which tells which axis has the slots."""
+  """Returns the shape of the scale beside a history, to find the axis with the slots."""
   scale = key.removesuffix(HISTORY) + "_scale"
   return getattr(leaves.get(scale), "shape", None) if key.endswith(HISTORY) else None
 
 
 def _resized_axis(key: str, old: Mapping[str, Any], fresh: Mapping[str, jax.Array]) -> int | None:
-  """Finds the one axis in which an amax history differs, and along which its scale has one value.
+  """Returns the axis with the slots if the history differs only in this axis, else None.
 
-  Other axes are those of mapped or scanned modules.
+  The scale has size 1 along this axis. Other axes come from mapped or scanned modules.
   """
   if not key.endswith(HISTORY):
     return None

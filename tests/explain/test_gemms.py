@@ -84,7 +84,7 @@ def test_a_call_that_is_no_product_is_none():
   assert sites(TEMPLATE.format(kernel=kernel))[1] == []
 
 
-def test_a_lost_name_is_borrowed_from_a_neighbour():
+def test_a_lost_name_is_borrowed_from_a_neighbor():
   kernel = call("__cublas$gemm").replace(', metadata={op_name="jit(f)/Net/up/dot_general"}', "")
   text = TEMPLATE.format(kernel=kernel).replace("ROOT %out", "%out").removesuffix("}\n")
   name = 'metadata={op_name="Net/up/add"}'

@@ -50,7 +50,7 @@ def test_a_scan_counts_once_a_layer(layers):
   assert report.gemms[0].flops == layers * 2 * 512 * 256 * 256
 
 
-def test_a_quantisation_in_both_layouts():
+def test_a_quantization_in_both_layouts():
   """XLA reads x twice: once a layout; each is written in one byte an element."""
   q = lambda x: jnp.clip(x.astype(jnp.float32) * 2, -448, 448).astype(jnp.float8_e4m3fn)
   report = fp8.explain(lambda x: (q(x), q(x.T)), spec(512, 256), target="h100")
@@ -58,8 +58,8 @@ def test_a_quantisation_in_both_layouts():
   assert kinds <= {KernelClass.QUANTIZE, KernelClass.TRANSPOSE}
   written = sum(kernel.times * kernel.written for kernel in report.kernels)
   assert written == 2 * MATRIX
-  quantised = [kernel for kernel in report.kernels if kernel.kind is KernelClass.QUANTIZE]
-  assert all(kernel.read == 2 * MATRIX for kernel in quantised)
+  quantized = [kernel for kernel in report.kernels if kernel.kind is KernelClass.QUANTIZE]
+  assert all(kernel.read == 2 * MATRIX for kernel in quantized)
 
 
 def test_a_layer_forward_and_backward():

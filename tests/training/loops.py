@@ -50,7 +50,7 @@ class Model(nn.Module):
 
 
 def init(model: nn.Module, *inputs: Any) -> Any:
-  """Initialises in one compiled function, which is quicker."""
+  """Initializes in one compiled function, which is quicker."""
   keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
   return jax.jit(model.init)(keys, *(inputs or (BATCH["x"],)))
 
@@ -240,7 +240,7 @@ def flax_train_state_whole() -> Any:
 
 @loop()
 def optax_by_hand() -> Any:
-  """A tuple of variables and optimiser state, returned beside a loss."""
+  """A tuple of variables and optimizer state, returned beside a loss."""
   tx = optax.adafactor(1e-2)
 
   @jax.jit
@@ -756,7 +756,7 @@ def last_microbatch_wins() -> Any:
   return step, our_train_state()
 
 
-@loop("optimiser")
+@loop("optimizer")
 def state_in_adam() -> Any:
   """State is written over, but Adam has moments of it."""
   tx = optax.adam(1e-2)
@@ -772,9 +772,9 @@ def state_in_adam() -> Any:
   return step, (VARIABLES, tx.init(VARIABLES))
 
 
-@loop("optimiser", "added", slow=True)
+@loop("optimizer", "added", slow=True)
 def state_as_parameters() -> Any:
-  """The optimiser gets everything."""
+  """The optimizer gets everything."""
   tx = optax.adamw(1e-2)
 
   @jax.jit

@@ -188,7 +188,7 @@ class TestWeights:
     ],
   )
   def test_bad_weights(self, weights, reduction, got):
-    message = rf"accumulate_gradients: weights must be a real number for each .*got .*{got}.*Pass"
+    message = rf"accumulate_gradients: weights must be one real number per .*got .*{got}.*Pass"
     with pytest.raises(ValueError, match=message):
       fp8.accumulate_gradients(loss_fn, VARIABLES, X, reduction=reduction, weights=weights)
 
@@ -252,7 +252,7 @@ def test_with_multi_steps_each_microbatch_is_a_step_of_the_state():
 @pytest.mark.parametrize(
   ("microbatches", "reduction", "message"),
   [
-    ((X, X[:2]), "mean", r"one leading axis in common.*\(4, 2, 8\).*\(2, 2, 8\).*Reshape a batch"),
+    ((X, X[:2]), "mean", r"one leading axis in common.*\(4, 2, 8\).*\(2, 2, 8\).*Reshape arrays"),
     ({"x": X, "rate": 1.0}, "mean", r"one leading axis in common.*'rate'.*\(\)"),
     ({}, "mean", r"one leading axis in common.*got shapes \{\}"),
     (X[:0], "mean", r"at least 1; got shapes \{'microbatches': \(0, 2, 8\)\}"),

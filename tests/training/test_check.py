@@ -29,7 +29,7 @@ def test_loop(loop):
 def test_a_gradient_tree_that_was_divided_as_a_whole_is_named():
   (report,) = (x.report for x in loops.LOOPS if x.name == "division_by_the_number_of_tokens")
   (finding,) = report.findings
-  whole = "0.03125 times the right value, of every tensor: the gradient tree was divided or scaled"
+  whole = "0.03125 times the correct value, for every tensor: the whole gradient tree was divided"
   assert finding.seen.startswith(whole), finding.seen
   assert "accumulate_gradients(..., weights=tokens)" in finding.advice
   assert "fp8.partition_for_grad_overwrite" in finding.advice
@@ -39,21 +39,25 @@ def test_figures():
   """A sum of three, a division by 65536, an average: each with its number."""
   right, old = np.random.default_rng(0).uniform(1, 2, (2, 4, 3)) * np.array([[1], [1], [8], [64]])
   for got, kind, seen in (
-    (3 * right, "summed", "3 times the right value"),
-    (right / 65536, "scaled", "1.52588e-05 times the right value"),
-    (0.9 * old + 0.1 * right, "averaged", "0.1 times the right value and 0.9 times the old one"),
-    (right + 0.01 * old, "decayed", "1 times the right value and 0.01 times the old one"),
-    (0.999 * right, "decayed", "0.999 times the right value"),
+    (3 * right, "summed", "3 times the correct value"),
+    (right / 65536, "scaled", "1.52588e-05 times the correct value"),
+    (
+      0.9 * old + 0.1 * right,
+      "averaged",
+      "0.1 times the correct value plus 0.9 times the old value",
+    ),
+    (right + 0.01 * old, "decayed", "1 times the correct value plus 0.01 times the old value"),
+    (0.999 * right, "decayed", "0.999 times the correct value"),
     (0.999 * old, "decayed", "0.999 times the old value"),
-    (old - 0.1 * right, "added", "-0.1 times the right value and 1 times the old one"),
-    (old - 0.01, "added", "the old value and -0.01"),
-    (right / np.linalg.norm(right, axis=1, keepdims=True), "clipped", "less the larger it is"),
+    (old - 0.1 * right, "added", "-0.1 times the correct value plus 1 times the old value"),
+    (old - 0.01, "added", "the old value plus -0.01"),
+    (right / np.linalg.norm(right, axis=1, keepdims=True), "clipped", "less if it is larger"),
     (np.minimum(right, 1.5), "clipped", "never above 1.5"),
     (0 * right, "reset", "is 0"),
     (right * np.nan, "not finite", "100% of it"),
-    (right**2, "unexplained", "times the right value"),
+    (right**2, "unexplained", "times the correct value"),
     (right, "right", ""),
-    (old, "kept", "as it went in"),
+    (old, "kept", "is unchanged"),
   ):
     verdict = judge(right, old, got)
     assert verdict.kind == kind, (kind, verdict)
@@ -105,13 +109,13 @@ class TestReport:
   def test_prints_paths_figures_and_advice(self):
     text = str(loops.NAMED["sum_over_microbatches"].report)
     assert "FP8 state of 6 tensors in params/_overwrite_with_gradient: 1 finding." in text
-    assert "2 times the right value" in text
+    assert "2 times the correct value" in text
     assert "all 6 tensors" in text
     assert "fp8.accumulate_gradients" in text
 
   def test_some_tensors_are_listed(self):
     tensors = tuple(f"params/{OWG}/layer{i}/input" for i in range(9))
-    found = Finding("scaled", tensors[:7], "0.5 times the right value")
+    found = Finding("scaled", tensors[:7], "0.5 times the correct value")
     text = str(fp8.TrainStepReport((found,), tensors, 1, ("A note.",)))
     assert "layer3/input" in text
     assert "... and 3 more" in text
@@ -132,7 +136,7 @@ class TestReport:
   def test_unused_tensors_are_notes(self):
     report = loops.NAMED["most_recent_after_the_first_step"].report
     assert "aside" in report.notes[0]
-    assert "Some did not move" in str(report)
+    assert "Some tensors did not move" in str(report)
 
 
 class TestErrors:
@@ -144,7 +148,7 @@ class TestErrors:
     def step(state, batch):
       raise KeyError("lost")
 
-    with pytest.raises(ValueError, match=r"check_train_step: step_fn must run.*KeyError in its ca"):
+    with pytest.raises(ValueError, match=r"check_train_step: step_fn must run.*KeyError in call 1"):
       fp8.check_train_step(step, VARIABLES, BATCH)
 
   @pytest.mark.parametrize("returned", [jnp.ones(3), (jnp.ones(3), {"params": 1})])
@@ -170,7 +174,9 @@ class TestErrors:
 
   def test_as_many_steps_a_call_as_slots(self):
     step, state, _ = loops.NAMED["scan_over_steps"].make()
-    with pytest.raises(ValueError, match=r"longer than the steps of one call; got amax_history_le"):
+    with pytest.raises(
+      ValueError, match=r"longer than the number of steps in one call; got amax_hist"
+    ):
       fp8.check_train_step(step, state, loops.microbatches(BATCH, loops.LENGTH))
 
   def test_another_shape(self):

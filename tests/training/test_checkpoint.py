@@ -21,7 +21,7 @@ STATE_PATHS = f"*{OWG}/*"
 
 
 def make_state(cls):
-  """A state after one step, so that no leaf is what initialisation made it."""
+  """A state after one step, so that no leaf is what initialization made it."""
   model = nn.Dense(64, dot_general_cls=cls)
   variables = {**model.init(jax.random.key(0), X), "batch_stats": {"none": {}, "mean": jnp.ones(3)}}
   tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
@@ -143,14 +143,14 @@ class TestParts:
     got = fp8.restore_checkpoint(saved, target, allow_extra=["*"])
     equal(got.tree["params"]["params"], FP8.params["params"])
     assert {path.split("/")[0] for path in got.extra} == {"opt_state", "params", "step"}
-    with pytest.raises(ValueError, match=r"got extra: \['opt_.*more\. Where target has no FP8"):
+    with pytest.raises(ValueError, match=r"got extra: \['opt_.*more\. If target has no FP8"):
       fp8.restore_checkpoint(saved, target)
 
   def test_fp8_into_bf16(self, saved):
     with pytest.raises(
       ValueError,
       match=r"restore_checkpoint: the checkpoint must have the leaves of target; got extra: "
-      rf"\['params/{OWG}/Fp8DotGeneral_0/input_amax_history', .*\] \.\.\. and 1 more\. Where "
+      rf"\['params/{OWG}/Fp8DotGeneral_0/input_amax_history', .*\] \.\.\. and 1 more\. If "
       r"target has no FP8 state, .*allow_extra=.*downgrade_variables",
     ):
       fp8.restore_checkpoint(saved, zeros(BF16))
@@ -200,7 +200,7 @@ class TestRefusals:
     with pytest.raises(TypeError, match=r"save_checkpoint: leaves .*max_grad.*_amax_history"):
       fp8.save_checkpoint(tmp_path, state)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(TypeError, match=r"restore_checkpoint: leaves .*Take the variables from"):
+    with pytest.raises(TypeError, match=r"restore_checkpoint: leaves .*Pass the variables from"):
       fp8.restore_checkpoint(saved, state)
 
   def test_a_path_that_is_no_checkpoint(self, tmp_path):
@@ -215,7 +215,9 @@ class TestRefusals:
   def test_an_empty_checkpoint(self, saved, tmp_path):
     shutil.copytree(saved, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "0" / "default")
-    with pytest.raises(ValueError, match=r"restore_checkpoint: the checkpoint must be whole; got"):
+    with pytest.raises(
+      ValueError, match=r"restore_checkpoint: the checkpoint must be complete and undamaged; got"
+    ):
       fp8.restore_checkpoint(tmp_path / "copy", FP8)
 
 

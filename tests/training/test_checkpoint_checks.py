@@ -30,7 +30,7 @@ REFUSED = {
   "donated": (
     {"a": deleted()},
     ValueError,
-    r"arrays must be alive; .* \['a'\]\. Save",
+    r"arrays must not be deleted; .* \['a'\]\. Save",
   ),
   "object": ({"a": object()}, TypeError, r"leaves must be arrays.*\['a object'\]\. Convert"),
   "complex": ({"a": 1j}, TypeError, r"leaves must be arrays.*\['a complex'\]"),
@@ -108,7 +108,9 @@ def test_numbers_take_the_type_of_their_target(saved, target, want, tmp_path):
 )
 def test_numbers_that_do_not_fit(saved, target, tmp_path):
   fp8.save_checkpoint(tmp_path, {"n": saved})
-  with pytest.raises(ValueError, match=r"restore_checkpoint: numbers must fit .* got 'n'=.* Give"):
+  with pytest.raises(
+    ValueError, match=r"restore_checkpoint: numbers must fit .* got 'n'=.* Use a wider"
+  ):
     fp8.restore_checkpoint(tmp_path, {"n": target})
 
 

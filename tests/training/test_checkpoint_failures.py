@@ -107,9 +107,9 @@ class TestDamage:
     errors = ended.stdout.splitlines()
     for copy, error in zip(copies, errors, strict=True):
       assert error.startswith(
-        f"restore_checkpoint: the checkpoint must be whole; got {copy}, which"
+        f"restore_checkpoint: the checkpoint must be complete and undamaged; got {copy}, which"
       )
-      assert error.endswith("Restore another one, or copy its files again.")
+      assert error.endswith("Restore another checkpoint, or copy its files again.")
       assert len(error) <= 600
     assert "['noise'] differ from what was saved" in errors[0]
 
@@ -141,7 +141,10 @@ class TestDamage:
     assert child.returncode == 0, child.stderr
     errors = child.stdout.splitlines()
     assert len(errors) >= 4  # without metadata, manifest, index, or the kernel
-    assert all("restore_checkpoint: the checkpoint must be whole" in error for error in errors)
+    assert all(
+      "restore_checkpoint: the checkpoint must be complete and undamaged" in error
+      for error in errors
+    )
     assert max(map(len, errors)) < 1000
 
 
@@ -163,10 +166,12 @@ class TestFailures:
     """
     child = run_child(script, tmp_path)
     assert child.returncode == 0, child.stderr
-    got = f"save_checkpoint: the checkpoint must be written whole; got {tmp_path}, where it failed"
+    got = (
+      f"save_checkpoint: the checkpoint must be written completely; got {tmp_path}, where writing"
+    )
     assert child.stdout.startswith(got)
     assert "File too large" in child.stdout
-    assert "before is still there. Mend the cause, a full disk say" in child.stdout
+    assert "An older checkpoint is still there. Fix the cause, such as a full disk" in child.stdout
     assert len(child.stdout) <= 600
     equal(fp8.restore_checkpoint(tmp_path, state).tree, state)
     fp8.save_checkpoint(tmp_path, {"noise": noise(1)}, overwrite=True)
@@ -190,7 +195,7 @@ class TestFailures:
     monkeypatch.setattr(ocp.CheckpointManager, "save", save_slowly)
     fp8.save_checkpoint(tmp_path, {"noise": noise(0)})
     assert children[0].stdout.startswith(
-      f"save_checkpoint: one program at a time may save to a directory; got {tmp_path}, to which"
+      f"save_checkpoint: only one program may save to a directory at a time; got {tmp_path}, where"
     ), children[0].stderr
     equal(fp8.restore_checkpoint(tmp_path, {"noise": noise(1)}).tree, {"noise": noise(0)})
 

@@ -1,4 +1,4 @@
-"""Kernels are quantised once for all microbatches: the same bits, and not in the loop."""
+"""Kernels are quantized once for all microbatches: the same bits, and not in the loop."""
 
 import functools
 
@@ -83,7 +83,7 @@ def train(model, steps=2):
 
 
 def each_time(monkeypatch):
-  """Kernels are quantised for each microbatch."""
+  """Kernels are quantized for each microbatch."""
   as_it_is = lambda fun, variables, _: functools.partial(fun, variables)
   monkeypatch.setattr(accumulate, "kernels_first", as_it_is)
 
@@ -98,7 +98,7 @@ cases = pytest.mark.parametrize(
 
 
 @cases
-def test_the_bits_of_quantising_each_time(monkeypatch, model):
+def test_the_bits_of_quantizing_each_time(monkeypatch, model):
   found = train(model)
   each_time(monkeypatch)
   chex.assert_trees_all_equal(found, train(model))

@@ -87,7 +87,7 @@ class TestFreezing:
   """A frozen layer's kernel has one amax; its input and output gradient have those of each step."""
 
   @pytest.mark.parametrize("name", TRANSFORMS)
-  def test_by_the_optimiser(self, name):
+  def test_by_the_optimizer(self, name):
     self.check(run(TRANSFORMS[name])[0])
 
   def test_by_differentiating_a_part(self):

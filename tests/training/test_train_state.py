@@ -96,7 +96,7 @@ def test_state_that_an_optimizer_would_get_is_refused():
 
 
 def test_parameters_follow_flax_exactly():
-  """Parameters and optimiser state are those that Flax gets from the parameters alone."""
+  """Parameters and optimizer state are those that Flax gets from the parameters alone."""
   ours = create()
   theirs = reference.TrainState.create(apply_fn=None, params=VARIABLES["params"], tx=TX)
   for _ in range(3):
@@ -109,7 +109,7 @@ def test_parameters_follow_flax_exactly():
   assert ours.step == 3
 
 
-def test_the_optimiser_never_sees_state():
+def test_the_optimizer_never_sees_state():
   state = create()
   names = [
     jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)
@@ -259,7 +259,7 @@ class TestSkipNonfinite:
     )
 
   def test_in_a_scan_with_donation(self):
-    """Good, bad, good: parameters, optimiser and state of two good steps, bit for bit."""
+    """Good, bad, good: parameters, optimizer and state of two good steps, bit for bit."""
     other = X[::-1] * 2
     run = jax.jit(
       lambda state, xs: jax.lax.scan(lambda s, x: (self.step(s, x), None), state, xs)[0],

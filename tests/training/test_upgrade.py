@@ -69,7 +69,7 @@ def test_models_without_state_get_none(name):
 
 
 class TestChangeOfRecipe:
-  """State is kept, initialised or dropped, and never read as something that it is not."""
+  """State is kept, initialized or dropped, and never read as something that it is not."""
 
   def trained(self, recipe):
     variables = model(recipe.dot_general_cls).init(jax.random.key(0), X)

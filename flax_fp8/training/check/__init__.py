@@ -1,4 +1,4 @@
-"""Does a training step treat FP8 state rightly?"""
+"""Checks how a training step handles FP8 state."""
 
 from flax_fp8.training.check.check import check_train_step
 from flax_fp8.training.check.report import TrainStepReport

@@ -1,8 +1,9 @@
-"""Is the newest amax the largest of the whole batch? Batches of two elements tell.
+"""Checks that the newest amax is the maximum over the whole batch.
 
-Every place of a batch is filled with its element of small amax, or with that of large amax, or a
-part of it with each. A maximum is then the large one wherever a part holds it. A mean adds up; the
-amax of a part does not change with the rest. Dropout does neither, and so raises no alarm.
+The check fills batches with two elements: one with a small amax and one with a large amax. A
+maximum is the large amax if any part of the batch contains it. A mean is additive over parts. The
+amax of one part does not depend on the other parts. Dropout causes neither, so it gives no false
+finding.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _TRIED = 4
 _CONTRAST = 1.05
 _SAME = 1e-5
 
-# Runs the step on a batch; and reads the newest amaxes from what came out, by tensor.
+# Run calls the step on a batch. Read returns the newest amax of each tensor from an outcome.
 Run = Callable[[Any], Outcome]
 Read = Callable[[Outcome], Mapping[str, float]]
 
@@ -32,16 +33,18 @@ Read = Callable[[Outcome], Mapping[str, float]]
 def check_batch(
   batch: Any, run: Run, read: Read, trained_by: Callable[[str], frozenset[str]]
 ) -> list[Finding]:
-  """Looks for amaxes of a part of the batch, and for means.
+  """Finds amaxes that cover only a part of the batch, and amaxes that are means.
 
   Args:
-    batch: pytree of arrays with one leading axis.
-    run: takes the step from one fixed state.
-    read: the newest amax of each input, by path.
-    trained_by: paths of what is trained with a tensor, parameters of its layer say.
+    batch: pytree of arrays with a common leading axis.
+    run: calls the step on a batch, always from the same state.
+    read: returns the newest amax of each input, by path.
+    trained_by: returns the paths of leaves that are trained with a tensor, such as the parameters
+      of its layer.
 
   Returns:
-    What was found: nothing, where tensors see different parts, or elements have equal amaxes.
+    At most one finding. None if tensors see different parts of the batch, or if all tried elements
+    have equal amaxes.
   """
   size = _size(batch)
   if size < 2:
@@ -76,18 +79,18 @@ def check_batch(
 
 
 def _depends(changed: set[str], trained: frozenset[str]) -> bool:
-  """Tells whether what is trained with a tensor changed; anything, if that is not known."""
+  """Returns whether a leaf trained with a tensor changed; if none is known, whether any did."""
   return bool(changed & trained if trained else changed)
 
 
 def _size(batch: Any) -> int:
-  """The leading axis that most arrays have."""
+  """Returns the most common size of the leading axis."""
   sizes = Counter(leaf.shape[0] for leaf in jax.tree.leaves(batch) if np.ndim(leaf) > 0)
   return sizes.most_common(1)[0][0] if sizes else 0
 
 
 def _take(batch: Any, indices: np.ndarray) -> Any:
-  """Fills the batch with some of its elements."""
+  """Fills the batch with the elements at ``indices``."""
 
   def one(leaf: Any) -> Any:
     if np.ndim(leaf) == 0 or leaf.shape[0] != len(indices):
@@ -102,7 +105,7 @@ def _take(batch: Any, indices: np.ndarray) -> Any:
 
 
 def _splits(size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Splits at the borders of microbatches, in a row and in strides."""
+  """Yields splits at possible boundaries of microbatches, contiguous and strided."""
   places = np.arange(size)
   parts = [n for n in (2, 3, 5) if size % n == 0] or [2]
   firsts = [places < size // n for n in parts] + [places % n == 0 for n in parts if size > n]
@@ -129,17 +132,19 @@ def _equal(a: float, b: float) -> bool:
 
 
 def _changed(one: Outcome, other: Outcome) -> set[str]:
-  """Paths of what two outcomes differ in, FP8 state aside."""
+  """Returns the paths of leaves that differ between two outcomes, except FP8 state."""
   return {path for path in one.prints if one.prints[path] != other.prints.get(path)}
 
 
 def beside(tensor: str, group: str, others: Iterable[str]) -> frozenset[str]:
-  """Finds what is trained with a tensor: what lies below the same module, nearest to the state.
+  """Returns the paths of leaves that belong to the layer of a tensor.
+
+  These are below the same module path. If several trees have it, the one nearest to the state.
 
   Args:
-    tensor: path within the collection: ``block/dense/Fp8DotGeneral_0/input``.
+    tensor: path within the collection, such as ``block/dense/Fp8DotGeneral_0/input``.
     group: path of the collection.
-    others: paths of all else.
+    others: paths of all leaves that are not FP8 state.
   """
   inside = "/" + "".join(f"{part}/" for part in tensor.split("/")[:-2])
   found = [path for path in others if inside in f"/{path}" and inside != "/"]
@@ -148,6 +153,6 @@ def beside(tensor: str, group: str, others: Iterable[str]) -> frozenset[str]:
 
 
 def _shared(one: Sequence[str], other: Sequence[str]) -> int:
-  """Counts the parts that two paths begin with."""
+  """Returns the length of the common prefix of two paths."""
   pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
   return len(list(pairs))

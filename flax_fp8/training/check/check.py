@@ -1,8 +1,9 @@
-"""Does a training step treat FP8 state rightly? Run it, and see what comes back.
+"""Runs a training step and checks how it handles FP8 state.
 
-With delayed scaling the right answer is known: each history moves by a slot, the newest amax is the
-largest of the batch, and the scale follows the history. Histories and scales of known values are
-put into the caller's state; what the step makes of them says what the loop around the model does.
+With delayed scaling, the correct result is known. Each history shifts by one slot, the newest amax
+is the maximum over the batch, and the scale follows from the history. The check writes known
+histories and scales into the state of the caller. The result shows what the training loop does to
+them.
 """
 
 from __future__ import annotations
@@ -24,48 +25,53 @@ from flax_fp8.training.check.report import Finding, TrainStepReport
 from flax_fp8.training.check.rows import REPLACED, RIGHT, Row, judge_all, rows
 from flax_fp8.training.check.step import HISTORY, SCALE, STEPS, Leaf, Outcome, Step, plant, same
 
-# Planted histories are 2 to 4 times these times the amaxes of the step.
+# Planted histories are the amaxes of the step, times a random number in [2, 4], times a factor.
 _FACTORS = (1.0, 1.0, 8.0, 64.0)
 _SKIPS = 24
 _SILENT = {"right", "copy", "replaced", "unmoved"}
 
 
 def check_train_step(step_fn: Callable[..., Any], state: Any, batch: Any) -> TrainStepReport:
-  """Runs a training step on a small batch and says what it does to FP8 state.
+  """Runs a training step on a small batch, and reports how it changes FP8 state.
 
-  With ``h`` a history put into ``state``, oldest first, the state after one step must hold::
+  Let ``h`` be a history in ``state``, oldest entry first. After one step, the state must be::
 
-      [*h[1:], amax]  # amax: the largest of the whole batch
+      [*h[1:], amax]  # amax: the maximum over the whole batch
       scale = max(h) / fp8_max * 2**margin
 
-  What it holds instead is told apart: state that is summed over microbatches, psum-ed, divided by a
-  loss scale, averaged, kept, dropped, decayed, clipped, added to, reset, given to the optimiser, or
-  that has the amax of a part of the batch.
+  The report names each error that it finds. FP8 state may be summed over microbatches, summed over
+  devices by psum, divided by a loss scale, averaged, kept, dropped, decayed, clipped, added to,
+  reset, or passed to the optimizer. Its newest amax may cover only a part of the batch.
 
   Args:
-    step_fn: ``step_fn(state, batch)``, returning the new state, or a tuple with it as an element;
-      jitted or not; it may donate its arguments.
-    state: any pytree with the collection ``_overwrite_with_gradient`` in it: a train state, a
-      variables dict, a tuple of variables and optimiser state. Not changed.
-    batch: pytree of arrays, small; with more than one element along its leading axis, whether
-      amaxes are those of the whole batch is seen too. Not changed.
+    step_fn: ``step_fn(state, batch)`` returns the new state, or a tuple with it as an element. It
+      may be jitted, and may donate its arguments.
+    state: any pytree that contains the collection ``_overwrite_with_gradient``: a train state, a
+      variables dict, or a tuple of variables and optimizer state. It is not changed.
+    batch: pytree of arrays; use a small batch. If its leading axis has more than one element, the
+      check also tests that amaxes cover the whole batch. It is not changed.
 
   Returns:
-    The report. ``assert report.ok, report`` makes a test of it.
+    The report. In a test, write ``assert report.ok, report``.
 
   Raises:
-    TypeError: the FP8 state in ``state`` was cast to another dtype than float32.
-    ValueError: ``state`` holds no FP8 state, ``step_fn`` raises or returns no state, it changes
-      neither parameters nor FP8 state, or one call moves histories by all of their slots.
+    TypeError: ``step_fn`` is not a function, or the FP8 state in ``state`` was cast from float32 to
+      another dtype.
+    ValueError: ``state`` has no amax histories; ``step_fn`` raises an error or does not return the
+      state; it changes neither parameters nor FP8 state; it skips steps from planted state; or one
+      call shifts histories by all of their slots.
 
   Numerics:
-    The step is called about 15 times. State of delayed scaling is judged, that of ours and of
-    ``flax.linen.fp8_ops``; a recipe without state leaves nothing to judge. Not seen: a factor
-    that is a power of two, as a margin is, in histories of one slot whose kernels are not found as
-    parameters ``kernel`` beside the state; means over parts of the batch that overlap its halves,
-    thirds and fifths.
-    Tensors that do not move beside others that do are notes, not findings: the step may not use
-    them.
+    The step is called about 15 times. Only the state of delayed scaling is checked, from this
+    package or from ``flax.linen.fp8_ops``. A recipe without state has nothing to check.
+
+    The check can't detect every error. In histories of one slot, it does not detect a factor that
+    is a power of two, because a margin gives such a factor too. It does detect it if the kernels
+    are parameters ``kernel`` beside the state. It does not detect means over parts of the batch
+    that overlap its halves, thirds and fifths.
+
+    If only some tensors do not move, the report has a note instead of a finding, because the step
+    may not use them.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -78,7 +84,7 @@ def check_train_step(step_fn: Callable[..., Any], state: Any, batch: Any) -> Tra
     ...   loss = lambda variables: jnp.mean(state.apply_fn(variables, x) ** 2)
     ...   return state.apply_gradients(grads=fp8.grad(loss)(state.params))
     >>> print(fp8.check_train_step(jax.jit(step), state, x))
-    FP8 state of 3 tensors: right. It moves by 1 slot a call.
+    FP8 state of 3 tensors: correct. Each call moves histories by 1 slot.
 
   References:
     flax_fp8.TrainState; flax_fp8.partition_for_grad_overwrite.
@@ -88,13 +94,14 @@ def check_train_step(step_fn: Callable[..., Any], state: Any, batch: Any) -> Tra
   step = Step(step_fn, state, batch)
   if not any(leaf.role and leaf.key == HISTORY for leaf in step.leaves):
     raise ValueError(
-      "check_train_step: state must hold amax histories, in the collection "
+      "check_train_step: state must hold amax histories in the collection "
       f"'_overwrite_with_gradient'; got none among {len(jax.tree.leaves(state))} leaves. Pass the "
-      "whole variables; a recipe without state, such as Float8CurrentScaling, has nothing to check."
+      "whole variables dict. A recipe without state, such as Float8CurrentScaling, has nothing to "
+      "check."
     )
   base, first = _until_moved(step, state)
   if missing := [leaf for leaf in step.own if leaf.path not in first.fp8]:
-    return _report(step, [_finding("dropped", missing, "is not in the state that came back")])
+    return _report(step, [_finding("dropped", missing, "is missing from the returned state")])
   shapes = {path: np.shape(leaf) for path, leaf in paths.leaves_by_path(first.state).items()}
   if reshaped := [leaf for leaf in step.own if shapes[leaf.path] != leaf.shape]:
     seen = f"has shape {shapes[reshaped[0].path]}, not {reshaped[0].shape}"
@@ -104,11 +111,11 @@ def check_train_step(step_fn: Callable[..., Any], state: Any, batch: Any) -> Tra
   verdicts = judge_all(found)
   if all(verdict == REPLACED for _, verdict in verdicts):
     raise ValueError(
-      "check_train_step: a history must be longer than the steps of one call; got "
-      f"amax_history_len={found[0].length}, of which one call leaves nothing. Check with longer "
-      "histories, or fewer steps a call."
+      "check_train_step: amax histories must be longer than the number of steps in one call; got "
+      f"amax_history_len={found[0].length}, and one call replaces every slot. Use a longer history "
+      "or fewer steps per call."
     )
-  findings = [*_findings(verdicts), *_in_optimiser(step, base, [first, *after])]
+  findings = [*_findings(verdicts), *_in_optimizer(step, base, [first, *after])]
   if any(finding.kind == "summed" for finding in findings):
     findings = _name_psum(findings, _psum_sizes(step_fn, base, batch))
   right = [row for row, verdict in verdicts if verdict in (RIGHT, REPLACED)]
@@ -118,10 +125,10 @@ def check_train_step(step_fn: Callable[..., Any], state: Any, batch: Any) -> Tra
 
 
 def _until_moved(step: Step, state: Any) -> tuple[Any, Outcome]:
-  """Steps until one is not skipped, as a loss scaler may skip the first ones.
+  """Calls the step until it is not skipped, because a loss scaler may skip the first steps.
 
   Returns:
-    The state before that step, and its outcome.
+    The state before the last call, and its outcome.
   """
   before = step.starting(state)
   for _ in range(_SKIPS):
@@ -136,7 +143,7 @@ def _until_moved(step: Step, state: Any) -> tuple[Any, Outcome]:
 
 
 def _plant_and_run(step: Step, base: Any, first: Outcome) -> tuple[list[Outcome], list[Outcome]]:
-  """Runs the step from planted state; returns what went in and what came out, by run."""
+  """Runs the step from planted state; returns the states before and after, by run."""
   random = np.random.default_rng(0)
   before: list[Outcome] = []
   after: list[Outcome] = []
@@ -157,7 +164,7 @@ def _plant_and_run(step: Step, base: Any, first: Outcome) -> tuple[list[Outcome]
 def _values(
   leaves: Sequence[Leaf], first: Outcome, factor: float, random: np.random.Generator
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Makes histories and scales near those of a first run, all of them different."""
+  """Yields distinct values of histories and scales, with magnitudes from the first run."""
   for leaf in leaves:
     amax = first.fp8.get(leaf.history)
     if leaf.key == STEPS:
@@ -171,7 +178,7 @@ def _values(
 
 
 def _kernels(step: Step, state: Any, after: Outcome) -> dict[str, np.ndarray]:
-  """Finds the kernel parameter of each kernel tensor: its largest magnitude, by stack."""
+  """Returns the largest magnitude of each kernel parameter, for each element of a stack."""
   others = {p: x for p, x in paths.leaves_by_path(state).items() if p.endswith("/kernel")}
   found: dict[str, np.ndarray] = {}
   for leaf in step.own:
@@ -185,17 +192,17 @@ def _kernels(step: Step, state: Any, after: Outcome) -> dict[str, np.ndarray]:
 
 
 def _by_stack(kernel: np.ndarray, newest: np.ndarray) -> np.ndarray:
-  """Takes the maximum of a kernel for each of a stack.
+  """Returns the largest magnitude of a kernel for each element of a stack.
 
-  Shapes alone do not say which axes of the kernel are those of the stack. Where they are chosen
-  rightly, the recorded amaxes are one multiple of the kernel's.
+  Shapes alone do not determine which axes of the kernel are stacking axes. With the correct axes,
+  the recorded amaxes are a constant multiple of the amaxes of the kernel.
 
   Args:
     kernel: magnitudes.
-    newest: what a step recorded for each of the stack.
+    newest: recorded amax of each element of the stack.
 
   Returns:
-    Of the shape of ``newest``. An axis of the stack that the kernel lacks shares one kernel.
+    Amaxes with the shape of ``newest``. If the kernel lacks a stacking axis, it is shared along it.
   """
   shared = kernel.ndim
   options = [
@@ -217,9 +224,9 @@ def _by_stack(kernel: np.ndarray, newest: np.ndarray) -> np.ndarray:
 
 
 def _largest(kernel: np.ndarray, axes: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:
-  """Takes the maximum along all axes but some, which become axes of ``shape``.
+  """Takes the maximum over all axes of the kernel but ``axes``, which become axes of ``shape``.
 
-  One beyond the kernel's axes stands for an axis of ``shape`` along which the maximum is the same.
+  An entry of ``kernel.ndim`` means that the maximum is repeated along that axis of ``shape``.
   """
   own = [axis for axis in axes if axis < kernel.ndim]
   largest = kernel.max(axis=tuple(axis for axis in range(kernel.ndim) if axis not in own))
@@ -229,7 +236,7 @@ def _largest(kernel: np.ndarray, axes: Sequence[int], shape: tuple[int, ...]) ->
 
 
 def _findings(verdicts: Sequence[tuple[Row, Verdict]]) -> list[Finding]:
-  """Gathers tensors with the same trouble."""
+  """Groups tensors with the same kind of error."""
   wrong = [(row, verdict) for row, verdict in verdicts if verdict.kind not in _SILENT]
   kinds = dict.fromkeys(verdict.kind for _, verdict in wrong)
   findings: list[Finding] = []
@@ -237,7 +244,7 @@ def _findings(verdicts: Sequence[tuple[Row, Verdict]]) -> list[Finding]:
     these = [(row.name, verdict.seen) for row, verdict in wrong if verdict.kind == kind]
     seen = these[0][1] + (" (the first of them)" if len({s for _, s in these}) > 1 else "")
     if kind == "scaled" and len({verdict.seen for _, verdict in verdicts}) == 1:
-      seen += ", of every tensor: the gradient tree was divided or scaled as a whole"
+      seen += ", for every tensor: the whole gradient tree was divided or scaled"
     findings.append(Finding(kind, tuple(name for name, _ in these), seen))
   return findings
 
@@ -246,21 +253,21 @@ def _finding(kind: str, leaves: Sequence[Leaf], seen: str) -> Finding:
   return Finding(kind, tuple(dict.fromkeys(leaf.tensor for leaf in leaves)), seen)
 
 
-def _in_optimiser(step: Step, base: Any, outcomes: Sequence[Outcome]) -> list[Finding]:
-  """Finds copies of the state inside the optimiser's, and whether a step changes them."""
+def _in_optimizer(step: Step, base: Any, outcomes: Sequence[Outcome]) -> list[Finding]:
+  """Finds copies of FP8 state in the optimizer state that a step changes."""
   before = step.starting(base)
   inside = [leaf for leaf in step.leaves if leaf not in step.own]
   moved = [leaf for leaf in inside if not all(same(leaf.path, before, out) for out in outcomes)]
-  seen = "the optimiser has moments of it, which the step changes"
-  return [_finding("optimiser", moved, seen)] if moved else []
+  seen = "the optimizer state has moments of it, and the step changes them"
+  return [_finding("optimizer", moved, seen)] if moved else []
 
 
 def _name_psum(findings: Sequence[Finding], sizes: Sequence[int]) -> list[Finding]:
-  """Names sums by as many devices as a shard_map of the step sums over."""
+  """Renames sums whose factor is a product of mesh axis sizes of a shard_map to psums."""
   counts = {math.prod(s) for n in range(1, 4) for s in itertools.combinations(sizes, n)}
-  texts = {f"{count} times the right value" for count in counts}
+  texts = {f"{count} times the correct value" for count in counts}
   return [
-    Finding("psum", f.paths, f"{f.seen}: as many as shard_map sums over")
+    Finding("psum", f.paths, f"{f.seen}: shard_map has as many devices")
     if f.kind == "summed" and f.seen in texts
     else f
     for f in findings
@@ -268,10 +275,10 @@ def _name_psum(findings: Sequence[Finding], sizes: Sequence[int]) -> list[Findin
 
 
 def _psum_sizes(step_fn: Callable[..., Any], state: Any, batch: Any) -> list[int]:
-  """Sizes of the mesh axes of all shard_maps in the step; none if it can't be traced whole."""
+  """Returns the mesh axis sizes of all shard_maps in the step; empty if it can't be traced."""
   try:
     closed = jax.make_jaxpr(step_fn)(state, batch)
-  except Exception:  # it runs, but not as one traced function: there is no more to learn
+  except Exception:  # the step runs, but not as one traced function
     return []
   sizes: dict[str, int] = {}
   for equation in _equations(closed.jaxpr):
@@ -281,7 +288,7 @@ def _psum_sizes(step_fn: Callable[..., Any], state: Any, batch: Any) -> list[int
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
-  """Yields the equations of a jaxpr and of all jaxprs in it."""
+  """Yields the equations of a jaxpr and of its inner jaxprs."""
   for equation in jaxpr.eqns:
     yield equation
     for value in equation.params.values():
@@ -292,7 +299,7 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def _of_batch(step: Step, state: Any, batch: Any, right: Sequence[Row]) -> list[Finding]:
-  """Asks whether the newest amaxes of inputs are those of the whole batch."""
+  """Checks that the newest amaxes of inputs cover the whole batch."""
   inputs = {row.name: row for row in right if row.leaf.role == "input"}
 
   def newest(outcome: Outcome) -> Mapping[str, float]:
@@ -309,7 +316,7 @@ def _report(
 ) -> TrainStepReport:
   tensors = tuple(dict.fromkeys(leaf.tensor for leaf in step.own if leaf.key == HISTORY))
   unmoved = [row.name for row, verdict in verdicts if verdict.kind == "unmoved"]
-  text = "Some did not move beside others that did, which is right if the step does not use them"
+  text = "Some tensors did not move. This is correct if the step does not use them"
   notes = (f"{text}: {paths.few(unmoved)}.",) if unmoved else ()
   rolls = max((row.rolled() or 0 for row, _ in verdicts), default=0)
   return TrainStepReport(tuple(findings), tensors, rolls, notes)

@@ -1,8 +1,8 @@
-"""What a training step made of FP8 state, from numbers: the law that fits what came back.
+"""Classifies the change of FP8 state in a training step by fitting a formula to its values.
 
-Known histories went in. Of each slot but the newest, the right value after a step is known, and so
-is the old one: ``new = a * right + b * old + c``. Where one law holds in every slot of every run,
-``a``, ``b`` and ``c`` tell what was done to the state.
+The histories before the step are known. For each slot except the newest, so are the correct value
+and the old value. The fit is ``new = a * right + b * old + c``. If one formula holds for every
+slot of every run, ``a``, ``b`` and ``c`` show how the step changed the state.
 """
 
 from __future__ import annotations
@@ -15,40 +15,40 @@ import numpy as np
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
-# Arithmetic on state in float32 is exact to some 1e-7; nothing that is done to it is as small.
+# Arithmetic on state in float32 has relative errors near 1e-7. Every error to detect is larger.
 _EXACT = 2e-6
 _FITS = 5e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """What became of a history or of a scale.
+  """How a step changed a history or a scale.
 
   Attributes:
-    kind: "right", "kept", or what was done to it.
-    seen: the same with its figure, in words; empty where all is right.
+    kind: "right", "kept", or the kind of error.
+    seen: description with a number; empty if the value is correct.
   """
 
   kind: str
   seen: str = ""
 
 
-RIGHT, KEPT = Verdict("right"), Verdict("kept", "came back as it went in")
+RIGHT, KEPT = Verdict("right"), Verdict("kept", "is unchanged")
 
 
 def close(a: Any, b: Any, tolerance: float = _EXACT) -> bool:
-  """Tells whether values are equal but for the rounding of float32."""
+  """Returns whether values are equal up to rounding in float32."""
   return bool(np.all(np.abs(np.subtract(a, b)) <= tolerance * np.maximum(np.abs(a), np.abs(b))))
 
 
 def judge(right: Array, old: Array, got: Array) -> Verdict:
-  """Finds the law that fits.
+  """Finds the formula that fits.
 
   Args:
-    right: what the values should have become; shape ``[runs, values]``, positive. Each run was
-      given other values, the last run by far the largest.
-    old: what they were before.
-    got: what they became.
+    right: correct values after the step; shape ``[runs, values]``, positive. Values differ between
+      runs, and those of the last run are by far the largest.
+    old: values before the step.
+    got: values after the step.
 
   Returns:
     The verdict.
@@ -59,7 +59,7 @@ def judge(right: Array, old: Array, got: Array) -> Verdict:
     if close(got, expected):
       return verdict
   if np.all(got == 0):
-    return Verdict("reset", "is 0, whatever it was before")
+    return Verdict("reset", "is 0, independent of the old value")
   return _linear(right, old, got) or _clipped(right, got) or _affine(right, old, got)
 
 
@@ -73,7 +73,7 @@ def _linear(right: Array, old: Array, got: Array) -> Verdict | None:
   if (fit := _fit([right, old], got, right)) is None:
     return None
   a, b = map(float, fit)
-  law = f"{a:.4g} times the right value and {b:.4g} times the old one"
+  law = f"{a:.4g} times the correct value plus {b:.4g} times the old value"
   if min(a, b) > 0 and abs(a + b - 1) < 0.05 * min(a, b):
     return Verdict("averaged", f"{law}: a moving average")
   if abs(a - 1) < 0.02:
@@ -82,16 +82,16 @@ def _linear(right: Array, old: Array, got: Array) -> Verdict | None:
 
 
 def multiple(a: float) -> Verdict:
-  """Names a multiple of the right value."""
+  """Classifies a multiple of the correct value."""
   count = round(a)
   if count >= 2 and abs(a - count) < 1e-4 * count:
-    return Verdict("summed", f"{count} times the right value")
+    return Verdict("summed", f"{count} times the correct value")
   kind = "decayed" if 0.9 < a < 1 else "scaled"
-  return Verdict(kind, f"{a:.6g} times the right value")
+  return Verdict(kind, f"{a:.6g} times the correct value")
 
 
 def _clipped(right: Array, got: Array) -> Verdict | None:
-  """Tries a factor of each run's own, and a bound on each value."""
+  """Tries a bound on each value, and one factor for each run."""
   if np.all(got <= right * (1 + _EXACT)):
     bound = np.max(got)
     if np.all((np.abs(got - right) <= _EXACT * right) | (np.abs(got - bound) <= _EXACT * bound)):
@@ -102,29 +102,29 @@ def _clipped(right: Array, got: Array) -> Verdict | None:
   shrinks = np.all(factors > 0) and factors[-1] < 0.9 * factors.max()
   shrinks &= right.shape[1] > 1 or factors.max() < 1 + _EXACT
   if same and shrinks:
-    seen = f"{factors.max():.3g} to {factors[-1]:.3g} times the right value, less the larger it is"
+    seen = f"{factors.max():.3g} to {factors[-1]:.3g} times the correct value, less if it is larger"
     return Verdict("clipped", seen)
   return None
 
 
 def _affine(right: Array, old: Array, got: Array) -> Verdict:
-  """Tries laws with a constant, such as the sign of a gradient, rounding, and what is left."""
+  """Tries formulas with a constant, such as the sign of a gradient, and then rounding."""
   one = np.ones_like(old)
   for terms in ([old, one], [right, old, one]):
     fit = _fit(terms, got, right)
     if fit is not None and abs(fit[-2] - 1) < 0.02:
-      return Verdict("added", f"the old value and {fit[-1]:+.3g}")
+      return Verdict("added", f"the old value plus {fit[-1]:.3g}")
   ratio = got / right
   for dtype in (ml_dtypes.bfloat16, np.float16):
     if close(got, right, 2.0**-7) and np.all(got.astype(dtype).astype(got.dtype) == got):
       return Verdict("rounded", f"is rounded to {np.dtype(dtype).name}")
   if np.all(np.abs(got - old) < 0.1 * old):
-    return Verdict("added", f"the old value to within {np.max(np.abs(got / old - 1)):.1g} of it")
-  return Verdict("unexplained", f"{ratio.min():.3g} to {ratio.max():.3g} times the right value")
+    return Verdict("added", f"within {np.max(np.abs(got / old - 1)):.1g} of the old value")
+  return Verdict("unexplained", f"{ratio.min():.3g} to {ratio.max():.3g} times the correct value")
 
 
 def _fit(terms: list[Array], got: Array, right: Array) -> Array | None:
-  """Solves for the terms' factors by least squares of relative errors; None if it does not fit."""
+  """Fits the factors of the terms by least squares of relative errors; None if the fit is poor."""
   weight = 1 / (np.abs(got) + 1e-3 * np.abs(right)).ravel()
   columns = np.stack([term.ravel() * weight for term in terms], axis=1)
   wanted = got.ravel() * weight

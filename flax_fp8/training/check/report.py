@@ -1,4 +1,4 @@
-"""What ``check_train_step`` found: kinds, figures, and what to change."""
+"""The report of ``check_train_step``: findings with numbers and advice."""
 
 from __future__ import annotations
 
@@ -11,76 +11,77 @@ from flax_fp8.tables import Table
 _SHOWN = 4
 _ADVICE = {
   "summed": (
-    "Sum and average gradients of parameters alone; state is the maximum over microbatches and "
-    "uses: fp8.accumulate_gradients, and fp8.value_and_grad where one loss uses a layer repeatedly."
+    "Sum or average only gradients of parameters. Take the maximum of state over microbatches with "
+    "fp8.accumulate_gradients, and over several uses of a layer in one loss with "
+    "fp8.value_and_grad."
   ),
   "psum": (
-    "Inside shard_map, psum gradients of parameters alone and pmax the state "
-    "(fp8.partition_for_grad_overwrite); or differentiate around shard_map."
+    "Inside shard_map, psum only gradients of parameters, and pmax the state "
+    "(fp8.partition_for_grad_overwrite). Or differentiate outside shard_map."
   ),
   "scaled": (
-    "Scale gradients of parameters alone, be it by a loss scale or by a number of tokens: "
+    "Divide only gradients of parameters by a loss scale or a number of tokens. Use "
     "fp8.DynamicScale, fp8.accumulate_gradients(..., weights=tokens), or "
     "fp8.partition_for_grad_overwrite before the division."
   ),
   "averaged": (
-    "Average parameters alone, variables['params'], and evaluate with the newest state beside them."
+    "Average only parameters, variables['params'], and evaluate them with the newest state."
   ),
   "kept": (
-    "Write the gradient of the state over the state: fp8.TrainState, or fp8.apply_updates(variables"
-    ", updates, overwrite); merge the new collections over the old, not the old over the new."
+    "Overwrite the state with its gradient: use fp8.TrainState, or fp8.apply_updates(variables, "
+    "updates, overwrite). When you merge collections, the new ones must replace the old ones."
   ),
   "dropped": (
-    "Return the collection _overwrite_with_gradient too: fp8.TrainState with the whole variables "
-    "dict as params, or fp8.apply_updates."
+    "Return the collection _overwrite_with_gradient too. Use fp8.TrainState with the whole "
+    "variables dict as params, or fp8.apply_updates."
   ),
   "decayed": (
-    "Decay parameters alone: take state out with fp8.partition_for_grad_overwrite before weight "
-    "decay, or use fp8.TrainState."
+    "Decay only parameters: split off the state with fp8.partition_for_grad_overwrite before "
+    "weight decay, or use fp8.TrainState."
   ),
   "clipped": (
-    "Take state out with fp8.partition_for_grad_overwrite before the norm and the clipping, or use "
-    "fp8.TrainState, whose optimiser never sees it."
+    "Split off the state with fp8.partition_for_grad_overwrite before the norm and the clipping, "
+    "or use fp8.TrainState, which never passes state to the optimizer."
   ),
   "added": (
-    "The gradient of state is its new value, no direction: overwrite with it (fp8.TrainState, "
-    "fp8.apply_updates), and give the optimiser parameters alone."
+    "The gradient of state is its new value, not a direction. Overwrite the state with it "
+    "(fp8.TrainState, fp8.apply_updates), and pass only parameters to the optimizer."
   ),
   "reset": (
-    "Carry state from step to step. State that a step did not use has a gradient of zero: "
-    "fp8.TrainState and fp8.apply_updates keep the old one there."
+    "Carry state from step to step. State that a step did not use has a gradient of zero. "
+    "fp8.TrainState and fp8.apply_updates then keep the old state."
   ),
-  "optimiser": (
-    "Give tx.init and tx.update parameters alone: fp8.TrainState, or "
+  "optimizer": (
+    "Pass only parameters to tx.init and tx.update: use fp8.TrainState, or "
     "fp8.partition_for_grad_overwrite."
   ),
   "partial": (
-    "The amax of a step is the largest over all of its microbatches and devices: "
-    "fp8.accumulate_gradients; lax.pmax over devices."
+    "Take the maximum of amaxes over all microbatches and devices of a step: use "
+    "fp8.accumulate_gradients for microbatches, and lax.pmax for devices."
   ),
   "mean": (
-    "The amax of a step is the largest over all of its microbatches and devices, not their mean: "
-    "fp8.accumulate_gradients; lax.pmax over devices, not lax.pmean."
+    "Take the maximum of amaxes over all microbatches and devices of a step, not the mean: use "
+    "fp8.accumulate_gradients for microbatches, and lax.pmax, not lax.pmean, for devices."
   ),
-  "rounded": "Keep state float32: leave it out of casts of gradients and parameters.",
-  "reshaped": "Return state in the shape that it came in.",
-  "not finite": "Compute state from finite histories; leave it out of whatever made this NaN.",
+  "rounded": "Keep state float32: exclude it from casts of gradients and parameters.",
+  "reshaped": "Return state in its original shape.",
+  "not finite": "Exclude state from the computation that made it NaN or infinite.",
   "unexplained": (
-    "Only the model's own gradient may become the new state: take it out with "
-    "fp8.partition_for_grad_overwrite before anything else is done to gradients."
+    "Overwrite the state with its unchanged gradient: split it off with "
+    "fp8.partition_for_grad_overwrite before any other change of gradients."
   ),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """One thing that a training step does wrong to FP8 state.
+  """One error of a training step in its handling of FP8 state.
 
   Attributes:
     kind: "summed", "psum", "scaled", "averaged", "kept", "dropped", "decayed", "clipped", "added",
-      "reset", "optimiser", "partial", "mean", "rounded", "reshaped", "not finite" or "unexplained".
-    paths: the tensors whose state it is, by their paths in the training state.
-    seen: what was seen, with its figure.
+      "reset", "optimizer", "partial", "mean", "rounded", "reshaped", "not finite" or "unexplained".
+    paths: paths of the affected tensors in the training state.
+    seen: observed values, with a number.
   """
 
   kind: str
@@ -89,25 +90,25 @@ class Finding:
 
   @property
   def advice(self) -> str:
-    """What to change."""
+    """Advice: what to change in the training step."""
     return _ADVICE[self.kind]
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainStepReport:
-  """What ``check_train_step`` found; ``print`` it.
+  """Report of ``check_train_step``. Print it to see findings and advice.
 
   Attributes:
-    findings: what is wrong; empty if nothing is.
+    findings: errors of the training step; empty if it is correct.
     tensors: paths of all tensors with state.
-    rolls: by how many slots one call of the step moves a history; 0 if none could be followed.
-    notes: what is not wrong, but was not checked, or is worth knowing.
+    rolls: number of slots by which one call of the step shifts histories; 0 if unknown.
+    notes: remarks that are not errors, such as tensors that were not checked.
 
   Example:
     >>> import flax_fp8 as fp8
     >>> report = fp8.TrainStepReport(findings=(), tensors=("dense/input",), rolls=1, notes=())
     >>> print(report)
-    FP8 state of 1 tensor: right. It moves by 1 slot a call.
+    FP8 state of 1 tensor: correct. Each call moves histories by 1 slot.
 
   References:
     flax_fp8.check_train_step.
@@ -120,21 +121,21 @@ class TrainStepReport:
 
   @property
   def ok(self) -> bool:
-    """Tells whether nothing was found."""
+    """Whether there are no findings."""
     return not self.findings
 
   @property
   def kinds(self) -> frozenset[str]:
-    """The kinds of all findings."""
+    """Kinds of all findings."""
     return frozenset(finding.kind for finding in self.findings)
 
   def __str__(self) -> str:
-    """The findings as text, as wide as the terminal."""
+    """Returns the findings as text, at the width of the terminal."""
     where = os.path.commonpath(self.tensors) if self.tensors else ""
     head = f"FP8 state of {_count(len(self.tensors), 'tensor')}"
     if self.ok:
-      moves = f" It moves by {_count(self.rolls, 'slot')} a call." if self.rolls else ""
-      return tables.terminal((f"{head}: right.{moves}", *self.notes))
+      moves = f" Each call moves histories by {_count(self.rolls, 'slot')}." if self.rolls else ""
+      return tables.terminal((f"{head}: correct.{moves}", *self.notes))
     head += f" in {where}" if where else ""
     rows = tuple((each.kind, each.seen, self._tensors(each, where)) for each in self.findings)
     advice = {each.kind: each.advice for each in self.findings}
@@ -144,7 +145,7 @@ class TrainStepReport:
     return tables.terminal((*parts, *self.notes))
 
   def _tensors(self, finding: Finding, where: str) -> str:
-    """The first paths, and how many more there are."""
+    """Returns the first paths and the number of paths left out."""
     if set(finding.paths) == set(self.tensors):
       return f"all {_count(len(self.tensors), 'tensor')}"
     names = [path.removeprefix(where).removeprefix("/") for path in finding.paths]

@@ -1,4 +1,4 @@
-"""The history and the scale of each tensor through all runs of a check, and what became of them."""
+"""The history and scale of each tensor before and after each run of the step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flax_fp8.training.check.fit import (
 from flax_fp8.training.check.step import HISTORY, SCALE, Leaf, Outcome
 
 _MAX = {"input": 448.0, "kernel": 448.0, "output_grad": 57344.0}
-# The range of float8_e4m3fnuz is no power of two from those of the others.
+# The ratio of the ranges of float8_e4m3fn and float8_e4m3fnuz is not a power of two.
 _RANGES = (1.0, 448 / 240)
 COPY = Verdict("copy")
 REPLACED = Verdict("replaced")
@@ -29,16 +29,17 @@ _FINE = {"right", "copy", "replaced"}
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One tensor, or one of a stack of them.
+  """One tensor, or one element of a stack of tensors.
 
   Attributes:
-    leaf: its history.
-    index: its place in a stack.
+    leaf: the history of the tensor.
+    index: index in the stack.
     old: planted histories, oldest first; shape ``[runs, length]``.
-    new: what became of them.
+    new: histories after the step.
     old_scale: planted scales; shape ``[runs, 1]``; None for a history without a scale.
-    new_scale: what became of them.
-    factor: of the newest amaxes of the kernels around it over what they should be, if known.
+    new_scale: scales after the step.
+    factor: recorded amax of a kernel in the same collection, divided by the correct amax; None if
+      unknown.
   """
 
   leaf: Leaf
@@ -56,26 +57,26 @@ class Row:
 
   @property
   def place(self) -> tuple[str, tuple[int, ...]]:
-    """Which tensor of the collection it is, in whatever copy."""
+    """Identifies the tensor within any copy of the collection."""
     return self.leaf.below, self.index
 
   @property
   def length(self) -> int:
-    """Slots of the history."""
+    """Number of slots of the history."""
     return self.old.shape[1]
 
   def rolled(self) -> int | None:
-    """By how many slots the history moved, exactly; None if it did something else."""
+    """Returns the number of slots by which the history shifted; None if it did not just shift."""
     shifts = range(1, self.length)
     return next((k for k in shifts if close(self.new[:, :-k], self.old[:, k:])), None)
 
   def newest(self, outcome: Outcome) -> float:
-    """Reads the largest of the amaxes that one call of the step adds."""
+    """Returns the largest amax that one call of the step added."""
     history = np.roll(outcome.fp8[self.leaf.path][self.index], -1)
     return float(history[-(self.rolled() or self.length) :].max())
 
   def verdict(self) -> Verdict:
-    """Judges the tensor by itself."""
+    """Judges this tensor without comparing it to others."""
     if self.length == 1:
       return self._by_scale()
     known, old = self.new[:, :-1], self.old[:, :-1]
@@ -86,7 +87,7 @@ class Row:
     return judge(self.old[:, 1:], old, known)
 
   def _scale_after(self, rolls: int) -> Verdict:
-    """Judges the scale beside a history that moved rightly, by one or more slots."""
+    """Judges the scale of a history that shifted correctly, by one or more slots."""
     old, new = self.old_scale, self.new_scale
     if old is None or new is None:
       return RIGHT
@@ -99,21 +100,21 @@ class Row:
     if any(_follows(new[:, 0], source) for source in sources):
       return RIGHT
     if close(new, old):
-      return dataclasses.replace(KEPT, seen="the scale came back as it went in")
+      return dataclasses.replace(KEPT, seen="the scale is unchanged")
     if np.ptp(new) == 0:
-      return Verdict("reset", f"the scale is {new[0, 0]:.4g}, whatever the history was")
+      return Verdict("reset", f"the scale is {new[0, 0]:.4g}, independent of the history")
     verdict = judge(self.old.max(axis=1, keepdims=True) / _MAX[self.leaf.role], old, new)
     return dataclasses.replace(verdict, seen=f"the scale: {verdict.seen}")
 
   def _by_scale(self) -> Verdict:
-    """Judges a history of one slot, which is new after each step, by the scale that it made."""
+    """Judges a history of one slot, which each step replaces, by its scale."""
     old, new = self.old_scale, self.new_scale
     if old is None or new is None:
       return KEPT if close(self.new, self.old) else RIGHT
     if close(self.new, self.old) and close(new, old):
       return KEPT
     if np.all(new == 1) or np.all(new == 0):
-      return Verdict("reset", f"the scale is {new[0, 0]:g}, whatever the history was")
+      return Verdict("reset", f"the scale is {new[0, 0]:g}, independent of the history")
     if _steady(new):
       return REPLACED
     right = self.old / _MAX[self.leaf.role]
@@ -128,8 +129,8 @@ class Row:
     is_margin = any(abs(math.remainder(math.log2(ratio / unit), 1)) < 1e-5 for unit in _RANGES)
     return RIGHT if is_margin or _are_powers(new) else multiple(ratio)
 
-  def beside(self, other: Row) -> Verdict | None:
-    """Judges the tensor as a copy of another's; None if it is none."""
+  def as_copy_of(self, other: Row) -> Verdict | None:
+    """Judges this tensor as a copy or a moving average of another; None if it is neither."""
     if close(self.new, other.new) or close(self.new, other.old):
       return COPY
     known = slice(None) if self.length == 1 else slice(None, -1)
@@ -143,17 +144,17 @@ class Row:
 
 
 def _are_powers(scales: np.ndarray) -> bool:
-  """Tells whether all scales are powers of two."""
+  """Returns whether all scales are powers of two."""
   return bool(np.all(np.log2(scales) % 1 == 0))
 
 
 def _steady(values: np.ndarray) -> bool:
-  """Tells whether positive values hardly depend on the run."""
+  """Returns whether all values are positive and nearly equal in all runs, within a factor of 2."""
   return bool(np.all(values > 0) and np.all(values.max(axis=0) < 2 * values.min(axis=0)))
 
 
 def _follows(scale: np.ndarray, source: np.ndarray) -> bool:
-  """Tells whether a scale is a multiple of its source, or the power of two above one."""
+  """Returns whether a scale is a constant multiple of its source, or one rounded up to 2**n."""
   if not (np.all(np.isfinite(scale)) and np.all(scale > 0) and np.all(source > 0)):
     return False
   ratio = scale / source
@@ -166,16 +167,16 @@ def rows(
   after: Sequence[Outcome],
   kernels: Mapping[str, np.ndarray],
 ) -> list[Row]:
-  """Takes stacks apart.
+  """Unstacks the histories and scales of all runs.
 
   Args:
     leaves: the FP8 state.
-    before: what was planted, by run.
-    after: what became of it.
-    kernels: by the path of a tensor, its parameter's largest magnitude for each of a stack.
+    before: planted states, by run.
+    after: states after the step, by run.
+    kernels: largest magnitudes of kernel parameters, for each element of a stack, by tensor path.
 
   Returns:
-    A row for each history that kept its shape.
+    A row for each history, and for each element of a stack.
   """
   paths = {leaf.path for leaf in leaves}
   found: list[Row] = []
@@ -204,7 +205,7 @@ def rows(
 
 
 def _factor(row: Row, kernels: Mapping[str, np.ndarray]) -> float | None:
-  """Compares the newest amax of a kernel with the kernel's own."""
+  """Returns the recorded amax of a kernel divided by the amax of its parameter; None if unknown."""
   kernel = kernels.get(row.leaf.tensor)
   if kernel is None or not kernel[row.index] > 0:
     return None
@@ -212,14 +213,14 @@ def _factor(row: Row, kernels: Mapping[str, np.ndarray]) -> float | None:
 
 
 def _together(found: Sequence[Row]) -> Verdict:
-  """Judges the histories of several tensors by one law, which shows where one alone is short."""
+  """Judges the histories of several tensors together; one alone may be too short for a fit."""
   pairs = [(row.old[:, 1:], row.old[:, :-1], row.new[:, :-1]) for row in found]
   right, old, got = (np.concatenate(values, axis=1) for values in zip(*pairs, strict=True))
   return judge(right, old, got)
 
 
 def judge_all(found: Sequence[Row]) -> list[tuple[Row, Verdict]]:
-  """Judges every tensor, by itself and as a copy of one of the same name elsewhere."""
+  """Judges every tensor by itself, and as a copy of the same tensor in another collection."""
   alone = {id(row): row.verdict() for row in found}
   for group in {row.leaf.group for row in found}:
     wrong = [row for row in found if row.leaf.group == group and row.length > 1]
@@ -236,8 +237,9 @@ def judge_all(found: Sequence[Row]) -> list[tuple[Row, Verdict]]:
     if row.leaf.group in replaced and _steady(row.new):
       verdict = REPLACED
     if verdict.kind not in _FINE and len(groups) > 1:
-      twins = (o for o in found if o.place == row.place and o is not row and o.length == row.length)
-      as_copy = (row.beside(twin) for twin in twins if alone[id(twin)].kind != "kept")
+      others = (o for o in found if o.place == row.place and o is not row)
+      others = (o for o in others if o.length == row.length and alone[id(o)].kind != "kept")
+      as_copy = (row.as_copy_of(other) for other in others)
       verdict = next((v for v in as_copy if v is not None), verdict)
     if verdict.kind == "kept" and moves:
       verdict = Verdict("copy" if row.leaf.group not in moves else "unmoved")

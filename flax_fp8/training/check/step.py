@@ -1,6 +1,6 @@
-"""A training step as a black box: put known FP8 state in, take the new state out.
+"""Calls a training step as a black box, with known FP8 state.
 
-Nothing that belongs to the caller is changed or given away: each call gets copies.
+Each call gets copies, so the arrays of the caller are neither changed nor donated.
 """
 
 from __future__ import annotations
@@ -22,40 +22,40 @@ from flax_fp8.recipes.base import Role
 from flax_fp8.training import paths
 
 HISTORY, SCALE, STEPS = "amax_history", "scale", "steps_to_update"
-_OPTIMISERS = {"opt", "optim", "optimizer", "optimiser", "opt_state", "optimizer_state"}
+_OPTIMIZERS = {"opt", "optim", "optimizer", "optimiser", "opt_state", "optimizer_state"}
 _DEPTH = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """A variable of an FP8 contraction, somewhere in a training state.
+  """A variable of an FP8 contraction in a training state.
 
   Attributes:
-    path: names that lead to it, joined by slashes.
-    group: the part of ``path`` down to the collection; copies of a collection differ in it.
-    role: "input", "kernel" or "output_grad"; empty if it is not one of a recipe's variables.
+    path: path in the training state, joined by slashes.
+    group: path of the collection that contains it; copies of a collection have different groups.
+    role: "input", "kernel" or "output_grad"; empty if it is not a variable of a recipe.
     key: "amax_history", "scale" and so on.
-    in_optimiser: whether it lies in the state of an optimiser.
-    shape: of the array.
-    axis: of the array, along which a history has its slots; all others are axes of stacks.
+    in_optimizer: whether it is in the state of an optimizer.
+    shape: shape of the array.
+    axis: axis with the slots of a history; all other axes are stacking axes.
   """
 
   path: str
   group: str
   role: str
   key: str
-  in_optimiser: bool
+  in_optimizer: bool
   shape: tuple[int, ...]
   axis: int = 0
 
   @property
   def tensor(self) -> str:
-    """Path of the tensor that it describes."""
+    """Path of the tensor that this variable describes."""
     return self.path.removesuffix("/value").removesuffix(f"_{self.key}")
 
   @property
   def module(self) -> str:
-    """Path of the contraction that it belongs to."""
+    """Path of the contraction."""
     return self.tensor.removesuffix(self.role).removesuffix("/")
 
   @property
@@ -65,27 +65,27 @@ class Leaf:
 
   @property
   def below(self) -> str:
-    """The tensor within the collection."""
+    """Path of the tensor within the collection."""
     return self.tensor.removeprefix(self.group).removeprefix("/")
 
   def read(self, leaf: Any) -> np.ndarray:
-    """Reads the array as float64, with the axes of stacks first if it has kept its rank."""
+    """Returns the array as float64, with stacking axes first if it has the expected rank."""
     value = np.asarray(to_float32(leaf)).astype(np.float64)
     return own_last(value, self.axis) if value.ndim == len(self.shape) else value
 
   def place(self, value: np.ndarray) -> np.ndarray:
-    """Lays values that have the axes of stacks first out as the array is."""
+    """Inverts ``read``: moves stacking axes back to their places."""
     return own_back(value, self.axis)
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What a call of the step returned.
+  """Result of a call of the step.
 
   Attributes:
     state: the new training state.
-    fp8: its FP8 state by path; float64, with the axes of stacks first.
-    prints: a fingerprint of each of its other arrays, by path.
+    fp8: FP8 state by path; float64, with stacking axes first.
+    prints: checksum of each other trained array, by path.
   """
 
   state: Any
@@ -94,15 +94,15 @@ class Outcome:
 
 
 def same(path: str, one: Outcome, other: Outcome) -> bool:
-  """Tells whether a leaf of FP8 state is the same in two outcomes."""
+  """Returns whether a leaf of FP8 state is equal in two outcomes."""
   return path in other.fp8 and np.array_equal(one.fp8[path], other.fp8[path], equal_nan=True)
 
 
 def find_state(state: Any) -> list[Leaf]:
   """Finds the FP8 state of a training state.
 
-  It is what lies under a key ``_overwrite_with_gradient``; without one, what is named as the
-  variables of a contraction are.
+  FP8 state is every leaf under a key ``_overwrite_with_gradient``. Without such a key, it is every
+  leaf with the name of a variable of a recipe.
   """
   found = leaves_with_path(state)
   named = [(path, [paths.name((entry,)) for entry in path]) for path, _ in found]
@@ -117,14 +117,14 @@ def find_state(state: Any) -> list[Leaf]:
       depth = 0
     else:
       continue
-    in_optimiser = _in_optimiser(state, path[: depth or len(path)])
+    in_optimizer = _in_optimizer(state, path[: depth or len(path)])
     group, shape = "/".join(parts[:depth]), np.shape(leaf)
-    leaves.append(Leaf("/".join(parts), group, role, key, in_optimiser, shape))
+    leaves.append(Leaf("/".join(parts), group, role, key, in_optimizer, shape))
   return _with_axes(leaves)
 
 
 def _with_axes(leaves: Sequence[Leaf]) -> list[Leaf]:
-  """Finds the axis of slots of each leaf, from the shapes of all leaves of its module."""
+  """Finds the axis with the slots of each leaf, from the shapes of all leaves of its module."""
   modules: dict[str, dict[str, tuple[int, ...]]] = {}
   for leaf in leaves:
     if leaf.role:
@@ -135,7 +135,7 @@ def _with_axes(leaves: Sequence[Leaf]) -> list[Leaf]:
 
 
 def _role(name: str) -> tuple[str, str]:
-  """Splits the name of a variable into role and key."""
+  """Splits the name of a variable into its role and key."""
   for role in Role:
     key = name.removeprefix(f"{role.value}_")
     if key != name:
@@ -143,9 +143,9 @@ def _role(name: str) -> tuple[str, str]:
   return "", name
 
 
-def _in_optimiser(tree: Any, path: Any) -> bool:
+def _in_optimizer(tree: Any, path: Any) -> bool:
   for entry in path:
-    if type(tree).__module__.partition(".")[0] == "optax" or paths.name((entry,)) in _OPTIMISERS:
+    if type(tree).__module__.partition(".")[0] == "optax" or paths.name((entry,)) in _OPTIMIZERS:
       return True
     tree = _child(tree, entry)
   return False
@@ -161,7 +161,7 @@ def _child(tree: Any, entry: Any) -> Any:
 
 
 def copy(tree: Any) -> Any:
-  """Copies every array, so that it may be donated or written to."""
+  """Copies every array, so that the step may donate or overwrite it."""
   return jax.tree.map(_copy, tree)
 
 
@@ -174,7 +174,7 @@ def _copy(leaf: Any) -> Any:
 
 
 def plant(state: Any, values: Mapping[str, np.ndarray]) -> Any:
-  """Puts values in the place of leaves, in their dtype, on their devices."""
+  """Replaces leaves by values, cast to their dtype and placed on their devices."""
 
   def one(path: Any, leaf: Any) -> Any:
     value = values.get(paths.name(path))
@@ -193,13 +193,13 @@ def _like(value: np.ndarray, leaf: Any) -> Any:
 
 
 class Step:
-  """A training step, counted and copied for.
+  """A training step that gets copies of its arguments.
 
   Attributes:
-    leaves: the FP8 state of the training state.
-    own: of it, what lies outside of optimisers.
-    others: paths of all else.
-    calls: how often the step was called.
+    leaves: the FP8 state in the training state.
+    own: the part of ``leaves`` outside optimizer states, or all of them if none is outside.
+    others: paths of all other leaves.
+    calls: number of calls so far.
   """
 
   def __init__(self, step_fn: Callable[..., Any], state: Any, batch: Any) -> None:
@@ -207,15 +207,15 @@ class Step:
     self.leaves = find_state(state)
     self._all = set(paths.leaves_by_path(state))
     self._fp8 = {leaf.path: leaf for leaf in self.leaves}
-    self.own = [leaf for leaf in self.leaves if not leaf.in_optimiser] or self.leaves
+    self.own = [leaf for leaf in self.leaves if not leaf.in_optimizer] or self.leaves
     self.others = frozenset(self._all - self._fp8.keys())
     self.calls = 0
 
   def __call__(self, state: Any, batch: Any = None) -> Outcome:
-    """Takes the step from copies.
+    """Calls the step on copies of ``state`` and ``batch``.
 
     Raises:
-      ValueError: the step raised, or returned nothing like a training state.
+      ValueError: the step raised an error, or did not return a training state.
     """
     self.calls += 1
     batch = self._batch if batch is None else batch
@@ -224,13 +224,13 @@ class Step:
     except Exception as error:
       raise ValueError(
         f"check_train_step: step_fn must run on the state and the batch; got "
-        f"{type(error).__name__} in its call {self.calls}: {error} Call step_fn(state, batch) by "
-        "itself to see where."
+        f"{type(error).__name__} in call {self.calls}: {error} Call step_fn(state, batch) yourself "
+        "to see where."
       ) from error
     return self._outcome(self._new_state(output))
 
   def skipped(self, before: Outcome, after: Outcome) -> bool:
-    """Tells whether a call changed neither parameters nor scales and histories."""
+    """Returns whether a call changed neither parameters nor scales and histories."""
     state = [leaf.path for leaf in self.own if leaf.key in (HISTORY, SCALE, STEPS)]
     return before.prints == after.prints and all(
       path in after.fp8 and same(path, before, after) for path in state
@@ -243,11 +243,11 @@ class Step:
     return Outcome(new, fp8, prints)
 
   def starting(self, state: Any) -> Outcome:
-    """The training state before a step, as if one had returned it."""
+    """Returns the training state before a step as an outcome."""
     return self._outcome(state)
 
   def _new_state(self, output: Any) -> Any:
-    """Finds the new state in what the step returned."""
+    """Finds the new state in the output of the step."""
     candidates = list(_within(output, _DEPTH))
     for wanted in (self._all, self.others):
       for tree in candidates:
@@ -256,14 +256,14 @@ class Step:
     got = dict.fromkeys(paths.leaves_by_path(output))
     difference = paths.compare(got, dict.fromkeys(sorted(self._all)), describe=lambda _: None)
     raise ValueError(
-      "check_train_step: step_fn must return the new state, alone or as an element of a tuple, with"
-      f" all leaves of the old one; got, in what it returned, {difference}. Return the state "
-      "first, as in state, loss = step_fn(state, batch)."
+      "check_train_step: step_fn must return the new state, alone or in a tuple, with all leaves "
+      f"of the old state; got a result with {difference}. Return the state first, as in "
+      "state, loss = step_fn(state, batch)."
     )
 
 
 def _within(tree: Any, depth: int) -> Iterator[Any]:
-  """Yields a tree, then its elements, level by level."""
+  """Yields a tree and its elements, level by level."""
   level = [tree]
   for _ in range(depth):
     yield from level
@@ -278,7 +278,7 @@ def _children(node: Any) -> Iterator[Any]:
 
 
 def _is_trained(leaf: Any) -> bool:
-  """Tells whether a leaf may be a parameter or a moment: no counter, key or loss scale."""
+  """Returns whether a leaf may be a parameter or a moment, not a counter, key or loss scale."""
   return np.ndim(leaf) > 0 and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
