@@ -255,22 +255,24 @@ def _modules() -> Iterator[Wrong]:
       yield Wrong(name, f"precision {value}", call, ValueError, words)
     for options in ({}, {"dims": DIMS}, {"lhs": X}):
       call = lambda c=cls, o=options: jax.eval_shape(lambda: c().init(jax.random.key(0), **o))
-      yield Wrong(name, f"called with {[*options]}", call, TypeError, "is called as Fp8")
+      yield Wrong(name, f"called with {[*options]}", call, TypeError, "must be called as Fp8")
     call = lambda c=cls, n=name: init(c(), *arguments[n][:2])
-    yield Wrong(name, "called with two", call, TypeError, "is called as Fp8")
+    yield Wrong(name, "called with two", call, TypeError, "must be called as Fp8")
     fun = lambda c=cls, n=name: c(*arguments[n])
-    yield Wrong(name, "arrays to its class", fun, TypeError, "takes arrays when it is called, not")
+    yield Wrong(
+      name, "arrays to its class", fun, TypeError, "arrays must be passed to the call, not"
+    )
     bare = lambda c=cls, n=name: c().apply({"params": {}}, *arguments[n])
     words = "applying the model needs the collection '_overwrite_with_gradient'"
     yield Wrong(name, "without state", bare, ValueError, words)
   fun = lambda: CURRENT.einsum_cls("mk,kn->mn", X, W)
-  yield Wrong("Fp8Einsum", "einsum_cls", fun, TypeError, "takes arrays when it is called, not")
+  yield Wrong("Fp8Einsum", "einsum_cls", fun, TypeError, "arrays must be passed to the call, not")
   for what, value in {"class": fp8.Fp8DotGeneral, "cls": DELAYED.dot_general_cls}.items():
     dense = nn.Dense(16, dot_general=value)
-    words = "takes arrays when it is called, not.*dot_general_cls="
+    words = "arrays must be passed to the call, not.*dot_general_cls="
     yield Wrong("Fp8DotGeneral", f"dot_general= {what}", lambda d=dense: init(d), TypeError, words)
   dense = nn.Dense(16, dot_general_cls=fp8.Fp8DotGeneral())
-  words = "is called as .*dot_general_cls=Fp8DotGeneral"
+  words = "must be called as .*dot_general_cls=Fp8DotGeneral"
   yield Wrong("Fp8DotGeneral", "dot_general_cls= instance", lambda: init(dense), TypeError, words)
   traced = lambda: fp8.Fp8DotGeneral().apply(variables(), X, W, DIMS)
   yield Wrong("Fp8DotGeneral", "another module's state", traced, ValueError, "needs the collection")

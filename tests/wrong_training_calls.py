@@ -160,7 +160,8 @@ def _models() -> Iterator[Wrong]:
     words = "module must be an instance of a Linen module; got"
     yield Wrong(name, f"module={show(module):.12}", call, TypeError, words)
   nothing = lambda: freeze(Model(), zeros_of(Model()), LIKE)
-  yield Wrong(name, "no FP8", nothing, ValueError, "the model must contract something in FP8")
+  words = "the model must have at least one FP8 contraction"
+  yield Wrong(name, "no FP8", nothing, ValueError, words)
   bare = lambda: freeze(DENSE, {"params": zeros_of(DENSE)["params"]}, LIKE)
   words = "needs the collection '_overwrite_with_gradient'"
   yield Wrong("Fp8DotGeneral", "freeze without state", bare, ValueError, words)
@@ -558,7 +559,7 @@ def _fp8_ops() -> Iterator[Wrong]:
       "arrays to the class of fp8_ops",
       arrays,
       TypeError,
-      "takes arrays when it is called, not",
+      "arrays must be passed to the call, not",
     )
   calls = {
     "quantize": lambda d: fp8_ops.quantize(X, d, one, jnp.float32),

@@ -1,7 +1,8 @@
-"""The names of ``flax.linen.fp8_ops``, so that changing one import moves a code base over.
+"""A drop-in replacement for ``flax.linen.fp8_ops``.
 
-``from flax.linen import fp8_ops`` becomes ``from flax_fp8 import fp8_ops``. Calls, class names and
-variables are those of Flax, so its checkpoints load; arithmetic and state are ours.
+Replace ``from flax.linen import fp8_ops`` by ``from flax_fp8 import fp8_ops``. Signatures, class
+names and variables are those of Flax, so its checkpoints load. Arithmetic and state updates are
+those of ``flax_fp8``.
 """
 
 from flax_fp8.fp8_ops.dots import (

@@ -1,4 +1,4 @@
-"""The contractions of ``flax.linen.fp8_ops`` under its signatures, for code that calls them."""
+"""The contraction functions of ``flax.linen.fp8_ops``, with the same signatures."""
 
 from __future__ import annotations
 
@@ -36,27 +36,27 @@ def fp8_scaled_dot_general(
   quantize_compute_type: Any = jnp.float32,
   fp8_format: Format = Format.HYBRID,
 ) -> jax.Array:
-  """Contracts in FP8 by delayed scaling, the state given leaf by leaf.
+  """Contracts in FP8 with delayed scaling. The state is passed as separate arrays.
 
   ``ops.dot_general(lhs, rhs, dimension_numbers, recipe=DelayedScaling(), state=...)``
 
   Args:
     lhs: left operand; float32, bfloat16 or float16.
-    rhs: right operand; the same.
-    dimension_numbers: of ``lax.dot_general``.
-    precision: disregarded, with a warning.
+    rhs: right operand; float32, bfloat16 or float16.
+    dimension_numbers: as in ``lax.dot_general``.
+    precision: ignored, with a warning.
     preferred_element_type: dtype of the result; the promoted dtype of the operands if None.
-    lhs_scale: float32 or fp32_max_grad; shape ``(1,)``; so the other scales.
-    rhs_scale: of ``rhs``.
-    grad_scale: of the output gradient.
-    lhs_amax_history: float32 or fp32_max_grad; shape ``(length,)``; so the other histories.
-    rhs_amax_history: of ``rhs``.
-    grad_amax_history: of the output gradient.
-    quantize_compute_type: taken for compatibility; arithmetic is float32.
-    fp8_format: formats of values and gradients.
+    lhs_scale: scale of ``lhs``; float32 or ``fp32_max_grad``; shape ``(1,)``.
+    rhs_scale: scale of ``rhs``; the same dtype and shape.
+    grad_scale: scale of the output gradient; the same dtype and shape.
+    lhs_amax_history: amax history of ``lhs``; float32 or ``fp32_max_grad``; shape ``(length,)``.
+    rhs_amax_history: amax history of ``rhs``; the same dtype and shape.
+    grad_amax_history: amax history of the output gradient; the same dtype and shape.
+    quantize_compute_type: accepted for compatibility and ignored; arithmetic is float32.
+    fp8_format: FP8 formats of operands and gradients.
 
   Returns:
-    The product; shape as ``lax.dot_general``.
+    The product. The shape is that of ``lax.dot_general``.
 
   Raises:
     TypeError: as ``ops.dot_general``.
@@ -102,9 +102,9 @@ def fp8_scaled_dot_general(
 
 
 def warn_of_precision(name: str, precision: Any) -> None:
-  """Warns that a precision is disregarded."""
+  """Warns that ``precision`` is ignored."""
   if precision is not None:
-    message = f"{name}: the recipe chooses how FP8 GEMMs accumulate; {precision=} is disregarded."
+    message = f"{name}: the recipe sets the accumulation of FP8 GEMMs; {precision=} is ignored."
     warnings.warn(message, stacklevel=3)
 
 
@@ -121,28 +121,34 @@ def quantized_dot(
   dimension_numbers: Any,
   preferred_element_type: Any = None,
 ) -> jax.Array:
-  """Multiplies two quantised operands, unscaled; the backward pass quantises the gradient.
+  """Multiplies two quantized operands without scaling. The backward pass quantizes the gradient.
 
-  ``dot_general(q_lhs, q_rhs)``, to be dequantised with ``out_dq``
+  ``lax.dot_general(q_lhs, q_rhs, dimension_numbers)``
+
+  Dequantize the result with ``out_dq``. The gradients of ``out_grad_scale`` and
+  ``out_grad_amax_history`` are their new values.
 
   Args:
-    lhs: the left operand before quantisation: receives its gradient.
-    q_lhs: the left operand in FP8.
-    lhs_scale: float32 or fp32_max_grad; shape ``(1,)``; so ``rhs_scale``.
-    rhs: the right operand before quantisation: receives its gradient.
-    q_rhs: the right operand in FP8.
-    rhs_scale: of ``rhs``.
-    out_grad_scale: of the gradient; its own gradient is its new value.
-    out_grad_amax_history: of the gradient; its own gradient is its new value.
-    dimension_numbers: of ``lax.dot_general``.
-    preferred_element_type: dtype of the product and of the gradients; float32 if None. The product
-      is unscaled, so float16 may overflow; ``fp8_scaled_dot_general`` does not.
+    lhs: left operand before quantization. It receives the gradient of the left operand.
+    q_lhs: left operand in FP8.
+    lhs_scale: scale of ``q_lhs``; float32 or ``fp32_max_grad``; shape ``(1,)``.
+    rhs: right operand before quantization. It receives the gradient of the right operand.
+    q_rhs: right operand in FP8.
+    rhs_scale: scale of ``q_rhs``; the same dtype and shape.
+    out_grad_scale: scale of the output gradient; the same dtype and shape.
+    out_grad_amax_history: amax history of the output gradient; the same dtype; shape
+      ``(length,)``.
+    dimension_numbers: as in ``lax.dot_general``.
+    preferred_element_type: dtype of the product and of the gradients; float32 if None. Use float32
+      or bfloat16: the product is unscaled and may overflow in float16. ``fp8_scaled_dot_general``
+      has no such limit.
 
   Returns:
-    The unscaled product; shape as ``lax.dot_general``.
+    The unscaled product. The shape is that of ``lax.dot_general``.
 
   Numerics:
-    Gradients are quantised to E5M2, and scaled in float32 after the GEMM.
+    The output gradient is quantized to E5M2. The gradients of the operands are scaled in float32
+    after the GEMM.
 
   Example:
     >>> import jax.numpy as jnp
@@ -204,16 +210,16 @@ def dot_general_transpose_lhs(
   ``transpose(dot_general(g, y))``
 
   Args:
-    g: gradient of the product; axes batch, x's, y's.
-    x: left operand; only its rank is read.
+    g: gradient of the product, with batch axes first, then the axes of ``x``, then those of ``y``.
+    x: left operand. Only its shape is used.
     y: right operand.
-    dimension_numbers: of the forward product.
-    precision: of ``lax.dot_general``.
+    dimension_numbers: dimension numbers of the forward product.
+    precision: as in ``lax.dot_general``.
     preferred_element_type: dtype of the result.
-    swap_ans: whether ``g`` has y's axes before x's.
+    swap_ans: whether the axes of ``y`` come before the axes of ``x`` in ``g``.
 
   Returns:
-    The gradient; shape of ``x``.
+    The gradient, of the shape of ``x``.
 
   Example:
     >>> import jax.numpy as jnp
@@ -250,15 +256,15 @@ def dot_general_transpose_rhs(
   ``transpose(dot_general(g, x))``
 
   Args:
-    g: gradient of the product; axes batch, x's, y's.
+    g: gradient of the product, with batch axes first, then the axes of ``x``, then those of ``y``.
     x: left operand.
-    y: right operand; only its rank is read.
-    dimension_numbers: of the forward product.
-    precision: of ``lax.dot_general``.
+    y: right operand. Only its shape is used.
+    dimension_numbers: dimension numbers of the forward product.
+    precision: as in ``lax.dot_general``.
     preferred_element_type: dtype of the result.
 
   Returns:
-    The gradient; shape of ``y``.
+    The gradient, of the shape of ``y``.
 
   Example:
     >>> import jax.numpy as jnp
@@ -291,19 +297,23 @@ def dot_general_with_precision(
   precision: Any = None,
   preferred_element_type: Any = None,
 ) -> jax.Array:
-  """Multiplies with fast accumulation forward and full accumulation backward.
+  """Contracts with fast accumulation in the forward pass and full accumulation in the backward.
 
   ``lax.dot_general(lhs, rhs, dimension_numbers)``
 
   Args:
     lhs: left operand.
     rhs: right operand.
-    dimension_numbers: of ``lax.dot_general``.
-    precision: disregarded, with a warning.
-    preferred_element_type: disregarded, with a warning.
+    dimension_numbers: as in ``lax.dot_general``.
+    precision: ignored, with a warning.
+    preferred_element_type: ignored, with a warning.
 
   Returns:
-    The product; shape as ``lax.dot_general``.
+    The product. The shape is that of ``lax.dot_general``.
+
+  Numerics:
+    The forward GEMM has ``precision=DEFAULT``, which allows fast accumulation of FP8 products. The
+    GEMMs of the derivatives have ``precision=HIGHEST``.
 
   Example:
     >>> import jax.numpy as jnp

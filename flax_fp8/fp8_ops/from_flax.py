@@ -1,7 +1,7 @@
-"""State that ``flax.linen.fp8_ops`` left, as ``Fp8DotGeneral`` and ``Fp8Einsum`` read it.
+"""Conversion of variables from ``flax.linen.fp8_ops`` to ``Fp8DotGeneral`` and ``Fp8Einsum``.
 
-What a scale means and how a history is ordered are the same there and here; what differs is what
-modules are called, and that there a history may hold NaN, and a scale be zero.
+Scales have the same meaning in both packages, and histories the same order. The names of modules
+differ. Flax's histories may contain NaN, and its scales may be zero.
 """
 
 from __future__ import annotations
@@ -22,37 +22,43 @@ from flax_fp8.training.paths import compare, leaves_by_path
 from flax_fp8.training.state import partition_for_grad_overwrite
 
 LEAVES = {f"{role.value}_{key}" for role in Role for key in ("scale", "amax_history")}
-# Names that Linen gives; Fp8Einsum's is the same on both sides.
+# Names that Linen assigns to unnamed modules. The name of Fp8Einsum is the same in both packages.
 AUTOMATIC = re.compile(r"(?:Fp8DirectDotGeneralOp|Fp8DotGeneralOp|NANOOFp8DotGeneralOp)_(\d+)")
 
 
 def from_flax_fp8_ops(variables: Any) -> Any:
-  """Makes variables of a model that used ``flax.linen.fp8_ops`` those of the same model with ours.
+  """Converts the variables of a model with ``flax.linen.fp8_ops`` to the same model with flax_fp8.
 
   ``.../Fp8DirectDotGeneralOp_0/input_scale`` becomes ``.../Fp8DotGeneral_0/input_scale``.
 
+  Continue with the recipe ``DelayedScaling(amax_history_len=...)``, with Flax's
+  ``amax_history_length``. After ``NANOOFp8DotGeneralOp``, also pass
+  ``fp8_format=Format.HYBRID_FNUZ``.
+
   Args:
-    variables: variables dict of the model with ``Fp8DirectDotGeneralOp`` (Flax's
-      ``Fp8DotGeneral``), ``Fp8DotGeneralOp``, ``NANOOFp8DotGeneralOp`` or ``Fp8Einsum``. State is
-      float32 or of either library's extended dtype; leaves may have axes of scanned or mapped
-      modules.
+    variables: variables dict of a model with ``Fp8DirectDotGeneralOp`` (Flax's ``Fp8DotGeneral``),
+      ``Fp8DotGeneralOp``, ``NANOOFp8DotGeneralOp`` or ``Fp8Einsum``. The state is float32, or has
+      the extended dtype of Flax or flax_fp8. It may have axes of scanned or mapped modules.
 
   Returns:
-    Variables for ``Fp8DotGeneral`` and ``Fp8Einsum``; state in float32. Modules that were named by
-    hand keep their names. All other leaves are the ones passed in; mappings keep their types. The
-    recipe that goes on with them is ``DelayedScaling(amax_history_len=...)`` of Flax's
-    ``amax_history_length``; after ``NANOOFp8DotGeneralOp`` with ``Format.HYBRID_FNUZ``.
+    Variables for ``Fp8DotGeneral`` and ``Fp8Einsum``, with state in float32. Modules with names
+    chosen by the user keep them. All other leaves are returned unchanged. Mappings keep their
+    types.
 
   Raises:
-    ValueError: ``variables`` is no variables dict, holds no FP8 state, or state that is not Flax's;
-      or two modules would have one name. Names the paths.
+    ValueError: ``variables`` is not a variables dict, has no FP8 state, or has state of another
+      form than Flax's. Also raised if two modules would get the same name. The error lists the
+      paths.
 
   Numerics:
-    Bits are kept. The exceptions: an amax that is not finite becomes zero, that is, not seen; a
-    scale that is not positive and finite becomes 1. In float32 the model then goes on bit for bit
-    as Flax's ``Fp8DirectDotGeneralOp`` would, and as its ``Fp8Einsum``. Where ``jnp.einsum`` handed
-    that the operands in reverse (``"mk,kn->nm"``, say), its ``input_*`` describes the kernel, which
-    the variables don't tell: exchange the two by hand, or ours learns within a history's length.
+    The values are kept bit for bit, except for invalid ones. A non-finite amax becomes zero, which
+    means that none was recorded. A scale that is not positive and finite becomes 1. In float32, the
+    model then trains bit for bit as with Flax's ``Fp8DirectDotGeneralOp`` and ``Fp8Einsum``.
+
+    For some equations, such as ``"mk,kn->nm"``, ``jnp.einsum`` swaps the operands. Flax's
+    ``Fp8Einsum`` then stores the state of the kernel as ``input_*``. The variables do not show
+    this. Swap the two states by hand. Otherwise delayed scaling corrects them within the length of
+    the history.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -70,13 +76,13 @@ def from_flax_fp8_ops(variables: Any) -> Any:
     raise ValueError(
       f"from_flax_fp8_ops: variables must hold the collection {OVERWRITE_WITH_GRADIENT!r} of "
       f"flax.linen.fp8_ops; got collections {sorted(variables)} without FP8 state. For a model "
-      "trained without FP8 take upgrade_variables(model, variables, *inputs)."
+      "trained without FP8, use upgrade_variables(model, variables, *inputs)."
     )
   return _convert(variables)
 
 
 def _convert(tree: Any) -> Any:
-  """Converts what lies under each key of state, and leaves the rest."""
+  """Converts the state in a tree of variables, and keeps all other leaves."""
   if not isinstance(tree, Mapping):
     return tree
   new = {
@@ -87,15 +93,15 @@ def _convert(tree: Any) -> Any:
 
 
 def _convert_state(state: Any, path: str) -> Any:
-  """Renames modules down to those that hold leaves, and converts these."""
+  """Renames modules and converts the leaves of the innermost modules."""
   children = state.values() if isinstance(state, Mapping) else ()
   if not children or not all(isinstance(child, Mapping) for child in children):
     return _convert_module(state, path)
   renamed = {key: AUTOMATIC.sub(r"Fp8DotGeneral_\1", key) for key in state}
   if len({*renamed.values()}) < len(renamed):
     raise ValueError(
-      "from_flax_fp8_ops: modules side by side must have one name each in flax_fp8; got "
-      f"{sorted(renamed)} at {path or 'the top'!r}. Rename them to what your model calls them now."
+      "from_flax_fp8_ops: modules in one scope must have different names in flax_fp8; got "
+      f"{sorted(renamed)} at {path or 'the top'!r}. Rename them to the names in your current model."
     )
   new = {renamed[key]: _convert_state(value, f"{path}/{key}") for key, value in state.items()}
   return with_items(state, new)
@@ -111,7 +117,7 @@ def _convert_module(leaves: Any, path: str) -> Any:
 
 
 def _float32(leaf: Any, path: str) -> jax.Array:
-  """Casts an extended dtype to the float32 that it is in memory, whichever library's it is."""
+  """Casts float32, or the extended dtype of Flax or flax_fp8, to float32."""
   dtype = getattr(leaf, "dtype", None)
   if getattr(dtype, "float_dtype", dtype) != jnp.float32:
     raise _malformed(path, f"dtype={dtype} for float32")
@@ -128,7 +134,11 @@ def _check_shapes(state: Mapping[str, jax.Array], path: str) -> None:
 
 
 def _fit(scales: list[tuple[int, ...]], histories: list[tuple[int, ...]]) -> bool:
-  """All roles alike; a scale is as a history whose axis of slots, wherever it is, has one."""
+  """Returns whether the shapes are valid.
+
+  All roles must have the same shapes. A scale has the shape of its history, except that the axis of
+  slots has size 1. This axis may be anywhere.
+  """
   scale, history = scales[0], histories[0]
   if len({*scales}) > 1 or len({*histories}) > 1 or len(scale) != len(history) or 0 in history:
     return False
@@ -145,7 +155,7 @@ def _clean(name: str, leaf: jax.Array) -> jax.Array:
 
 def _malformed(path: str, got: str) -> ValueError:
   return ValueError(
-    "from_flax_fp8_ops: state must be scale and amax history of input, kernel and output_grad, "
-    f"float32; got, at {path.lstrip('/') or 'the top'!r}, {got}. Pass the variables as "
-    "flax.linen.fp8_ops left them."
+    "from_flax_fp8_ops: state must be scale and amax_history of input, kernel and output_grad in "
+    f"float32; got, at {path.lstrip('/') or 'the top'!r}, {got}. Pass the unmodified variables of "
+    "flax.linen.fp8_ops."
   )

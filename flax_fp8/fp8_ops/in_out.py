@@ -1,7 +1,7 @@
-"""Quantise an operand, dequantise a result: the differentiable ends of a contraction of one's own.
+"""Differentiable quantization of operands and dequantization of results, for custom contractions.
 
-The calls are those of ``flax.linen.fp8_ops``. Scale and history go in as values, and their
-gradients are their new values.
+The signatures are those of ``flax.linen.fp8_ops``. The gradients of a scale and a history are their
+new values.
 """
 
 from __future__ import annotations
@@ -23,22 +23,24 @@ from flax_fp8.state_cast import emit_once
 def in_qdq(
   compute_dtype: Any, q_dtype: Any, inp: jax.Array, scale: jax.Array, amax_history: jax.Array
 ) -> jax.Array:
-  """Rounds an operand to FP8's grid going forward; its gradient passes through unchanged.
+  """Quantizes and dequantizes an operand. Its gradient passes through unchanged.
 
-  ``qdq(inp)``; the gradients of ``scale`` and ``amax_history`` are their new values.
+  ``qdq(inp, q_dtype, new_scale, compute_dtype)``
+
+  The gradients of ``scale`` and ``amax_history`` are their new values.
 
   Args:
-    compute_dtype: taken for compatibility; arithmetic is float32.
+    compute_dtype: accepted for compatibility and ignored; arithmetic is float32.
     q_dtype: an FP8 dtype.
-    inp: values; any shape; float32, bfloat16 or float16.
-    scale: as for ``update_fp8_meta``.
-    amax_history: as for ``update_fp8_meta``.
+    inp: values of any shape; float32, bfloat16 or float16.
+    scale: as in ``update_fp8_meta``.
+    amax_history: as in ``update_fp8_meta``.
 
   Returns:
-    Values on the grid; shape and dtype of ``inp``.
+    The rounded values, of the shape and dtype of ``inp``.
 
   Raises:
-    ValueError: ``q_dtype`` is no FP8 dtype.
+    ValueError: ``q_dtype`` is not an FP8 dtype.
 
   Numerics:
     As ``qdq``.
@@ -78,22 +80,24 @@ in_qdq.defvjp(in_qdq_fwd, in_qdq_bwd)
 def out_qdq(
   compute_dtype: Any, q_dtype: Any, out: jax.Array, scale: jax.Array, amax_history: jax.Array
 ) -> jax.Array:
-  """Rounds the gradient to FP8's grid going backward; the value passes through unchanged.
+  """Quantizes and dequantizes the gradient. The value passes through unchanged.
 
-  ``out``; its gradient is ``qdq(g)``, those of ``scale`` and ``amax_history`` their new values.
+  ``out``, with the gradient ``qdq(g, q_dtype, new_scale, compute_dtype)``
+
+  The gradients of ``scale`` and ``amax_history`` are their new values.
 
   Args:
-    compute_dtype: taken for compatibility; arithmetic is float32.
-    q_dtype: an FP8 dtype, E5M2 as a rule.
-    out: values; any shape; float32, bfloat16 or float16.
-    scale: of the gradient; as for ``update_fp8_meta``.
-    amax_history: of the gradient; as for ``update_fp8_meta``.
+    compute_dtype: accepted for compatibility and ignored; arithmetic is float32.
+    q_dtype: an FP8 dtype, usually E5M2.
+    out: values of any shape; float32, bfloat16 or float16.
+    scale: scale of the gradient; as in ``update_fp8_meta``.
+    amax_history: amax history of the gradient; as in ``update_fp8_meta``.
 
   Returns:
     ``out``.
 
   Raises:
-    ValueError: ``q_dtype`` is no FP8 dtype.
+    ValueError: ``q_dtype`` is not an FP8 dtype.
 
   Numerics:
     As ``qdq``.
@@ -134,26 +138,28 @@ out_qdq.defvjp(out_qdq_fwd, out_qdq_bwd)
 def in_q(
   compute_dtype: Any, q_dtype: Any, inp: jax.Array, scale: jax.Array, amax_history: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Quantises an operand by delayed scaling.
+  """Quantizes an operand with delayed scaling.
 
-  ``quantize(inp, new_scale), new_scale``; the gradients of ``scale`` and ``amax_history`` are their
-  new values. That of ``inp`` is zero: whoever multiplies the FP8 values defines it.
+  ``quantize(inp, q_dtype, new_scale, compute_dtype), new_scale``
+
+  The gradients of ``scale`` and ``amax_history`` are their new values. The gradient of ``inp`` is
+  zero. The function that multiplies the FP8 values, such as ``quantized_dot``, must define it.
 
   Args:
-    compute_dtype: taken for compatibility; arithmetic is float32.
+    compute_dtype: accepted for compatibility and ignored; arithmetic is float32.
     q_dtype: an FP8 dtype.
-    inp: values; any shape; float32, bfloat16 or float16.
-    scale: as for ``update_fp8_meta``.
-    amax_history: as for ``update_fp8_meta``.
+    inp: values of any shape; float32, bfloat16 or float16.
+    scale: as in ``update_fp8_meta``.
+    amax_history: as in ``update_fp8_meta``.
 
   Returns:
-    FP8 values of the shape of ``inp``, and the scale that they were quantised with.
+    FP8 values of the shape of ``inp``, and the scale used to quantize them.
 
   Raises:
-    ValueError: ``q_dtype`` is no FP8 dtype.
+    ValueError: ``q_dtype`` is not an FP8 dtype.
 
   Numerics:
-    As ``quantize``.
+    As ``quantize``, but infinities become NaN.
 
   Example:
     >>> import jax.numpy as jnp
@@ -189,21 +195,21 @@ in_q.defvjp(in_q_fwd, in_q_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def out_dq(dq_type: Any, lhs_scale: jax.Array, rhs_scale: jax.Array, out: jax.Array) -> jax.Array:
-  """Dequantises the product of two quantised operands; its gradient passes through unscaled.
+  """Dequantizes the product of two quantized operands. Its gradient passes through unscaled.
 
-  ``dequantize(out, lhs_scale * rhs_scale)``
+  ``dequantize(out, dq_type, lhs_scale * rhs_scale)``
 
   Args:
     dq_type: dtype of the result.
-    lhs_scale: of the left operand; float32 or fp32_max_grad; shape ``()`` or ``(1,)``.
-    rhs_scale: of the right operand; the same.
-    out: the product of FP8 values, float32; any shape.
+    lhs_scale: scale of the left operand; float32 or ``fp32_max_grad``; shape ``()`` or ``(1,)``.
+    rhs_scale: scale of the right operand; the same dtype and shape.
+    out: float32 product of FP8 values; any shape.
 
   Returns:
-    The product in ``dq_type``; shape of ``out``.
+    The product in ``dq_type``, of the shape of ``out``.
 
   Numerics:
-    Scales and product are multiplied in float32.
+    The product and the scales are multiplied in float32.
 
   Example:
     >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The modules of ``flax.linen.fp8_ops``: its fields, class names and variables, our arithmetic."""
+"""The modules of ``flax.linen.fp8_ops``, with its fields, class names and variables."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ DType = Any
 
 
 class Fp8DotGeneralBase(nn.Module):
-  """Fields that Flax's FP8 modules share.
+  """The common fields of Flax's FP8 modules.
 
   Attributes:
-    amax_history_length: number of amaxes kept a tensor.
+    amax_history_length: number of recorded amaxes per tensor.
     e4m3_dtype: FP8 dtype of inputs and kernels.
     e5m2_dtype: FP8 dtype of output gradients.
 
   Raises:
-    ValueError: a dtype is no FP8 dtype, or the length is below 1.
+    ValueError: a dtype is not an FP8 dtype, or the length is below 1.
 
   Example:
     >>> from flax_fp8 import fp8_ops
@@ -48,7 +48,7 @@ class Fp8DotGeneralBase(nn.Module):
 
   @property
   def recipe(self) -> DelayedScaling:
-    """The recipe that the fields describe."""
+    """The recipe with these fields."""
     name = type(self).__name__
     dtypes = {field: getattr(self, field) for field in ("e4m3_dtype", "e5m2_dtype")}
     fp8_format = Format(*(float8(x, f"{name}: {field}") for field, x in dtypes.items()))
@@ -61,18 +61,18 @@ class Fp8DirectDotGeneralOp(FP8Contraction, Fp8DotGeneralBase):
   """``flax_fp8.Fp8DotGeneral`` with the fields and the class name of Flax.
 
   Attributes:
-    amax_history_length: number of amaxes kept a tensor.
-    e4m3_dtype: FP8 dtype of inputs and kernels; honoured.
-    e5m2_dtype: FP8 dtype of output gradients; honoured.
+    amax_history_length: number of recorded amaxes per tensor.
+    e4m3_dtype: FP8 dtype of inputs and kernels. Flax ignores this field.
+    e5m2_dtype: FP8 dtype of output gradients. Flax ignores this field.
 
   Raises:
     TypeError: as ``flax_fp8.Fp8DotGeneral``.
-    ValueError: as ``flax_fp8.Fp8DotGeneral``, but a precision is disregarded with a warning, and
-      no device is refused.
+    ValueError: as ``flax_fp8.Fp8DotGeneral``, except for ``precision`` and the device. A given
+      ``precision`` is ignored with a warning.
 
   Numerics:
-    As ``flax_fp8.Fp8DotGeneral``; the result has the dtype of ``rhs``. A device that can't multiply
-    the dtypes is warned of, and computes in a wider type.
+    As ``flax_fp8.Fp8DotGeneral``, but the result has the dtype of ``rhs``. A device that cannot
+    multiply the dtypes computes in a wider type, with a warning.
 
   Example:
     >>> import flax.linen as nn
@@ -94,7 +94,7 @@ class Fp8DirectDotGeneralOp(FP8Contraction, Fp8DotGeneralBase):
     precision: Any = None,
     preferred_element_type: Any = None,
   ) -> jax.Array:
-    """Contracts; arguments as ``lax.dot_general``."""
+    """Contracts like ``lax.dot_general``."""
     warn_of_precision(name := type(self).__name__, precision)
     check.warn_of_device(name, self.recipe)
     return ops.dot_general(
@@ -115,18 +115,18 @@ class Fp8Einsum(FP8Contraction, Fp8DotGeneralBase):
   """``flax_fp8.Fp8Einsum`` with the fields of Flax.
 
   Attributes:
-    amax_history_length: number of amaxes kept a tensor.
-    e4m3_dtype: FP8 dtype of inputs and kernels; honoured.
-    e5m2_dtype: FP8 dtype of output gradients; honoured.
+    amax_history_length: number of recorded amaxes per tensor.
+    e4m3_dtype: FP8 dtype of inputs and kernels. Flax ignores this field.
+    e5m2_dtype: FP8 dtype of output gradients. Flax ignores this field.
 
   Raises:
     TypeError: as ``flax_fp8.Fp8Einsum``.
-    ValueError: as ``flax_fp8.Fp8Einsum``, but a precision is disregarded with a warning, and no
-      device is refused.
+    ValueError: as ``flax_fp8.Fp8Einsum``, except for ``precision`` and the device. A given
+      ``precision`` is ignored with a warning.
 
   Numerics:
-    As ``flax_fp8.Fp8Einsum``; the result has the dtype of ``rhs``. A device that can't multiply the
-    dtypes is warned of, and computes in a wider type.
+    As ``flax_fp8.Fp8Einsum``, but the result has the dtype of ``rhs``. A device that cannot
+    multiply the dtypes computes in a wider type, with a warning.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -151,7 +151,7 @@ class Fp8Einsum(FP8Contraction, Fp8DotGeneralBase):
     precision: Any = None,
     preferred_element_type: Any = None,
   ) -> jax.Array:
-    """Contracts; arguments as ``jnp.einsum``."""
+    """Contracts like ``jnp.einsum``."""
     warn_of_precision(name := type(self).__name__, precision)
     check.warn_of_device(name, self.recipe)
     return ops.einsum(
@@ -166,19 +166,23 @@ class Fp8Einsum(FP8Contraction, Fp8DotGeneralBase):
 
 
 class Fp8DotGeneralOp(Fp8DotGeneralBase):
-  """Deprecated: rounds operands to FP8's grid and multiplies them in high precision.
+  """Deprecated: rounds operands to FP8 values and multiplies them in high precision.
 
-  ``out_qdq(dot_general(in_qdq(lhs), in_qdq(rhs)))``, which XLA may or may not turn into an FP8
-  GEMM. Use ``Fp8DotGeneral``, which asks for one.
+  ``out_qdq(dot_general(in_qdq(lhs), in_qdq(rhs)))``
+
+  XLA may or may not convert this to an FP8 GEMM. Use ``Fp8DotGeneral``, which requests one.
 
   Attributes:
-    amax_history_length: number of amaxes kept a tensor.
+    amax_history_length: number of recorded amaxes per tensor.
     e4m3_dtype: FP8 dtype of inputs and kernels.
     e5m2_dtype: FP8 dtype of output gradients.
 
+  Raises:
+    ValueError: a dtype is not an FP8 dtype, the length is below 1, or the variables lack the state.
+
   Numerics:
-    As ``in_qdq`` and ``out_qdq``; the GEMM is in the dtype of ``rhs``. A device that can't multiply
-    the dtypes is warned of.
+    As ``in_qdq`` and ``out_qdq``. The GEMM is in the dtype of ``rhs``. Warns if the device cannot
+    multiply the dtypes.
 
   Example:
     >>> import warnings
@@ -196,7 +200,7 @@ class Fp8DotGeneralOp(Fp8DotGeneralBase):
   def __post_init__(self) -> None:
     super().__post_init__()
     warnings.warn(
-      f"{type(self).__name__} is deprecated, because it leaves to XLA whether a GEMM is FP8. Use "
+      f"{type(self).__name__} is deprecated, because XLA may not compute its GEMMs in FP8. Use "
       f"{self._replacement()}.",
       DeprecationWarning,
       stacklevel=3,
@@ -209,7 +213,7 @@ class Fp8DotGeneralOp(Fp8DotGeneralBase):
   def __call__(
     self, lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, precision: Any = None
   ) -> jax.Array:
-    """Contracts; arguments as ``lax.dot_general``."""
+    """Contracts like ``lax.dot_general``."""
     warn_of_precision(name := type(self).__name__, precision)
     check.warn_of_device(name, self.recipe)
     state = read_recipe_state(self, self.recipe)
@@ -221,14 +225,17 @@ class Fp8DotGeneralOp(Fp8DotGeneralBase):
 
 
 class NANOOFp8DotGeneralOp(Fp8DotGeneralOp):
-  """Deprecated: ``Fp8DotGeneralOp`` with the fnuz formats of AMD's CDNA3.
+  """Deprecated: ``Fp8DotGeneralOp`` with the FNUZ formats of AMD CDNA3.
 
   Use ``Fp8DotGeneral`` with the recipe ``DelayedScaling(fp8_format=Format.HYBRID_FNUZ)``.
 
   Attributes:
-    amax_history_length: number of amaxes kept a tensor.
-    e4m3_dtype: float8_e4m3fnuz.
-    e5m2_dtype: float8_e5m2fnuz.
+    amax_history_length: number of recorded amaxes per tensor.
+    e4m3_dtype: FP8 dtype of inputs and kernels; ``float8_e4m3fnuz``.
+    e5m2_dtype: FP8 dtype of output gradients; ``float8_e5m2fnuz``.
+
+  Numerics:
+    As ``Fp8DotGeneralOp``.
 
   Example:
     >>> import warnings

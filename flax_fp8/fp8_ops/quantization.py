@@ -1,4 +1,4 @@
-"""Delayed scaling of single tensors, with the names and calls of ``flax.linen.fp8_ops``."""
+"""Delayed scaling of single tensors, with the signatures of ``flax.linen.fp8_ops``."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from flax_fp8.recipes.delayed import next_scale, roll_history
 
 
 def quantize(x: jax.Array, q_dtype: Any, scale: jax.Array, compute_dtype: Any) -> jax.Array:
-  """Quantises with a given scale.
+  """Quantizes a tensor with a given scale.
 
   ``saturating_cast(x / scale)``
 
   Args:
-    x: values; any shape; float32, bfloat16 or float16.
+    x: values of any shape; float32, bfloat16 or float16.
     q_dtype: an FP8 dtype.
-    scale: dequantisation multiplier; float32; shape ``()``, ``(1,)``, or broadcasting to ``x``.
-    compute_dtype: taken for compatibility; the quotient is always float32.
+    scale: dequantization multiplier; float32; shape ``()``, ``(1,)``, or broadcastable to ``x``.
+    compute_dtype: accepted for compatibility and ignored; the division is in float32.
 
   Returns:
-    FP8 values; shape of ``x``.
+    FP8 values of the shape of ``x``.
 
   Raises:
-    ValueError: ``q_dtype`` is no FP8 dtype.
+    ValueError: ``q_dtype`` is not an FP8 dtype.
 
   Numerics:
-    See ``flax_fp8.quantize.saturating_cast``: infinities saturate, as in Flax. Whatever keeps state
-    (``quantize_dequantize_update``, ``in_q``, the contractions) makes NaN of them instead.
+    As ``flax_fp8.quantize.saturating_cast``. Infinities saturate, as in Flax. Functions with state
+    (``quantize_dequantize_update``, ``in_q`` and the contractions) convert them to NaN instead.
 
   Example:
     >>> import jax.numpy as jnp
@@ -52,17 +52,17 @@ def quantize(x: jax.Array, q_dtype: Any, scale: jax.Array, compute_dtype: Any) -
 
 
 def dequantize(x: jax.Array, dq_dtype: Any, scale: jax.Array) -> jax.Array:
-  """Multiplies by the scale.
+  """Dequantizes a tensor with a given scale.
 
   ``(x.astype(float32) * scale).astype(dq_dtype)``
 
   Args:
-    x: FP8 values or a GEMM's result; any shape.
-    dq_dtype: of the result.
-    scale: dequantisation multiplier; as for ``quantize``.
+    x: FP8 values or the result of a GEMM; any shape.
+    dq_dtype: dtype of the result.
+    scale: dequantization multiplier; as in ``quantize``.
 
   Returns:
-    The values in ``dq_dtype``; shape of ``x``.
+    The values in ``dq_dtype``, of the shape of ``x``.
 
   Numerics:
     The product is float32, then rounded once.
@@ -80,21 +80,21 @@ def dequantize(x: jax.Array, dq_dtype: Any, scale: jax.Array) -> jax.Array:
 
 
 def qdq(x: jax.Array, q_dtype: Any, scale: jax.Array, compute_dtype: Any) -> jax.Array:
-  """Quantises and dequantises: the value that FP8 makes of ``x``.
+  """Quantizes and dequantizes a tensor.
 
-  ``dequantize(quantize(x))``
+  ``dequantize(quantize(x, q_dtype, scale, compute_dtype), x.dtype, scale)``
 
   Args:
-    x: values; any shape; float32, bfloat16 or float16.
+    x: values of any shape; float32, bfloat16 or float16.
     q_dtype: an FP8 dtype.
-    scale: dequantisation multiplier; as for ``quantize``.
-    compute_dtype: taken for compatibility; arithmetic is float32.
+    scale: dequantization multiplier; as in ``quantize``.
+    compute_dtype: accepted for compatibility and ignored; arithmetic is float32.
 
   Returns:
-    Values on the grid of FP8 times scale; shape and dtype of ``x``.
+    The rounded values, of the shape and dtype of ``x``.
 
   Raises:
-    ValueError: ``q_dtype`` is no FP8 dtype.
+    ValueError: ``q_dtype`` is not an FP8 dtype.
 
   Numerics:
     As ``quantize`` and ``dequantize``.
@@ -114,24 +114,25 @@ def qdq(x: jax.Array, q_dtype: Any, scale: jax.Array, compute_dtype: Any) -> jax
 def update_fp8_meta(
   x: jax.Array, q_dtype: Any, scale: jax.Array, amax_history: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Takes a step of delayed scaling: the scale of this step, and the history for the next.
+  """Updates scale and amax history by one step of delayed scaling.
 
-  ``scale = max(amax_history) / fp8_max``; ``amax_history = [max(|x|), *amax_history[2:], ...]``
+  ``max(amax_history) / fp8_max, compute_amax_history(x, amax_history)``
 
   Args:
-    x: the tensor; any shape.
+    x: values of any shape; float32, bfloat16 or float16.
     q_dtype: an FP8 dtype.
-    scale: of the step before; float32 or fp32_max_grad; shape ``()`` or ``(1,)``.
-    amax_history: slot 0 newest; same dtype; shape ``(length,)``.
+    scale: scale of the previous step; float32 or ``fp32_max_grad``; shape ``()`` or ``(1,)``.
+    amax_history: history with slot 0 newest and slot 1 oldest; the same dtype; shape
+      ``(length,)``.
 
   Returns:
-    New scale and new history, of the dtype that came in.
+    The scale of this step and the history for the next step, in the dtype of the inputs.
 
   Raises:
-    ValueError: ``q_dtype`` is no FP8 dtype.
+    ValueError: ``q_dtype`` is not an FP8 dtype.
 
   Numerics:
-    See ``DelayedScaling``.
+    As ``DelayedScaling``.
 
   Example:
     >>> import jax.numpy as jnp
@@ -149,7 +150,7 @@ def update_fp8_meta(
 def delayed_step(
   x: jax.Array, q_dtype: Any, scale: jax.Array, amax_history: jax.Array
 ) -> tuple[QTensor, jax.Array, jax.Array]:
-  """Quantises by delayed scaling; returns the values, the new scale and the new history."""
+  """Quantizes with delayed scaling. Returns the values, the new scale and the new history."""
   float8_format = float8(q_dtype)
   given = to_float32(scale), to_float32(amax_history)
   new_scale, inverse = next_scale(*given, float8_format.max)
@@ -162,25 +163,25 @@ def delayed_step(
 def quantize_dequantize_update(
   x: jax.Array, q_dtype: Any, scale: jax.Array, amax_history: jax.Array, compute_dtype: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Quantises and dequantises by delayed scaling, and returns the new state.
+  """Quantizes and dequantizes with delayed scaling, and returns the new state.
 
-  ``qdq(x, new_scale), new_scale, new_history``, but infinities become NaN
+  ``qdq(x, q_dtype, new_scale, compute_dtype), new_scale, new_history``
 
   Args:
-    x: values; any shape; float32, bfloat16 or float16.
+    x: values of any shape; float32, bfloat16 or float16.
     q_dtype: an FP8 dtype.
-    scale: as for ``update_fp8_meta``.
-    amax_history: as for ``update_fp8_meta``.
-    compute_dtype: taken for compatibility; arithmetic is float32.
+    scale: as in ``update_fp8_meta``.
+    amax_history: as in ``update_fp8_meta``.
+    compute_dtype: accepted for compatibility and ignored; arithmetic is float32.
 
   Returns:
-    The value that FP8 makes of ``x``, the new scale and the new history.
+    The rounded values, the new scale and the new history.
 
   Raises:
-    ValueError: ``q_dtype`` is no FP8 dtype.
+    ValueError: ``q_dtype`` is not an FP8 dtype.
 
   Numerics:
-    As ``qdq`` and ``update_fp8_meta``.
+    As ``qdq`` and ``update_fp8_meta``, but infinities become NaN.
 
   Example:
     >>> import jax.numpy as jnp
@@ -198,7 +199,7 @@ def quantize_dequantize_update(
 
 
 def _fit(scale: jax.Array, x: jax.Array) -> jax.Array:
-  """Drops the dimensions of a ``(1,)`` scale that a scalar tensor lacks."""
+  """Reshapes a scale with one element to a scalar, so that it broadcasts to any tensor."""
   scale = to_float32(jnp.asarray(scale))
   return scale.reshape(()) if scale.size == 1 else scale
 
@@ -211,10 +212,10 @@ def get_fp8_max(fp8_dtype: Any, out_dtype: Any) -> jax.Array:
     out_dtype: dtype of the result.
 
   Returns:
-    A scalar.
+    A scalar in ``out_dtype``.
 
   Raises:
-    ValueError: ``fp8_dtype`` is no FP8 dtype.
+    ValueError: ``fp8_dtype`` is not an FP8 dtype.
 
   Example:
     >>> import jax.numpy as jnp
@@ -237,15 +238,15 @@ def compute_scale(
 
   Args:
     amax: largest magnitude; float32; any shape.
-    scale: returned where ``amax`` is zero or not finite.
+    scale: the previous scale, returned if ``amax`` is zero or not finite.
     fp8_max: largest finite value of the format.
     margin: headroom in powers of two.
 
   Returns:
-    The dequantisation multiplier; float32; never zero, infinite or NaN.
+    The dequantization multiplier in float32. It is never zero, infinite or NaN.
 
   Numerics:
-    See ``flax_fp8.quantize.scale_from_amax``.
+    As ``flax_fp8.quantize.scale_from_amax``.
 
   Example:
     >>> import jax.numpy as jnp
@@ -265,14 +266,14 @@ def compute_amax_history(x: jax.Array, amax_history: jax.Array) -> jax.Array:
   ``roll(amax_history, -1).at[0].set(max(|x|))``
 
   Args:
-    x: values; any shape.
+    x: values of any shape; float32, bfloat16 or float16.
     amax_history: float32; shape ``(length,)``; slot 0 newest, slot 1 oldest.
 
   Returns:
-    The history for the next step; shape of ``amax_history``.
+    The history for the next step, of the shape of ``amax_history``.
 
   Numerics:
-    An amax that is not finite is recorded as zero, that is, as not seen.
+    A non-finite amax is recorded as zero, which means that none was recorded.
 
   Example:
     >>> import jax.numpy as jnp

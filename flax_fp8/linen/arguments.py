@@ -1,4 +1,4 @@
-"""What users pass with a model: arguments, known by shapes alone if need be, and variables."""
+"""Checks and fills the modules, variables and arguments that users pass."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from flax_fp8 import fields
 
 
 def fill(tree: Any) -> Any:
-  """Puts zeros where a pytree has a ShapeDtypeStruct; all else stays as it is."""
+  """Replaces each ShapeDtypeStruct in a pytree by zeros."""
   is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
   zeros = lambda x: jnp.zeros(x.shape, x.dtype) if is_shape(x) else x
   return jax.tree.map(zeros, tree, is_leaf=is_shape)
 
 
 def require_module(caller: str, module: Any) -> None:
-  """Raises TypeError where ``module`` is no instance of a Linen module."""
+  """Raises TypeError if ``module`` is not an instance of a Linen module."""
   if not isinstance(module, nn.Module):
     raise TypeError(
       f"{caller}: module must be an instance of a Linen module; got module={fields.show(module)}. "
-      "Pass Model(...), not its class, its apply function or an NNX module."
+      "Pass Model(...), not the class, its apply function or an NNX module."
     )
 
 
 def require_variables(caller: str, variables: Any) -> None:
-  """Raises ValueError where ``variables`` is no variables dict."""
+  """Raises ValueError if ``variables`` is not a variables dict."""
   if not isinstance(variables, Mapping) or "params" not in variables:
     raise ValueError(
       f"{caller}: variables must be a variables dict with the collection 'params'; got "
       f"{_names(variables)}. "
-      "Wrap bare parameters as {'params': params}; of a TrainState pass what its params hold."
+      "Wrap bare parameters as {'params': params}, or pass the params field of a TrainState."
     )
 
 

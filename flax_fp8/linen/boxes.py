@@ -1,7 +1,7 @@
-"""Boxes of axis metadata (``nn.Partitioned`` and its like) around the leaves of a tree.
+"""Boxes of axis metadata, such as ``nn.Partitioned``, around the leaves of a tree.
 
-Linen's own unboxing asks the compiler for a sharding, which makes a new value each time, and fails
-where the names are logical. Here a box is opened, and what was in it is put back, as it is.
+Linen's own unboxing adds a sharding constraint. That makes a new value on each call, and fails if
+the axis names are logical. The functions here return the boxed value unchanged.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import jax.numpy as jnp
 
 
 def is_box(x: Any) -> bool:
-  """Tells whether a node of a tree is a box."""
+  """Returns whether a node of a tree is a box."""
   return isinstance(x, nn.meta.AxisMetadata)
 
 
 def unbox(tree: Any) -> Any:
-  """Returns a tree with what is in its boxes in their place."""
+  """Replaces each box in a tree by the value in it."""
   return jax.tree.map(_content, tree, is_leaf=is_box)
 
 
 def rebox(tree: Any, like: Any) -> Any:
-  """Puts each leaf of a tree into a box as ``like`` has one in its place.
+  """Boxes each leaf of a tree in the same way as the leaf of ``like`` at the same path.
 
   Args:
-    tree: without boxes.
-    like: a tree that is of the same structure without its boxes.
+    tree: a tree without boxes.
+    like: a tree that has the structure of ``tree`` once it is unboxed.
 
   Returns:
     ``tree`` with the boxes of ``like``.
@@ -38,22 +38,22 @@ def rebox(tree: Any, like: Any) -> Any:
 
 
 def has_boxes(tree: Any) -> bool:
-  """Tells whether there is a box in a tree."""
+  """Returns whether a tree contains a box."""
   return any(map(is_box, jax.tree.leaves(tree, is_leaf=is_box)))
 
 
 def box_as(leaf: jax.Array, others: Iterable[Any]) -> Any:
-  """Boxes a leaf as the first of some others that is boxed, with no name for any of its axes.
+  """Boxes a leaf like the first boxed leaf in ``others``, without axis names.
 
-  Lifted transformations then name the axes that they add: those of experts, say.
+  Lifted transformations later name the axes that they add, such as the axis of experts.
 
   Args:
     leaf: an array.
     others: arrays and boxes.
 
   Returns:
-    A box of the class of the other, with its mesh and rules; ``leaf`` where no other is boxed, or
-    its box has no names.
+    A box of the same class, mesh and rules. ``leaf`` itself if no other leaf is an
+    ``nn.Partitioned``.
   """
   box: Any = next((other for other in others if isinstance(other, nn.Partitioned)), None)
   if box is None:

@@ -1,7 +1,7 @@
-"""Mappings of any type in trees of variables: a FrozenDict, an OrderedDict, a class of the user's.
+"""Trees of variables with mappings of any type: FrozenDict, OrderedDict, or a user's own class.
 
-A tree that is taken apart and put together again keeps the type of each: ``lax.scan`` over training
-steps, ``jax.tree.map`` over old and new, and checkpoints need the same structure after a step.
+Functions that rebuild a tree keep the type of each mapping. ``lax.scan`` over training steps,
+``jax.tree.map`` over old and new variables, and checkpoints need the same structure after a step.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ _LEAF = jax.tree.structure(0)
 
 
 def with_items(old: Mapping[str, Any], items: Mapping[str, Any]) -> Any:
-  """Makes a mapping of the type of another, and of its order, with other items.
+  """Returns a mapping with the type and key order of ``old`` and the given items.
 
   Args:
-    old: a dict, FrozenDict, OrderedDict, defaultdict, or any mapping that is a node of a pytree.
-    items: may lack keys of ``old``, or have more.
+    old: a dict, FrozenDict, OrderedDict, defaultdict, or any mapping that is a pytree node.
+    items: the new items. The keys may differ from those of ``old``.
 
   Returns:
-    Of the type of ``old``. A type that can't be made with other keys, as a dataclass, gives a dict.
+    A mapping of the type of ``old``. A dict if that type, such as a dataclass, cannot be made with
+    these keys.
   """
   ordered = {key: items[key] for key in (*old, *(key for key in items if key not in old))
              if key in items}  # fmt: skip
   if isinstance(old, flax.core.FrozenDict):
     return flax.core.FrozenDict(ordered)
-  if isinstance(old, MutableMapping):  # with whatever else it holds, such as a default
+  if isinstance(old, MutableMapping):  # a copy keeps other attributes, such as a default
     made = copy.copy(old)
     made.clear()
     made.update(ordered)
@@ -45,14 +46,14 @@ def with_items(old: Mapping[str, Any], items: Mapping[str, Any]) -> Any:
 
 
 def like(old: Any, new: Any) -> Any:
-  """Gives each mapping in ``new`` the type of the mapping that is in its place in ``old``."""
+  """Gives each mapping in ``new`` the type of the mapping at the same path in ``old``."""
   if not isinstance(old, Mapping) or not isinstance(new, Mapping):
     return new
   return with_items(old, {key: like(old.get(key), value) for key, value in new.items()})
 
 
 def plain(tree: Any) -> Any:
-  """Makes each mapping down to the first node of another kind a dict, in its order."""
+  """Converts nested mappings to dicts and keeps their order. Stops at other pytree nodes."""
   if not isinstance(tree, Mapping):
     return tree
   return {key: plain(value) for key, value in tree.items()}
@@ -61,9 +62,9 @@ def plain(tree: Any) -> Any:
 def leaves_with_path(
   tree: Any, is_leaf: Callable[[Any], bool] = lambda _: False
 ) -> list[tuple[tuple[Any, ...], Any]]:
-  """``jax.tree_util.tree_leaves_with_path``, with the key of every item of a mapping.
+  """``jax.tree_util.tree_leaves_with_path``, but every item of a mapping has its key in the path.
 
-  JAX numbers the children of a node that was registered without keys.
+  JAX numbers the children of nodes that are registered without keys.
   """
   children, structure = _one_level(tree)
   if is_leaf(tree) or structure == _LEAF:
@@ -90,7 +91,7 @@ def _one_level(tree: Any) -> tuple[list[tuple[tuple[Any, ...], Any]], Any]:
 
 
 def _keys(mapping: Mapping[str, Any]) -> list[str]:
-  """The keys of a mapping in the order of its children as a node of a pytree."""
+  """Returns the keys of a mapping in the order of its children as a pytree node."""
   children, structure = _one_level(mapping)
   numbers = structure.unflatten(range(len(children)))
   return sorted(numbers, key=lambda key: numbers[key])

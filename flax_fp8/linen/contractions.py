@@ -1,4 +1,4 @@
-"""What modules that contract in FP8 have in common, and one call of such a module."""
+"""The base class of the FP8 contraction modules, and a description of one call."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from flax_fp8.ops.plan import Plan
 
 
 class FP8Contraction:
-  """Base of the modules that are called as ``lax.dot_general`` or ``jnp.einsum``.
+  """Base of the modules that are called like ``lax.dot_general`` or ``jnp.einsum``.
 
-  They have a ``recipe``, and name their operands ``lhs`` and ``rhs``.
+  Subclasses have a field ``recipe`` and call their operands ``lhs`` and ``rhs``.
 
   Attributes:
-    result_like_kernel: whether the result has the dtype of ``rhs`` unless another is asked for.
+    result_like_kernel: whether the default dtype of the result is that of ``rhs``.
   """
 
   result_like_kernel: ClassVar[bool] = False
@@ -38,7 +38,7 @@ class FP8Contraction:
 
 
 def _explain_init(init: Callable[..., None]) -> Callable[..., None]:
-  """Says what to do where arrays are passed to the class instead of an instance."""
+  """Raises a clear error if arrays are passed to the class instead of an instance."""
 
   @functools.wraps(init)
   def explained(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -47,15 +47,15 @@ def _explain_init(init: Callable[..., None]) -> Callable[..., None]:
       return
     name, (operands, option) = type(self).__name__, _usage(self)
     raise TypeError(
-      f"{name}: a module takes arrays when it is called, not when it is made; got arrays among its "
-      f"fields. Write {name}()({operands}), and in a layer {option}={name}."
+      f"{name}: arrays must be passed to the call, not to the constructor; got arrays among the "
+      f"fields. Write {name}()({operands}), or {option}={name} in a layer."
     )
 
   return explained
 
 
 def _explain_call(call: Callable[..., Any]) -> Callable[..., Any]:
-  """Says what to do where arguments are missing, as where a layer was given an instance."""
+  """Raises a clear error if arguments are missing, as when a layer gets an instance."""
 
   @functools.wraps(call)
   def explained(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -64,8 +64,8 @@ def _explain_call(call: Callable[..., Any]) -> Callable[..., Any]:
     except TypeError as error:
       name, (operands, option) = type(self).__name__, _usage(self)
       raise TypeError(
-        f"{name}: a module is called as {name}()({operands}); got a call with {error}. In a layer "
-        f"pass the class, {option}={name}, not an instance."
+        f"{name}: the module must be called as {name}()({operands}); got a call with {error}. In a "
+        f"layer, pass the class, {option}={name}, not an instance."
       ) from None
     return call(self, *args, **kwargs)
 
@@ -73,22 +73,22 @@ def _explain_call(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _usage(module: Any) -> tuple[str, str]:
-  """Returns what a module is called with, and by which option layers take its class."""
+  """Returns the arguments of a module's call, and the option by which layers take its class."""
   names = [*inspect.signature(type(module).__call__).parameters][1:4]
   return ", ".join(names), "dot_general_cls" if "dimension_numbers" in names else "einsum_cls"
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-  """One call of a module that contracts, the same for both kinds of them.
+  """One call of a contraction module, in the same form for ``dot_general`` and ``einsum``.
 
   Attributes:
-    plan: of the contraction.
-    input: as the contraction takes it.
-    kernel: as the contraction takes it.
-    rhs: the kernel as the module was given it.
-    reduction: einsum equation that makes the one of the other; None where they are the same.
-    permutation: transposition of the contraction's result.
+    plan: the plan of the contraction.
+    input: the input operand of the contraction.
+    kernel: the kernel operand of the contraction.
+    rhs: the kernel as passed to the module.
+    reduction: einsum equation that computes ``kernel`` from ``rhs``; None if they are the same.
+    permutation: permutation of the axes of the contraction's result.
   """
 
   plan: Plan
@@ -100,7 +100,7 @@ class Call:
 
   @classmethod
   def of(cls, module: Any, args: Any, kwargs: Any) -> Call:
-    """Reads the arguments of a call."""
+    """Creates the description from the arguments of a call."""
     given = arguments(module, args, kwargs)
     lhs, rhs = jnp.asarray(given["lhs"]), jnp.asarray(given["rhs"])
     preferred = given.get("preferred_element_type")
@@ -121,32 +121,32 @@ class Call:
     return cls(parts.plan, x, kernel, rhs, parts.kernel_reduction, parts.permutation)
 
   def without_arrays(self) -> Call:
-    """Returns the call without its operands, to be kept when a trace is over."""
+    """Returns the call without its operands, so that it can outlive the trace."""
     rhs: Any = jax.ShapeDtypeStruct(self.rhs.shape, self.rhs.dtype)
     return dataclasses.replace(self, input=rhs, kernel=rhs, rhs=rhs)
 
   def takes_kernel_as(self, other: Any) -> bool:
-    """Tells whether the kernel stored for another call, or a frozen layer, serves this one."""
+    """Returns whether this call can use the kernel stored for another call or frozen layer."""
     own, theirs = (kernel_operand(each.plan) for each in (self, other))
     same_view = (own.views[0], own.dtype) == (theirs.views[0], theirs.dtype)
     return same_view and (self.dtype, self.reduction) == (other.dtype, other.reduction)
 
   @property
   def dtype(self) -> Any:
-    """In which the kernel is multiplied, but for FP8."""
+    """Dtype of the kernel before quantization."""
     return self.rhs.dtype
 
   def finish(self, out: jax.Array) -> jax.Array:
-    """Makes of the contraction's result that of the module."""
+    """Converts the result of the contraction to the result of the module."""
     return lax.transpose(out, self.permutation)
 
 
 def arguments(module: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-  """Returns the arguments of a call of a module by their names."""
+  """Returns the arguments of a module's call by name."""
   return dict(inspect.signature(type(module).__call__).bind(module, *args, **kwargs).arguments)
 
 
 def blank(tree: Any) -> Any:
-  """Puts zeros in the place of arrays, which a traced program then does not read."""
+  """Replaces arrays by zeros, so that a traced program does not read them."""
   is_array = lambda x: isinstance(x, jax.Array | np.ndarray)
   return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if is_array(x) else x, tree)

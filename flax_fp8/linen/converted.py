@@ -1,8 +1,8 @@
-"""A converted Linen module: the same class and fields, whose runs stand under a conversion.
+"""Converted Linen modules.
 
-``init``, ``apply`` and ``bind`` are where a model meets its variables. It is of a subclass that
-overrides these three: it hands the conversion the variables on their way in and out, and lets its
-interceptor see each method call in between. All else is inherited: methods, signature, fields.
+A converted module is an instance of a subclass of the model's class. The subclass overrides
+``init``, ``apply`` and ``bind``. They pass the variables through the conversion before and after a
+run, and enter its context during the run. Methods, signatures and fields are inherited.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from flax_fp8.linen.state import GUARD_DTYPE, OVERWRITE_WITH_GRADIENT
 
 
 class Conversion(Protocol):
-  """What stands between a converted module and its variables; hashable, compared by value."""
+  """Changes the variables and the runs of a module. Hashable and compared by value."""
 
   def enter(self, variables: Any) -> dict[str, Any]:
-    """Turns the variables that a user has into those that the model finds."""
+    """Converts the user's variables to the variables that the model reads."""
     ...
 
   def leave(self, variables: Any) -> dict[str, Any]:
-    """Turns the variables that the model has or changed into those that the user gets."""
+    """Converts the variables that the model returns to the user's variables."""
     ...
 
   def initialized(self, variables: Any) -> dict[str, Any]:
-    """Turns the variables that ``init`` made into those that the user gets."""
+    """Converts the variables that ``init`` creates to the user's variables."""
     ...
 
   def during(self, run: Run) -> contextlib.AbstractContextManager[Any]:
-    """Stands around a run of the model."""
+    """Returns a context that surrounds a run of the model."""
     ...
 
 
@@ -45,12 +45,12 @@ class Run:
   """One run of a converted module.
 
   Attributes:
-    module: the model, unmodified and unbound.
-    args: of the method.
-    kwargs: of the method.
-    method: the method, None for ``__call__``.
-    variables: those that the model finds; None while it is initialised.
-    rngs: PRNG keys that were passed.
+    module: the original model, unbound.
+    args: positional arguments of the method.
+    kwargs: keyword arguments of the method.
+    method: the method; None for ``__call__``.
+    variables: the variables that the model reads; None in ``init``.
+    rngs: the PRNG keys passed to ``apply``.
   """
 
   module: nn.Module
@@ -63,29 +63,29 @@ class Run:
 
 Conversions: TypeAlias = tuple[Conversion, ...]
 
-# A flag of the scopes of one run. Lifted transformations pass it on. A module that the model runs
-# by another `apply` has a root scope without it.
+# A flag in the scopes of one run. Lifted transformations copy it to the scopes that they make. The
+# scopes of a nested `apply` do not have it.
 RUN_FLAG = "fp8_run"
 
 
 def mark_root(scope: flax.core.Scope) -> None:
-  """Marks a root scope, before it has others in it, as that of a run of its own."""
+  """Marks a root scope as the root of a run. Call it before the scope has children."""
   scope.flags = flax.core.freeze({**scope.flags, RUN_FLAG: object()})
 
 
-# The conversions of the converted modules that run here.
+# The conversions of the converted modules that are running.
 _running: ContextVar[tuple[Conversions, ...]] = ContextVar("running", default=())
 
 
 def make_converted(module: nn.Module, *conversions: Conversion) -> nn.Module:
-  """Converts an unbound module; a converted one comes under more conversions, the last inmost."""
+  """Converts an unbound module. A converted module gets the conversions in addition, innermost."""
   plain = original(module)
   before = getattr(module, "fp8_conversions", ())
   return _converted_class(type(plain), (*before, *conversions))(**_fields(plain))
 
 
 def original(module: nn.Module) -> nn.Module:
-  """Returns the module that a converted one was made of; any other module itself."""
+  """Returns the original of a converted module. Returns other modules unchanged."""
   cls: Any = type(module)
   return cls.fp8_original(**_fields(module)) if hasattr(cls, "fp8_original") else module
 
@@ -97,10 +97,10 @@ def _fields(module: nn.Module) -> dict[str, Any]:
 
 @functools.cache
 def _converted_class(cls: type[nn.Module], conversions: Conversions) -> Any:
-  """Makes the subclass, once: equal converted modules are of one class, and compile once.
+  """Creates the subclass. The cache makes equal converted modules equal, so they compile once.
 
-  Conversions are no field of it: lifted transformations (``nn.remat(Model)``) make the model's own
-  class of the fields.
+  The conversions are not a field, because lifted transformations such as ``nn.remat(Model)``
+  construct the model's own class from the fields.
   """
 
   def post_init(self: Any) -> None:
@@ -157,37 +157,37 @@ def _converted_class(cls: type[nn.Module], conversions: Conversions) -> Any:
   }
   metaclass: Any = type(cls)
   made: Any = metaclass(cls.__name__, (cls,), methods)
-  made.__init__ = cls.__init__  # which may do more than to set the fields
+  made.__init__ = cls.__init__  # a custom __init__ may do more than set the fields
   return made
 
 
 def _refuse_parent(module: Any) -> None:
   raise ValueError(
-    "fp8_linear_layers: a converted module must be the outermost, and be run by its own init, "
-    f"apply or bind; got {type(module).__name__} inside {type(module.parent).__name__}. Convert "
-    "the outermost module, and choose what of it becomes FP8 with Fp8Config(targets=...)."
+    "fp8_linear_layers: a converted module must be the outermost module and be run by its own "
+    f"init, apply or bind; got {type(module).__name__} inside {type(module.parent).__name__}. "
+    "Convert the outermost module, and select its layers with Fp8Config(targets=...)."
   )
 
 
 @contextlib.contextmanager
 def _explained() -> Generator[None]:
-  """Explains the error of a function that computes with all of the parameters at once."""
+  """Explains the error of a function that computes with all parameters, including FP8 state."""
   try:
     yield
   except TypeError as error:
     if GUARD_DTYPE not in str(error):
       raise
     raise ValueError(
-      "fp8_linear_layers: what computes with parameters inside of the model, as nn.map_variables "
-      f"does, must leave FP8 state alone, which is among them below {OVERWRITE_WITH_GRADIENT!r}; "
-      f"got {error} Let it change the leaves that it means by their names."
+      "fp8_linear_layers: functions of the model's parameters, such as in nn.map_variables, must "
+      f"not change FP8 state, which is stored under {OVERWRITE_WITH_GRADIENT!r} among them; "
+      f"got {error} Select the leaves to change by their names."
     ) from error
 
 
 def take_in(variables: Any, collection: str) -> dict[str, Any]:
-  """Returns variables with a collection that is among the parameters as one of its own.
+  """Moves a collection that is stored among the parameters to the top level of the variables.
 
-  Wrappers of models, such as those of Hugging Face, hand on ``params`` and no other collection.
+  Wrappers that pass only ``params``, such as those of Hugging Face, store the collection there.
   """
   params = variables.get("params")
   if not isinstance(params, Mapping) or collection not in params:
@@ -195,7 +195,7 @@ def take_in(variables: Any, collection: str) -> dict[str, Any]:
   if collection in variables:
     raise ValueError(
       f"fp8_linear_layers: the collection {collection!r} must be passed once; got it in variables "
-      "and among their params. Leave one out."
+      "and in variables['params']. Remove one of them."
     )
   rest = {name: value for name, value in params.items() if name != collection}
   return {**variables, "params": rest, collection: params[collection]}
@@ -226,30 +226,30 @@ def _extent(conversions: Conversions, run: Run) -> Generator[None]:
 
 
 def _split(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-  """Parts a method's own arguments from those of ``init`` and ``apply``; and names the method."""
+  """Returns the method's own keyword arguments, without those of ``apply``, and the method."""
   linen = ("rngs", "method", "mutable", "capture_intermediates")
   own = {name: value for name, value in kwargs.items() if name not in linen}
   return own, kwargs.get("method")
 
 
 def _widen(mutable: Any) -> Any:
-  """Lets parameters be made where state is: inside, it is kept among them."""
+  """Makes parameters mutable if the state is, because the model stores state among them."""
   if flax.core.scope.in_filter(mutable, OVERWRITE_WITH_GRADIENT):
     return flax.core.scope.union_filters(mutable, "params")
   return mutable
 
 
 def _narrow(variables: dict[str, Any], mutable: Any) -> dict[str, Any]:
-  """Keeps the collections that were asked for."""
+  """Keeps the requested collections."""
   asked = lambda name: flax.core.scope.in_filter(mutable, name)
   return {name: value for name, value in variables.items() if asked(name)}
 
 
 class Bound:
-  """A bound converted module, or what it holds: calls of it run under the conversion."""
+  """A bound converted module or one of its attributes. Calls run under the conversion."""
 
   def __init__(self, value: Any, run: Run, converted: Any) -> None:
-    """Wraps a module, a method or a container of a bound converted module."""
+    """Wraps a module, a bound method or a container of modules."""
     self._value, self._run, self._converted = value, run, converted
 
   def __getattr__(self, name: str) -> Any:
@@ -257,7 +257,7 @@ class Bound:
       return self._wrap(getattr(self._value, name))
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
-    """Calls what is wrapped."""
+    """Calls the wrapped module or method."""
     with self._extent():
       return self._value(*args, **kwargs)
 
@@ -275,7 +275,7 @@ class Bound:
 
   @property
   def variables(self) -> Any:
-    """The variables, as the user gave them."""
+    """The variables in the user's form."""
     return _leave(self._converted.fp8_conversions, self._value.variables)
 
   def unbind(self) -> tuple[Any, Any]:

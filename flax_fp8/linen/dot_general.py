@@ -1,4 +1,4 @@
-"""``Fp8DotGeneral`` and ``Fp8Einsum``: contractions that keep their scales as Linen variables."""
+"""``Fp8DotGeneral`` and ``Fp8Einsum``: FP8 contractions that store their scales as variables."""
 
 from __future__ import annotations
 
@@ -16,38 +16,46 @@ from flax_fp8.recipes.delayed import DelayedScaling
 
 
 class Fp8DotGeneral(FP8Contraction, nn.Module):
-  """``lax.dot_general`` in FP8, for ``dot_general_cls=`` of Linen layers.
+  """``lax.dot_general`` in FP8. Pass the class as ``dot_general_cls`` to Linen layers.
 
-  ``out ≈ dot_general(lhs, rhs)``; the gradient of each state variable is its new value.
+  ``out ≈ lax.dot_general(lhs, rhs, dimension_numbers)``
+
+  The operands are quantized, and so is the output gradient in the backward pass. The gradient of
+  each state variable is its new value.
 
   Attributes:
-    recipe: how tensors are scaled.
-    emulate: lets a device without the recipe's FP8 multiply in a wider type: right, and slow. A CPU
-      does so unasked.
-    out_sharding: of the result, where a call names none; a ``PartitionSpec``. Needed on a mesh with
-      explicit axes alone, where the sharding is ambiguous, as when what is summed over is sharded.
+    recipe: the scaling recipe.
+    emulate: lets a device without the recipe's FP8 formats multiply in a wider type. The result is
+      the same, but slow. A CPU always does this.
+    out_sharding: default sharding of the result, a ``PartitionSpec``. Only a mesh with explicit
+      axes needs it, if the sharding is ambiguous. An example is a sharded contracted axis.
 
-  Variables (collection ``_overwrite_with_gradient``, for the default recipe):
-    input_scale, kernel_scale, output_grad_scale: float32 ``(1,)``, dequantisation multipliers.
-    input_amax_history, kernel_amax_history, output_grad_amax_history: float32
-    ``(amax_history_len,)``, in the units of the tensor.
-    None at all for a recipe without state. The metrics of ``flax_fp8.add_metrics``, once added.
-    In a layer with boxed parameters (``nn.with_partitioning``) they are boxed too, no axis named.
+  Variables:
+    Collection ``_overwrite_with_gradient``, for the default recipe:
 
-  PRNG keys (collection ``sr_rng``):
-    One a call, where the recipe rounds gradients stochastically; only the gradient needs it.
+    - ``input_scale``, ``kernel_scale`` and ``output_grad_scale``: float32 of shape ``(1,)``, the
+      dequantization multipliers.
+    - ``input_amax_history``, ``kernel_amax_history`` and ``output_grad_amax_history``: float32 of
+      shape ``(amax_history_len,)``, in the units of the tensor.
+
+    A recipe without state has no variables. ``flax_fp8.add_metrics`` adds metrics. If the layer's
+    parameters are boxed (``nn.with_partitioning``), the state is boxed without axis names.
+
+  PRNG keys:
+    Collection ``sr_rng``: one key for each call, if the recipe rounds gradients stochastically.
+    Only the gradient needs it.
 
   Raises:
     TypeError: an operand is not float32, bfloat16 or float16.
-    ValueError: ``dimension_numbers`` do not fit, ``precision`` is given, the variables lack the
-      collection, or JAX's default device can't multiply what the recipe needs and ``emulate`` is
-      False; see ``flax_fp8.capability``.
+    ValueError: ``dimension_numbers`` do not match the shapes, ``precision`` is given, or the
+      variables lack the collection. Also raised if JAX's default device cannot multiply the
+      recipe's formats and ``emulate`` is False; see ``flax_fp8.capability``.
 
   Numerics:
-    See ``flax_fp8.ops.dot_general``. A state that is used several times, in one apply or in
-    several, has one new value: the largest amax that it saw. Only where a remat or a jitted
-    function takes the state as an argument and is called several times, differentiate with
-    ``flax_fp8.value_and_grad``, or call the model by ``flax_fp8.TrainState.apply_fn``.
+    As ``flax_fp8.ops.dot_general``. If a module is used several times, the new state is the maximum
+    over all uses, in one ``apply`` or in several. One case needs ``flax_fp8.value_and_grad`` or
+    ``flax_fp8.TrainState.apply_fn`` for this: a remat or jitted function that takes the state as an
+    argument and is called several times.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -57,7 +65,7 @@ class Fp8DotGeneral(FP8Contraction, nn.Module):
     >>> sorted(variables)
     ['_overwrite_with_gradient', 'params']
 
-    On a GPU without FP8, to try a model out:
+    To try a model on a GPU without FP8:
 
     >>> import functools
     >>> emulated = functools.partial(fp8.Fp8DotGeneral, emulate=True)
@@ -81,7 +89,7 @@ class Fp8DotGeneral(FP8Contraction, nn.Module):
     preferred_element_type: Any = None,
     out_sharding: Any = None,
   ) -> jax.Array:
-    """Contracts; arguments as ``lax.dot_general``, ``lhs`` the input and ``rhs`` the kernel."""
+    """Contracts like ``lax.dot_general``. ``lhs`` is the input and ``rhs`` the kernel."""
     check.precision(name := type(self).__name__, precision)
     check.device(name, self.recipe, self.emulate)
     return ops.dot_general(
@@ -98,29 +106,35 @@ class Fp8DotGeneral(FP8Contraction, nn.Module):
 
 
 class Fp8Einsum(FP8Contraction, nn.Module):
-  """``jnp.einsum`` of two operands in FP8, for mixture-of-experts layers and their like.
+  """``jnp.einsum`` of two operands in FP8, for example for mixture-of-experts layers.
 
-  ``out ≈ einsum(equation, lhs, rhs)``; the gradient of each state variable is its new value.
+  ``out ≈ jnp.einsum(equation, lhs, rhs)``
+
+  The operands are quantized, and so is the output gradient in the backward pass. The gradient of
+  each state variable is its new value.
 
   Attributes:
-    recipe: how tensors are scaled.
-    emulate: lets a device without the recipe's FP8 multiply in a wider type: right, and slow. A CPU
-      does so unasked.
-    out_sharding: of the result, where a call names none; a ``PartitionSpec``. Needed on a mesh with
-      explicit axes alone, where the sharding is ambiguous, as when what is summed over is sharded.
+    recipe: the scaling recipe.
+    emulate: lets a device without the recipe's FP8 formats multiply in a wider type. The result is
+      the same, but slow. A CPU always does this.
+    out_sharding: default sharding of the result, a ``PartitionSpec``. Only a mesh with explicit
+      axes needs it, if the sharding is ambiguous. An example is a sharded contracted axis.
 
   Variables:
-    As ``Fp8DotGeneral``. The left operand is always the input, the right one the kernel.
+    As ``Fp8DotGeneral``. The left operand is always the input, and the right operand the kernel.
+
+  PRNG keys:
+    As ``Fp8DotGeneral``.
 
   Raises:
     TypeError: an operand is not float32, bfloat16 or float16.
-    ValueError: the equation is malformed or does not fit, ``precision`` is given, the variables
-      lack the collection, or JAX's default device can't multiply what the recipe needs and
-      ``emulate`` is False.
+    ValueError: the equation is malformed or does not match the shapes, ``precision`` is given, or
+      the variables lack the collection. Also raised if JAX's default device cannot multiply the
+      recipe's formats and ``emulate`` is False; see ``flax_fp8.capability``.
 
   Numerics:
-    As ``Fp8DotGeneral``. Experts on a batch label share one scale; for a scale an expert, map the
-    module with ``nn.vmap(..., variable_axes={"_overwrite_with_gradient": 0})``.
+    As ``Fp8DotGeneral``. Experts on a batch label share one scale. For one scale per expert, map
+    the module with ``nn.vmap(..., variable_axes={"_overwrite_with_gradient": 0})``.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -149,7 +163,7 @@ class Fp8Einsum(FP8Contraction, nn.Module):
     preferred_element_type: Any = None,
     out_sharding: Any = None,
   ) -> jax.Array:
-    """Contracts; arguments as ``jnp.einsum``, ``lhs`` the input and ``rhs`` the kernel."""
+    """Contracts like ``jnp.einsum``. ``lhs`` is the input and ``rhs`` the kernel."""
     check.precision(name := type(self).__name__, precision)
     check.device(name, self.recipe, self.emulate)
     return ops.einsum(

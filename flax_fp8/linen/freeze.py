@@ -1,9 +1,9 @@
-"""Inference from a model trained in FP8: kernels are stored as FP8, and no scale moves any more.
+"""``freeze_for_inference``: stores kernels in FP8 and makes scales constant.
 
-What a contraction multiplies is known only while the model runs: the dtype that its kernel is cast
-to, the axes that it contracts. So freezing runs the model once, abstractly, and writes down each
-contraction. Then each kernel is quantized, and its parameter is gone, unless something else reads
-it. The converted module that serves them gives the model NaN for a parameter that is gone.
+The dtype and the contracted axes of a kernel are known only when the model runs. So freezing
+traces the model once and records each contraction. Then it quantizes each kernel and removes the
+parameter, unless the model also reads it in another way. The serving module passes NaN to the
+model in place of a removed parameter.
 """
 
 from __future__ import annotations
@@ -56,49 +56,57 @@ from flax_fp8.recipes.delayed import DelayedScaling
 def freeze_for_inference(
   module: nn.Module, variables: Any, *init_args: Any, **init_kwargs: Any
 ) -> tuple[nn.Module, Any]:
-  """Makes a model and variables for inference: FP8 kernels, static scales, no FP8 state.
+  """Freezes a model for inference: FP8 kernels, constant scales, no FP8 state.
 
-  Per contraction, with the scales that the next step of training would use::
+  For each contraction, with the scales that the next training step would use::
 
       fp8_frozen = {"kernel": quantize(kernel.astype(dtype)), "kernel_scale": ..., "input_...": ...}
 
+  The kernels take one byte per element. The outputs stay the same.
+
   Args:
-    module: the FP8 model: converted by ``fp8_linear_layers``, or with ``Fp8DotGeneral`` and
-      ``Fp8Einsum`` in it.
-    variables: its variables, trained or calibrated; arrays, or ShapeDtypeStructs to learn the
-      shapes that a checkpoint of the result has.
-    *init_args: what ``module.init`` takes after the PRNG key; arrays or ShapeDtypeStructs.
-    **init_kwargs: the same by keyword.
+    module: the FP8 model. It is converted by ``fp8_linear_layers``, or contains ``Fp8DotGeneral``
+      and ``Fp8Einsum``.
+    variables: the trained or calibrated variables. Pass ShapeDtypeStructs instead of arrays to get
+      the shapes of the result, for example to restore a checkpoint of it.
+    *init_args: the arguments of ``module.init`` after the PRNG key; arrays or ShapeDtypeStructs.
+    **init_kwargs: the keyword arguments of ``module.init``.
 
   Returns:
-    The serving module, called as ``module``; and its variables: ``params`` without the kernels, the
-    collection ``fp8_frozen``, and every other collection as it was. Mappings keep their types.
+    The serving module and its variables. The module is called like ``module``. The variables are
+    ``params`` without the kernels, the collection ``fp8_frozen``, and all other collections
+    unchanged. Mappings keep their types.
 
-    A kernel that is computed from parameters, other than by a cast and a transpose, leaves these
-    where they are, and is quantized in each run. So does one that something else reads too, such as
-    a table that is looked up; one that layers share, each with a scale of its own; and one of a
-    recipe with its forward GEMM in high precision. A module that the model runs by a nested
-    ``apply`` keeps its variables.
+    These kernels stay in ``params`` and are quantized in each run:
 
-    A kernel that ``nn.scan`` or ``nn.vmap`` stacks is stacked along the same axis in
-    ``fp8_frozen``. Where that is not the first one, ``kernel_scale`` has the kernel's rank.
+    - kernels computed from parameters by more than a cast and a transpose;
+    - parameters that the model also reads in another way, such as a lookup table;
+    - parameters shared by layers with different scales;
+    - kernels of a recipe with its forward GEMM in high precision.
+
+    A module that the model runs by a nested ``apply`` keeps its variables.
+
+    If ``nn.scan`` or ``nn.vmap`` stacks a kernel, ``fp8_frozen`` stacks it along the same axis. If
+    that axis is not the first, ``kernel_scale`` has the rank of the kernel.
 
   Raises:
-    TypeError: ``module`` is no Linen module, or the state in ``variables`` is not float32.
-    ValueError: ``variables`` is no variables dict, or lacks FP8 state; or the model contracts
-      nothing in FP8.
+    TypeError: ``module`` is not a Linen module, or the state in ``variables`` is not float32.
+    ValueError: ``variables`` is not a variables dict or lacks FP8 state, or the model has no FP8
+      contraction.
 
   Numerics:
-    Outputs are those of ``module.apply(variables, ...)``: the same FP8 values and scales. Under jit
-    they are the same bits, unless XLA fuses float32 arithmetic around a GEMM in another way. A
-    model that differentiates inside has gradients in high precision. Each run checks, by tracing
-    the model once more, that it multiplies by the parameters that were frozen. Recipes without
-    state scale inputs by themselves, as in training. Under ``overflow="current"`` scales are static
-    all the same: what is beyond their range saturates. Under ``first_step="current"`` a history of
-    zeros leaves the scale to the tensor to come, as the next step of training does: that of an
-    input that was never seen, or was zero whenever it was. Such an input is read once more in each
-    run to find its amax. From shapes alone, this holds for every contraction under
-    ``first_step="current"``, as their histories are not known.
+    Outputs equal those of ``module.apply(variables, ...)``, with the same FP8 values and scales.
+    Under ``jax.jit`` they are bit-identical, unless XLA fuses the float32 arithmetic around a GEMM
+    differently.
+
+    - Each run traces the model once more, and checks that it multiplies by the frozen parameters.
+    - Gradients that the model itself computes are in high precision.
+    - Recipes without state scale inputs in each run, as in training.
+    - With ``overflow="current"`` the scales are constant too. Larger values saturate.
+    - With ``first_step="current"``, an input with an amax history of zeros is scaled by its own
+      amax, as in training. Such an input was never seen, or was always zero. Each run then reads it
+      once more. If ``variables`` are shapes, the histories are unknown, and every contraction with
+      ``first_step="current"`` does this.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -123,20 +131,20 @@ def freeze_for_inference(
   freeze = functools.partial(_freeze, survey=survey)
   abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(variables))
   made = jax.eval_shape(freeze, variables) if abstract else jax.jit(freeze)(variables)
-  layers = _with_waits(survey.layers, made[FP8_FROZEN])
+  layers = _with_first_step(survey.layers, made[FP8_FROZEN])
   rest = {name: value for name, value in variables.items() if name != OVERWRITE_WITH_GRADIENT}
   return make_converted(module, Frozen(layers)), like(given, {**rest, **made})
 
 
 @dataclasses.dataclass(frozen=True)
 class _Survey:
-  """What a model contracts in FP8.
+  """The FP8 contractions of a model.
 
   Attributes:
-    layers: its contractions.
-    stacks: by the path of a contraction, the axes that lifted transformations made of its kernel's
-      state; None where that can't be told.
-    kept: paths of modules whose state a nested ``apply`` reads.
+    layers: the contractions.
+    stacks: for the path of each contraction, the lifted axes of its kernel's state. None if they
+      are unknown.
+    kept: paths of modules with state that a nested ``apply`` reads.
   """
 
   layers: tuple[FrozenLayer, ...]
@@ -145,7 +153,7 @@ class _Survey:
 
 
 def _survey(module: nn.Module, variables: Any, args: Any, kwargs: Any) -> _Survey:
-  """Traces a model, and writes down what it contracts in FP8 and which variables it takes."""
+  """Traces a model and records its FP8 contractions and the variables that they read."""
   calls: dict[Path, list[Call]] = {}
   in_params: set[Path] = set()
   ranks: dict[Path, int] = {}
@@ -171,18 +179,18 @@ def _survey(module: nn.Module, variables: Any, args: Any, kwargs: Any) -> _Surve
   def run(variables: Any) -> Any:
     full_args, full_kwargs = fill((args, kwargs))
     kept = flax.core.DenyList(("params", OVERWRITE_WITH_GRADIENT))
-    rngs = {"params": jax.random.key(0)}  # for whatever draws numbers, as in `init`
+    rngs = {"params": jax.random.key(0)}  # the default for all PRNG collections, as in `init`
     return module.apply(variables, *full_args, mutable=kept, rngs=rngs, **full_kwargs)
 
   with intercept_methods(intercept):
     found = origins(run, variables)
   if not calls:
     raise ValueError(
-      "freeze_for_inference: the model must contract something in FP8; got none in "
+      "freeze_for_inference: the model must have at least one FP8 contraction; got none in "
       f"{type(module).__name__}. Convert it with fp8_linear_layers, and train or calibrate it."
     )
   params: Flat = flax.traverse_util.flatten_dict(nn.meta.unbox(variables["params"]))
-  # A parameter that the model itself scans or maps over is no stack of variables.
+  # If the model itself scans or maps over a parameter, that axis is not a stack of variables.
   depths = {path: jnp.ndim(params[path]) - rank for path, rank in ranks.items() if path in params}
   return _decide(calls, found, params, in_params, depths)
 
@@ -194,7 +202,7 @@ def _decide(
   in_params: Collection[Path],
   depths: Mapping[Path, int],
 ) -> _Survey:
-  """Decides which kernels are stored: those of which nothing reads the parameter itself."""
+  """Decides which kernels are stored: those with a parameter that nothing else reads."""
   of_nested = [values for name, seen in found.items() if isinstance(name, int) for values in seen]
   read = {origin.path for values in of_nested for origin in values if origin}
   kept = frozenset(path[1:-1] for path in read if path[0] == OVERWRITE_WITH_GRADIENT)
@@ -223,7 +231,7 @@ def _decide(
 
 
 def _stack_of_state(found: Collection[Origins]) -> Lifted | None:
-  """Returns the axes that lifted transformations made of a kernel's state; None if unknown."""
+  """Returns the lifted axes of a kernel's state, or None if they are unknown."""
   stacks = {origin and origin.lifted for values in found for origin in values[1:]}
   return next(iter(stacks), ()) if len(stacks) <= 1 else None
 
@@ -234,7 +242,7 @@ def _stored_as(
   stack: Lifted | None,
   depths: Mapping[Path, int],
 ) -> tuple[Path, Lifted, tuple[int, ...]] | None:
-  """Returns the parameter that every call takes alike, as ``parameter_of``; None without one."""
+  """Returns the parameter that all calls use as the kernel, as ``parameter_of``, or None."""
   call = calls[-1]
   kernel = parameter_of({values[0] for values in found})
   alike = all(other.takes_kernel_as(call) for other in calls)
@@ -242,13 +250,13 @@ def _stored_as(
     return None
   if len(kernel[1]) != depths.get(kernel[0], 0):
     return None
-  # A kernel that is shared where its scale is not has no one value in FP8.
+  # If the kernel is shared but its scale is not, there is no single FP8 value.
   is_one = stack is not None and {level for level, _ in stack} <= {level for level, _ in kernel[1]}
   return kernel if is_one else None
 
 
 def _freeze(variables: Any, *, survey: _Survey) -> dict[str, Any]:
-  """Quantizes the kernels, and keeps of the state what forward passes need."""
+  """Quantizes the kernels and keeps the state that forward passes need."""
   flatten, unflatten = flax.traverse_util.flatten_dict, flax.traverse_util.unflatten_dict
   params: Flat = flatten(nn.meta.unbox(variables["params"]))
   state: Flat = flatten(unbox(variables.get(OVERWRITE_WITH_GRADIENT, {})))
@@ -270,7 +278,7 @@ def _freeze(variables: Any, *, survey: _Survey) -> dict[str, Any]:
 
 
 def _freeze_state(layer: FrozenLayer, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-  """Keeps of a layer's state what forward passes need, laid out as it was."""
+  """Returns the part of a layer's state that forward passes need, with the same axes."""
   recipe = layer.recipe
   if not isinstance(recipe, StatefulRecipe) or recipe.is_high_precision(GemmKind.FPROP):
     return {}
@@ -290,13 +298,13 @@ def _freeze_state(layer: FrozenLayer, leaves: Mapping[str, jax.Array]) -> dict[s
 def _freeze_kernel(
   layer: FrozenLayer, kernel: jax.Array, leaves: Mapping[str, jax.Array], stack: Lifted
 ) -> dict[str, jax.Array]:
-  """Quantizes a kernel, or all that are stacked in one parameter.
+  """Quantizes one kernel, or all kernels that are stacked in one parameter.
 
   Args:
-    layer: its contraction.
+    layer: the contraction.
     kernel: the parameter.
-    leaves: of the state of the layer, by name.
-    stack: axes that lifted transformations made of the kernel's state.
+    leaves: the layer's state by name.
+    stack: lifted axes of the kernel's state.
   """
 
   def freeze(kernel: jax.Array, leaves: Mapping[str, jax.Array]) -> QTensor:
@@ -313,7 +321,7 @@ def _freeze_kernel(
     (level, _), *inner = lifted
     each = functools.partial(over, tuple(inner))
     if level not in axes and level.is_scan:
-      # Its steps share the state, but one does not see the tensors of others.
+      # The steps share the state, but each step is quantized without the kernels of the others.
       return jax.lax.map(lambda kernel: each(kernel, leaves), kernel)
     return jax.vmap(each, in_axes=(0, 0 if level in axes else None))(kernel, leaves)
 
@@ -324,11 +332,11 @@ def _freeze_kernel(
   return {"kernel": layer.place(q.data), "kernel_scale": layer.place(q.scale)}
 
 
-def _with_waits(layers: tuple[FrozenLayer, ...], made: Any) -> tuple[FrozenLayer, ...]:
-  """Notes which contractions have a history of zeros, and so a scale of the tensor to come."""
+def _with_first_step(layers: tuple[FrozenLayer, ...], made: Any) -> tuple[FrozenLayer, ...]:
+  """Records which contractions have an amax history of zeros. They compute a scale when served."""
   leaves: Flat = flax.traverse_util.flatten_dict(made)
 
-  def waits(layer: FrozenLayer) -> bool:
+  def is_first_step(layer: FrozenLayer) -> bool:
     recipe = layer.recipe
     if not isinstance(recipe, DelayedScaling) or recipe.first_step != "current":
       return False
@@ -337,4 +345,4 @@ def _with_waits(layers: tuple[FrozenLayer, ...], made: Any) -> tuple[FrozenLayer
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in found)
     return abstract or any(bool(jnp.any(history == 0)) for history in found)
 
-  return tuple(dataclasses.replace(layer, waits=waits(layer)) for layer in layers)
+  return tuple(dataclasses.replace(layer, is_first_step=is_first_step(layer)) for layer in layers)

@@ -1,8 +1,9 @@
-"""The conversion that serves a frozen model: its contractions read kernels in FP8.
+"""The conversion that serves a frozen model: contractions read kernels in FP8.
 
-The parameters that these kernels were are gone. The model finds NaN there, which no contraction
-reads; whatever else does is seen. FP8 kernels are below the modules that contract, in ``params``,
-and static scales are where the state was: a lifted transformation slices each as it did before.
+The model finds NaN in place of the removed parameters. No contraction reads them, and any other
+use shows up as NaN. While the model runs, the FP8 kernels are stored in ``params`` beside the
+modules that contract, and the scales in place of the state. So lifted transformations slice them
+like the original variables.
 """
 
 from __future__ import annotations
@@ -47,19 +48,19 @@ class FrozenLayer:
   """One contraction of a frozen model.
 
   Attributes:
-    path: of the module that contracts.
-    plan: of the contraction.
-    dtype: in which the kernel is multiplied, but for FP8.
-    reduction: einsum equation for what precedes the contraction of a kernel, if anything.
-    parameter: path of the kernel among the parameters; None where the kernel is no parameter as it
-      is stored, and so is quantized in each run.
-    shape: of the parameter.
-    parameter_dtype: of the parameter.
-    lifted: axes of it that lifted transformations made, each with what made it; in their order.
-    order: permutation of its other axes that makes the kernel.
-    in_params: whether the model has its state among the parameters.
-    waits: whether a tensor that was never seen, or always zero, may have the scale of its amax.
-    runs_as_is: whether its state is kept, as a nested ``apply`` reads it too.
+    path: path of the module that contracts.
+    plan: the plan of the contraction.
+    dtype: dtype of the kernel before quantization.
+    reduction: einsum equation applied to the kernel before the contraction, if any.
+    parameter: path of the kernel's parameter. None if no parameter is stored in FP8 for it, so that
+      the kernel is quantized in each run.
+    shape: shape of the parameter.
+    parameter_dtype: dtype of the parameter.
+    lifted: lifted axes of the parameter with their scan or vmap, in order.
+    order: permutation from the parameter's other axes to those of the kernel.
+    in_params: whether the model stores its state among the parameters.
+    is_first_step: whether an input or kernel without a nonzero amax is scaled by its own amax.
+    runs_as_is: whether the state is kept, because a nested ``apply`` reads it too.
   """
 
   path: Path
@@ -72,44 +73,44 @@ class FrozenLayer:
   lifted: Lifted = ()
   order: tuple[int, ...] = ()
   in_params: bool = False
-  waits: bool = False
+  is_first_step: bool = False
   runs_as_is: bool = False
 
   @property
   def recipe(self) -> Recipe:
-    """How its operands are scaled in training."""
+    """The recipe in training."""
     return self.plan.recipe
 
   @property
   def stored(self) -> bool:
-    """Tells whether the kernel is stored in FP8."""
+    """Whether the kernel is stored in FP8."""
     return self.parameter is not None
 
   @property
   def serving_recipe(self) -> Recipe:
-    """How its operands are scaled from frozen state."""
+    """The recipe that reads frozen state."""
     recipe = self.recipe.frozen if isinstance(self.recipe, StatefulRecipe) else self.recipe
-    if isinstance(recipe, DelayedScaling) and not self.waits:
+    if isinstance(recipe, DelayedScaling) and not self.is_first_step:
       return dataclasses.replace(recipe, first_step="stored")
     return recipe
 
   @property
   def lifted_leads(self) -> bool:
-    """Tells whether the axes of lifted transformations come first in the parameter."""
+    """Whether the lifted axes are the first axes of the parameter."""
     return _axes(self.lifted) == [*range(len(self.lifted))]
 
   def place(self, leaf: jax.Array) -> jax.Array:
-    """Lays data or scales of a kernel out so that a lift of the parameters slices them rightly.
+    """Arranges the data or scales of a kernel so that lifted transformations slice them correctly.
 
-    Where the lifted axes don't come first in the parameter, an axis that the user counts from the
-    front or from the end is the right one only in a leaf of the parameter's rank.
+    If the lifted axes are not the first axes of the parameter, the user's axis number is correct
+    only for an array with the rank of the parameter.
 
     Args:
-      leaf: its lifted axes first, in the order of ``lifted``.
+      leaf: data or scales with the lifted axes first, in the order of ``lifted``.
 
     Returns:
-      ``leaf`` if lifted axes lead; else a reshape of the parameter's rank, its lifted axes where
-      the parameter has them.
+      ``leaf`` if ``lifted_leads``. Otherwise a reshape with the parameter's rank and the lifted
+      axes in the positions that they have in the parameter.
     """
     if self.lifted_leads:
       return leaf
@@ -127,19 +128,19 @@ class Frozen:
   """Serves a model from frozen variables.
 
   Attributes:
-    layers: its contractions.
+    layers: the contractions.
   """
 
   layers: tuple[FrozenLayer, ...]
 
   def enter(self, variables: Any) -> dict[str, Any]:
-    """Puts what is frozen among the parameters, and NaN where a kernel was."""
+    """Moves the frozen leaves among the parameters, and adds NaN for each removed kernel."""
     given = take_in(plain(variables), FP8_FROZEN)
     frozen = flax.traverse_util.flatten_dict(given.pop(FP8_FROZEN, {}))
     params: Flat = flax.traverse_util.flatten_dict(nn.meta.unbox(given.get("params", {})))
     state: Flat = flax.traverse_util.flatten_dict(given.pop(OVERWRITE_WITH_GRADIENT, {}))
-    # No contraction reads them. Whatever else does gets NaN, and is seen. Where JAX looks for NaN
-    # a mere cast of NaN would stop it: there they are out of all proportion.
+    # No contraction reads these values. Any other use returns NaN and is noticed. With
+    # jax_debug_nans, even a cast of NaN raises, so the values are large instead.
     config: Any = jax.config
     absent = 2.0**15 if config.jax_debug_nans else jnp.nan
     params |= {
@@ -164,7 +165,7 @@ class Frozen:
     return given
 
   def leave(self, variables: Any) -> dict[str, Any]:
-    """Takes out what ``enter`` put there."""
+    """Removes the leaves that ``enter`` added."""
     given = dict(variables)
     own = {layer.path for layer in self.layers if not layer.runs_as_is}
     put = {layer.parameter for layer in self.layers}
@@ -179,14 +180,14 @@ class Frozen:
     return given
 
   def initialized(self, variables: Any) -> dict[str, Any]:
-    """Keeps other collections, such as a cache: what is frozen comes from freezing alone."""
+    """Keeps other collections, such as a cache. Only freezing creates frozen variables."""
     gone = ("params", OVERWRITE_WITH_GRADIENT)
     return {name: value for name, value in variables.items() if name not in gone}
 
   @contextlib.contextmanager
   def during(self, run: Run) -> Generator[None]:
-    """Lets contractions read what is frozen."""
-    if run.variables is None:  # the model makes what ``initialized`` keeps
+    """Makes contractions read the frozen variables."""
+    if run.variables is None:  # in `init`
       yield
       return
     layers = {layer.path: layer for layer in self.layers}
@@ -207,33 +208,33 @@ class Frozen:
 
 
 def _refuse_cast(path: Path, leaf: Any) -> None:
-  """Raises TypeError where frozen variables were cast as a whole: kernels in FP8, and scales."""
+  """Raises TypeError if an FP8 kernel or a scale was cast to another dtype."""
   dtype = jnp.result_type(leaf)
   if dtype.itemsize > 1 and (path[-1] == "kernel" or dtype != jnp.float32):
     raise TypeError(
       f"freeze_for_inference: FP8 kernels must stay FP8, and their scales float32; got "
-      f"{'/'.join(path)!r} of dtype {dtype}. Keep the collection {FP8_FROZEN!r} out of casts of "
-      "variables: pass what freeze_for_inference returned."
+      f"{'/'.join(path)!r} of dtype {dtype}. Pass the variables that freeze_for_inference "
+      f"returned, and do not cast the collection {FP8_FROZEN!r}."
     )
 
 
 def is_contraction(context: Any) -> bool:
-  """Tells whether a method call is that of a module that contracts in FP8."""
+  """Returns whether a method call is the ``__call__`` of an FP8 contraction module."""
   return isinstance(context.module, FP8Contraction) and context.method_name == "__call__"
 
 
 def running_applies() -> int:
-  """Counts the calls of ``init`` and ``apply`` that run, each inside of the one before.
+  """Returns the number of nested ``init`` and ``apply`` calls that are running.
 
-  A module may run another by its ``apply``. Paths in there begin anew, and may be those of others.
+  Module paths start again at the root in a nested ``apply``, so they may equal paths of the model.
   """
   return len(getattr(getattr(linen_module, "_context", None), "capture_stack", ()))
 
 
 def _check_kernels(layers: Mapping[Path, FrozenLayer], run: Run) -> None:
-  """Raises ValueError where a run multiplies by something else than the parameters that are frozen.
+  """Raises ValueError if a run multiplies by anything other than the frozen parameters.
 
-  It traces the model another time, for which contractions give zeros.
+  The check traces the model once more, with contractions that return zeros.
   """
   own = running_applies() + 1
 
@@ -271,7 +272,7 @@ def _axes(lifted: Lifted) -> list[int]:
 def parameter_of(
   kernels: Collection[Origin | None],
 ) -> tuple[Path, Lifted, tuple[int, ...]] | None:
-  """Returns path, lifted axes and order of the parameter that all kernels are; None without one."""
+  """Returns path, lifted axes and axis order of the one parameter that all kernels are, or None."""
   origin = next(iter(kernels)) if len(kernels) == 1 else None
   if origin is None or origin.casts > 1 or origin.path[0] != "params":
     return None
@@ -280,9 +281,9 @@ def parameter_of(
 
 def _refuse_kernel(path: Path) -> None:
   raise ValueError(
-    "freeze_for_inference: a frozen model multiplies by the parameters that it did when it was "
-    f"frozen; got another kernel at {'/'.join(path)!r}. Freeze it with the arguments, flags and "
-    "method that it is served with."
+    "freeze_for_inference: the served model must use the kernels that were frozen; got another "
+    f"kernel at {'/'.join(path)!r}. Freeze it with the same arguments, flags and method as in "
+    "serving."
   )
 
 
@@ -291,9 +292,9 @@ def _serve(module: Any, layers: Mapping[Path, FrozenLayer], call: Call) -> jax.A
   check.device("freeze_for_inference", module.recipe, getattr(module, "emulate", True))
   if (layer := layers.get(module.path)) is None:
     raise ValueError(
-      "freeze_for_inference: a frozen model contracts what it did when it was frozen; got another "
-      f"contraction at {'/'.join(module.path)!r}, besides {len(layers)}. Freeze it with arguments "
-      "that reach all of the model."
+      "freeze_for_inference: the served model must call the contractions that were frozen; got "
+      f"another contraction at {'/'.join(module.path)!r}, besides {len(layers)}. Freeze it with "
+      "arguments that run the whole model."
     )
   if layer.recipe.is_high_precision(GemmKind.FPROP):
     return call.finish(contract_as_is(call.plan, call.input, call.kernel))
@@ -305,7 +306,8 @@ def _serve(module: Any, layers: Mapping[Path, FrozenLayer], call: Call) -> jax.A
   if layer.stored and not leaves.keys() >= _KERNEL:
     raise ValueError(
       f"freeze_for_inference: the frozen model needs the collection {FP8_FROZEN!r}; got variables "
-      f"without the kernel of {'/'.join(module.path)!r}. Pass what freeze_for_inference returned."
+      f"without the kernel of {'/'.join(module.path)!r}. Pass the variables that "
+      "freeze_for_inference returned."
     )
   kernel = (
     _stored_kernel(layer, plan, call, leaves)
@@ -318,7 +320,7 @@ def _serve(module: Any, layers: Mapping[Path, FrozenLayer], call: Call) -> jax.A
 def _stored_kernel(
   layer: FrozenLayer, plan: Plan, call: Call, leaves: Mapping[str, jax.Array]
 ) -> QTensor:
-  """Reads a kernel, in the layout in which it was quantized."""
+  """Reads a stored kernel in the layout of ``quantize_kernel``."""
   stored = QTensor(leaves["kernel"], leaves["kernel_scale"])
   if layer.lifted_leads:
     return stored
@@ -328,7 +330,7 @@ def _stored_kernel(
 
 
 def read_roles(recipe: Recipe, leaves: Mapping[str, jax.Array]) -> dict[str, TensorState]:
-  """Groups variables of a module by role; roles of which some are missing are left out."""
+  """Groups the variables of a module by role. Omits roles with missing variables."""
   state: dict[str, TensorState] = {}
   for role in Role:
     names = {key: f"{role.value}_{key}" for key in recipe.init_state(role)}

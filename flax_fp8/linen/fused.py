@@ -1,7 +1,7 @@
-"""Projections that share an input, fused: one GEMM, one quantised input, one output gradient.
+"""Fused projections that share an input: one GEMM, one quantized input, one output gradient.
 
-``Fp8FusedQKV`` is the query, key and value of attention, ``Fp8SwiGLU`` the gated MLP. Their
-parameters convert to those of separate layers and back, bit for bit.
+``Fp8FusedQKV`` computes query, key and value of attention. ``Fp8SwiGLU`` is the gated MLP. Their
+parameters convert to the parameters of separate layers and back, bit for bit.
 """
 
 from __future__ import annotations
@@ -29,54 +29,63 @@ Params = Mapping[str, Any]
 
 
 class Fp8FusedQKV(nn.Module):
-  """Query, key and value of self-attention by one FP8 GEMM.
+  """Query, key and value projections of self-attention in one FP8 GEMM.
 
   ::
 
       query, key, value = x @ query_kernel, x @ key_kernel, x @ value_kernel
 
-  with the kernels side by side in one leaf ``kernel`` ``[D, kv_heads, group + 2, head_dim]``,
-  ``group = num_heads / num_kv_heads``: for each key-value head the query heads that attend to it,
-  then its key, then its value. A mesh that splits the second axis keeps them on one device.
+  The three kernels are stored in one parameter ``kernel``. Its shape is
+  ``[D, kv_heads, group + 2, head_dim]``, with ``group = num_heads / num_kv_heads``. For each
+  key-value head it holds the query heads that attend to it, then its key, then its value. A mesh
+  that shards the second axis keeps these on one device.
 
   Attributes:
-    num_heads: query heads.
+    num_heads: number of query heads.
     head_dim: width of a head.
-    num_kv_heads: key and value heads, each shared by ``num_heads / num_kv_heads`` consecutive query
-      heads, as in ``jax.nn.dot_product_attention``; ``num_heads`` if None.
-    use_bias: adds a bias, the leaf ``bias`` ``[kv_heads, group + 2, head_dim]``.
-    dtype: of the computation; that of input and parameters together if None.
-    param_dtype: of the parameters.
-    kernel_init: called once for each of the three kernels, with the shape ``[D, features]`` that it
-      would have alone. Axis names for partitioning are those of the fused kernel's four axes.
-    bias_init: the same for biases; three axes.
-    kernel_scales: "joint" quantises the kernel as one tensor. "separate" first multiplies each of
-      the three by a power of two that brings it near the largest one, and divides its part of the
-      result, at the price of one more pass over the kernel.
-    recipe: how tensors are scaled.
-    emulate: as for ``Fp8DotGeneral``.
+    num_kv_heads: number of key and value heads; ``num_heads`` if None. Each is shared by
+      ``num_heads / num_kv_heads`` consecutive query heads, as in
+      ``jax.nn.dot_product_attention``.
+    use_bias: whether to add a bias. The parameter ``bias`` has the shape
+      ``[kv_heads, group + 2, head_dim]``.
+    dtype: dtype of the computation; the promoted dtype of input and parameters if None.
+    param_dtype: dtype of the parameters.
+    kernel_init: initializer, called once for each of the three kernels with its own shape
+      ``[D, features]``. Its axis names for partitioning are those of the fused kernel's four axes.
+    bias_init: initializer of the biases, called in the same way, with three axis names.
+    kernel_scales: ``"joint"`` quantizes the fused kernel as one tensor. ``"separate"`` first
+      multiplies each of the three kernels by a power of two that brings it close to the largest
+      one, and divides its part of the result by it. This costs one more pass over the kernel.
+    recipe: the scaling recipe.
+    emulate: as in ``Fp8DotGeneral``.
 
-  Variables (collection ``_overwrite_with_gradient``):
-    Those of one ``Fp8DotGeneral``.
+  Variables:
+    Those of one ``Fp8DotGeneral``, in the collection ``_overwrite_with_gradient``.
 
   Raises:
-    ValueError: ``num_heads`` is no multiple of ``num_kv_heads``; ``kernel_scales`` is unknown; and
-      as ``Fp8DotGeneral``.
-    TypeError: as ``Fp8DotGeneral``.
+    ValueError: ``num_heads`` is not a multiple of ``num_kv_heads``, or ``kernel_scales`` is
+      unknown; and as ``Fp8DotGeneral``.
+    TypeError: a field or the input has the wrong type; and as ``Fp8DotGeneral``.
 
   Numerics:
-    As ``Fp8DotGeneral``. The output gradient is quantised as one tensor. Where that has one scale,
-    the gradients of the three may be apart by as much as the format's normal numbers: 2**30 in
-    E5M2, 2**15 in E4M3.
+    As ``Fp8DotGeneral``. The output gradient is quantized as one tensor. If the recipe uses one
+    scale per tensor, the three gradients may differ by the range of normal numbers of the format:
+    ``2**30`` in E5M2 and ``2**15`` in E4M3.
 
-    Joint scales cost accuracy only where one kernel is thousands of times smaller than another:
-    with one scale a tensor and normal values, a key 2**10 times smaller than query and value has an
-    error of 3.73 %, 2**12 times 3.94 %, 2**14 times 8.8 %, 2**16 times 34 %. Separate scales keep
-    it at 3.72 %. With them, the gradients of the outputs are divided by the same powers of two
-    before they are quantised, which evens out those of query and key: only their product counts, so
-    ``sum(query * query_grad) == sum(key * key_grad)``, and the smaller one has the larger gradient.
-    Where no two amaxes differ by a factor of 2, "joint" and "separate" give the same bits. In
-    float16 a divided gradient may underflow; bfloat16 and float32 have the range.
+    Joint scales lose accuracy only if one kernel is thousands of times smaller than another. The
+    relative error of a small key, for one scale per tensor and normally distributed values:
+
+    - key ``2**10`` times smaller than query and value: 3.73 %
+    - ``2**12`` times smaller: 3.94 %
+    - ``2**14`` times smaller: 8.8 %
+    - ``2**16`` times smaller: 34 %
+
+    Separate scales keep this error at 3.72 %. They also divide the output gradients by the same
+    powers of two before quantization. This balances the gradients of query and key: attention uses
+    only their product, so ``sum(query * query_grad) == sum(key * key_grad)``, and the smaller one
+    has the larger gradient. If no two amaxes differ by a factor of 2, ``"joint"`` and
+    ``"separate"`` give the same bits. In float16 a divided gradient may underflow. The range of
+    bfloat16 and float32 is sufficient.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -118,18 +127,19 @@ class Fp8FusedQKV(nn.Module):
 
   @nn.nowrap
   def from_separate(self, separate: Mapping[str, Params]) -> dict[str, jax.Array]:
-    """Makes this module's parameters from those of three layers.
+    """Converts the parameters of three separate layers to this module's parameters.
 
     Args:
-      separate: ``"query"``, ``"key"`` and ``"value"``, each with ``kernel``, and ``bias`` if the
-        module has one, of ``nn.Dense`` or ``nn.DenseGeneral``; axes stacked in front are kept.
+      separate: a mapping with the keys ``"query"``, ``"key"`` and ``"value"``. Each value has the
+        ``kernel`` of an ``nn.Dense`` or ``nn.DenseGeneral``, and its ``bias`` if ``use_bias``.
+        Leading axes, stacked by ``nn.scan`` or ``nn.vmap``, are kept.
 
     Returns:
-      The module's ``params``, the same numbers; ``upgrade_variables`` adds the FP8 state.
+      The module's ``params``, with the same values. ``upgrade_variables`` adds the FP8 state.
 
     Raises:
-      ValueError: a part or leaf is missing or unknown, a shape does not fit, or the parts differ in
-        leading axes or dtype.
+      ValueError: a part or parameter is missing or unknown, a shape does not match, or the parts
+        differ in leading axes or dtype.
     """
     return fuse(f"{type(self).__name__}.from_separate", self._parts(), separate, self._leaves())
 
@@ -137,24 +147,25 @@ class Fp8FusedQKV(nn.Module):
   def to_separate(
     self, params: Params, layer: type[nn.Module] = nn.DenseGeneral
   ) -> dict[str, dict[str, jax.Array]]:
-    """Makes the parameters of three layers from this module's; the inverse of ``from_separate``.
+    """Converts this module's parameters to those of three layers; inverse of ``from_separate``.
 
     Args:
-      params: the module's ``params``; axes stacked in front are kept.
-      layer: ``nn.DenseGeneral`` for kernels ``[D, heads, head_dim]``, as Flax's attention has them;
-        ``nn.Dense`` for ``[D, features]``.
+      params: the module's ``params``. Leading axes are kept.
+      layer: ``nn.DenseGeneral`` for kernels ``[D, heads, head_dim]``, as in Flax's attention;
+        ``nn.Dense`` for kernels ``[D, features]``.
 
     Returns:
-      ``"query"``, ``"key"`` and ``"value"``, each with its leaves.
+      A dict with the keys ``"query"``, ``"key"`` and ``"value"``, each with its parameters.
 
     Raises:
-      ValueError: a leaf is missing, unknown or of another shape; ``layer`` is neither class.
+      ValueError: a parameter is missing or unknown or has another shape, or ``layer`` is neither
+        class.
     """
     name = f"{type(self).__name__}.to_separate"
     if layer not in (nn.Dense, nn.DenseGeneral):
       raise ValueError(
-        f"{name}: layer must be nn.Dense or nn.DenseGeneral; got {layer=}. Choose the one that the "
-        "parameters are for."
+        f"{name}: layer must be nn.Dense or nn.DenseGeneral; got {layer=}. Choose the class of the "
+        "separate layers."
       )
     return unfuse(name, self._parts(), params, self._leaves(), flat=layer is nn.Dense)
 
@@ -173,35 +184,37 @@ class Fp8FusedQKV(nn.Module):
 
 
 class Fp8SwiGLU(nn.Module):
-  """The gated MLP by two FP8 GEMMs.
+  """The SwiGLU MLP in two FP8 GEMMs.
 
   ::
 
       (silu(x @ gate) * (x @ up)) @ down
 
-  with gate and up in one leaf ``gate_up/kernel`` ``[D, 2, hidden_features]``, and ``down/kernel``
-  ``[hidden_features, D]``. A mesh that splits the hidden features keeps each gate with its up.
+  Gate and up are stored in one parameter ``gate_up/kernel`` of shape ``[D, 2, hidden_features]``.
+  The shape of ``down/kernel`` is ``[hidden_features, D]``. A mesh that shards the hidden features
+  keeps the gate and up columns of each feature on one device.
 
   Attributes:
-    hidden_features: width between the projections; the result is as wide as the input.
-    dtype: of the computation; that of input and parameters together if None.
-    param_dtype: of the parameters.
-    kernel_init: called for gate and for up, with the shape ``[D, hidden_features]`` of each alone.
-      Axis names for partitioning are those of the fused kernel's three axes.
-    down_kernel_init: the same for down; two axes.
-    kernel_scales: "joint" or "separate", of gate and up; as for ``Fp8FusedQKV``.
-    recipe: how tensors are scaled.
-    emulate: as for ``Fp8DotGeneral``.
+    hidden_features: width between the projections. The result is as wide as the input.
+    dtype: dtype of the computation; the promoted dtype of input and parameters if None.
+    param_dtype: dtype of the parameters.
+    kernel_init: initializer, called for gate and for up with the shape ``[D, hidden_features]``.
+      Its axis names for partitioning are those of the fused kernel's three axes.
+    down_kernel_init: initializer of down, with two axis names.
+    kernel_scales: ``"joint"`` or ``"separate"`` scales of gate and up, as in ``Fp8FusedQKV``.
+    recipe: the scaling recipe.
+    emulate: as in ``Fp8DotGeneral``.
 
-  Variables (collection ``_overwrite_with_gradient``):
-    Those of two ``Fp8DotGeneral``, in ``gate_up`` and ``down``.
+  Variables:
+    Those of two ``Fp8DotGeneral``, in ``gate_up`` and ``down`` of the collection
+    ``_overwrite_with_gradient``.
 
   Raises:
     ValueError: ``kernel_scales`` is unknown; and as ``Fp8DotGeneral``.
-    TypeError: as ``Fp8DotGeneral``.
+    TypeError: a field or the input has the wrong type; and as ``Fp8DotGeneral``.
 
   Numerics:
-    As ``Fp8DotGeneral``. The product with silu is in ``dtype``.
+    As ``Fp8DotGeneral``. ``silu(gate) * up`` is computed in ``dtype``.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -226,7 +239,7 @@ class Fp8SwiGLU(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Takes ``[..., D]`` to ``[..., D]``."""
+    """Maps ``[..., D]`` to ``[..., D]``."""
     _check_fields(self, ("hidden_features",), ("kernel_init", "down_kernel_init"))
     _check_input(self, x)
     fused = GateUp(
@@ -252,18 +265,18 @@ class Fp8SwiGLU(nn.Module):
 
   @nn.nowrap
   def from_separate(self, separate: Mapping[str, Params]) -> dict[str, dict[str, jax.Array]]:
-    """Makes this module's parameters from those of three layers.
+    """Converts the parameters of three separate layers to this module's parameters.
 
     Args:
-      separate: ``"gate"``, ``"up"`` and ``"down"``, each with the ``kernel`` of an ``nn.Dense``
-        without bias; axes stacked in front are kept.
+      separate: a mapping with the keys ``"gate"``, ``"up"`` and ``"down"``. Each value has the
+        ``kernel`` of an ``nn.Dense`` without bias. Leading axes are kept.
 
     Returns:
-      The module's ``params``, the same numbers; ``upgrade_variables`` adds the FP8 state.
+      The module's ``params``, with the same values. ``upgrade_variables`` adds the FP8 state.
 
     Raises:
-      ValueError: a part or leaf is missing or unknown, a shape does not fit, or gate and up differ
-        in leading axes or dtype.
+      ValueError: a part or parameter is missing or unknown, a shape does not match, or gate and up
+        differ in leading axes or dtype.
     """
     name = f"{type(self).__name__}.from_separate"
     require_keys(name, separate, ("gate", "up", "down"))
@@ -273,16 +286,17 @@ class Fp8SwiGLU(nn.Module):
 
   @nn.nowrap
   def to_separate(self, params: Params) -> dict[str, dict[str, jax.Array]]:
-    """Makes the parameters of three layers from this module's; the inverse of ``from_separate``.
+    """Converts this module's parameters to those of three layers; inverse of ``from_separate``.
 
     Args:
-      params: the module's ``params``; axes stacked in front are kept.
+      params: the module's ``params``. Leading axes are kept.
 
     Returns:
-      ``"gate"``, ``"up"`` and ``"down"``, each with the kernel that ``nn.Dense`` has.
+      A dict with the keys ``"gate"``, ``"up"`` and ``"down"``, each with the kernel of an
+      ``nn.Dense``.
 
     Raises:
-      ValueError: a leaf is missing, unknown or of another shape.
+      ValueError: a parameter is missing or unknown, or has another shape.
     """
     name = f"{type(self).__name__}.to_separate"
     require_keys(name, params, ("gate_up", "down"))
@@ -293,20 +307,20 @@ class Fp8SwiGLU(nn.Module):
     return Parts((("gate", 1), ("up", 1)), self.hidden_features)
 
   def _down(self, name: str, down: Params, gate_up: Params) -> dict[str, jax.Array]:
-    """The leaves of down, which are the same on both sides, if they fit gate and up."""
+    """Checks and returns the parameters of down, which are the same in both layouts."""
     require_keys(f"{name}: down", down, (KERNEL,))
     kernel = jnp.asarray(down[KERNEL])
     *lead, inputs, _, hidden = gate_up[KERNEL].shape
     if kernel.shape != (*lead, hidden, inputs):
       raise ValueError(
-        f"{name}: the kernel of down must have the shape {(*lead, hidden, inputs)}, as gate and up "
-        f"have it transposed; got shape {kernel.shape}. Take the parts of one layer."
+        f"{name}: the kernel of down must have the shape {(*lead, hidden, inputs)}, the transpose "
+        f"of gate and up; got shape {kernel.shape}. Pass three kernels of the same layer."
       )
     return {KERNEL: kernel}
 
 
 class GateUp(nn.Module):
-  """The first GEMM of ``Fp8SwiGLU``, in a scope beside that of ``down``."""
+  """The first GEMM of ``Fp8SwiGLU``, with its own scope."""
 
   parts: Parts
   dtype: Any
@@ -318,7 +332,7 @@ class GateUp(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
-    """Takes ``[..., D]`` to gate and up, each ``[..., 1, hidden_features]``."""
+    """Maps ``[..., D]`` to gate and up, each ``[..., 1, hidden_features]``."""
     return _project(self, self.parts, x, self.kernel_init)
 
 
@@ -329,10 +343,10 @@ def _project(
   kernel_init: Callable[..., Any],
   bias_init: Callable[..., Any] | None = None,
 ) -> dict[str, jax.Array]:
-  """Multiplies by the fused kernel of a bound module: ``[..., D]`` to each ``[..., heads, width]``.
+  """Multiplies by a module's fused kernel: ``[..., D]`` to parts ``[..., heads, width]``.
 
-  With separate scales ``factor * kernel`` is what is quantised, and ``out / factor`` the result:
-  both exact, so that the gradients need no care.
+  With separate scales, ``factor * kernel`` is quantized and the result is ``out / factor``. Both
+  are exact, because the factors are powers of two.
   """
   kernel = module.param(KERNEL, parts.init(kernel_init), x.shape[-1:], module.param_dtype)
   bias = bias_init and module.param(BIAS, parts.init(bias_init), (), module.param_dtype)
@@ -358,7 +372,7 @@ def _dot_general_cls(module: Any) -> Callable[[], nn.Module]:
 
 
 def _check_fields(module: Any, sizes: Sequence[str], inits: Sequence[str]) -> None:
-  """Raises TypeError or ValueError for a field of another kind, in the module's own name."""
+  """Raises TypeError or ValueError for an invalid field, with the module's name."""
   name = type(module).__name__
   for field in sizes:
     fields.integer(name, field, getattr(module, field), "Pass a size.")
@@ -378,5 +392,5 @@ def _check_input(module: Any, x: Any) -> None:
   if not getattr(x, "ndim", 0):
     raise TypeError(
       f"{type(module).__name__}: x must be an array [..., D]; got x={fields.show(x)}. Pass the "
-      "input of the layer."
+      "layer's input."
     )

@@ -1,6 +1,7 @@
-"""Parameters of separate layers to those of a fused one and back: nothing but moved, so exact.
+"""Converts the parameters of separate layers to those of a fused layer and back.
 
-Leading axes that ``nn.scan`` or ``nn.vmap`` stacked stay where they are.
+The conversion only moves values, so it is exact. Leading axes that ``nn.scan`` or ``nn.vmap``
+stacked are kept.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ def fuse(
   """Joins the parameters of separate layers.
 
   Args:
-    name: what error messages call the operation.
-    parts: where each layer's columns go.
-    separate: for each part its leaves: kernels ``[..., D, features]`` of ``nn.Dense`` or
-      ``[..., D, heads, width]`` of ``nn.DenseGeneral``, biases likewise without D.
-    leaves: those that there are, ``"kernel"`` and maybe ``"bias"``.
+    name: name of the operation in error messages.
+    parts: the layout of the fused kernel.
+    separate: the parameters of each part: kernels ``[..., D, features]`` of ``nn.Dense`` or
+      ``[..., D, heads, width]`` of ``nn.DenseGeneral``, and biases of the same shape without D.
+    leaves: names of the parameters, ``"kernel"`` and optionally ``"bias"``.
 
   Returns:
-    For each leaf the joined array, ``[..., D, *groups, slots, width]``, for a bias without D.
+    For each parameter the joined array ``[..., D, *groups, slots, width]``, without D for a bias.
 
   Raises:
-    ValueError: a part or leaf is missing or unknown, a shape does not fit, or the parts differ in
-      leading axes or dtype.
+    ValueError: a part or parameter is missing or unknown, a shape does not match, or the parts
+      differ in leading axes or dtype.
   """
   require_keys(name, separate, list(parts.heads))
   for part, params in separate.items():
@@ -44,20 +45,20 @@ def fuse(
 def unfuse(
   name: str, parts: Parts, params: Mapping[str, Any], leaves: Sequence[str], *, flat: bool
 ) -> dict[str, dict[str, jax.Array]]:
-  """Takes the parameters of a fused layer apart; the inverse of ``fuse``.
+  """Splits the parameters of a fused layer; the inverse of ``fuse``.
 
   Args:
-    name: what error messages call the operation.
-    parts: where each layer's columns are.
-    params: the fused layer's leaves.
-    leaves: those that there are.
-    flat: gives ``[..., features]``, as ``nn.Dense`` has it, instead of ``[..., heads, width]``.
+    name: name of the operation in error messages.
+    parts: the layout of the fused kernel.
+    params: the parameters of the fused layer.
+    leaves: names of the parameters.
+    flat: returns ``[..., features]``, as in ``nn.Dense``, instead of ``[..., heads, width]``.
 
   Returns:
-    For each part its leaves.
+    The parameters of each part.
 
   Raises:
-    ValueError: a leaf is missing or unknown, or has another shape.
+    ValueError: a parameter is missing or unknown, or has another shape.
   """
   require_keys(name, params, leaves)
   separate: dict[str, dict[str, jax.Array]] = {part: {} for part in parts.heads}
@@ -68,7 +69,7 @@ def unfuse(
       columns = ", ".join(map(str, parts.shape))
       raise ValueError(
         f"{name}: the {leaf} must have the shape [..., {'D, ' * (leaf == KERNEL)}{columns}]; got "
-        f"{leaf} of shape {joined.shape}. Pass the parameters of a module with these fields."
+        f"{leaf} of shape {joined.shape}. Pass the parameters of a module with the same fields."
       )
     for part, value in parts.split(joined).items():
       separate[part][leaf] = value.reshape(*value.shape[:-2], -1) if flat else value
@@ -76,13 +77,13 @@ def unfuse(
 
 
 def require_keys(name: str, found: Any, wanted: Sequence[str]) -> None:
-  """Raises ValueError unless a mapping has these keys and no others."""
+  """Raises ValueError unless a mapping has exactly these keys."""
   if not isinstance(found, Mapping) or set(found) != set(wanted):
     got = sorted(found) if isinstance(found, Mapping) else type(found).__name__
     raise ValueError(
-      f"{name}: must hold {', '.join(wanted)}, and nothing else; got {got}. Pass the parameters "
-      "themselves, without a collection or a module around them, of layers that have a bias where "
-      "the fused module has one."
+      f"{name}: the keys must be {', '.join(wanted)}, and nothing else; got {got}. Pass the "
+      "parameters themselves, without a collection or a module around them, and with a bias only "
+      "if the fused module has one."
     )
 
 
@@ -94,8 +95,8 @@ def _join(
   if len(set(kinds.values())) > 1:
     found = ", ".join(f"{part} {lead} {dtype}" for part, (lead, dtype) in kinds.items())
     raise ValueError(
-      f"{name}: the parts must be of one dtype and have equal axes before their features; got "
-      f"{leaf}s {found}. Take the parts of one layer."
+      f"{name}: the parts must have one dtype and the same axes before the features; got "
+      f"{leaf}s {found}. Pass parts of the same layer."
     )
   return parts.join(by_head)
 
@@ -103,7 +104,7 @@ def _join(
 def _by_head(
   name: str, parts: Parts, separate: Mapping[str, Mapping[str, Any]], part: str, leaf: str
 ) -> jax.Array:
-  """A part's leaf as ``[..., heads, width]``."""
+  """Returns a part's parameter as ``[..., heads, width]``."""
   heads, value = parts.heads[part], jnp.asarray(separate[part][leaf])
   features, inputs = heads * parts.width, int(leaf == KERNEL)
   if value.shape[inputs:][-2:] == (heads, parts.width):
@@ -114,5 +115,5 @@ def _by_head(
   raise ValueError(
     f"{name}: the {leaf} of {part} must have the shape {before}{features}] or "
     f"{before}{heads}, {parts.width}]; got shape {value.shape}. Change the module's fields, or "
-    "take another layer's parameters."
+    "pass the parameters of a matching layer."
   )

@@ -1,4 +1,4 @@
-"""Linen's method interceptors, which end where they should under ``python -O`` too."""
+"""Linen's method interceptors, fixed for ``python -O``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import flax.linen.module as linen_module
 
 @contextlib.contextmanager
 def intercept_methods(interceptor: Callable[..., Any]) -> Generator[None]:
-  """``nn.intercept_methods``, which takes its interceptor out inside an ``assert``.
+  """``nn.intercept_methods`` that also removes its interceptor under ``python -O``.
 
-  ``python -O`` leaves assertions out, and so the interceptor in: it would see every model.
+  Flax removes the interceptor inside an ``assert``. ``python -O`` skips assertions, so the
+  interceptor would stay installed and see every model.
   """
   stack: Any = getattr(linen_module, "_global_interceptor_stack", ())
   depth = len(stack)

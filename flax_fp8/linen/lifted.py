@@ -1,8 +1,8 @@
-"""Where lifted transformations put their axes in FP8 state.
+"""The axes that lifted transformations add to FP8 state.
 
 ``nn.scan`` and ``nn.vmap`` stack variables along an axis that the user chooses. The state of one
-contraction is a scale ``(1,)`` and a history ``(length,)``. The axis of these is found from the
-shapes, and every other axis belongs to a lifted transformation.
+contraction is a scale ``(1,)`` and a history ``(length,)``. These functions find the state's own
+axis from the shapes. All other axes belong to lifted transformations.
 """
 
 from __future__ import annotations
@@ -14,45 +14,45 @@ Shape: TypeAlias = tuple[int, ...]
 
 
 def own_axes(shapes: Mapping[str, Shape]) -> dict[str, int]:
-  """Finds the axis that each variable of one module would have without lifted transformations.
+  """Returns the axis of each state variable that no lifted transformation added.
 
   ``scale (3, 1), history (3, 16): 1``; ``scale (1, 3), history (16, 3): 0``
 
   Args:
-    shapes: of the state variables of one contraction, by name.
+    shapes: shapes of the state variables of one contraction, by name.
 
   Returns:
-    The axis by name, never negative. For a variable without axes, 0.
+    The axis by name, never negative. 0 for a variable without axes.
 
   Numerics:
-    A history differs from its scale along this axis. If no two variables differ, it is the last
-    axis of size 1: all choices then describe the same values.
+    A history differs from its scale along this axis. If no two shapes differ, the result is the
+    last axis of size 1, because all choices then describe the same values.
   """
   return {name: _own_axis(shape, shapes) for name, shape in shapes.items()}
 
 
 def lifted_first(leaves: Mapping[str, Any]) -> dict[str, Any]:
-  """Moves the axes of lifted transformations to the front, in their order.
+  """Moves the axes of lifted transformations to the front and keeps their order.
 
   Args:
     leaves: state variables of one contraction, by name; NumPy or JAX arrays.
 
   Returns:
-    The same arrays, each with its own axis last.
+    The same arrays with their own axis last.
   """
   axes = own_axes({name: leaf.shape for name, leaf in leaves.items()})
   return {name: own_last(leaf, axes[name]) for name, leaf in leaves.items()}
 
 
 def own_last(leaf: Any, axis: int) -> Any:
-  """Moves one axis of an array to the end. An array without axes is returned as it is."""
+  """Moves one axis of an array to the end. Returns an array without axes unchanged."""
   if not leaf.ndim:
     return leaf
   return leaf.transpose(*(other for other in range(leaf.ndim) if other != axis), axis)
 
 
 def own_back(leaf: Any, axis: int) -> Any:
-  """Moves the last axis of an array back to where ``own_last`` took it from."""
+  """Moves the last axis of an array to the given position; the inverse of ``own_last``."""
   if not leaf.ndim:
     return leaf
   order = list(range(leaf.ndim - 1))

@@ -1,8 +1,8 @@
-"""The kernels of several layers in one: where each part lies, its factor, how it is initialised.
+"""The layout of a fused kernel: position, initialization and scale factor of each part.
 
-Layers that share an input are one GEMM with their output columns side by side. An axis of its own
-tells the parts apart, and the axes around it stay whole: a mesh may split them without separating
-what belongs together.
+Layers that share an input become one GEMM with their output columns side by side. A separate axis
+of slots distinguishes the parts. A mesh can shard the axes around it without separating the columns
+of one head or one hidden feature.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _LARGEST_FACTOR = np.float32(2.0**126)  # its reciprocal is normal in float32
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-  """Columns ``[*groups, slots, width]`` of one kernel, the slots shared out among the parts.
+  """Columns ``[*groups, slots, width]`` of one kernel, with the slots divided among the parts.
 
-  A part by itself has ``heads = prod(groups) * slots of the part`` blocks of ``width`` columns,
-  ordered by group.
+  A separate layer of a part has ``heads = prod(groups) * (slots of the part)`` blocks of ``width``
+  columns, ordered by group.
 
   Attributes:
-    slots: the part's name, and how many slots of each group are its.
-    width: columns of a slot.
-    groups: sizes of the axes before.
+    slots: name of each part and its number of slots in each group.
+    width: number of columns in a slot.
+    groups: sizes of the axes in front of the slots.
   """
 
   slots: tuple[tuple[str, int], ...]
@@ -41,16 +41,16 @@ class Parts:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """The columns' shape."""
+    """Shape of the columns."""
     return (*self.groups, sum(count for _, count in self.slots), self.width)
 
   @property
   def heads(self) -> dict[str, int]:
-    """The blocks of ``width`` columns that each part has."""
+    """Number of blocks of ``width`` columns in each part."""
     return {name: math.prod(self.groups) * count for name, count in self.slots}
 
   def join(self, parts: Mapping[str, jax.Array]) -> jax.Array:
-    """Makes ``[..., heads, width]`` of each part one array ``[..., *groups, slots, width]``."""
+    """Joins parts ``[..., heads, width]`` to one array ``[..., *groups, slots, width]``."""
     grouped = [
       parts[name].reshape(*parts[name].shape[:-2], *self.groups, count, self.width)
       for name, count in self.slots
@@ -58,21 +58,22 @@ class Parts:
     return jnp.concatenate(grouped, axis=-2)
 
   def split(self, joined: jax.Array) -> dict[str, jax.Array]:
-    """Takes ``[..., *groups, slots, width]`` apart into ``[..., heads, width]`` of each part."""
+    """Splits ``[..., *groups, slots, width]`` into parts ``[..., heads, width]``."""
     lead = joined.shape[: joined.ndim - len(self.shape)]
     pieces = zip(self.heads.items(), self._pieces(joined, -2), strict=True)
     return {name: piece.reshape(*lead, heads, self.width) for (name, heads), piece in pieces}
 
   def init(self, init: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes an initialiser of the fused array from that of a layer, which it calls once a part.
+    """Returns an initializer of the fused array that calls a layer's initializer for each part.
 
     Args:
-      init: takes a key, the shape ``[..., features]`` that a separate layer has, and a dtype; gives
-        an array, or one in a box of ``flax.linen`` with an axis name for each axis of the fused
+      init: initializer of a separate layer. It takes a key, the shape ``[..., features]`` and a
+        dtype. It returns an array, or a ``flax.linen`` box with a name for each axis of the fused
         array.
 
     Returns:
-      What takes a key, the leading shape and a dtype, and gives the fused array, in the box.
+      A function of a key, the leading shape and a dtype. It returns the fused array, in the box if
+      ``init`` returns one.
     """
 
     def fused(key: jax.Array, lead: Sequence[int], dtype: Any) -> Any:
@@ -90,7 +91,7 @@ class Parts:
     return fused
 
   def factors(self, kernel: jax.Array) -> dict[str, jax.Array]:
-    """Computes the power of two by which each part comes near the largest one.
+    """Computes the power of two that brings each part close to the largest part.
 
     ``2 ** floor(log2(max(|kernel|) / max(|part|)))``
 
@@ -98,10 +99,11 @@ class Parts:
       kernel: ``[..., *groups, slots, width]``; float32, bfloat16 or float16.
 
     Returns:
-      For each part a float32 scalar, at least 1. No part times it is larger than the kernel.
+      For each part, a float32 scalar of at least 1. The scaled part does not exceed the amax of the
+      kernel.
 
     Numerics:
-      1 for a part of zeros, of non-finite values, or one that is 2**126 times too small.
+      The factor is 1 for a part that is zero, not finite, or more than 2**126 times too small.
     """
     axes = tuple(axis for axis in range(kernel.ndim) if axis != kernel.ndim - 2)
     of_slots = largest_magnitude(lax.stop_gradient(kernel), axes).ravel()
@@ -109,20 +111,20 @@ class Parts:
     return {name: _factor(jnp.max(of_slots) / jnp.max(piece)) for name, piece in pieces}
 
   def scale(self, kernel: jax.Array, factors: Mapping[str, jax.Array]) -> jax.Array:
-    """Multiplies each part of ``[..., slots, width]`` by its factor in float32; the dtype stays."""
+    """Multiplies each part of ``[..., slots, width]`` by its factor in float32; keeps the dtype."""
     column = jnp.concatenate([jnp.full((n, 1), factors[name]) for name, n in self.slots])
     return (kernel.astype(jnp.float32) * jnp.broadcast_to(column, kernel.shape)).astype(
       kernel.dtype
     )
 
   def _pieces(self, x: jax.Array, axis: int) -> list[jax.Array]:
-    """Cuts the axis of slots between the parts."""
+    """Splits the axis of slots between the parts."""
     counts = [count for _, count in self.slots]
     return jnp.split(x, np.cumsum(counts)[:-1].tolist(), axis=axis)
 
 
 def _factor(ratio: jax.Array) -> jax.Array:
-  """The largest power of two that is no larger than a ratio of at least 1; 1 for what is none."""
+  """Returns the largest power of two up to a ratio of at least 1; 1 if the ratio is not usable."""
   ratio = jnp.where(ratio <= _LARGEST_FACTOR, ratio, 1.0)
   exponent = lax.bitcast_convert_type(ratio, jnp.uint32) & np.uint32(0x7F800000)
   return lax.bitcast_convert_type(exponent, jnp.float32)

@@ -1,8 +1,8 @@
-"""Which variable is it that a module reads? Read from the traced program, never guessed.
+"""Finds the variable that a module reads, from the traced program.
 
-A value is a variable if the program does nothing to it but slice it as a scan does, map it as a
-vmap does, transpose it as both do for an axis that is not the first, and cast it. All else makes it
-a value of its own.
+A value is a variable if the program only slices it in a scan, maps it in a vmap, transposes it or
+casts it. Scans and vmaps transpose a value if the mapped axis is not the first. Any other operation
+makes a new value.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ Path: TypeAlias = tuple[str, ...]
 Origins: TypeAlias = tuple["Origin | None", ...]
 Found: TypeAlias = dict[Hashable, set[Origins]]
 
-# The name under which ``origins`` reports variables that the program reads otherwise.
+# The key under which ``origins`` reports variables that unmarked operations read.
 READ = "read"
 
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-  """One scan or vmap that lifts one of several marked values.
+  """A scan or vmap that slices or maps one of several marked values.
 
   Attributes:
-    depth: how many others of its kind are around it; of vmaps, within it. In what ``origins``
-      returns, scans that lift none of the values are not counted.
-    is_scan: whether it is a scan.
+    depth: for a scan, the number of scans around it. For a vmap, the number of vmaps inside it. The
+      results of ``origins`` do not count scans that slice none of the values.
+    is_scan: whether this is a scan.
   """
 
   depth: int
@@ -43,13 +43,13 @@ class Level:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-  """The variable that a value is.
+  """The variable that a value comes from.
 
   Attributes:
-    path: of the variable, its collection first.
+    path: path of the variable, starting with its collection.
     axes: for each axis of the value, the axis of the variable.
-    lifted: axes of the variable that were scanned or mapped over, each with what does it.
-    casts: how many casts it went through.
+    lifted: scanned or mapped axes of the variable, with the scan or vmap.
+    casts: number of casts between the variable and the value.
   """
 
   path: Path
@@ -59,7 +59,7 @@ class Origin:
 
   @property
   def order(self) -> tuple[int, ...]:
-    """The permutation that makes the value's axes of the variable's that are not lifted."""
+    """The permutation from the variable's other axes to the axes of the value."""
     return tuple(sorted(self.axes).index(axis) for axis in self.axes)
 
   def transposed(self, permutation: Sequence[int]) -> Origin:
@@ -77,11 +77,11 @@ class Origin:
 
 
 def mark(name: Hashable, *values: jax.Array) -> None:
-  """Marks values with the name under which ``origins`` reports them together."""
+  """Marks values. ``origins`` reports them together under this name."""
   _mark.bind(*values, name=name, mapped=())
 
 
-# It has no results: nothing to differentiate, nothing that a vmap stacks.
+# The primitive has no results, so there is nothing to differentiate or to stack.
 _mark: Any = jax.extend.core.Primitive("mark")
 _mark.multiple_results = True
 _mark.def_impl(lambda *_, **__: [])
@@ -91,7 +91,7 @@ ad.primitive_jvps[_mark] = lambda primals, _, **params: (_mark.bind(*primals, **
 
 
 def _batch(args: Any, axes: Any, *, name: Hashable, mapped: tuple[Any, ...]) -> tuple[Any, Any]:
-  """Notes which values are mapped, the outermost vmap first."""
+  """Records which values are mapped, outermost vmap first."""
   pairs = zip(args, axes, strict=True)
   values = [x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in pairs]
   is_mapped = tuple(axis is not None for axis in axes)
@@ -102,15 +102,15 @@ batching.primitive_batchers[_mark] = _batch
 
 
 def origins(fun: Callable[[Any], Any], variables: Any) -> Found:
-  """Traces a function, and finds the variables that marked values are.
+  """Traces a function and finds the variables that its marked values come from.
 
   Args:
-    fun: takes variables; calls ``mark``.
+    fun: a function of the variables that calls ``mark``.
     variables: variables dict; arrays or ShapeDtypeStructs.
 
   Returns:
-    By name, what the values are in each call of ``mark``: the variables, or None for one that is
-    none. By ``READ``, each variable that something else reads.
+    For each name, the origins of the values in each call of ``mark``. The origin is None for a
+    value that is not a variable. The key ``READ`` holds each variable that another operation reads.
   """
   jaxpr = jax.make_jaxpr(fun)(variables).jaxpr
   paths = [_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
@@ -124,7 +124,7 @@ def origins(fun: Callable[[Any], Any], variables: Any) -> Found:
 
 
 def _names(path: Any) -> Path:
-  """Returns the keys of a leaf; a box around it has only fields."""
+  """Returns the keys in the path of a leaf, without the fields of boxes."""
   keys = (getattr(entry, "key", getattr(entry, "idx", None)) for entry in path)
   return tuple(key for key in keys if key is not None)
 
@@ -132,7 +132,7 @@ def _names(path: Any) -> Path:
 def _walk(
   jaxpr: Any, inputs: Sequence[Origin | None], found: Found, scans: int
 ) -> list[Origin | None]:
-  """Follows variables through a program inside of some scans; returns what its results are."""
+  """Follows variables through a program that is inside ``scans`` scans; returns its results."""
   known: dict[Any, Origin | None] = dict(zip(jaxpr.invars, inputs, strict=True))
   look_up = lambda atom: None if isinstance(atom, Literal) else known.get(atom)
   for equation in jaxpr.eqns:
@@ -187,12 +187,12 @@ def _step(
 
 
 def _read(given: Sequence[Origin | None], found: Found) -> None:
-  """Notes the variables that an equation reads."""
+  """Records the variables that an equation reads."""
   found.setdefault(READ, set()).update((origin,) for origin in given if origin)
 
 
 def _unmapped(given: Sequence[Origin | None], mapped: Sequence[Sequence[bool]]) -> Origins:
-  """Returns the origins of what one instance of a mapped function marked."""
+  """Returns the origins of the values in one instance of a mapped function."""
   origins = list(given)
   for outer, is_mapped in enumerate(mapped):
     level = Level(len(mapped) - 1 - outer, is_scan=False)
@@ -202,7 +202,7 @@ def _unmapped(given: Sequence[Origin | None], mapped: Sequence[Sequence[bool]]) 
 
 
 def _numbered(values: Origins) -> Origins:
-  """Counts the scans that lift values, and no others: a loop may stand around a whole model."""
+  """Renumbers the scans that slice values. Ignores others, such as a loop around the model."""
   levels = {level for origin in values if origin for level, _ in origin.lifted if level.is_scan}
   depths = sorted(level.depth for level in levels)
   new = {level: Level(depths.index(level.depth), is_scan=True) for level in levels}
@@ -229,7 +229,7 @@ _CALLS = frozenset(
 
 
 def subprograms(params: Mapping[str, Any]) -> Iterator[Any]:
-  """Yields the programs among the parameters of an equation."""
+  """Yields the programs in the parameters of an equation."""
   for value in params.values():
     for item in value if isinstance(value, (tuple, list)) else (value,):
       inner = getattr(item, "jaxpr", item)

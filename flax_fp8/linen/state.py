@@ -1,4 +1,4 @@
-"""What Linen keeps for a contraction: its state as variables, cast once, and its PRNG keys."""
+"""The Linen variables and PRNG keys of a contraction."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ STOCHASTIC_ROUNDING = "sr_rng"
 
 
 def is_state(path: Sequence[Any]) -> bool:
-  """Tells by its path, as of ``containers.leaves_with_path``, whether a leaf is FP8 state."""
+  """Returns whether a leaf is FP8 state, from its path in ``containers.leaves_with_path``."""
   return any(getattr(entry, "key", None) == OVERWRITE_WITH_GRADIENT for entry in path)
 
 
 def require_float32_state(caller: str, tree: Any) -> None:
-  """Raises TypeError where FP8 state in a tree was cast with the parameters beside it."""
+  """Raises TypeError if FP8 state in a tree is not float32, as after a cast of all variables."""
   for path, leaf in leaves_with_path(tree):
     if is_state(path) and type(leaf) is not float:
       require_float32(caller, jax.tree_util.keystr(path), leaf)
 
 
 def read_state(module: nn.Module, recipe: Recipe) -> dict[str, TensorState]:
-  """Reads a module's state, creating it while the module is being initialized.
+  """Reads a module's state, or creates it during initialization.
 
   Args:
-    module: bound module; its variables are ``{role}_{key}`` of the collection
+    module: bound module. Its variables are ``{role}_{key}`` in the collection
       ``_overwrite_with_gradient``.
-    recipe: declares the keys.
+    recipe: defines the keys.
 
   Returns:
-    For each role the leaves, ready for ``ops.dot_general``; with metrics where there are any.
+    For each role, the leaves that ``ops.dot_general`` takes, including metrics if there are any.
 
   Raises:
-    TypeError: ``recipe`` is no recipe, or the state is not float32.
+    TypeError: ``recipe`` is not a recipe, or the state is not float32.
     ValueError: the module is applied without its state.
   """
   state = read_recipe_state(module, recipe)
@@ -56,17 +56,17 @@ def read_state(module: nn.Module, recipe: Recipe) -> dict[str, TensorState]:
 
 
 def read_recipe_state(module: nn.Module, recipe: Recipe) -> dict[str, TensorState]:
-  """Reads a module's state without metrics; else as ``read_state``."""
+  """Reads a module's state as ``read_state`` does, without metrics."""
   check.recipe(type(module).__name__, recipe)
   _refuse_weight_norm(module)
   return {role.value: _read_all(module, role.value, recipe.init_state(role)) for role in Role}
 
 
 def _refuse_weight_norm(module: nn.Module) -> None:
-  """Raises ValueError inside an ``nn.WeightNorm`` that takes FP8 state for weights.
+  """Raises ValueError inside an ``nn.WeightNorm`` that normalizes FP8 state.
 
-  By default it does, as its filter ``"kernel"`` is part of ``kernel_scale``. The layer that it
-  calls is cut off from it, so it is looked for among the modules whose methods run.
+  The default filter ``"kernel"`` also matches ``kernel_scale``. The wrapped layer has no reference
+  to its ``nn.WeightNorm``, so this function searches the running modules.
   """
   for running in getattr(getattr(linen_module, "_context", None), "module_stack", ()):
     if not isinstance(running, nn.WeightNorm):
@@ -75,18 +75,18 @@ def _refuse_weight_norm(module: nn.Module) -> None:
     state = [f"{layer}/{module.name}/{role.value}_scale" for role in Role]
     if not chosen or any(name in path for path in state for name in chosen):
       raise ValueError(
-        "nn.WeightNorm: its variable_filter must leave FP8 state alone; got variable_filter="
-        f"{chosen!r}, which takes the scales and histories of {'/'.join(module.path)!r} for "
-        f"weights. Pass variable_filter={{'{layer}/kernel'}}."
+        "nn.WeightNorm: variable_filter must not match FP8 state; got variable_filter="
+        f"{chosen!r}, which matches the scales and histories of {'/'.join(module.path)!r}. "
+        f"Pass variable_filter={{'{layer}/kernel'}}."
       )
 
 
-# Part of the key of JAX's compilation caches, should a module trace a compiled function.
+# Part of the key of JAX's compilation caches, because a module may trace a compiled function.
 _declaring: Any = jax.make_user_context(False)
 
 
 def declaring_metrics() -> Any:
-  """Makes the context in which modules that are being initialised create their metrics too."""
+  """Returns a context in which modules also create their metrics during initialization."""
   return _declaring(True)
 
 
@@ -96,8 +96,8 @@ def _read_metrics(module: nn.Module, role: str) -> TensorState:
   if _declaring.value and not scope.is_mutable_collection(collection):
     raise ValueError(
       f"add_metrics: every FP8 contraction needs the collection {OVERWRITE_WITH_GRADIENT!r} for "
-      f"its metrics; got none at {'/'.join(module.path)!r}. Map it: name it in the variable_axes "
-      "of nn.scan or nn.vmap, beside 'params'."
+      f"its metrics; got none at {'/'.join(module.path)!r}. Add the collection to the "
+      "variable_axes of nn.scan or nn.vmap, beside 'params'."
     )
   there = (scope.has_variable(collection, f"{role}_{key}") for key in fresh)
   return _read_all(module, role, fresh) if _declaring.value or any(there) else {}
@@ -108,41 +108,42 @@ def _read_all(module: nn.Module, role: str, fresh: Mapping[str, np.ndarray]) -> 
 
 
 def read_key(module: nn.Module, recipe: Recipe) -> jax.Array | None:
-  """Makes the PRNG key of one contraction, where the recipe rounds by one and there is one.
+  """Returns the PRNG key of one contraction, for stochastic rounding.
 
   Args:
-    module: bound module; its keys are of the collection ``sr_rng``.
-    recipe: says whether it rounds stochastically.
+    module: bound module. Its keys come from the collection ``sr_rng``.
+    recipe: the recipe, which may use stochastic rounding.
 
   Returns:
-    A key of this call's own; None where none is asked for, or none was passed.
+    A new key for this call. None if the recipe needs no key, or if no key was passed to ``apply``.
   """
   wanted = recipe.rounds_by_key and module.has_rng(STOCHASTIC_ROUNDING)
   return module.make_rng(STOCHASTIC_ROUNDING) if wanted else None
 
 
-# Whether state is among the parameters, and so follows them through every lifted transformation.
+# Whether state is stored among the parameters. There it follows them through every lifted
+# transformation.
 _among_params: Any = jax.make_user_context(False)
 
 
 def among_params() -> Any:
-  """Makes the context in which state is below its module in ``params``, under the usual name."""
+  """Returns a context in which state is stored in ``params``, under the collection's name."""
   return _among_params(True)
 
 
 def is_among_params() -> bool:
-  """Tells whether state is below its module in ``params`` here."""
+  """Returns whether state is currently stored in ``params``."""
   return _among_params.value
 
 
 def find_state(module: nn.Module) -> dict[str, Any]:
-  """Returns the variables of a module's state that there are, by name, without boxes."""
+  """Returns the existing state variables of a module, by name, without boxes."""
   scope, collection = _home(module)
   return unbox(dict(scope.variables().get(collection, {})))
 
 
-# Beside state that is among the parameters: a leaf of a dtype that no arithmetic takes. A function
-# that computes with all parameters, as of ``nn.map_variables``, fails and leaves the state alone.
+# A leaf beside state that is stored among the parameters. No arithmetic accepts its dtype. So a
+# function that changes all parameters, as in ``nn.map_variables``, fails before it changes state.
 GUARD = "guard"
 GUARD_DTYPE = "key<fp8 state>"
 
@@ -163,7 +164,7 @@ _GUARD_IMPL = define_prng_impl(
 
 
 def state_guard(leaves: Mapping[str, Any]) -> dict[str, Any]:
-  """Makes the guard of a module's state, with the axes of lifted transformations that it has."""
+  """Returns the guard of a module's state, with the same lifted axes."""
   shape = min((unbox(leaf).shape for leaf in leaves.values()), key=math.prod)
   data = jnp.zeros((*shape, 1), jnp.uint32)
   return {GUARD: jax.random.wrap_key_data(data, impl=_GUARD_IMPL)}
@@ -178,17 +179,17 @@ def _home(module: nn.Module) -> tuple[Any, str]:
 
 
 def _variable(module: nn.Module, name: str, fresh: np.ndarray) -> Any | None:
-  """Returns what a variable of a module's state holds, creating it where that is allowed.
+  """Returns the value of a state variable. Creates the variable if the collection is mutable.
 
-  Where parameters of the layer that the module is in are boxed, the variable is boxed too.
+  A new variable is boxed if a parameter of the surrounding layer is boxed.
 
   Args:
     module: bound module.
-    name: of the variable.
-    fresh: its first value.
+    name: name of the variable.
+    fresh: initial value.
 
   Returns:
-    An array, without its box; None where there is none and none may be made.
+    The array without its box. None if the variable does not exist and cannot be created.
   """
   scope, collection = _home(module)
   if not scope.has_variable(collection, name):
@@ -202,7 +203,7 @@ def _variable(module: nn.Module, name: str, fresh: np.ndarray) -> Any | None:
 
 
 def parameters_beside(module: nn.Module) -> dict[str, Any]:
-  """Returns the arrays among the parameters of the layer that a module is in, without boxes."""
+  """Returns the array parameters of the layer that contains a module, without boxes."""
   own = {name: unbox(x) for name, x in _parameters_beside(module).items()}
   return {name: x for name, x in own.items() if hasattr(x, "ndim")}
 
@@ -217,8 +218,8 @@ def _read(module: nn.Module, name: str, fresh: np.ndarray) -> jax.Array:
     raise ValueError(
       f"{type(module).__name__}: applying the model needs the collection "
       f"{OVERWRITE_WITH_GRADIENT!r}; got variables without {name!r} at "
-      f"{'/'.join(module.path)!r}. Pass the whole variables dict, and for a checkpoint that was "
-      "trained without FP8 add fresh state with upgrade_variables(model, variables, *inputs)."
+      f"{'/'.join(module.path)!r}. Pass the whole variables dict. If the checkpoint was trained "
+      "without FP8, add state with upgrade_variables(model, variables, *inputs)."
     )
   require_float32(type(module).__name__, repr("/".join((*module.path, name))), found)
   return found

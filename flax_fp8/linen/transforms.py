@@ -1,8 +1,8 @@
-"""``nn.scan``, ``nn.vmap`` and ``nn.cond`` that know of FP8 state.
+"""``nn.scan``, ``nn.vmap`` and ``nn.cond`` with support for FP8 state.
 
-A lifted transformation hides every collection that it is not told of. State that is hidden can't be
-read, and what is forgotten once is easily forgotten again, so here it need not be named. And a
-branch that was not taken must leave no amax behind, though under ``vmap`` it runs all the same.
+Linen's lifted transformations hide every collection that is not named in their arguments. The
+functions here lift the FP8 state together with the parameters, so it need not be named. ``cond``
+also keeps the amaxes of a branch that is not taken out of the state, even under ``vmap``.
 """
 
 from __future__ import annotations
@@ -31,31 +31,33 @@ def scan(
   *args: Any,
   **kwargs: Any,
 ) -> Any:
-  """Scans a module or function as ``nn.scan``, its FP8 state treated as its parameters.
+  """``nn.scan`` that lifts FP8 state in the same way as the parameters.
 
-  ``nn.scan(target, variable_axes | {"_overwrite_with_gradient": variable_axes["params"]}, ...)``;
-  or, where ``variable_broadcast`` or ``variable_carry`` names the parameters, this one for state
-  too. A step has its own key for stochastic rounding.
+  ``nn.scan(target, variable_axes | {"_overwrite_with_gradient": variable_axes["params"]}, ...)``
+
+  If ``variable_broadcast`` or ``variable_carry`` names the parameters, the state is added there
+  instead. Each step has its own key for stochastic rounding.
 
   Args:
-    target: as for ``nn.scan``.
-    variable_axes: as for ``nn.scan``. Where ``_overwrite_with_gradient`` is named, here or in the
-      two that follow, all is left as it is.
-    variable_broadcast: as for ``nn.scan``.
-    variable_carry: as for ``nn.scan``.
-    split_rngs: as for ``nn.scan``; ``sr_rng`` is split unless it is named.
-    *args: the others of ``nn.scan``, in their order.
-    **kwargs: the same by name.
+    target: as in ``nn.scan``.
+    variable_axes: as in ``nn.scan``. If this or one of the next two arguments names
+      ``_overwrite_with_gradient``, all three are passed on unchanged.
+    variable_broadcast: as in ``nn.scan``.
+    variable_carry: as in ``nn.scan``.
+    split_rngs: as in ``nn.scan``. ``sr_rng`` is split unless it is named.
+    *args: further arguments of ``nn.scan``.
+    **kwargs: further keyword arguments of ``nn.scan``.
 
   Returns:
-    What ``nn.scan`` returns.
+    The result of ``nn.scan``.
 
   Raises:
-    TypeError: ``target`` is no module or function; ``variable_axes`` or ``split_rngs`` no mapping.
+    TypeError: ``target`` is not a module or function, or ``variable_axes`` or ``split_rngs`` is not
+      a mapping.
 
   Numerics:
-    State that is broadcast meets all steps: differentiate with ``flax_fp8.value_and_grad``, so that
-    it becomes the maximum over them.
+    All steps share broadcast state. Differentiate with ``flax_fp8.value_and_grad`` to get the
+    maximum over the steps as the new state.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -92,28 +94,30 @@ def vmap(
   *args: Any,
   **kwargs: Any,
 ) -> Any:
-  """Maps a module or function as ``nn.vmap``, its FP8 state treated as its parameters.
+  """``nn.vmap`` that lifts FP8 state in the same way as the parameters.
 
-  ``nn.vmap(target, variable_axes | {"_overwrite_with_gradient": variable_axes["params"]}, ...)``;
-  each copy has its own key for stochastic rounding.
+  ``nn.vmap(target, variable_axes | {"_overwrite_with_gradient": variable_axes["params"]}, ...)``
+
+  Each copy has its own key for stochastic rounding.
 
   Args:
-    target: as for ``nn.vmap``.
-    variable_axes: as for ``nn.vmap``. Where ``_overwrite_with_gradient`` is named, it is left as it
-      is.
-    split_rngs: as for ``nn.vmap``; ``sr_rng`` is split unless it is named.
-    *args: the others of ``nn.vmap``, in their order.
-    **kwargs: the same by name.
+    target: as in ``nn.vmap``.
+    variable_axes: as in ``nn.vmap``. If it names ``_overwrite_with_gradient``, it is passed on
+      unchanged.
+    split_rngs: as in ``nn.vmap``. ``sr_rng`` is split unless it is named.
+    *args: further arguments of ``nn.vmap``.
+    **kwargs: further keyword arguments of ``nn.vmap``.
 
   Returns:
-    What ``nn.vmap`` returns.
+    The result of ``nn.vmap``.
 
   Raises:
-    TypeError: ``target`` is no module or function; ``variable_axes`` or ``split_rngs`` no mapping.
+    TypeError: ``target`` is not a module or function, or ``variable_axes`` or ``split_rngs`` is not
+      a mapping.
 
   Numerics:
-    Experts with parameters of their own have state of their own; what shares parameters shares
-    state, whose amax is the largest of all copies.
+    Experts with separate parameters have separate state. Copies with shared parameters share state.
+    The recorded amax is then the maximum over all copies.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -145,30 +149,31 @@ def cond(
   *operands: Any,
   **kwargs: Any,
 ) -> Any:
-  """Takes one of two branches as ``nn.cond``; the other leaves the FP8 state alone.
+  """``nn.cond`` in which only the taken branch updates the FP8 state.
 
-  ``true_fun(mdl, *operands) if pred else false_fun(mdl, *operands)``. Under ``vmap`` JAX runs both
-  branches and selects, so that with ``nn.cond`` the amaxes of what was not taken, a pipeline's
-  bubbles say, enter the histories. Here they do not. And where variables are made, in ``init``,
-  both branches make theirs.
+  ``true_fun(mdl, *operands) if pred else false_fun(mdl, *operands)``
+
+  Under ``vmap``, JAX runs both branches and selects a result. With ``nn.cond``, the amaxes of the
+  other branch would then enter the histories, for example those of pipeline bubbles. Here they do
+  not. In ``init``, both branches create their variables.
 
   Args:
     pred: bool scalar.
-    true_fun: takes ``mdl`` and the operands.
-    false_fun: the same; its outputs have the same structure, shapes and dtypes.
-    mdl: the module whose variables, or whose submodules' variables, the branches use.
+    true_fun: a function of ``mdl`` and the operands.
+    false_fun: the same. Its outputs must have the same structure, shapes and dtypes.
+    mdl: the bound module that holds the variables of both branches, directly or in submodules.
     *operands: arrays.
     **kwargs: ``variables`` and ``rngs`` of ``nn.cond``.
 
   Returns:
-    What the branch returns.
+    The result of the taken branch.
 
   Raises:
-    TypeError: a branch is no function, ``mdl`` no bound module, ``pred`` no scalar.
+    TypeError: a branch is not a function, ``mdl`` is not a bound module, or ``pred`` is not a
+      scalar.
 
   Numerics:
-    A branch not taken is a path that did not come: state that no taken branch uses keeps its value
-    under ``flax_fp8.value_and_grad``.
+    State that no taken branch uses keeps its value under ``flax_fp8.value_and_grad``.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -198,7 +203,7 @@ def cond(
 
 
 def _check(owner: str, target: Any, variable_axes: Any, split_rngs: Any) -> None:
-  """Raises TypeError for arguments that no lifted transformation takes."""
+  """Raises TypeError for invalid arguments of a lifted transformation."""
   if not callable(target) and not isinstance(target, nn.Module):
     raise TypeError(
       f"{owner}: target must be a module class, a module or a function; got "
@@ -218,8 +223,8 @@ def _check_cond(pred: Any, mdl: Any, **branches: Any) -> None:
     fields.function("cond", field, branch, "Pass a function of mdl and the operands.")
   if not isinstance(mdl, nn.Module) or mdl.scope is None:
     raise TypeError(
-      f"cond: mdl must be a bound module; got mdl={fields.show(mdl)}. Pass the module whose "
-      "variables the branches use, made inside of the one that calls cond, before the operands."
+      f"cond: mdl must be a bound module; got mdl={fields.show(mdl)}. Before the operands, pass "
+      "the module that the branches use, created inside the module that calls cond."
     )
   try:
     is_scalar = jax.typeof(pred).shape == ()
@@ -227,13 +232,13 @@ def _check_cond(pred: Any, mdl: Any, **branches: Any) -> None:
     is_scalar = False
   if not is_scalar:
     raise TypeError(
-      f"cond: pred must be a bool scalar; got pred={fields.show(pred)}. Take jnp.all or jnp.any, "
-      "or map cond over the array with fp8.vmap."
+      f"cond: pred must be a bool scalar; got pred={fields.show(pred)}. Reduce it with jnp.all or "
+      "jnp.any, or map cond over the array with fp8.vmap."
     )
 
 
 def _where(taken: Any, fun: Callable[..., Any]) -> Callable[..., Any]:
-  """Runs a function whose state gets no cotangent where it is not taken."""
+  """Runs a branch. Its state gets no cotangent if the branch is not taken."""
   silence = lambda state: jax.tree.map(
     lambda leaf: _silence(to_max_grad(cast_once(leaf)), taken), state
   )
@@ -242,7 +247,7 @@ def _where(taken: Any, fun: Callable[..., Any]) -> Callable[..., Any]:
 
 @jax.custom_vjp
 def _silence(leaf: jax.Array, taken: jax.Array) -> jax.Array:
-  """Returns state as it is; its cotangent is that of a path that did not come, unless taken."""
+  """Returns state unchanged. If the branch is not taken, the cotangent is that of unused state."""
   del taken
   return leaf
 
@@ -259,7 +264,7 @@ _silence.defvjp(_silence_fwd, _silence_bwd)
 
 
 def _follow_params(axes: Mapping[Any, Any]) -> dict[Any, Any]:
-  """Gives state the axis of the parameters, where these have one."""
+  """Adds the state with the axis of the parameters, if they have one."""
   followed = dict(axes)
   for each, axis in axes.items():
     if in_filter(each, "params"):
@@ -268,7 +273,7 @@ def _follow_params(axes: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _split(rngs: Mapping[Any, bool] | None) -> dict[Any, bool]:
-  """Splits the keys of stochastic rounding, unless something is said of them."""
+  """Splits the keys of stochastic rounding, unless ``rngs`` names them."""
   given = dict(rngs or {})
   is_named = any(in_filter(each, STOCHASTIC_ROUNDING) for each in given)
   return given if is_named else {**given, STOCHASTIC_ROUNDING: True}

@@ -1,4 +1,4 @@
-"""Flax's contraction functions, call for call and bit for bit in float32."""
+"""Contraction functions against Flax's functions of the same names, bit for bit in float32."""
 
 import flax.linen.fp8_ops as reference
 import jax
@@ -84,8 +84,8 @@ def test_dot_general_with_precision(contract, batch, lhs, rhs):
 
 
 @pytest.mark.parametrize("name", ["fp8_scaled_dot_general", "dot_general_with_precision"])
-def test_a_precision_is_disregarded_with_a_warning(name):
+def test_a_precision_is_ignored_with_a_warning(name):
   x, w = arrays((4, 8), (8, 6))
   options = state() if name.startswith("fp8") else {}
-  with pytest.warns(UserWarning, match=f"{name}: .*disregarded"):
+  with pytest.warns(UserWarning, match=f"{name}: .*ignored"):
     getattr(fp8_ops, name)(x, w, (((1,), (0,)), ((), ())), precision="highest", **options)

@@ -1,4 +1,4 @@
-"""A run that ``flax.linen.fp8_ops`` began goes on in ours, bit for bit."""
+"""Training with ``flax.linen.fp8_ops`` continues in flax_fp8, bit for bit."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def theirs(cls):
 
 
 class Model(nn.Module):
-  """Two Dense, a DenseGeneral, an einsum over experts, one named by hand."""
+  """Two Dense, a DenseGeneral with a name chosen by the user, and an einsum over experts."""
 
   dot: Any
   einsum: Any
@@ -45,7 +45,7 @@ TX = optax.adam(1e-2)
 
 
 def stepper(model):
-  """One step on a batch, and what came of it. The update is compiled apart, as in test_parity."""
+  """Returns a jitted forward and backward pass. As in test_parity, ``update`` is compiled apart."""
 
   @jax.jit
   def differentiate(variables, x):
@@ -76,14 +76,14 @@ def equal(a, b):
 
 @pytest.fixture(scope="module")
 def trained():
-  """Six steps of Flax's: longer than a history, so that its slots have gone round."""
+  """Six steps of Flax, so that every slot of a history has been overwritten."""
   variables = FLAX.init(jax.random.key(0), X)
   *_, last = run(stepper(FLAX), variables, TX.init(variables["params"]), range(6))
   return last[:2]
 
 
 def renamed(tree):
-  """The names of ours, spelt out."""
+  """Renames Flax's modules to the names of flax_fp8."""
   if isinstance(tree, tuple):
     return tuple(map(renamed, tree))
   new = dict(tree)
@@ -93,14 +93,14 @@ def renamed(tree):
   return {**new, OWG: state}
 
 
-def test_a_run_goes_on(trained):
+def test_training_continues(trained):
   variables, opt_state = trained
   converted = fp8.from_flax_fp8_ops(variables)
   equal(converted, renamed(variables))
   scales = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(converted[OWG])
             if "_scale" in str(path)]  # fmt: skip
   assert len(scales) == 12
-  assert all(leaf != 1 for leaf in scales)  # the comparison has something to show
+  assert all(leaf != 1 for leaf in scales)  # every scale has been updated
   pairs = zip(
     run(stepper(FLAX), variables, opt_state, range(6, 16)),
     run(stepper(OURS), converted, opt_state, range(6, 16)),
@@ -112,7 +112,7 @@ def test_a_run_goes_on(trained):
 
 
 def state_of(cls, **fields):
-  """Variables of one layer of Flax's, with recognisable numbers."""
+  """Variables of one layer of Flax, with a different value in each leaf."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(reference.warnings, "warn", lambda *_: None)
     layer = nn.Dense(4, dot_general_cls=lambda: theirs(cls)(**fields))
@@ -153,7 +153,7 @@ def test_stacked_state(axis):
   equal(fp8.from_flax_fp8_ops(stacked)[OWG], want)
 
 
-def test_what_ours_would_not_have_recorded():
+def test_invalid_amaxes_and_scales_are_replaced():
   variables = state_of(reference.Fp8DotGeneral)
   (leaves,) = variables[OWG].values()
   leaves["input_amax_history"] = jnp.array([1.0, jnp.nan, jnp.inf, -jnp.inf])
@@ -211,5 +211,5 @@ class TestRefusals:
     variables = state_of(reference.Fp8DotGeneral)
     (leaves,) = variables[OWG].values()
     state = {"Fp8DirectDotGeneralOp_0": leaves, "Fp8DotGeneralOp_0": leaves}
-    with pytest.raises(ValueError, match=r"one name each .* at 'the top'\. Rename"):
+    with pytest.raises(ValueError, match=r"different names .* at 'the top'\. Rename"):
       fp8.from_flax_fp8_ops({**variables, OWG: state})

@@ -1,4 +1,4 @@
-"""The drop-in namespace: every name of Flax's, its modules, its deprecations."""
+"""The drop-in namespace: all names of ``flax.linen.fp8_ops``, its modules and deprecations."""
 
 import inspect
 import types
@@ -43,7 +43,7 @@ def test_functions_take_what_flaxs_take(name):
 
 @pytest.mark.parametrize("name", ["Fp8DotGeneral", "Fp8DirectDotGeneralOp"])
 def test_dense_variables_are_those_of_flax(name):
-  """So a checkpoint of Flax's ops loads."""
+  """So checkpoints of ``flax.linen.fp8_ops`` load."""
   make = lambda ops: nn.Dense(4, dot_general_cls=getattr(ops, name)).init(jax.random.key(0), X)
   ours, theirs = make(fp8_ops), make(reference)
   assert jax.tree.structure(ours) == jax.tree.structure(theirs)
@@ -81,11 +81,11 @@ def test_result_has_the_kernels_dtype():
   assert out.dtype == jnp.bfloat16
 
 
-def test_a_precision_is_disregarded_with_a_warning():
+def test_a_precision_is_ignored_with_a_warning():
   dense = nn.Dense(4, precision="highest", dot_general_cls=fp8_ops.Fp8DotGeneral)
-  with pytest.warns(UserWarning, match=r"Fp8DirectDotGeneralOp: .* is disregarded"):
+  with pytest.warns(UserWarning, match=r"Fp8DirectDotGeneralOp: .* is ignored"):
     dense.init(jax.random.key(0), X)
-  with pytest.warns(UserWarning, match=r"Fp8Einsum: .* is disregarded"):
+  with pytest.warns(UserWarning, match=r"Fp8Einsum: .* is ignored"):
     fp8_ops.Fp8Einsum().init(jax.random.key(0), "mk,kn->mn", X, X.T, precision="highest")
 
 
@@ -98,7 +98,7 @@ WARNED = {
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 class TestDevices:
-  """What Flax's modules compute on any device, ours do too, with a warning."""
+  """The modules run on any device, as in Flax, but with a warning."""
 
   def shapes(self, *names):
     model = nn.Sequential([nn.Dense(8, dot_general_cls=getattr(fp8_ops, name)) for name in names])
@@ -127,7 +127,7 @@ class TestDevices:
     assert all(f"not {dtype}" in message for message in messages)
 
   def test_a_model_warns_once(self, described):
-    """Under Python's own filters, which show a warning once for each place it comes from."""
+    """With Python's default filters, which show a warning once for each source line."""
     with jax.default_device(described("a100")), warnings.catch_warnings(record=True) as caught:
       warnings.simplefilter("default")
       self.shapes(*["Fp8DotGeneral"] * 3)

@@ -15,12 +15,12 @@ SCALE = jnp.array([0.7])
 
 
 def both(call):
-  """The same call of ours and of Flax's; bits must agree."""
+  """Checks that a call gives the same bits in both packages."""
   jax.tree.map(np.testing.assert_array_equal, call(fp8_ops), call(reference))
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2, jnp.float8_e4m3fnuz, jnp.float8_e5m2fnuz])
-def test_quantize_and_its_kin(dtype):
+def test_quantize_dequantize_and_qdq(dtype):
   both(lambda m: np.asarray(m.quantize(X, dtype, SCALE, F32), np.float32))
   both(lambda m: m.dequantize(jnp.asarray(X).astype(dtype), F32, SCALE))
   both(lambda m: m.qdq(X, dtype, SCALE, F32))
@@ -48,7 +48,7 @@ def test_gradients(name, run):
     grads = run(jax.grad(loss, (0, 1, 2)))(jnp.asarray(X), SCALE.reshape(1, 1), HISTORY)
     return grads[0:3:2] if name == "in_q" else grads
 
-  if name == "in_q":  # shapes of a scale that broadcasts to x are in_qdq's concern
+  if name == "in_q":  # a scale of this shape is tested with in_qdq
     return
   ours = gradients(fp8_ops)
   theirs = gradients(reference)
@@ -66,7 +66,7 @@ def test_in_q_and_out_dq_make_a_gemm():
 @pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize(("cast", "scale", "newest"), [(True, 1.0, 3.0), (False, 2.0, 5.0)])
 def test_two_uses_of_one_state(cast, scale, newest, run):
-  """With fp32_max_grad the larger amax wins; without it the two states are summed."""
+  """With fp32_max_grad the new state is the maximum. Without it, the two states are summed."""
 
   def loss(x, y, s, h):
     if cast:

@@ -25,7 +25,7 @@ def normal(seed, *shape):
 
 
 def separate_qkv(bias=False, lead=(), scale=None):
-  """Parameters of three ``nn.Dense``; those named in ``scale`` are multiplied by it."""
+  """Parameters of three ``nn.Dense``, multiplied by the factors in ``scale``."""
   made = {}
   for seed, (name, heads) in enumerate(WIDTHS.items()):
     factor = (scale or {}).get(name, 1.0) / np.sqrt(D)
@@ -44,7 +44,7 @@ def separate_swiglu(lead=()):
 
 
 def with_heads(separate):
-  """The same parameters as ``nn.DenseGeneral`` has them."""
+  """The same parameters in the shapes of ``nn.DenseGeneral``."""
   return jax.tree.map(lambda x: x.reshape(*x.shape[:-1], -1, HEAD_DIM), separate)
 
 

@@ -1,7 +1,7 @@
-"""One layer under lifted transformations that put its axes at every place of the shape.
+"""One layer under lifted transformations with every position of the lifted axes.
 
-``LIFTS`` has the axes of parameters and of state. Each gives a model for a ``dot_general_cls``; of
-those in ``CONVERTIBLE`` the author names parameters alone, as one who knows of no FP8 does.
+``LIFTS`` maps names to functions of a ``dot_general_cls`` that return a model. A name gives the
+axes of parameters and state. The models in ``CONVERTIBLE`` lift only parameters, as plain models.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ ALL = "all steps share it"
 
 
 class Body(nn.Module):
-  """Kernels that are not square, so that no axis stands for another."""
+  """Layers with kernels that are not square, so that axes cannot be confused."""
 
   cls: Any = None
 
@@ -41,7 +41,7 @@ def scan(target, params, state, length, also=()):
 
 @dataclasses.dataclass(frozen=True)
 class Scans:
-  """Scans, the outermost first: axes of parameters and of state, and lengths."""
+  """Scans, outermost first: axes of parameters and state, and lengths."""
 
   params: tuple[Any, ...]
   state: tuple[Any, ...]
@@ -68,7 +68,7 @@ class Scanned(nn.Module):
 
 
 class Mapped(nn.Module):
-  """Experts, with a scan inside of or around the map."""
+  """Experts under ``nn.vmap``, with a scan inside or around it."""
 
   axis: int
   order: str
@@ -126,7 +126,7 @@ def written(name, recipe):
 
 
 def trained(model, steps=2, x=X):
-  """Initializes, and moves the state; each layer gets a kernel of its own size."""
+  """Initializes the model and updates its state for some steps."""
   variables = jax.jit(model.init)(jax.random.key(0), x)
   if OWG in variables:
     step = jax.jit(fp8.grad(lambda v: jnp.mean(jnp.square(model.apply(v, x)))))

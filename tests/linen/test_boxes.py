@@ -1,6 +1,6 @@
-"""State of layers with boxed parameters is boxed too: whatever takes it bears the boxes.
+"""The state of layers with boxed parameters is boxed, and every function accepts the boxes.
 
-Each function is right if it does with boxes what it does without, and leaves them on.
+Each function must give the same result with boxes as without, and keep the boxes.
 """
 
 import functools
@@ -56,13 +56,13 @@ class Model(nn.Module):
     return experts(self.box, self.cls, name="experts")(x)
 
 
-def initialised(model):
+def initialized(model):
   return cases.quickly(model.init)(KEY, X)
 
 
 @pytest.fixture(scope="module")
 def variables():
-  return initialised(Model())
+  return initialized(Model())
 
 
 def loss(model, variables):
@@ -70,14 +70,14 @@ def loss(model, variables):
 
 
 def same(got, want):
-  """Equal but for the boxes, of which the first has some."""
+  """Checks that ``got`` is boxed and equals ``want`` without boxes."""
   assert boxes.has_boxes(got[OWG])
   cases.equal(boxes.unbox(got), want)
 
 
 def test_only_boxed_layers_have_boxed_state(variables):
-  assert not boxes.has_boxes(initialised(Model(None)))
-  cases.equal(boxes.unbox(variables), initialised(Model(None)))
+  assert not boxes.has_boxes(initialized(Model(None)))
+  cases.equal(boxes.unbox(variables), initialized(Model(None)))
   for leaf in jax.tree.leaves(variables[OWG]["shared"], is_leaf=boxes.is_box):
     assert type(leaf) is nn.Partitioned
     assert leaf.names == (None,)
@@ -97,7 +97,7 @@ RULES = (("embed", None), ("mlp", "model"), ("expert", "expert"))
 
 @pytest.mark.parametrize("box", [pytest.param("mesh", marks=pytest.mark.slow), "logical"])
 def test_existing_sharding_code_needs_no_special_case(box):
-  """Shapes, shardings from the boxes, init and step under jit with them: as for any Flax model."""
+  """Shapes, shardings from the boxes, and init and step under jit work as for any Flax model."""
   model = Model(box)
   shapes = jax.eval_shape(model.init, KEY, X)
   with jax.set_mesh(mesh()), nn.logical_axis_rules(RULES):
@@ -113,11 +113,11 @@ def test_existing_sharding_code_needs_no_special_case(box):
       return state.apply_gradients(grads=fp8.grad(lambda v: loss(model, v))(state.params)).params
 
     new = step(state)
-  # Of the same starting values: what an initialiser draws may depend on the sharding.
+  # Start from the same values, because random numbers may depend on the sharding.
   alone = jax.device_get(boxes.unbox(start))
   want = cases.quickly(jax.grad(lambda v: loss(Model(None), v)))(alone)
   got = jax.device_get(boxes.unbox(new))
-  # Elements fall on the other side of a tie where sums are rounded in another order.
+  # Another order of summation may flip the rounding of single elements.
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), got[OWG], want[OWG])
   for leaf in jax.tree.leaves(new[OWG]["experts"]):
     assert leaf.sharding.spec[0] == "expert"
@@ -127,7 +127,7 @@ def test_existing_sharding_code_needs_no_special_case(box):
 
 
 def test_training(variables):
-  """Casts, gradients, updates: a layer used twice has the larger amax."""
+  """Casts, gradients and updates. The state of a layer used twice gets the larger amax."""
   plain = boxes.unbox(variables)
   grads = cases.quickly(fp8.grad(functools.partial(loss, Model())))(variables)
   expected = cases.quickly(fp8.grad(functools.partial(loss, Model(None))))(plain)
@@ -144,9 +144,9 @@ def test_training(variables):
   same(stepped, create(params=plain).apply_gradients(grads=expected).params)
 
 
-def test_state_comes_and_goes(variables):
+def test_upgrade_downgrade_and_metrics(variables):
   x = jax.ShapeDtypeStruct(X.shape, X.dtype)
-  bare = initialised(Model(cls=None))
+  bare = initialized(Model(cls=None))
   plain = boxes.unbox(bare)
   upgraded = fp8.upgrade_variables(Model(), bare, x)
   same(upgraded, fp8.upgrade_variables(Model(), plain, x))
@@ -166,7 +166,7 @@ def test_diagnostics(variables):
   plain = boxes.unbox(variables)
   calibrated = fp8.calibrate(Model(), variables, [X], progress=False)
   same(calibrated, fp8.calibrate(Model(None), plain, [X], progress=False))
-  # By text: what was not measured is NaN, which is unequal to itself.
+  # Compare the text, because missing measurements are NaN.
   assert repr(fp8.stats(calibrated)) == repr(fp8.stats(boxes.unbox(calibrated)))
   assert len(fp8.stats(calibrated).rows) == 3 * (1 + EXPERTS)
 
@@ -186,14 +186,14 @@ def test_inference(variables):
   cases.equal(apply(frozen, X), cases.quickly(Model(None).apply)(plain, X))
 
 
-def test_converted_twin(variables):
-  """There state lies among the parameters while the model runs."""
+def test_converted_module(variables):
+  """A converted module stores its state among the parameters while it runs."""
   convert = functools.partial(
     fp8.fp8_linear_layers, config=fp8.Fp8Config(recipe=RECIPE, multiple_of=1)
   )
   twin, plain = convert(Model(cls=None)), convert(Model(None, cls=None))
-  made = initialised(twin)
+  made = initialized(twin)
   assert jax.tree.structure(made) == jax.tree.structure(variables)
-  same(made, initialised(plain))
+  same(made, initialized(plain))
   grads = cases.quickly(fp8.grad(functools.partial(loss, twin)))(made)
   same(grads, cases.quickly(fp8.grad(functools.partial(loss, plain)))(boxes.unbox(made)))

@@ -1,4 +1,4 @@
-"""Mappings keep their type, whatever is put into them."""
+"""Mappings keep their type when their items change."""
 
 import dataclasses
 from collections import OrderedDict
@@ -20,7 +20,7 @@ containers = pytest.mark.parametrize("wrap", CONTAINERS.values(), ids=CONTAINERS
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Models(Mapping):
-  """A mapping whose keys are fixed."""
+  """A mapping with fixed keys."""
 
   one: float
   other: float
@@ -53,7 +53,7 @@ class TestWithItems:
     made = with_items(OrderedDict(b=1, a=2, c=3), {"new": 0, "a": 5, "b": 4})
     assert list(made.items()) == [("b", 4), ("a", 5), ("new", 0)]
 
-  def test_what_a_mapping_holds_besides_stays(self):
+  def test_other_attributes_of_a_mapping_stay(self):
     assert with_items(Tagged({"a": 1}, "mine"), {"a": 2}).tag == "mine"
 
   def test_a_mapping_of_fixed_keys_becomes_a_dict_without_one(self):

@@ -1,4 +1,4 @@
-"""A twin is the model that it was made of, in every way that a model is used."""
+"""Converted modules behave like the original model in every use."""
 
 import pickle
 
@@ -134,7 +134,7 @@ def test_decoding_with_a_cache_gives_what_the_whole_gave():
 
   for t in range(TOKENS.shape[1]):
     cache, out = step(cache, TOKENS[:, t : t + 1])
-    # The same FP8 values in other GEMMs: sums in another order, and a flipped rounding at worst.
+    # The same FP8 values in different GEMMs. The order of summation may flip a rounding.
     np.testing.assert_allclose(out[:, 0], whole[:, t], atol=0.02)
 
 
@@ -161,7 +161,7 @@ class Holder(nn.Module):
 
 def test_refuses_to_be_inside_another_module():
   twin = fp8.fp8_linear_layers(AutoEncoder())
-  with pytest.raises(ValueError, match=r"must be the outermost.*AutoEncoder inside Holder"):
+  with pytest.raises(ValueError, match=r"must be the outermost module.*AutoEncoder inside Holder"):
     Holder(twin).init(KEY, normal(4, 16))
   with pytest.raises(ValueError, match=r"run by its own init, apply or bind"):
     nn.init(lambda module, x: module(x), twin)(KEY, normal(4, 16))

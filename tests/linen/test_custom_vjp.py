@@ -1,4 +1,4 @@
-"""Models with a derivative of their own, ``nn.custom_vjp``."""
+"""Models with custom derivatives, ``nn.custom_vjp``."""
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ BOTH = ("params", OWG)
 
 
 def doubled(grads):
-  """Twice the gradients of parameters; state as it is."""
+  """Doubles the gradients of parameters and keeps those of state."""
   is_own = lambda path: any(getattr(entry, "key", None) == OWG for entry in path)
   scale = lambda path, grad: grad if is_own(path) else 2 * grad
   return jax.tree_util.tree_map_with_path(scale, grads)

@@ -1,4 +1,4 @@
-"""The modules inside Linen's layers and lifted transformations."""
+"""``Fp8DotGeneral`` and ``Fp8Einsum`` inside Linen's layers and lifted transformations."""
 
 import functools
 import gc
@@ -26,7 +26,7 @@ def flat(variables):
 
 
 def train(module, *inputs, **options):
-  """New variables' state after one jitted gradient."""
+  """Returns the variables and one jitted gradient."""
   variables = module.init(KEY, *inputs, **options)
   loss = lambda v: jnp.sum(jnp.sin(module.apply(v, *inputs, **options)))
   return variables, jax.jit(jax.grad(loss))(variables)
@@ -231,7 +231,7 @@ MODULES = {
 
 @pytest.mark.parametrize("name", MODULES)
 class TestDevices:
-  """The default device is asked, at trace time."""
+  """The default device is checked at trace time."""
 
   @pytest.mark.parametrize("device", ["l40s", "h100", "h200", "b200"])
   def test_with_fp8(self, described, name, device):
@@ -284,7 +284,7 @@ def test_nothing_outlives_an_apply():
   module = nn.Dense(4, dot_general_cls=CLS)
   variables = module.init(KEY, X)
   gc.collect()
-  before = len(state_cast._casts)  # of tracers that other tests hold
+  before = len(state_cast._casts)  # entries of tracers that other tests hold
   with jax.checking_leaks():
     jax.jit(jax.grad(lambda v: jnp.sum(module.apply(v, X))))(variables)
   jax.grad(lambda v: jnp.sum(module.apply(v, X)))(variables)

@@ -1,4 +1,4 @@
-"""A frozen model gives what the trained one gave, from half of BF16's bytes."""
+"""A frozen model gives the outputs of the trained model from half the bytes of BF16."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ RECIPES = {
 
 
 def train(module, variables, args, steps=2):
-  """Moves the state, and leaves the parameters."""
+  """Updates the state and keeps the parameters."""
   if OWG not in variables:
     return variables
   step = jax.jit(fp8.grad(lambda v: jnp.mean(jnp.square(module.apply(v, *args))), allow_int=True))
@@ -64,7 +64,7 @@ def test_every_recipe_serves_the_same_bits(recipe):
   module, variables = trained(CASES["scanned"], RECIPES[recipe])
   _, frozen = assert_serves_the_same(module, variables, CASES["scanned"].args)
   assert OWG not in frozen
-  # down has no bias: with its kernel it is gone.
+  # down has no bias, so it has no parameters once its kernel is removed.
   assert ("down" in frozen["params"]["layers"]["mlp"]) == (recipe == "fprop_kept")
 
 
@@ -87,12 +87,12 @@ class HandEdited(nn.Module):
     return y + doubled
 
 
-def test_a_hand_edited_model_and_kernels_that_are_made_of_parameters():
+def test_a_hand_edited_model_and_kernels_computed_from_parameters():
   model, x = HandEdited(), normal(4, D)
   variables = train(model, jax.jit(model.init)(KEY, x), (x,))
   _, frozen = assert_serves_the_same(model, variables, (x,))
   assert "kernel" in frozen["fp8_frozen"]["DenseGeneral_0"]["Fp8DotGeneral_0"]
-  # Twice a parameter is no parameter, so it stays, and is quantised in each run.
+  # Twice a parameter is not a parameter, so the parameter stays and is quantized in each run.
   assert "kernel" in frozen["params"]
   assert "kernel" not in frozen["fp8_frozen"]["Fp8Einsum_1"]
 
@@ -113,7 +113,7 @@ def test_fused_projections_serve_the_same_bits(scales):
   model, x = Fused(scales), normal(4, D)
   variables = train(model, jax.jit(model.init)(KEY, x), (x,))
   _, frozen = assert_serves_the_same(model, variables, (x,))
-  # Kernels with a factor a part are made of the parameter in each run.
+  # With separate scales, the kernel is computed from the parameter in each run.
   kernels = [leaf for leaf in jax.tree.leaves(frozen) if leaf.dtype == jnp.float8_e4m3fn]
   assert len(kernels) == {"joint": 3, "separate": 1}[scales]
 
@@ -145,7 +145,7 @@ def test_half_the_bytes_of_bf16_in_memory_and_on_disk(wide, tmp_path):
       checkpointer.wait_until_finished()
       files = (f for f in (tmp_path / name).rglob("*") if f.is_file())
       on_disk[name] = sum(f.stat().st_size for f in files)
-  # Random bits: BF16's high bytes compress a little, FP8 hardly at all; and there are the metadata.
+  # The checkpoint is compressed and has metadata. Random BF16 data compresses slightly better.
   assert on_disk["frozen"] <= 0.55 * on_disk["bf16"]
 
 
@@ -169,14 +169,14 @@ def test_is_exported(wide):
   np.testing.assert_array_equal(loaded.call(frozen, x), jax.jit(twin.apply)(variables, x))
 
 
-def test_the_compiled_program_reads_fp8_kernels_and_quantises_none(wide):
+def test_the_compiled_program_reads_fp8_kernels_and_quantizes_none(wide):
   twin, variables, x = wide
   served, frozen = fp8.freeze_for_inference(twin, variables, x)
   report = fp8.explain(served.apply, frozen, x, target="h100")
   assert (report.fp8_gemms, report.total_gemms) == (2, 2)
-  # In: kernels in FP8, scales, x. Neither a parameter's worth of NaN nor a wider kernel is made.
+  # The arguments are FP8 kernels, scales and x. There are no arrays of NaN and no wide kernels.
   assert report.memory.argument < 2 * 512 * 512 + x.nbytes + 200
-  # ... and none is transposed, read twice or quantised: most of what moves is the kernels, once.
+  # No kernel is transposed, quantized or read twice, so most of the traffic is one read of each.
   moved = sum((kernel.read + kernel.written) * kernel.times for kernel in report.kernels)
   assert moved < 1.5 * 2 * 512 * 512
 
@@ -218,7 +218,7 @@ class Stacked(nn.Module):
 
 
 def transposed(x, kernel, dimension_numbers, **kwargs):
-  """Contracts with the other axis of a square kernel."""
+  """Contracts along the other axis of a square kernel."""
   del dimension_numbers
   return fp8.Fp8DotGeneral()(x, kernel.T, (((1,), (0,)), ((), ())), **kwargs)
 
@@ -260,7 +260,7 @@ def test_only_a_kernel_that_is_the_parameter_is_stored(model, stored):
 
 
 class LooksUp(nn.Module):
-  """A table that is looked up and is the kernel of the head, and a penalty on another kernel."""
+  """A lookup table that is also the kernel of the head, and a penalty on another kernel."""
 
   @nn.compact
   def __call__(self, ids):
@@ -271,7 +271,7 @@ class LooksUp(nn.Module):
     return fp8.Fp8DotGeneral()(x, table.T, (((1,), (0,)), ((), ()))) + penalty
 
 
-def test_a_kernel_that_is_read_otherwise_stays():
+def test_a_kernel_with_other_uses_stays():
   model, ids = LooksUp(), jnp.arange(4)
   variables = jax.jit(model.init)(KEY, ids)
   served, frozen = fp8.freeze_for_inference(model, variables, ids)
@@ -293,7 +293,7 @@ class Flagged(nn.Module):
     return self(x, flag=True)
 
 
-def test_a_kernel_that_is_multiplied_in_two_layouts_is_not_stored():
+def test_a_kernel_used_in_two_layouts_is_not_stored():
   model, x = Flagged(), normal(4, D)
   variables = jax.jit(model.init)(KEY, x)
   served, frozen = fp8.freeze_for_inference(model, variables, x, twice=True)
@@ -302,7 +302,7 @@ def test_a_kernel_that_is_multiplied_in_two_layouts_is_not_stored():
   np.testing.assert_array_equal(got, want)
 
 
-def test_what_a_flag_does_to_a_frozen_kernel_is_refused():
+def test_another_kernel_than_the_frozen_one_raises():
   model, x = Flagged(), normal(4, D)
   variables = jax.jit(model.init)(KEY, x)
   served, frozen = fp8.freeze_for_inference(model, variables, x)
@@ -321,7 +321,7 @@ def test_bad_input(wide):
     freeze(Wide, variables, x)
   with pytest.raises(ValueError, match=r"with the collection 'params'; got \['Dense_0'"):
     freeze(twin, variables["params"], x)
-  with pytest.raises(ValueError, match="must contract something in FP8; got none in Wide"):
+  with pytest.raises(ValueError, match="must have at least one FP8 contraction; got none in Wide"):
     freeze(Wide(), {"params": variables["params"]}, x)
   with pytest.raises(ValueError, match="needs the collection '_overwrite_with_gradient'"):
     freeze(twin, {"params": variables["params"]}, x)
@@ -340,7 +340,7 @@ LIFTED = [
   ("converted", "scan in vmap 1", "delayed"),
 ]
 QUICK = {"-1", "0 in -1"} | {n for n in lifts.LIFTS if "state" in n}
-SLOW = [  # each lift with a recipe, in turn
+SLOW = [  # each lift with one of the recipes
   *(("written", *case) for case in zip(lifts.LIFTS, cycle(("rowwise", "block", "mxfp8")))),
   *(("converted", *case) for case in zip(lifts.CONVERTIBLE, cycle(("delayed", "block")))),
 ]
@@ -357,7 +357,7 @@ def test_axes_of_lifted_transformations_anywhere(make, name, recipe):
   model = MAKE[make](name, RECIPES[recipe])
   variables = lifts.trained(model)
   _, frozen = assert_serves_the_same(model, variables, (lifts.X,))
-  # A kernel that steps share, each with its own scale, stays a parameter.
+  # A kernel that the steps share, with a scale for each step, stays a parameter.
   shared = recipe == "delayed" and name in (
     "params for all, state 1",
     "params 1 in all, state all in 1",
@@ -371,7 +371,7 @@ def test_axes_of_lifted_transformations_anywhere(make, name, recipe):
       assert leaf.shape == scale.shape
 
 
-def test_a_frozen_stack_is_laid_out_as_its_parameter():
+def test_a_frozen_stack_has_the_axes_of_its_parameter():
   for name, axes in (("0", (0, 1, 2)), ("1", (1, 0, 2)), ("-1", (2, 0, 1))):
     model = lifts.written(name, RECIPES["delayed"])
     _, frozen = fp8.freeze_for_inference(model, lifts.trained(model), lifts.X)
@@ -383,7 +383,7 @@ def test_a_frozen_stack_is_laid_out_as_its_parameter():
 
 
 class Decoder(nn.Module):
-  """Layers under a scan, of which a method runs all in each step of a loop."""
+  """Layers under a scan. With ``steps``, a loop runs all of them in each step."""
 
   @nn.compact
   def __call__(self, x, steps=None):
@@ -443,7 +443,7 @@ def test_a_tensor_that_was_always_zero(interval):
     want = jax.jit(model.apply)({**each, "params": each["params"] | other}, x)
     got = jax.jit(served.apply)({**frozen, "params": frozen["params"] | other}, x)
     np.testing.assert_array_equal(got, want)
-  # By shapes alone, every tensor may be the first.
+  # With shapes only, every tensor may be unseen.
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
   served, like = fp8.freeze_for_inference(model, shapes, x)
   assert jax.tree.map(jnp.shape, like) == jax.tree.map(jnp.shape, frozen)
@@ -451,19 +451,19 @@ def test_a_tensor_that_was_always_zero(interval):
   np.testing.assert_array_equal(jax.jit(served.apply)(frozen, x), want)
 
 
-def test_tensors_that_were_seen_are_not_read_for_their_amax():
+def test_seen_tensors_are_not_read_for_their_amax():
   layer, x = nn.Dense(D, dot_general_cls=FIRST.dot_general_cls), normal(4, D)
   variables = jax.jit(layer.init)(KEY, x)
   assert amaxes_read(*assert_serves_the_same(layer, variables, (x,)), x) > 0
   variables = fp8.calibrate(layer, variables, [x], progress=False)
   assert amaxes_read(*assert_serves_the_same(layer, variables, (x,)), x) == 0
-  # The newest amax is zero; the history is not.
+  # Only the newest amax in the history is zero.
   variables = fp8.calibrate(layer, variables, [0 * x], progress=False)
   assert amaxes_read(*assert_serves_the_same(layer, variables, (x,)), x) == 0
 
 
 @pytest.mark.parametrize("name", ["1", "vmap 1", "params 1, state for all"])
-def test_stacks_of_which_nothing_was_seen(name):
+def test_stacks_without_recorded_amaxes(name):
   model = lifts.written(name, FIRST)
   assert_serves_the_same(model, lifts.trained(model, steps=0), (lifts.X,))
 
@@ -477,7 +477,7 @@ class Teacher(nn.Module):
 
 
 class Nested(nn.Module):
-  """Its own layer, and one of the same path in a model that it runs by ``apply``."""
+  """A layer, and a layer with the same path in a model that runs by a nested ``apply``."""
 
   cls: object
   how: str
@@ -508,7 +508,7 @@ def test_a_model_that_is_run_by_a_nested_apply(recipe, how):
 
 
 class Tied(nn.Module):
-  """One kernel, multiplied in FP8 as it is stored; and otherwise."""
+  """One kernel in three contractions: as stored, transposed, and in high precision."""
 
   recipe: object
 
@@ -536,7 +536,7 @@ class Later(nn.Module):
     return second(x) if more or self.is_initializing() else x
 
 
-def test_a_contraction_that_was_not_there_when_it_was_frozen():
+def test_a_contraction_that_was_not_frozen_raises():
   twin, x = fp8.fp8_linear_layers(Later()), normal(4, D)
   variables = jax.jit(twin.init)(KEY, x)
   served, frozen = fp8.freeze_for_inference(twin, variables, x)

@@ -1,4 +1,4 @@
-"""Fused projections: against float64, against separate layers, in bits and under sharding."""
+"""Fused projections against float64, against separate layers bit for bit, and under sharding."""
 
 import functools
 
@@ -36,7 +36,7 @@ def error(got, want):
 
 
 def run(module, params, x, *grads):
-  """The module's output and the gradients of its parameters and input."""
+  """Returns the module's output and the gradients of its parameters and input."""
   variables = fp8.upgrade_variables(module, {"params": params}, x)
 
   @jax.jit
@@ -58,7 +58,7 @@ def heads_grads(scale=None):
 
 
 def errors_of_qkv(module, scale=None, grad_scale=None):
-  """Relative errors of outputs, kernels' gradients and the input's gradient, against float64."""
+  """Returns relative errors of outputs and gradients of kernels and input, against float64."""
   separate, grads = separate_qkv(scale=scale), heads_grads(grad_scale)
   out, params_grad, x_grad = run(module, module.from_separate(separate), X, *grads)
   kernels_grad = module.to_separate(params_grad, nn.Dense)
@@ -89,7 +89,7 @@ def test_qkv_is_near_float64(name, kernel_scales):
 
 @pytest.mark.parametrize("smaller", [2.0**-10, 2.0**-16])
 def test_separate_scales_keep_a_small_part(smaller):
-  """The key's gradient is as much larger: attention counts nothing but query times key."""
+  """A smaller key has a larger gradient, because attention uses only query times key."""
   scale, grad_scale = {"key": smaller}, {"key": 1 / smaller}
   found = {
     scales: errors_of_qkv(
@@ -108,7 +108,7 @@ def test_separate_scales_keep_a_small_part(smaller):
 
 
 def test_separate_gradients_in_e4m3():
-  """Joint, the large gradient of the small key drowns that of the query."""
+  """With a joint scale, the large gradient of the small key makes that of the query underflow."""
   recipe = fp8.Float8CurrentScaling(fp8_format=fp8.Format.E4M3)
   found = [
     errors_of_qkv(
@@ -121,7 +121,7 @@ def test_separate_gradients_in_e4m3():
 
 
 def integers(seed, *shape):
-  """From -30 to 30, which FP8 has to round: in float32 the sums of its values are exact."""
+  """Integers from -30 to 30. FP8 rounds them, and float32 sums of the rounded values are exact."""
   made = np.random.default_rng(seed).integers(-30, 31, shape).astype(np.float32)
   made.flat[0] = 30
   return jnp.asarray(made)
@@ -129,7 +129,7 @@ def integers(seed, *shape):
 
 @pytest.mark.parametrize(("name", "dtype"), [("delayed", "bfloat16"), ("current", "float32")])
 def test_equal_amaxes_make_the_separate_layers_to_the_bit(name, dtype):
-  """Outputs and kernels' gradients; the input's is rounded once, not three times."""
+  """Outputs and kernel gradients are equal. The input's gradient is rounded once, not thrice."""
   recipe = fp8.DelayedScaling(first_step="current") if name == "delayed" else CURRENT
   x = integers(9, TOKENS, D)
   separate = jax.tree.map(lambda kernel: integers(1, *kernel.shape), separate_qkv())
@@ -167,7 +167,7 @@ def test_swiglu_is_near_float64():
   for scales in SCALES:
     module = SWIGLU(recipe=CURRENT, kernel_scales=scales)
     out, params_grad, x_grad = run(module, module.from_separate(separate), X, grad)
-    # Five roundings in a row at most, of which each is at random within the format's.
+    # At most five successive roundings, each with a random error within the format's bound.
     bound = formats.E5M2.epsilon / 2
     assert error(out, gate * sigmoid * up @ kernels["down"]) < bound
     assert error(x_grad, gate_grad @ kernels["gate"].T + up_grad @ kernels["up"].T) < bound
@@ -228,7 +228,7 @@ def test_scan_stacks_as_separate_layers_do():
   ids=["qkv", "swiglu"],
 )
 def test_tensor_parallel_moves_no_kernel(module, leaf, names):
-  """Split over heads or hidden features: the one thing gathered or summed is as small as D."""
+  """With shards of heads or hidden features, only arrays of the size of the input are reduced."""
   mesh = Mesh(np.array(jax.devices()[:2]), ("model",))
   params = jax.jit(module.init)(KEY, X)["params"]
   shard = lambda path, x: NamedSharding(

@@ -1,4 +1,4 @@
-"""Parameters of separate layers to those of fused ones and back, and what is refused."""
+"""Conversion of parameters between separate and fused layers, and its errors."""
 
 import flax.linen as nn
 import jax
@@ -25,8 +25,8 @@ from tests.linen.fused_cases import (
 )
 
 
-def test_a_key_value_head_stands_with_its_queries():
-  """Query heads are consecutive, as ``jax.nn.dot_product_attention`` groups them."""
+def test_a_key_value_head_is_stored_with_its_queries():
+  """Query heads of one group are consecutive, as in ``jax.nn.dot_product_attention``."""
   number = {"query": range(HEADS), "key": (10, 11), "value": (20, 21)}
   of_head = lambda n: jnp.full((D, 1, HEAD_DIM), float(n))
   separate = {
@@ -79,7 +79,7 @@ def with_short_bias():
 
 
 def of_key(kernel):
-  """Parameters in which the key's kernel is another."""
+  """Parameters with another kernel for the key."""
   return {**separate_qkv(), "key": {"kernel": kernel}}
 
 
@@ -104,16 +104,16 @@ ERRORS = {
   ),
   "missing part": (
     lambda: QKV().from_separate({"query": {}}),
-    r"Fp8FusedQKV\.from_separate: must hold query, key, value, and nothing else; got "
+    r"Fp8FusedQKV\.from_separate: the keys must be query, key, value, and nothing else; got "
     r"\['query'\]\. Pass",
   ),
   "missing bias": (
     lambda: QKV().from_separate(separate_qkv()),
-    r"from_separate: query: must hold kernel, bias, and nothing else; got \['kernel'\]",
+    r"from_separate: query: the keys must be kernel, bias, and nothing else; got \['kernel'\]",
   ),
   "no dict": (
     lambda: QKV().from_separate(X),
-    r"Fp8FusedQKV\.from_separate: must hold .*; got ArrayImpl",
+    r"Fp8FusedQKV\.from_separate: the keys must be .*; got ArrayImpl",
   ),
   "width": (
     lambda: QKV(head_dim=8, use_bias=False).from_separate(separate_qkv()),
@@ -126,12 +126,12 @@ ERRORS = {
   ),
   "inputs": (
     lambda: PLAIN.from_separate(of_key(jnp.ones((D + 1, 32)))),
-    r"the parts must be of one dtype and have equal axes before their features; got kernels query "
-    r"\(48,\) float32, key \(49,\) float32, value \(48,\) float32\. Take",
+    r"the parts must have one dtype and the same axes before the features; got kernels query "
+    r"\(48,\) float32, key \(49,\) float32, value \(48,\) float32\. Pass",
   ),
   "dtype": (
     lambda: PLAIN.from_separate(of_key(jnp.ones((D, 32), jnp.bfloat16))),
-    r"must be of one dtype .* key \(48,\) bfloat16",
+    r"must have one dtype .* key \(48,\) bfloat16",
   ),
   "layer": (
     lambda: QKV().to_separate({}, nn.Conv),
@@ -139,7 +139,7 @@ ERRORS = {
   ),
   "fused without bias": (
     lambda: QKV().to_separate({"kernel": X}),
-    r"Fp8FusedQKV\.to_separate: must hold kernel, bias, and nothing else; got \['kernel'\]",
+    r"Fp8FusedQKV\.to_separate: the keys must be kernel, bias, and nothing else; got \['kernel'\]",
   ),
   "fused shape": (
     lambda: PLAIN.to_separate({"kernel": X}),
@@ -152,20 +152,20 @@ ERRORS = {
   ),
   "missing up": (
     lambda: SWIGLU().from_separate({"gate": {"kernel": X}}),
-    r"Fp8SwiGLU\.from_separate: must hold gate, up, down, and nothing else; got \['gate'\]",
+    r"Fp8SwiGLU\.from_separate: the keys must be gate, up, down, and nothing else; got \['gate'\]",
   ),
   "shape of down": (
     lambda: SWIGLU().from_separate(of_down(kernel=X)),
     r"Fp8SwiGLU\.from_separate: the kernel of down must have the shape \(80, 48\), .*; got shape "
-    r"\(64, 48\)\. Take",
+    r"\(64, 48\)\. Pass three kernels",
   ),
   "leaves of down": (
     lambda: SWIGLU().from_separate(of_down(bias=X)),
-    r"Fp8SwiGLU\.from_separate: down: must hold kernel, and nothing else; got \['bias'\]",
+    r"Fp8SwiGLU\.from_separate: down: the keys must be kernel, and nothing else; got \['bias'\]",
   ),
   "fused without down": (
     lambda: SWIGLU().to_separate({"gate_up": {}}),
-    r"Fp8SwiGLU\.to_separate: must hold gate_up, down, and nothing else; got \['gate_up'\]",
+    r"Fp8SwiGLU\.to_separate: the keys must be gate_up, down, and nothing else; got \['gate_up'\]",
   ),
 }
 

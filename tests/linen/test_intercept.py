@@ -1,4 +1,4 @@
-"""Interceptors end where they should, also where assertions are left out."""
+"""Interceptors end with their context, even under ``python -O``."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""The axis of a scale and a history among those of lifted transformations."""
+"""The own axis of scales and histories among the axes of lifted transformations."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The parts of a fused kernel: how each is initialised, and the factor that it is scaled by."""
+"""The parts of a fused kernel: initialization and scale factors."""
 
 import flax.linen as nn
 import jax
@@ -11,7 +11,7 @@ from tests.linen.fused_cases import HEAD_DIM, HIDDEN, KEY, QKV, SWIGLU, WIDTHS, 
 
 
 def test_initial_parameters_are_those_of_separate_layers():
-  """Each part is drawn alone, so that initialisers which look at both sides see their own."""
+  """Each part is initialized separately, so initializers that use both sizes see the right ones."""
   seen = []
 
   def spy(key, shape, dtype):
@@ -61,7 +61,7 @@ def test_axis_names_stay_with_the_parameters():
 
 @pytest.mark.parametrize("amax", [0.0, np.nan, np.inf, 2.0**-120])
 def test_factors_of_odd_parts(amax):
-  """What no power of two can help stays as it is, and does not disturb the others."""
+  """Parts that no power of two can scale keep factor 1 and do not change the others."""
   parts = QKV()._parts()
   kernel = parts.join({name: jnp.ones((D, heads, HEAD_DIM)) for name, heads in WIDTHS.items()})
   kernel = kernel.at[:, :, 3].set(amax).at[:, :, 2].set(0.3)

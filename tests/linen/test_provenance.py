@@ -1,4 +1,4 @@
-"""Which variable a value is, through scans, maps, transposes and casts."""
+"""The origin of a value through scans, maps, transposes and casts."""
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("fun", CHANGED.values(), ids=CHANGED)
-def test_a_value_of_its_own(fun):
+def test_a_changed_value_has_no_origin(fun):
   found = origins(lambda variables: fun(variables["params"]["layer"]["kernel"]), variables())
   ((origin,),) = found["kernel"]
   assert origin is None or origin.casts > 1

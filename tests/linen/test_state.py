@@ -1,4 +1,4 @@
-"""Each layer quantizes by its own state, whatever other layers read and however they are run."""
+"""Each layer quantizes with its own state, independent of other layers with the same input."""
 
 import functools
 
@@ -16,7 +16,7 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(16, 32)), jnp.float32)
 
 
 class Projections(nn.Module):
-  """Query, key and value of one input; value's recipe may be another."""
+  """Query, key and value of one input. The value may have another recipe."""
 
   value: fp8.Recipe = RECIPE
   dtype: object = jnp.float32
@@ -45,7 +45,7 @@ def inputs(state):
 
 
 def apart(variables):
-  """Key's and value's states are as after other steps than query's."""
+  """Gives the three layers different states."""
   made = jax.tree.map(lambda leaf: leaf, variables)
   for name, amax in (("q", 4.0), ("k", 40.0), ("v", 0.4)):
     made[OWG][name]["Fp8DotGeneral_0"]["input_amax_history"] = jnp.full(3, amax)
@@ -56,7 +56,7 @@ LIFTS = {"plain": lambda module: module, "remat": nn.remat, "jit": nn.jit}
 
 
 @pytest.mark.parametrize("lift", LIFTS.values(), ids=LIFTS)
-def test_layers_with_one_input_have_states_of_their_own(lift):
+def test_layers_with_one_input_have_separate_states(lift):
   model = lift(Projections)()
   variables = apart(model.init(jax.random.key(0), X))
   _, grads = jax.jit(functools.partial(step, model))(variables, X)
@@ -70,8 +70,8 @@ def test_layers_with_one_input_have_states_of_their_own(lift):
 
 @pytest.mark.parametrize("differentiate", [jax.grad, fp8.grad], ids=["jax", "fp8"])
 @pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_a_layer_that_the_loss_leaves_out_keeps_nothing_from_another(run, differentiate):
-  """Two layers read one input of size 1e5; the loss hangs on the second alone."""
+def test_a_layer_outside_of_the_loss_does_not_change_another(run, differentiate):
+  """Two layers read one input of magnitude 1e5. The loss depends only on the second layer."""
   layer = functools.partial(nn.Dense, 8, dot_general_cls=RECIPE.dot_general_cls, use_bias=False)
 
   class Heads(nn.Module):
@@ -98,7 +98,7 @@ def test_jit_equals_eager_where_states_differ():
   np.testing.assert_allclose(got, model.apply(variables, X), rtol=1e-5, atol=1e-6)
 
 
-def test_weight_norm_must_leave_state_alone():
+def test_weight_norm_of_state_raises():
   layer = functools.partial(nn.Dense, 16, dot_general_cls=RECIPE.dot_general_cls)
   with pytest.raises(ValueError, match=r"nn.WeightNorm: .*variable_filter=\{'kernel'\}.*kernel'\}"):
     nn.WeightNorm(layer()).init(jax.random.key(0), X)
@@ -117,7 +117,7 @@ class Changed(nn.Dense):
 
 
 def changed(factor):
-  """A ``dot_general_cls`` that multiplies by a changed kernel."""
+  """A ``dot_general_cls`` that multiplies the kernel by a factor."""
   dot = RECIPE.dot_general_cls
   return lambda: lambda x, kernel, *args, **kwargs: dot()(x, factor * kernel, *args, **kwargs)
 
@@ -140,8 +140,8 @@ KERNELS = {
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("factor", "make"), KERNELS.values(), ids=KERNELS)
-def test_what_is_done_to_a_kernel_is_seen(factor, make, dtype):
-  """Forward and backward, as without FP8."""
+def test_changes_to_a_kernel_take_effect(factor, make, dtype):
+  """In the forward and the backward pass, as without FP8."""
   model, plain = make(dtype), nn.Dense(32, use_bias=False, dtype=dtype)
   variables = jax.jit(model.init)(jax.random.key(0), X)
   loss = lambda apply, v, x: jnp.sum(apply(v, x).astype(jnp.float32) * X)

@@ -1,4 +1,4 @@
-"""``fp8.scan`` and ``fp8.vmap`` are Linen's with the axes of the state written out."""
+"""``fp8.scan``, ``fp8.vmap`` and ``fp8.cond`` against Linen's with explicit axes of the state."""
 
 import flax.linen as nn
 import jax
@@ -20,7 +20,7 @@ def dense(recipe=RECIPE):
 
 
 class Layer(nn.Module):
-  """A step of a scan, and the same as a method of another name."""
+  """A step of a scan, as ``__call__`` and as another method."""
 
   recipe: fp8.Recipe = RECIPE
 
@@ -39,7 +39,7 @@ def step(module, x, y):
 
 
 def run(model, x=X[0]):
-  """Variables, output and gradients."""
+  """Returns variables, output and gradients."""
 
   @cases.quickly
   def all_of_it():
@@ -51,12 +51,12 @@ def run(model, x=X[0]):
 
 
 def shapes(model):
-  """Of the variables."""
+  """Returns the shapes of the variables."""
   return jax.eval_shape(model.init, KEY, X[0], X)
 
 
 SPLIT, SHARED = {"split_rngs": {"params": True}}, {"split_rngs": {"params": False}}
-SCANS = {  # what a user writes, and what it means
+SCANS = {  # the arguments of fp8.scan, and the equivalent arguments of nn.scan
   "a layer each": (
     {"variable_axes": {"params": 0}, **SPLIT},
     {"variable_axes": {"params": 0, OWG: 0}, **SPLIT},
@@ -113,7 +113,7 @@ def test_scan_takes_positions_and_functions():
 
 @pytest.mark.parametrize("lift", ["scan", "vmap"])
 def test_methods_and_metadata(lift):
-  """What is passed on is passed on: other methods, and the name of the new axis."""
+  """``methods`` and ``metadata_params`` are passed on."""
   boxed = nn.with_partitioning(nn.initializers.ones, (None, None))
 
   class Boxed(Layer):
@@ -184,8 +184,8 @@ TAKEN = jnp.array([True, False, True])
 
 
 @pytest.mark.parametrize("mapped", [True, False])
-def test_cond_leaves_what_was_not_taken_alone(mapped):
-  """Under vmap, too, where both branches run; each of them is the layer without condition."""
+def test_cond_does_not_update_the_branch_not_taken(mapped):
+  """Each branch updates the state as the layer without a condition, even under vmap."""
   model = fp8.vmap(Either, {"params": 0}, {"params": True})() if mapped else Either()
   pred, x = (TAKEN, X) if mapped else (TAKEN[0], X[0])
   variables = model.init(KEY, pred, x)
@@ -222,8 +222,8 @@ def test_cond_leaves_what_was_not_taken_alone(mapped):
         np.testing.assert_array_equal(a, np.where(choose, b, c))
 
 
-def test_linens_cond_does_not():
-  """The reason for ours."""
+def test_nn_cond_records_the_branch_not_taken():
+  """This is why ``fp8.cond`` exists."""
   model = fp8.vmap(Either, {"params": 0}, {"params": True})
   variables = model().init(KEY, TAKEN, X)
   loss = lambda lift: lambda v: jnp.sum(model(lift=lift).apply(v, TAKEN, X))

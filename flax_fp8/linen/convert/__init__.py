@@ -1,4 +1,4 @@
-"""Unmodified models in FP8: which layers, what that would mean, and the converted module."""
+"""Conversion of unmodified Linen models to FP8: configuration, dry run and converted module."""
 
 from flax_fp8.linen.convert.config import DEFAULT_EXCLUSIONS, Exclusion, Fp8Config
 from flax_fp8.linen.convert.linear_layers import fp8_linear_layers

@@ -1,9 +1,10 @@
-"""Contractions, handed to someone else where JAX binds them, while a module's method runs.
+"""Redirects the contractions that a module's method binds to a handler.
 
-All spellings end in one primitive. While any thread needs it, the ``bind`` of that primitive, and
-of those that hold programs, is replaced. A program (a jitted function, a loop, a remat) is bound
-after it was traced, and JAX may have cached it. So nothing is replaced while it is traced. The
-method's own contractions are marked, and where the program is bound, it is evaluated again.
+Every contraction, however it is written, binds the primitive ``dot_general``. While a thread needs
+it, this module replaces ``bind`` of ``dot_general`` and of the primitives that hold programs: a
+jitted function, a loop, a remat. JAX traces a program before it binds it, and may have cached the
+trace. So contractions inside a program are only marked while it is traced. When the program is
+bound, it is evaluated again, and the marked contractions go to the handler.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from flax_fp8.linen.provenance import subprograms
 
 
 class Handler(Protocol):
-  """What contracts in the place of JAX."""
+  """Computes contractions in place of JAX."""
 
   def contract(
     self, lhs: jax.Array, rhs: jax.Array, *, kind: str, kernel: int, params: Mapping[str, Any]
@@ -37,25 +38,25 @@ class Handler(Protocol):
     Args:
       lhs: left operand.
       rhs: right operand.
-      kind: the function that was called, as users write it.
-      kernel: the operand, 0 or 1, that stands on the right in that call.
-      params: of the primitive ``dot_general``.
+      kind: the called function, such as ``"jnp.einsum"``.
+      kernel: the operand, 0 or 1, that is on the right in that call.
+      params: parameters of the primitive ``dot_general``.
 
     Returns:
-      The product; None to let JAX contract.
+      The product, or None to let JAX contract.
     """
     ...
 
   def repeated(self, program: Any) -> contextlib.AbstractContextManager[Any]:
-    """Stands around one trace of a program, which JAX may trace several times."""
+    """Surrounds one trace of a program that JAX may trace several times."""
     ...
 
   def bound(self) -> None:
-    """Is told that a program with contractions was bound: it is not traced again."""
+    """Called after a program with contractions is bound. JAX does not trace it again."""
     ...
 
 
-# Marks the operand of a contraction that a method makes in a program which is still being traced.
+# Marks an operand of the method's own contractions while JAX traces a program.
 _mark: Any = jax.extend.core.Primitive("own_contraction")
 _mark.def_impl(lambda x: x)
 _mark.def_abstract_eval(lambda x: x)
@@ -63,27 +64,26 @@ ad.deflinear2(_mark, lambda cotangent, _: [cotangent])
 mlir.register_lowering(_mark, lambda context, x: [x])
 batching.primitive_batchers[_mark] = lambda args, axes: (_mark.bind(*args), axes[0])
 
-# Part of the key of JAX's caches: programs with marks are of no use elsewhere.
+# Part of the key of JAX's caches: a program with marks must not be reused elsewhere.
 _marking: Any = jax.make_user_context(False)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Active:
-  """A handler, and where what is bound is for it.
+  """A handler, and the conditions under which a bound contraction belongs to it.
 
   Attributes:
-    handler: of the method that runs.
-    trace: the staging trace in which the method runs; a program that is traced meanwhile is not
-      looked at until it is bound.
-    marks: of the program that is evaluated, those whose contraction is still to come; None where
-      the method itself runs, all of whose contractions are its own.
-    in_body: whether a shard_map is bound, which traces its body, once.
-    depth: of backward passes in which the method runs; those that it asks for itself carry out what
-      the handler has seen.
-    kind: the jitted function of ``jnp`` whose program is evaluated.
-    kernels: for the contractions of that program that are still to come, which operand stands on
-      the right in the call.
-    disable_jit: JAX's setting, for modules that the method calls.
+    handler: the handler of the running method.
+    trace: the staging trace in which the method runs. A program traced inside it is handled when
+      it is bound.
+    depth: number of backward passes around the method. A backward pass inside the method only
+      transposes contractions that the handler has already seen.
+    in_body: whether a ``shard_map`` is being bound. It traces its body once, at this point.
+    marks: while a program is evaluated, one entry for each mark whose contraction follows. None
+      while the method itself runs: all contractions are its own.
+    kind: the ``jnp`` function whose program is evaluated.
+    kernels: for each remaining contraction of that program, the operand on the right in the call.
+    disable_jit: the user's ``jax_disable_jit`` setting, restored for modules without a handler.
   """
 
   handler: Handler
@@ -96,13 +96,13 @@ class _Active:
   disable_jit: bool = False
 
   def is_here(self) -> bool:
-    """Tells whether what is bound now is for the handler."""
+    """Returns whether a primitive bound now belongs to the method of the handler."""
     running = _compat.staging_trace()
     is_body = self.in_body and _compat.is_of_shard_map(running)
     return (running is self.trace or is_body) and _compat.transpositions() == self.depth
 
   def is_own(self) -> bool:
-    """Tells whether a contraction that is bound here is the method's own."""
+    """Returns whether a contraction bound now is the method's own."""
     return self.marks is None or bool(self.marks and self.marks.pop())
 
 
@@ -113,7 +113,7 @@ _users = 0
 
 @contextlib.contextmanager
 def handed_to(handler: Handler | None) -> Generator[None]:
-  """While inside, contractions that this thread binds go to ``handler``; None is JAX."""
+  """Redirects the contractions that this thread binds to ``handler``. None means JAX."""
   outer = _active.get()
   if handler is None:
     if outer is None:
@@ -125,7 +125,7 @@ def handed_to(handler: Handler | None) -> Generator[None]:
   disable_jit = outer.disable_jit if outer else _disables_jit()
   here = _compat.staging_trace(), _compat.transpositions()
   inner = _Active(handler, *here, disable_jit=disable_jit)
-  # Functions of jnp are told apart by their jit.
+  # The name of its jit identifies a jnp function, so jit must be enabled.
   how = jax.disable_jit(False), _marking(True), _compat.python_dispatch()
   with _installed(), _set(inner), how[0], how[1], how[2]:
     yield
@@ -184,7 +184,7 @@ def _dispatch(original: Callable[..., Any], rule: Rule) -> Callable[..., Any]:
 
 
 def _by_jax(original: Callable[..., Any], args: Sequence[Any], params: Mapping[str, Any]) -> Any:
-  """Lets JAX bind; what it binds to carry that out, as under vmap, is no call of the method."""
+  """Lets JAX bind. Primitives that JAX binds meanwhile, as under vmap, are not the method's."""
   with _set(None), _marking(False):
     return original(*args, **params)
 
@@ -235,7 +235,7 @@ def _jit(
     return jax.extend.core.jaxpr_as_fun(closed)(*args)
 
 
-# By the name of what JAX jits.
+# Public names of jnp functions, by the name of the function that JAX jits.
 _FUNCTIONS = {
   name: f"jnp.{name.lstrip('_')}"
   for name in ("_einsum", "matmul", "dot", "inner", "vdot", "vecdot", "matvec", "vecmat")
@@ -243,7 +243,7 @@ _FUNCTIONS = {
 
 
 def _kernels(jaxpr: Any) -> list[int]:
-  """For each contraction of a program, which operand hangs on the later argument."""
+  """For each contraction of a program, returns the operand that depends on the later argument."""
   rank: dict[Any, float] = {var: i for i, var in enumerate(jaxpr.invars)}
   of = lambda atom: float("inf") if isinstance(atom, Literal) else rank.get(atom, float("inf"))
   found: list[int] = []
@@ -256,7 +256,7 @@ def _kernels(jaxpr: Any) -> list[int]:
 
 
 def _within(active: _Active, closed: Any) -> Callable[..., Any]:
-  """Makes a function of a program, whose contractions go to the handler while it is traced."""
+  """Returns a function that evaluates a program and hands its contractions to the handler."""
 
   def run(*args: Any) -> Any:
     here = dataclasses.replace(
@@ -330,7 +330,7 @@ def _shard_map(
 
 
 def _has(primitive: Any, jaxpr: Any) -> bool:
-  """Tells whether a program, or one that it holds, binds a primitive."""
+  """Returns whether a program, or a program inside it, binds a primitive."""
   return any(
     equation.primitive is primitive
     or any(_has(primitive, inner) for inner in subprograms(equation.params))

@@ -1,4 +1,4 @@
-"""What of a model becomes FP8: recipes, patterns, and the rules that decide about each layer."""
+"""Configuration of a conversion: recipes, patterns, and the rules that decide for each layer."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from flax_fp8.linen.convert.patterns import (
   Layer,
   Pattern,
   check_patterns,
+  close_matches,
   first_match,
   matches,
-  near_misses,
   show,
 )
 from flax_fp8.linen.convert.report import ConversionReport, Row
@@ -30,14 +30,13 @@ from flax_fp8.recipes.delayed import DelayedScaling
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exclusion:
-  """Layers that stay in high precision by default.
+  """A group of layers that stay in high precision by default.
 
   Attributes:
-    reason: what they are, for the report.
-    names: globs of the last name of the path.
-    narrowing: of these layers only those whose features are at most the contracted size divided by
-      this; 0 for all.
-    but: globs of last names that are none of these all the same.
+    reason: the kind of layer, shown in the report.
+    names: globs that match the last name of the path, in lower case.
+    narrowing: if not 0, excludes only layers with ``features * narrowing <= contracted``.
+    but: globs that match last names to keep out of this group.
   """
 
   reason: str
@@ -46,7 +45,7 @@ class Exclusion:
   but: tuple[str, ...] = ()
 
   def applies(self, layer: Layer) -> bool:
-    """Tells whether a layer is one of these."""
+    """Returns whether a layer is in this group."""
     name = layer.module.path.rpartition("/")[2].lower()
     last = dataclasses.replace(layer, path=name, owner=None)
     if self.narrowing and layer.features * self.narrowing > layer.contracted:
@@ -65,18 +64,18 @@ DEFAULT_EXCLUSIONS = (
   Exclusion(reason="embedding", names=("*embed*",)),
   Exclusion(reason="norm", names=("*norm*",)),
   Exclusion(reason="router", names=("*router*",)),
-  # SwiGLU has a gate too, but that one is wide.
+  # A router's gate is narrow. The gate of SwiGLU is wide and is converted.
   Exclusion(reason="router", names=("gate", "*_gate", "gating*"), narrowing=8),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-  """What becomes of a layer.
+  """The decision about one layer.
 
   Attributes:
-    recipe: the recipe in which it runs; None for high precision.
-    rule: what decided.
+    recipe: the layer's recipe; None for high precision.
+    rule: the rule that decided.
   """
 
   recipe: Recipe | None
@@ -85,38 +84,49 @@ class Decision:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fp8Config:
-  """Which layers of a model run in FP8, and how.
+  """Selects the layers that ``fp8_linear_layers`` converts, and their recipes.
 
-  A pattern is a glob over the whole module path (``"*/mlp/*"``; ``*`` crosses slashes), a compiled
-  regular expression that is searched in it, or a function of a ``Layer``. A path may have the
-  model's class before it, as ``assert_fp8`` shows it: ``"Net/mlp/up"`` is ``"mlp/up"``.
+  A layer is an ``nn.Dense``, ``nn.DenseGeneral`` or ``nn.Einsum``, or an instance of a subclass.
+  A module that contracts with its own parameter ``kernel`` is a layer too.
 
-  A layer is an ``nn.Dense``, ``nn.DenseGeneral`` or ``nn.Einsum``, also of a subclass, or a module
-  that contracts with its own parameter ``kernel``. Rules are tried in this order, and the first
-  that applies decides: what a layer itself rules out, ``targets``, ``exclude``,
-  ``default_exclude``, ``skip_first`` and ``skip_last``, sizes.
+  A pattern is one of these:
+
+  - a glob over the whole module path, such as ``"*/mlp/*"``; ``*`` also matches slashes;
+  - a compiled regular expression, searched in the path;
+  - a function that takes a ``Layer`` and returns a bool.
+
+  A path may start with the model's class, as in the report of ``assert_fp8``: ``"Net/mlp/up"``
+  means ``"mlp/up"``.
+
+  The first rule that applies to a layer decides. The order is: what the layer itself rules out,
+  such as its own ``dot_general``; ``targets``; ``exclude``; ``default_exclude``; ``skip_first``
+  and ``skip_last``; ``multiple_of`` and ``min_kernel_size``. Unmatched patterns raise an error
+  that lists close matches. So does a configuration that selects no layer.
 
   Attributes:
-    recipe: how the layers are scaled.
-    recipes: other recipes for some of them: pairs of a pattern and a recipe, or a mapping; the
-      first that matches counts. A recipe's ``high_precision`` chooses the precision of each GEMM.
-    targets: layers to convert.
-    exclude: layers not to convert.
-    default_exclude: what is left out unasked: embeddings, norms, routers, output heads. ``()`` for
-      none.
-    functions: modules of which all contractions of their own methods are converted, however they
-      are written: ``jnp.einsum``, ``x @ w``, ``lax.dot_general``. The operand on the right is the
-      kernel. Their state is numbered in the order of the calls, as Linen numbers submodules without
-      a name: make the same calls in each run.
-    skip_first: of all linear layers, in the order of their calls, so many stay as they are.
-    skip_last: the same from the end.
-    multiple_of: contracted size and features must be multiples of this, as FP8 kernels want.
-    min_kernel_size: elements that a kernel must have.
-    emulate: lets a device without the recipe's FP8 multiply in a wider type.
+    recipe: the default recipe.
+    recipes: recipes for some of the layers, as a mapping from patterns to recipes or as pairs. The
+      first pattern that matches is used. A recipe's ``high_precision`` sets the precision of each
+      GEMM.
+    targets: patterns of the layers to convert.
+    exclude: patterns of the layers to keep in high precision.
+    default_exclude: layers that stay in high precision by default: embeddings, norms, routers and
+      output heads. Pass ``()`` to convert them.
+    functions: patterns of modules with contractions in their own methods. All of these contractions
+      are converted: ``jnp.einsum``, ``x @ w``, ``lax.dot_general``. The right operand is the
+      kernel. The state is numbered in the order of the calls, as Linen numbers unnamed submodules,
+      so every run must make the same calls.
+    skip_first: number of linear layers to keep in high precision, from the first call on.
+    skip_last: number of linear layers to keep in high precision at the end.
+    multiple_of: the contracted size and the features must be multiples of this, as FP8 kernels
+      require.
+    min_kernel_size: minimum number of elements in a kernel.
+    emulate: lets a device without the recipe's FP8 formats multiply in a wider type.
 
   Raises:
-    TypeError: a field is of another type; a pattern is no glob, regular expression or function.
-    ValueError: a count is negative.
+    TypeError: a field has the wrong type, or a pattern is not a glob, regular expression or
+      function.
+    ValueError: a count is negative, ``multiple_of`` is below 1, or ``targets`` is empty.
 
   Example:
     >>> import flax_fp8 as fp8
@@ -151,11 +161,11 @@ class Fp8Config:
       object.__setattr__(self, name, check_patterns(name, getattr(self, name)))
     if not self.targets:
       raise ValueError(
-        "Fp8Config: targets must hold at least one pattern; got targets=(). Leave it out for all "
-        "layers, or leave the model unconverted."
+        "Fp8Config: targets must hold at least one pattern; got targets=(). Omit targets to "
+        "convert all layers, or do not convert the model."
       )
     object.__setattr__(self, "default_exclude", _check_exclusions(self.default_exclude))
-    default = "Leave it out for the default."
+    default = "Omit it to use the default."
     for name in ("skip_first", "skip_last", "multiple_of", "min_kernel_size"):
       value, least = getattr(self, name), 1 if name == "multiple_of" else 0
       value = fields.integer("Fp8Config", name, value, default, least=least)
@@ -163,7 +173,7 @@ class Fp8Config:
     object.__setattr__(self, "emulate", fields.flag("Fp8Config", "emulate", self.emulate))
 
   def __repr__(self) -> str:
-    """Shows the fields that are not the defaults."""
+    """Shows the fields that differ from the defaults."""
     shown = (
       f"{field.name}={value!r}"
       for field in dataclasses.fields(self)
@@ -172,20 +182,22 @@ class Fp8Config:
     return f"Fp8Config({', '.join(shown)})"
 
   def report(self, module: nn.Module, *init_args: Any, **init_kwargs: Any) -> ConversionReport:
-    """Says what ``fp8_linear_layers`` would make of a model; nothing is computed.
+    """Reports which layers ``fp8_linear_layers`` would convert, without running the model.
+
+    The model is traced on shapes, so the report needs no memory or time on the device.
 
     Args:
-      module: the model, unmodified.
-      *init_args: what its ``init`` takes after the PRNG key; arrays or ShapeDtypeStructs.
-      **init_kwargs: the same by keyword.
+      module: the unmodified model.
+      *init_args: the arguments of ``module.init`` after the PRNG key; arrays or ShapeDtypeStructs.
+      **init_kwargs: the keyword arguments of ``module.init``.
 
     Returns:
-      A row a layer. ``print`` it.
+      A ``ConversionReport`` with one row for each layer. Pass it to ``print``.
 
     Raises:
-      ValueError: a pattern matches no layer; ``skip_first`` or ``skip_last`` would part the layers
-        of an ``nn.scan``.
-      TypeError: ``module`` is no Linen module.
+      ValueError: a pattern matches no layer, or ``skip_first`` or ``skip_last`` would select one
+        step of an ``nn.scan`` or ``nn.vmap``.
+      TypeError: ``module`` is not a Linen module.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -209,14 +221,15 @@ class Fp8Config:
     return ConversionReport(tuple(rows))
 
   def decide(self, layer: Layer, order: tuple[str, ...] | None) -> Decision:
-    """Decides about a layer.
+    """Decides whether a layer is converted.
 
     Args:
       layer: the layer.
-      order: paths of all layers in the order of their first calls; needed for skips alone.
+      order: paths of all layers in the order of their first calls. Only ``skip_first`` and
+        ``skip_last`` need it.
 
     Returns:
-      The recipe, or None, and the rule that decided.
+      The recipe, or None for high precision, with the rule that decided.
     """
     if rule := self._refuse(layer, order):
       return Decision(None, rule)
@@ -231,16 +244,16 @@ class Fp8Config:
     if layer.refusal:
       return layer.refusal
     if first_match(self.targets, layer) is None:
-      return "no target"
+      return "matches no target"
     if (pattern := first_match(self.exclude, layer)) is not None:
       return f"exclude {show(pattern)}"
     for exclusion in self.default_exclude:
       if exclusion.applies(layer):
         return f"{exclusion.reason}, by default"
     if order and layer.path in order[: self.skip_first]:
-      return f"among the first {self.skip_first}"
+      return f"skip_first={self.skip_first}"
     if order and layer.path in order[max(0, len(order) - self.skip_last) :]:
-      return f"among the last {self.skip_last}"
+      return f"skip_last={self.skip_last}"
     return self._refuse_size(layer)
 
   def _refuse_size(self, layer: Layer) -> str:
@@ -248,12 +261,12 @@ class Fp8Config:
       if size % self.multiple_of:
         return f"{name} {size} not a multiple of {self.multiple_of}"
     if layer.kernel_size < self.min_kernel_size:
-      return f"kernel of {layer.kernel_size} below {self.min_kernel_size}"
+      return f"kernel size {layer.kernel_size} below {self.min_kernel_size}"
     return ""
 
   @property
   def needs_order(self) -> bool:
-    """Tells whether the order of the layers decides about some."""
+    """Whether any rule depends on the order of the layers."""
     return bool(self.skip_first or self.skip_last)
 
   def check_matches(
@@ -262,10 +275,10 @@ class Fp8Config:
     """Raises ValueError where a pattern matches no layer.
 
     Args:
-      layers: those of the model.
-      complete: whether these are all layers with all that is known of them; if not, functions as
-        patterns are not judged.
-      modules: others, which may have contractions of their own; ``functions`` may name them.
+      layers: the model's layers.
+      complete: whether ``layers`` has all layers with all their attributes. If False, patterns that
+        are functions are not checked.
+      modules: other modules that ``functions`` may name.
     """
     layers = list(layers)
     paths = [layer.path for layer in layers]
@@ -277,8 +290,8 @@ class Fp8Config:
         if known and not any(matches(pattern, layer) for layer in layers):
           raise ValueError(
             f"Fp8Config: every pattern must match a layer; got {show(pattern)} in {field}, which "
-            f"matches none of {len(set(paths))}. Near misses: {near_misses(pattern, paths)}. Mend "
-            "the pattern, or leave it out."
+            f"matches none of {len(set(paths))}. Close matches: {close_matches(pattern, paths)}. "
+            "Correct or remove the pattern."
           )
     plain = ("Dense", "DenseGeneral", "Einsum")
     own = [layer.module for layer in layers if layer.is_function or layer.kind not in plain]
@@ -289,8 +302,8 @@ class Fp8Config:
         raise ValueError(
           "Fp8Config: every pattern in functions must match a module that itself calls a "
           f"contraction, such as jnp.einsum or x @ w; got {show(pattern)}, which matches none. "
-          f"Paths with contractions: {near_misses(pattern, paths)}. Name the module whose method "
-          "makes the call, not its parent. Linear layers need no name."
+          f"Paths with contractions: {close_matches(pattern, paths)}. Name the module whose method "
+          "makes the call, not its parent; do not name linear layers."
         )
 
   def _check_skips(self, rows: Iterable[Row], order: tuple[str, ...]) -> None:
@@ -298,10 +311,10 @@ class Fp8Config:
     for row in rows:
       if self.needs_order and row.stacked > 1 and row.layer.path in skipped:
         raise ValueError(
-          "Fp8Config: skip_first and skip_last count layers of which each has a program of its "
-          f"own; got skip_first={self.skip_first}, skip_last={self.skip_last}, which would take "
-          f"{row.layer.path!r}, one program for {row.stacked} layers under nn.scan or nn.vmap. "
-          "Unroll the stack, or name what to leave out in exclude."
+          "Fp8Config: skip_first and skip_last cannot select layers stacked by nn.scan or nn.vmap; "
+          f"got skip_first={self.skip_first}, skip_last={self.skip_last}, which would skip "
+          f"{row.layer.path!r}, one program for {row.stacked} layers. Unroll the stack, or use "
+          "exclude instead."
         )
 
 
@@ -310,7 +323,7 @@ def _check_exclusions(given: Any) -> tuple[Exclusion, ...]:
   if not known:
     raise TypeError(
       "Fp8Config: default_exclude must be a tuple of Exclusion; got "
-      f"default_exclude={fields.show(given)}. Pass () for none, and patterns as exclude."
+      f"default_exclude={fields.show(given)}. Pass () for no exclusions, and patterns as exclude."
     )
   return tuple(given)
 

@@ -1,8 +1,9 @@
-"""Any Linen model, unmodified, with its linear layers in FP8.
+"""``fp8_linear_layers``: runs the linear layers of an unmodified Linen model in FP8.
 
-The state of a layer has to follow its kernel through every lifted transformation that the model's
-author wrote: stacked by ``nn.scan``, shared by ``nn.vmap``, broadcast. So inside the model it lives
-among the parameters, and moves to ``_overwrite_with_gradient`` where the model meets its user.
+A layer's FP8 state must follow its kernel through every lifted transformation in the model:
+stacked by ``nn.scan``, shared by ``nn.vmap``, or broadcast. So the state is stored among the
+parameters while the model runs. ``init``, ``apply`` and ``bind`` move it from and to the collection
+``_overwrite_with_gradient``.
 """
 
 from __future__ import annotations
@@ -32,33 +33,38 @@ from flax_fp8.recipes.base import Recipe
 def fp8_linear_layers(
   module: nn.Module, config: Fp8Config | None = None, *init_args: Any, **init_kwargs: Any
 ) -> nn.Module:
-  """Converts a Linen model to FP8.
+  """Converts the linear layers of an unmodified Linen model to FP8.
 
-  The result is of a subclass of the model's class, with the same fields, methods and ``params``.
-  Each contraction that ``config`` takes runs in FP8: those of linear layers, also inside attention
-  and recurrent cells, and those of modules that are named in ``Fp8Config.functions``. State is
-  where hand-edited layers have it: ``Dense_0/Fp8DotGeneral_0``. A module that the model runs by an
-  ``apply`` of its own, as Hugging Face runs tied heads, stays in high precision unless it is named.
+  The converted module is an instance of a subclass of the model's class. It has the same fields,
+  methods and ``params``. These contractions run in FP8 if ``config`` selects them:
+
+  - linear layers, including those inside attention and recurrent cells;
+  - contractions of the modules named in ``Fp8Config.functions``.
+
+  The FP8 state has the same paths as in a model edited by hand: ``Dense_0/Fp8DotGeneral_0``. A
+  module that the model runs by a nested ``apply`` stays in high precision unless
+  ``Fp8Config.functions`` names it. Hugging Face models run tied output heads in this way.
 
   Args:
-    module: an unbound Linen module, the outermost one.
-    config: what becomes FP8; everything but the defaults' exclusions if None.
-    *init_args: what ``module.init`` takes after the PRNG key, arrays or ShapeDtypeStructs. With
-      them the whole model is known: every pattern is checked at once, and ``skip_first`` and
-      ``skip_last`` hold in every method. Without, in ``__call__`` alone.
-    **init_kwargs: the same by keyword.
+    module: the outermost Linen module, unbound.
+    config: selects the layers and recipes. ``Fp8Config()`` if None.
+    *init_args: the arguments of ``module.init`` after the PRNG key; arrays or ShapeDtypeStructs. If
+      they are given, every pattern is checked immediately, and ``skip_first`` and ``skip_last``
+      work in every method. Otherwise patterns are checked by ``init`` and ``apply``, and the skips
+      work in ``__call__`` only.
+    **init_kwargs: the keyword arguments of ``module.init``.
 
   Returns:
-    The converted module. Its ``init`` makes ``params`` as the model does, bit for bit, and the FP8
-    state beside them; see ``upgrade_variables`` for parameters that are there already. A wrapper
-    that passes parameters alone may have the state among them:
+    The converted module. Its ``init`` returns the same ``params`` as the model, bit for bit, and
+    the FP8 state in ``_overwrite_with_gradient``. For existing parameters, add the state with
+    ``upgrade_variables``. A wrapper that passes only parameters may store the state among them:
     ``{"params": {**params, "_overwrite_with_gradient": state}}``.
 
   Raises:
-    TypeError: ``module`` is no Linen module, ``config`` no ``Fp8Config``.
-    ValueError: ``module`` is bound; a pattern matches no layer; no layer is left to convert; and
-      when it runs: it is inside another module, or a call in FP8 has arguments that FP8 does
-      not have.
+    TypeError: ``module`` is not a Linen module, or ``config`` is not an ``Fp8Config``.
+    ValueError: ``module`` is bound, a pattern matches no layer, or no layer is selected. The
+      converted module raises it if it runs inside another module, or if a converted call has
+      arguments that FP8 does not support.
 
   Numerics:
     As ``Fp8DotGeneral`` and ``Fp8Einsum``.
@@ -91,12 +97,12 @@ def _check_arguments(module: Any, config: Any) -> None:
   if module.scope is not None:
     raise ValueError(
       f"fp8_linear_layers: module must be unbound; got {type(module).__name__} bound at "
-      f"{'/'.join(module.path)!r}. Convert the outermost module, before init and apply."
+      f"{'/'.join(module.path)!r}. Convert the outermost module before init and apply."
     )
   if config is not None and not isinstance(config, Fp8Config):
     raise TypeError(
-      f"fp8_linear_layers: config must be an Fp8Config; got config={fields.show(config)}. For a "
-      "recipe alone, write Fp8Config(recipe=...)."
+      f"fp8_linear_layers: config must be an Fp8Config; got config={fields.show(config)}. To set "
+      "only a recipe, pass Fp8Config(recipe=...)."
     )
 
 
@@ -105,15 +111,15 @@ class Fp8Conversion:
   """Runs a model with its linear layers in FP8.
 
   Attributes:
-    config: which of them, and how.
-    order: paths of all layers in the order of their calls, where that is known beforehand.
+    config: selects the layers and recipes.
+    order: paths of all layers in the order of their calls, if known in advance.
   """
 
   config: Fp8Config
   order: tuple[str, ...] | None = None
 
   def enter(self, variables: Any) -> dict[str, Any]:
-    """Puts the state among the parameters."""
+    """Moves the state into the parameters."""
     if not isinstance(variables, Mapping):
       raise ValueError(
         f"fp8_linear_layers: variables must be a variables dict; got {type(variables)}. Pass "
@@ -125,7 +131,7 @@ class Fp8Conversion:
     return given
 
   def leave(self, variables: Any) -> dict[str, Any]:
-    """Takes the state out of the parameters."""
+    """Moves the state out of the parameters."""
     given = dict(variables)
     params, own = _split(given.get("params", {}))
     if "params" in given:
@@ -135,12 +141,12 @@ class Fp8Conversion:
     return given
 
   def initialized(self, variables: Any) -> dict[str, Any]:
-    """Does as ``leave``."""
+    """Moves the state out of the parameters, as ``leave`` does."""
     return self.leave(variables)
 
   @contextlib.contextmanager
   def during(self, run: Run) -> Generator[None]:
-    """Lets the layers that the config takes run in FP8."""
+    """Runs the selected layers in FP8."""
     visitor = _Decisions(self.config, self._order(run))
     model, emulate = type(run.module).__name__, self.config.emulate
     walk = Walk(visitor, self.config.functions, model=model, emulate=emulate)
@@ -157,7 +163,7 @@ class Fp8Conversion:
         self.require_some(decisions)
 
   def _check(self, run: Run, layers: list[Layer]) -> None:
-    """Raises where a pattern can't have meant this model, of which a run may see a part."""
+    """Raises ValueError if a pattern cannot match. A run may execute only part of the model."""
     variables, model = run.variables, type(run.module).__name__
     if variables is None:
       self.config.check_matches(layers, complete=True)
@@ -170,31 +176,31 @@ class Fp8Conversion:
     self.config.check_matches([*layers, *named(known)], complete=False, modules=named(above))
 
   def require_some(self, decisions: Iterable[Decision]) -> None:
-    """Raises ValueError where no layer becomes FP8."""
+    """Raises ValueError if no layer is converted."""
     decisions = tuple(decisions)
     if not decisions:
       raise ValueError(
         "fp8_linear_layers: at least one layer must become FP8; got a model without linear layers. "
-        "Convert the model that has them, or name modules with contractions of their own in "
+        "Convert the model that contains them, or name modules that call contractions in "
         "Fp8Config.functions."
       )
     if all(decision.recipe is None for decision in decisions):
       counts = Counter(decision.rule for decision in decisions)
       raise ValueError(
         f"fp8_linear_layers: at least one layer must become FP8; got none of {len(decisions)}, by "
-        f"the rules {dict(counts)}. Print Fp8Config.report(module, *init_args), which says for "
-        "each module how to include it. Change targets, exclude, default_exclude, functions, "
+        f"the rules {dict(counts)}. Print Fp8Config.report(module, *init_args) to see how to "
+        "include each module, and change targets, exclude, default_exclude, functions, "
         "multiple_of or min_kernel_size."
       )
 
   def _order(self, run: Run) -> tuple[str, ...] | None:
-    """Finds the order of the layers, where it decides about some."""
+    """Returns the order of the layers, or None if no rule needs it."""
     if self.order is not None or not self.config.needs_order:
       return self.order
     if run.method is not None:
       raise ValueError(
         "fp8_linear_layers: skip_first and skip_last need the layers of the whole model; got the "
-        f"method {run.method!r}, which may call some of them. Pass what init takes to "
+        f"method {run.method!r}, which may call only some of them. Pass the arguments of init to "
         "fp8_linear_layers(module, config, *init_args)."
       )
     report = self.config.report(run.module, *run.args, **run.kwargs)
@@ -202,7 +208,7 @@ class Fp8Conversion:
 
 
 class _Decisions:
-  """Decides by a config about what a walk meets."""
+  """The visitor of a converted run: decides by the configuration and records the decisions."""
 
   def __init__(self, config: Fp8Config, order: tuple[str, ...] | None) -> None:
     self.config, self.order = config, order
@@ -225,17 +231,17 @@ class _Decisions:
 
 
 def has_state(variables: Any) -> bool:
-  """Tells whether a model finds FP8 state among its parameters."""
+  """Returns whether the parameters of a running model hold FP8 state."""
   params = (variables or {}).get("params", {})
   return any(OVERWRITE_WITH_GRADIENT in path for path in flax.traverse_util.flatten_dict(params))
 
 
 def _merge(params: Any, state: Any, path: tuple[str, ...]) -> Any:
-  """Puts a module's state beside its parameters, under ``_overwrite_with_gradient``."""
+  """Stores each module's state beside its parameters, under ``_overwrite_with_gradient``."""
   if not isinstance(params, Mapping):
     raise ValueError(
-      f"fp8_linear_layers: FP8 state must be of the model that params are of; got state for "
-      f"{'/'.join(path)!r}, which params hold as an array. Make state for these parameters with "
+      f"fp8_linear_layers: FP8 state and params must belong to the same model; got state for "
+      f"{'/'.join(path)!r}, which is an array in params. Create state for these parameters with "
       "upgrade_variables(converted, {'params': params}, *init_args)."
     )
   below = {key: value for key, value in state.items() if isinstance(value, Mapping)}
@@ -246,7 +252,7 @@ def _merge(params: Any, state: Any, path: tuple[str, ...]) -> Any:
 
 
 def _split(params: Any) -> tuple[Any, Any]:
-  """Takes apart what ``_merge`` put together; a module that had nothing but state is gone."""
+  """Splits parameters and state; the inverse of ``_merge``. Removes modules with state only."""
   if not isinstance(params, Mapping):
     return params, {}
   rest: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The contractions of one method of a module: what they are, and who carries them out."""
+"""Carries out the contractions of one method of a module, in FP8 or by JAX."""
 
 from __future__ import annotations
 
@@ -26,44 +26,44 @@ LAYERS = (nn.Dense, nn.DenseGeneral, nn.Einsum)
 
 
 class Visitor(Protocol):
-  """Who is asked about the contractions of a model."""
+  """Decides how each contraction of a model is computed, and observes the walk."""
 
   def decide(self, layer: Layer, root: Any) -> Recipe | None:
-    """Returns the recipe of a contraction, or None to let it be.
+    """Returns the recipe of a contraction, or None for high precision.
 
     Args:
       layer: the contraction.
-      root: scope of the trace that it is in; a lifted transformation has one for each trace.
+      root: root scope of the current trace. A lifted transformation has one for each trace.
     """
     ...
 
   def unasked(self, module: str, kernel: jax.Array) -> None:
-    """Is told of a contraction of a module that is neither a layer nor named."""
+    """Observes a contraction of a module that is neither a layer nor named."""
     ...
 
   def asked(self, layer: Layer, kernel: jax.Array) -> None:
-    """Is told of a contraction that was decided about and that JAX will carry out."""
+    """Observes a contraction that ``decide`` leaves in high precision."""
     ...
 
   def leave(self, module: nn.Module) -> None:
-    """Is told that a method of a module is through."""
+    """Observes the end of a method of a module."""
     ...
 
 
 @dataclasses.dataclass
 class Frame:
-  """One method of one module that runs.
+  """A running method of one module.
 
   Attributes:
-    module: whose method it is.
-    path: of the module, as patterns see it.
-    scope: where the state of its contractions is.
-    own: whether the module is the model's; another is run by its own ``apply`` inside of it.
-    prefix: path of the root of such another.
-    sealed: whether the module contracts by means of its own, with all that it calls.
-    trace: in which the method runs.
-    methods: of the module, each called by the one before, but for ``__call__``.
-    names: of its contractions.
+    module: the module.
+    path: the module's path, as patterns match it.
+    scope: the scope that holds the state of its contractions.
+    own: whether the module belongs to the model itself. False in a nested ``apply``.
+    prefix: path of the root module of the nested ``apply``.
+    sealed: whether the module, or a module around it, has its own ``dot_general``.
+    trace: the trace in which the method runs.
+    methods: the running methods of this module, outermost first, without ``__call__``.
+    names: names of the module's contractions.
   """
 
   module: Any
@@ -78,19 +78,19 @@ class Frame:
 
 
 class Contractions:
-  """Contracts for one method of one module."""
+  """Handles the contractions of one method of one module."""
 
   def __init__(
     self, frame: Frame, visitor: Visitor, *, named: bool, model: str, emulate: bool
   ) -> None:
-    """Prepares for one run of a method.
+    """Creates the handler of one run of a method.
 
     Args:
-      frame: of the method.
-      visitor: is asked about each contraction.
-      named: whether all of its contractions are to be decided about, not only those of a layer.
-      model: class of the model.
-      emulate: as for ``Fp8DotGeneral``.
+      frame: the running method.
+      visitor: decides for each contraction.
+      named: whether ``visitor`` decides for all contractions, not only for those of a layer.
+      model: class name of the model.
+      emulate: as in ``Fp8DotGeneral``.
     """
     self.frame, self.visitor, self.named = frame, visitor, named
     self.model, self.emulate = model, emulate
@@ -99,7 +99,7 @@ class Contractions:
   def contract(
     self, lhs: jax.Array, rhs: jax.Array, *, kind: str, kernel: int, params: Mapping[str, Any]
   ) -> jax.Array | None:
-    """Contracts in FP8 where the visitor says so; see ``binding.Handler``."""
+    """Contracts in FP8 if the visitor returns a recipe; see ``binding.Handler``."""
     operands = [lhs, rhs]
     if not self.named and not self._of_layer(operands[kernel]):
       return self.visitor.unasked(join(self.frame.path), operands[kernel])
@@ -113,7 +113,7 @@ class Contractions:
     given = {key: params[key] for key in ("preferred_element_type", "out_sharding")}
     module: Any = cls(**how, parent=push(self.frame.scope, name))
     if self.frame.scope.is_mutable_collection("params"):
-      # A loop's body, say, may read it first, but it is none of its variables.
+      # The body of a loop may be the first to read the state. Create the state outside of it.
       with _compat.under_trace(self.trace), jax.sharding.use_abstract_mesh(self.mesh):
         read_state(module, recipe)
     if cls is Fp8DotGeneral:
@@ -122,7 +122,7 @@ class Contractions:
     return module(equation, operands[1 - kernel], operands[kernel], **given)
 
   def _of_layer(self, kernel: jax.Array) -> bool:
-    """Tells whether this is a layer: of Linen's, or one that has its kernel in ``kernel``."""
+    """Returns whether the module is a Linen layer, or contracts with its parameter ``kernel``."""
     if isinstance(self.frame.module, LAYERS):
       return True
     own = None if self.named else own_kernel(self.frame.module)
@@ -130,21 +130,21 @@ class Contractions:
 
   @contextlib.contextmanager
   def repeated(self, program: Any) -> Generator[None]:
-    """Stands around one trace of a program: each starts from the same names."""
+    """Surrounds one trace of a program. Every trace starts from the same names."""
     names = self.frame.names
     with names.again(program) as self.frame.names:
       yield
     self.frame.names = names
 
   def bound(self) -> None:
-    """Goes on with names of their own behind a program that was bound."""
-    self.frame.names.settle()
+    """Continues with new names after a program is bound."""
+    self.frame.names.commit()
 
   @property
   def _part(self) -> str:
-    """What tells apart the contractions of several methods, and of modules that share a scope.
+    """A prefix that keeps names unique among methods, and among modules that share a scope.
 
-    It is the same whether a method is called from outside or by ``__call__``.
+    The prefix does not depend on whether ``__call__`` or the user calls the method.
     """
     name, path = self.frame.module.name, self.frame.module.path
     shares = name and path and name != path[-1]
@@ -160,7 +160,7 @@ class Contractions:
     x, w = operands[1 - kernel], operands[kernel]
     refusal = _refuse(params["precision"], x.dtype, w.dtype)
     if foreign := not self.frame.own and not self.named:
-      refusal = f"run by an apply of its own: to convert it, functions={path!r}"
+      refusal = f"run by a nested apply; to convert it, pass functions={path!r}"
     return Layer(
       path=path if is_layer or foreign else f"{path}/{name}".lstrip("/"),
       owner=path,
@@ -175,24 +175,24 @@ class Contractions:
 
 
 def join(path: tuple[str, ...]) -> str:
-  """Writes the path of a module as patterns see it."""
+  """Joins the path of a module, as patterns match it."""
   return "/".join(path)
 
 
 def push(scope: Any, name: str) -> Any:
-  """Returns the scope of a name below another, the same one each time."""
+  """Returns the child scope of a name. Repeated calls return the same scope."""
   return scope.push(name, reuse=True)
 
 
 def own_kernel(module: Any) -> Any:
-  """Returns the parameter of a module that has the name of the kernel of Linen's layers."""
+  """Returns the module's parameter ``kernel`` if it has two or more axes, else None."""
   own: Mapping[str, Any] = module.variables.get("params", {})
   found = nn.meta.unbox(own.get("kernel"))
   return found if isinstance(found, jax.Array | np.ndarray) and found.ndim > 1 else None
 
 
 def _is_among(params: Any, kernel: jax.Array) -> bool:
-  """Tells whether parameters hold a kernel, judged by its dtype and size; for the report alone."""
+  """Returns whether a parameter has the kernel's dtype and size. Only the report uses this."""
   leaves = jax.tree.leaves(params)
   return any(leaf.dtype == kernel.dtype and leaf.size == kernel.size for leaf in leaves)
 
@@ -208,7 +208,7 @@ def _refuse(precision: Any, *dtypes: Any) -> str:
 
 
 def _default_precision() -> Any:
-  """Returns the precision that JAX's settings give a contraction that asks for none."""
+  """Returns the precision that JAX's configuration sets for a contraction without one."""
   one = jax.ShapeDtypeStruct((1,), jnp.float32)
   numbers = (((0,), (0,)), ((), ()))
   jaxpr = jax.make_jaxpr(lambda x, y: lax.dot_general(x, y, numbers))(one, one)
@@ -223,7 +223,7 @@ def _sizes(shape: tuple[int, ...], contract: Any, batch: Any) -> dict[str, int]:
 
 
 def _equation(numbers: Any, lhs_ndim: int, rhs_ndim: int, kernel: int) -> str:
-  """Writes dimension numbers as an einsum equation of the input and the kernel."""
+  """Converts dimension numbers to an einsum equation of the input and the kernel."""
   (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = numbers
   letters = iter(map(chr, (*range(ord("a"), ord("z") + 1), *range(ord("A"), ord("Z") + 1))))
   lhs = [next(letters) for _ in range(lhs_ndim)]

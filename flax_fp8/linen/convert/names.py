@@ -1,4 +1,4 @@
-"""Names of the contractions of one module: the same in each run, and one for each of them."""
+"""Names of the contractions in one module: unique, and the same in every run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from typing import Any
 
 @dataclasses.dataclass
 class Names:
-  """Numbers the contractions in one scope, from one call of a method from outside to its end.
+  """Numbers the contractions in one scope during one outermost call of a method.
+
+  JAX may trace a program several times before it binds the program. Each of these traces starts
+  from ``counts``, so it makes the same names.
 
   Attributes:
-    counts: contractions so far, by kind.
-    repeated: the same at the end of a trace of a program. JAX may trace it again, which starts from
-      ``counts`` too, until it binds the program.
-    program: what the trace was of; another program goes on from its end.
+    counts: number of contractions so far, by kind.
+    repeated: the counts at the end of the traces of ``program``.
+    program: the program being traced. A trace of another program first adopts ``repeated``.
   """
 
   counts: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -25,20 +27,20 @@ class Names:
   program: Any = None
 
   def next(self, kind: str) -> str:
-    """Makes a new name."""
+    """Returns a new name."""
     self.counts[kind] += 1
     return f"{kind}_{self.counts[kind] - 1}"
 
-  def settle(self) -> None:
-    """Goes on behind a program that is bound."""
+  def commit(self) -> None:
+    """Adopts the counts of the traced program once it is bound."""
     self.counts |= self.repeated
     self.program = None
 
   @contextlib.contextmanager
   def again(self, program: Any) -> Generator[Names]:
-    """Makes the names for one trace of a program that JAX may trace several times."""
+    """Returns the names for one trace of a program that JAX may trace several times."""
     if program is not self.program:
-      self.settle()
+      self.commit()
     self.program = program
     inner = Names(Counter(self.counts))
     yield inner

@@ -1,7 +1,7 @@
-"""What becomes of each parameter of a model? Read from the traced program.
+"""Finds how a model uses its parameters, from the traced program.
 
-A value is made of parameters where nothing but parameters and constants went into it: a kernel that
-is cast, transposed, or the sum of two others. What hangs on the model's input is not.
+A value derives from parameters if it depends on parameters and constants only. Examples are a cast
+or transposed kernel, and the sum of two kernels. Values that depend on the model's input do not.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from flax_fp8 import _compat
 from flax_fp8.linen.provenance import subprograms
 
 Path: TypeAlias = tuple[str, ...]
-# None is a value that is not made of parameters alone.
-Made: TypeAlias = frozenset[Path] | None
+# The parameters that a value derives from. None if it depends on anything else.
+Sources: TypeAlias = frozenset[Path] | None
 
 CONVOLUTION, LOOKUP = "convolution", "lookup"
-CONTRACTED = "contracted by lax.ragged_dot, or in a function with a derivative of its own"
+CONTRACTED = "contracted by lax.ragged_dot or in a custom_jvp or custom_vjp function"
 
 
 def uses(fun: Callable[[Any], Any], params: Any) -> dict[Hashable, set[Path]]:
-  """Traces a function, and finds the parameters of which each marked value is made.
+  """Traces a function and finds the parameters from which each marked value derives.
 
   Args:
-    fun: takes parameters; marks values by ``provenance.mark``.
+    fun: a function of the parameters that marks values with ``provenance.mark``.
     params: nested dict of ShapeDtypeStructs.
 
   Returns:
-    Paths of parameters by mark; by ``CONVOLUTION`` and ``LOOKUP`` those of its kernels and tables;
-    and by ``CONTRACTED`` those of any contraction.
+    Paths of parameters by mark. The keys ``CONVOLUTION``, ``LOOKUP`` and ``CONTRACTED`` hold the
+    parameters that convolutions, lookups and any contractions use.
   """
   jaxpr = jax.make_jaxpr(fun)(params).jaxpr
   leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -43,12 +43,12 @@ def uses(fun: Callable[[Any], Any], params: Any) -> dict[Hashable, set[Path]]:
 
 
 def path_of(path: Any) -> Path:
-  """Writes the path of a leaf as names; a parameter may be a dict or a list of arrays."""
+  """Converts the path of a leaf to names. A parameter may be a dict or a list of arrays."""
   return tuple(str(getattr(entry, "key", getattr(entry, "idx", entry))) for entry in path)
 
 
-def _walk(jaxpr: Any, inputs: Sequence[Made], found: dict[Hashable, set[Path]]) -> list[Made]:
-  known: dict[Any, Made] = dict(zip(jaxpr.invars, inputs, strict=True))
+def _walk(jaxpr: Any, inputs: Sequence[Sources], found: dict[Hashable, set[Path]]) -> list[Sources]:
+  known: dict[Any, Sources] = dict(zip(jaxpr.invars, inputs, strict=True))
   of = lambda atom: frozenset() if isinstance(atom, Literal) else known.get(atom)
   for equation in jaxpr.eqns:
     given = [of(atom) for atom in equation.invars]
@@ -57,7 +57,7 @@ def _walk(jaxpr: Any, inputs: Sequence[Made], found: dict[Hashable, set[Path]]) 
   return [of(atom) for atom in jaxpr.outvars]
 
 
-def _note(equation: Any, given: Sequence[Made], found: dict[Hashable, set[Path]]) -> None:
+def _note(equation: Any, given: Sequence[Sources], found: dict[Hashable, set[Path]]) -> None:
   name = equation.primitive.name
   where = {"mark": (equation.params.get("name"), 0)}
   where |= {"conv_general_dilated": (CONVOLUTION, 1), "gather": (LOOKUP, 0)}
@@ -69,8 +69,8 @@ def _note(equation: Any, given: Sequence[Made], found: dict[Hashable, set[Path]]
 
 
 def _results(
-  equation: Any, given: Sequence[Made], found: dict[Hashable, set[Path]]
-) -> Sequence[Made]:
+  equation: Any, given: Sequence[Sources], found: dict[Hashable, set[Path]]
+) -> Sequence[Sources]:
   name, params, count = equation.primitive.name, equation.params, len(equation.outvars)
   inputs = list(given)
   if name == "scan" and (counts := _compat.scan_counts(params)) is not None:
@@ -82,7 +82,7 @@ def _results(
     inputs = [*given[skipped:][:constants], *[None] * (len(given) - skipped - constants)]
   if name == "cond":
     inputs = inputs[1:]
-  results: list[list[Made]] = []
+  results: list[list[Sources]] = []
   for inner in subprograms(params):
     fits = len(inner.invars) == len(inputs)
     results.append(_walk(inner, inputs if fits else [None] * len(inner.invars), found))

@@ -1,4 +1,4 @@
-"""Which layers are meant: globs, regular expressions and predicates over module paths."""
+"""Patterns that select layers: globs, regular expressions and predicates over module paths."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from flax_fp8.recipes.base import Recipe
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layer:
-  """One contraction with a kernel, as the rules of conversion see it.
+  """One contraction with a kernel. Patterns that are functions take it as their argument.
 
   Attributes:
-    path: names of the modules down to it, ``"encoder/layers_0/Dense_1"``; ``""`` is the root.
-    owner: path of the module whose method contracts; the same, where that is a layer.
-    kind: class of the layer, or the function that the module calls, ``"jnp.einsum"``.
-    inputs: elements of the input, of one call.
+    path: module path of the contraction, such as ``"encoder/layers_0/Dense_1"``; ``""`` is the
+      root.
+    owner: path of the module whose method contracts. Equal to ``path`` for a linear layer.
+    kind: class of the layer, or the called function, such as ``"jnp.einsum"``.
+    inputs: number of input elements in one call.
     contracted: size of the contracted axes, K.
-    features: size of the kernel's own axes, N.
-    batch: size of the batch axes that the kernel has.
-    itemsize: bytes of an element in the dtype of the GEMM.
-    stored: whether the kernel is a parameter of that dtype, which stays in memory in any case.
-    refusal: why it can't be FP8 whatever is asked for, or ``""``.
-    model: class of the model.
+    features: size of the kernel's other axes, N.
+    batch: size of the kernel's batch axes.
+    itemsize: bytes of one element in the dtype of the GEMM.
+    stored: whether the kernel is a parameter of that dtype. Such a kernel is in memory anyway.
+    refusal: the reason why the contraction cannot run in FP8, or ``""``.
+    model: class name of the model.
   """
 
   path: str
@@ -45,7 +46,7 @@ class Layer:
 
   @property
   def kernel_size(self) -> int:
-    """Elements of the kernel."""
+    """Number of elements in the kernel."""
     return self.batch * self.contracted * self.features
 
   @property
@@ -55,12 +56,12 @@ class Layer:
 
   @property
   def is_function(self) -> bool:
-    """Tells whether a module that is no layer contracts."""
+    """Whether the contraction belongs to a module that is not a linear layer."""
     return self.owner not in (None, self.path)
 
 
 def at(path: str, model: str = "") -> Layer:
-  """Makes a layer of which nothing but the path is known."""
+  """Returns a layer with only its path set."""
   return Layer(path=path, kind="", inputs=0, contracted=0, features=0, model=model)
 
 
@@ -68,7 +69,7 @@ Pattern: TypeAlias = str | re.Pattern[str] | Callable[[Layer], bool]
 
 
 def matches(pattern: Pattern, layer: Layer) -> bool:
-  """Tells whether a pattern means a layer; of a module's own contractions, also the module."""
+  """Returns whether a pattern matches a layer, or the module that owns the contraction."""
   if isinstance(pattern, str | re.Pattern):
     path = layer.path if layer.is_function else f"{layer.path}/Fp8DotGeneral_0".lstrip("/")
     return matches_path(pattern, path, layer.model)
@@ -76,12 +77,12 @@ def matches(pattern: Pattern, layer: Layer) -> bool:
 
 
 def first_match(patterns: Iterable[Pattern], layer: Layer) -> Pattern | None:
-  """Returns the first pattern that means a layer."""
+  """Returns the first pattern that matches a layer, or None."""
   return next((pattern for pattern in patterns if matches(pattern, layer)), None)
 
 
 def show(pattern: Pattern) -> str:
-  """Writes a pattern as the user did."""
+  """Formats a pattern for messages."""
   if isinstance(pattern, str):
     return repr(pattern)
   if isinstance(pattern, re.Pattern):
@@ -89,8 +90,8 @@ def show(pattern: Pattern) -> str:
   return getattr(pattern, "__name__", repr(pattern))
 
 
-def near_misses(pattern: Pattern, paths: Iterable[str], limit: int = 5) -> list[str]:
-  """Returns the paths that are most like a pattern that means none of them; else the first."""
+def close_matches(pattern: Pattern, paths: Iterable[str], limit: int = 5) -> list[str]:
+  """Returns the paths most similar to an unmatched pattern, or the first paths if none is."""
   paths = sorted(set(paths))
   text = pattern.pattern if isinstance(pattern, re.Pattern) else str(pattern)
   last = {path: path.rpartition("/")[2] for path in paths}
@@ -101,12 +102,12 @@ def near_misses(pattern: Pattern, paths: Iterable[str], limit: int = 5) -> list[
 
 
 def _is_predicate(x: object) -> bool:
-  """Tells whether a pattern is a function; neither a class nor a recipe is."""
+  """Returns whether a pattern is a function. Classes and recipes are not."""
   return callable(x) and not isinstance(x, (type, Recipe))
 
 
 def check_patterns(name: str, patterns: object) -> tuple[Pattern, ...]:
-  """Returns patterns as a tuple; raises TypeError where one is of another kind."""
+  """Returns patterns as a tuple. Raises TypeError if one is not a pattern."""
   is_text = lambda x: isinstance(x.pattern if isinstance(x, re.Pattern) else x, str)
   is_pattern = lambda x: is_text(x) or _is_predicate(x)
   given: Any = (patterns,) if is_pattern(patterns) else patterns
@@ -119,6 +120,6 @@ def check_patterns(name: str, patterns: object) -> tuple[Pattern, ...]:
     if not is_pattern(pattern):
       raise TypeError(
         f"Fp8Config: a pattern must be a glob, an re.Pattern or a function of a Layer; got "
-        f"{fields.show(pattern)} in {name}. Change that one."
+        f"{fields.show(pattern)} in {name}. Replace it with one of these."
       )
   return tuple(given)

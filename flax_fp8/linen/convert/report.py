@@ -1,4 +1,4 @@
-"""What a conversion makes of a model: one row a layer, before anything is computed."""
+"""The report of a dry run: one row for each layer, without running the model."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One layer.
+  """One row of a report: a contraction, or a module with matrices that no contraction uses.
 
   Attributes:
     layer: path, kind and sizes.
-    calls: how often one pass through the model calls it.
-    stacked: layers that the one program stands for, under ``nn.scan`` or ``nn.vmap``.
-    rule: what decided.
-    recipe: in which it will run; None for high precision.
-    contracts: whether it is a contraction; else it is a module whose matrices none of these uses.
-    is_last: whether it is the last contraction, and as wide as the model's output.
+    calls: number of calls in one forward pass.
+    stacked: number of layers that ``nn.scan`` or ``nn.vmap`` stacks in this row.
+    rule: the rule that decided.
+    recipe: the recipe; None for high precision.
+    contracts: whether the row is a contraction.
+    is_last: whether this is the last contraction and is as wide as the model's output.
   """
 
   layer: Layer
@@ -37,16 +37,18 @@ class Row:
 
   @property
   def taken(self) -> bool:
-    """Tells whether it will be FP8."""
+    """Whether the layer will run in FP8."""
     return self.recipe is not None
 
   @property
   def bytes_saved(self) -> int:
-    """Bytes that FP8 saves between forward and backward pass, its state deducted.
+    """Bytes of residuals that FP8 saves between the forward and the backward pass.
 
-    ``((itemsize - 1) * (inputs * calls + kernel) - state) * stacked``: what a GEMM keeps for the
-    backward pass takes one byte an element. Of a kernel that is a parameter of the GEMM's dtype the
-    GEMM keeps nothing in high precision, and a byte an element in FP8.
+    ``((itemsize - 1) * (inputs * calls + kernel) - state) * stacked``
+
+    FP8 residuals take one byte per element, and the FP8 state is subtracted. A kernel that is a
+    parameter of the GEMM's dtype needs no residual in high precision, so its FP8 copy counts as a
+    cost of one byte per element.
     """
     if self.recipe is None:
       return 0
@@ -56,17 +58,22 @@ class Row:
 
 
 def state_bytes(recipe: Recipe) -> int:
-  """Bytes of the state of one layer."""
+  """Returns the bytes of FP8 state in one layer."""
   return sum(leaf.nbytes for role in Role for leaf in recipe.init_state(role).values())
 
 
 @dataclasses.dataclass(frozen=True)
 class ConversionReport:
-  """What ``fp8_linear_layers`` makes of a model; ``print`` it.
+  """The layers that ``fp8_linear_layers`` converts. Returned by ``Fp8Config.report``.
+
+  Pass it to ``print`` for a table with these columns: the layer's path and kind, the sizes
+  ``K x N`` of its kernel, the number of calls, the recipe or "no", the memory saved between the
+  forward and the backward pass in MiB, and the rule that decided.
 
   Attributes:
-    rows: the contractions, in the order of their first calls; then the modules with parameters of
-      two or more axes that no contraction among these uses, each with what it would take.
+    rows: first the contractions, in the order of their first calls. Then the modules with a
+      parameter of two or more axes that none of these contractions uses. Their rule says how to
+      include them.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -84,12 +91,12 @@ class ConversionReport:
 
   @property
   def taken(self) -> tuple[Row, ...]:
-    """The layers that become FP8."""
+    """The layers that run in FP8."""
     return tuple(row for row in self.rows if row.taken)
 
   @property
   def bytes_saved(self) -> int:
-    """Bytes saved between forward and backward pass by all layers."""
+    """Bytes that all layers save between the forward and the backward pass."""
     return sum(row.bytes_saved for row in self.rows)
 
   def __str__(self) -> str:
@@ -108,8 +115,8 @@ class ConversionReport:
       return parts
     return (
       *parts,
-      f"{last.layer.path or '(root)'} gives the model's output and becomes FP8. If it is the "
-      f"output head, exclude={last.layer.path!r} keeps it in high precision.",
+      f"{last.layer.path or '(root)'} computes the model's output in FP8. If it is the output "
+      f"head, pass exclude={last.layer.path!r} to keep it in high precision.",
     )
 
   def _totals(self) -> str:
@@ -121,9 +128,9 @@ class ConversionReport:
     paths = sum(row.contracts for row in self.rows)
     stacked = f" ({paths} paths; nn.scan and nn.vmap stack layers)" if of_all > paths else ""
     return (
-      f"{of_taken} of {of_all} layers become FP8{stacked}: {share:.1f} % of the {kernels[1]:,} "
-      f"elements of all matrices. About {abs(self.bytes_saved) / _MIB:.1f} MiB {less} is kept "
-      "between forward and backward pass."
+      f"{of_taken} of {of_all} layers become FP8{stacked}, with {share:.1f} % of the "
+      f"{kernels[1]:,} matrix elements. The forward pass stores about "
+      f"{abs(self.bytes_saved) / _MIB:.1f} MiB {less} for the backward pass."
     )
 
   @property

@@ -1,4 +1,4 @@
-"""A dry run: what an unmodified model contracts, in the order of its calls, without arithmetic."""
+"""The dry run: traces an unmodified model and lists its contractions in the order of the calls."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ from flax_fp8.linen.converted import mark_root
 from flax_fp8.linen.intercept import intercept_methods
 from flax_fp8.linen.provenance import mark
 
-# By the path of a module: its class, and the shapes of its own parameters in its own trace.
+# For each module path: the class, and the shapes of its own parameters inside its own trace.
 Modules = dict[str, tuple[str, dict[str, tuple[int, ...]]]]
 
 
 def survey(
   module: nn.Module, functions: tuple[Pattern, ...], args: Any, kwargs: Any
 ) -> tuple[Row, ...]:
-  """Initializes a model abstractly and writes down what it contracts.
+  """Initializes a model abstractly and lists its contractions.
 
   Args:
-    module: the model, unmodified.
-    functions: modules whose own contractions count as layers.
-    args: what its ``init`` takes after the key; arrays, ShapeDtypeStructs, anything static.
-    kwargs: the same by keyword.
+    module: the unmodified model.
+    functions: patterns of modules whose own contractions count as layers.
+    args: arguments of ``module.init`` after the key; arrays, ShapeDtypeStructs or static values.
+    kwargs: keyword arguments of ``module.init``.
 
   Returns:
-    One row a contraction, in the order of first calls, without a decision; then one for each module
-    with matrices that none of these contractions uses.
+    One row for each contraction, in the order of the first calls, without a decision. Then one row
+    for each module with matrices that none of these contractions uses.
   """
   visitor = _Survey()
   params = init_shapes(module, args, kwargs).get("params", {})
@@ -75,7 +75,7 @@ def survey(
 
 
 def init_shapes(module: nn.Module, args: Any, kwargs: Any) -> Any:
-  """Shapes of what ``module.init`` makes of arguments, arrays of which may be shapes."""
+  """Returns the shapes of ``module.init(...)``. Array arguments may be ShapeDtypeStructs."""
 
   def init() -> Any:
     full_args, full_kwargs = fill((args, kwargs))
@@ -85,7 +85,7 @@ def init_shapes(module: nn.Module, args: Any, kwargs: Any) -> Any:
 
 
 def _initialize(module: nn.Module, params: Any, args: Any, kwargs: Any) -> Any:
-  """Runs a model as ``init`` does, but with parameters that are given; returns its output."""
+  """Runs a model as ``init`` does, but with given parameters. Returns its output."""
   args, kwargs = fill((args, dict(kwargs)))
   method = kwargs.pop("method", None) or "__call__"
   for name in ("mutable", "capture_intermediates"):
@@ -103,7 +103,7 @@ def _initialize(module: nn.Module, params: Any, args: Any, kwargs: Any) -> Any:
 
 
 class _Survey:
-  """Writes down what a walk meets."""
+  """The visitor of the dry run: records layers, calls and modules."""
 
   def __init__(self) -> None:
     self.layers: dict[str, Layer] = {}
@@ -113,11 +113,11 @@ class _Survey:
 
   def decide(self, layer: Layer, root: Any) -> None:
     self.layers[layer.path] = layer
-    # A lifted transformation traces its body more than once, each time with a root of its own.
+    # A lifted transformation may trace its body several times, each time with a new root scope.
     self._by_root[layer.path][root] += 1
 
   def close(self) -> None:
-    """Counts the calls, and forgets the traces that they were made in."""
+    """Counts the calls and drops the references to traces."""
     self.calls = Counter({path: max(n.values()) for path, n in self._by_root.items()})
     self._by_root.clear()
 
@@ -132,12 +132,12 @@ class _Survey:
     leaves = {name: nn.meta.unbox(x) for name, x in own.items() if _is_leaf(x)}
     flat = jax.tree_util.tree_leaves_with_path(leaves)
     shapes = {"/".join(path_of(path)): np.shape(leaf) for path, leaf in flat}
-    # Inside of a lifted transformation first, where they have no axes of its.
+    # A lifted transformation leaves the inner trace first. There the shapes lack the lifted axes.
     kind, first = self.modules.get(join(module.path), ("", {}))
     self.modules[join(module.path)] = kind if first else type(module).__name__, shapes | first
 
   def stacked(self, layer: Layer, params: dict[Path, Any]) -> int:
-    """Counts the layers that one call stands for: what lifted axes add to a parameter's shape."""
+    """Returns the number of layers stacked by lifted axes, from the shape of a parameter."""
     for path in (layer.path, layer.module.path):
       _, shapes = self.modules.get(path, ("", {}))
       for name, shape in shapes.items():
@@ -156,7 +156,7 @@ def _split(path: str) -> Path:
 
 
 def _unused(modules: Modules, params: dict[Path, Any], used: Any) -> Iterator[Row]:
-  """Yields a row for each module with matrices that no layer contracts."""
+  """Yields a row for each module with matrices that no layer uses."""
   converted = set[Path]()
   by: dict[Path, str] = {}
   for key, paths in used.items():
@@ -195,7 +195,7 @@ def _reason(params: list[Path], by: dict[Path, str], used: Any) -> str:
   callers = dict.fromkeys(by[param] for param in params if param in by)
   if callers:
     shown = repr(next(iter(callers))) if len(callers) == 1 else repr(tuple(callers))
-    return f"in no linear layer: to convert it, functions={shown}"
+    return f"not a linear layer; to convert it, pass functions={shown}"
   for kind in (CONVOLUTION, CONTRACTED, LOOKUP):
     if used.get(kind, set()) & set(params):
       return kind

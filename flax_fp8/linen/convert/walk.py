@@ -1,8 +1,8 @@
-"""Walks through a model as it runs, and has a visitor decide about each contraction of its layers.
+"""Walks through a running model and hands the contractions of its layers to a visitor.
 
-An interceptor of Linen sees each method of each module. While a layer's method runs, or that of a
-module whose own contractions are meant, every contraction that it binds is handed to the visitor.
-The module whose method it is, its path and its scope are known from the call, not inferred.
+A Linen interceptor sees every method call of every module. While a method of a layer, or of a
+module selected by ``Fp8Config.functions``, runs, a handler receives every contraction that it
+binds. The call provides the module, its path and its scope, so nothing is inferred.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class Walk:
     emulate: bool = False,
     everything: bool = False,
   ) -> None:
-    """Prepares a walk.
+    """Creates a walk.
 
     Args:
-      visitor: is asked about each contraction.
-      functions: modules whose own contractions are to be decided about.
-      model: class of the model, as patterns may write it.
-      emulate: as for ``Fp8DotGeneral``.
-      everything: whether the visitor is told of the contractions of all other modules too.
+      visitor: decides for each contraction.
+      functions: patterns of modules whose own contractions count as layers.
+      model: class name of the model, which patterns may contain.
+      emulate: as in ``Fp8DotGeneral``.
+      everything: whether the visitor also observes the contractions of all other modules.
     """
     self.visitor, self.functions, self.model = visitor, functions, model
     self.emulate, self.everything = emulate, everything
@@ -71,7 +71,7 @@ class Walk:
     if context.method_name == "setup":
       with binding.handed_to(None):
         return next_fun(*args, **kwargs)
-    # A lifted function is no method: its contractions are those of the call that lifts it.
+    # A lifted function is not a method. Its contractions belong to the call that lifts it.
     method = context.method_name
     method = method if hasattr(type(module), method) else "__call__"
     given = (*args, *kwargs.values())
@@ -103,7 +103,7 @@ class Walk:
     if refusal and method == "__call__":
       layer = _describe(module, join(path), jnp.asarray(given[0]), refusal)
       self.visitor.decide(dataclasses.replace(layer, model=self.model), scope.root)
-    function = getattr(function, "func", function)  # a partial of the module
+    function = getattr(function, "func", function)  # a partial with the module bound
     with self._names(path, module.scope.root, function) as names:
       sealed, trace = sealed or bool(refusal), _compat.staging_trace()
       methods = self._methods(path, method)
@@ -115,7 +115,7 @@ class Walk:
         self._stack.pop()
 
   def _outer(self, path: tuple[str, ...]) -> Frame | None:
-    """Returns the method that is running in the same scope."""
+    """Returns the innermost running method in the same scope, or None."""
     return next((frame for frame in reversed(self._stack) if frame.path == path), None)
 
   def _methods(self, path: tuple[str, ...], method: str) -> tuple[str, ...]:
@@ -125,18 +125,18 @@ class Walk:
 
   @contextlib.contextmanager
   def _names(self, path: tuple[str, ...], root: Any, function: Any) -> Generator[Names]:
-    """Goes on with the names of a method that is running in this scope, or starts anew."""
+    """Continues the names of a running method in this scope, or starts new ones."""
     outer = self._outer(path)
     if outer is None:
       yield Names()
     elif outer.module.scope.root is root or outer.trace is _compat.staging_trace():
       yield outer.names
-    else:  # in a lifted transformation, which traces it as often as it likes
+    else:  # in a lifted transformation, which may trace the function several times
       with outer.names.again(function) as names:
         yield names
 
   def _handler(self, frame: Frame) -> binding.Handler | None:
-    """Returns who contracts for a method; None where that is JAX."""
+    """Returns the handler of a method's contractions. None means JAX."""
     if frame.sealed or isinstance(frame.module, FP8Contraction):
       return None
     named = first_match(self.functions, at(join(frame.path), self.model)) is not None
@@ -147,18 +147,18 @@ class Walk:
 
 
 def _may_have_kernel(frame: Frame) -> bool:
-  """Tells whether a module has, or may be about to make, a parameter named as Linen's layers do."""
+  """Returns whether a module has, or may still create, a parameter named ``kernel``."""
   return frame.module.is_mutable_collection("params") or own_kernel(frame.module) is not None
 
 
 @contextlib.contextmanager
 def _parameters_made_by_jax(module: Any, handler: Any) -> Generator[None]:
-  """Leaves what initializers contract to JAX."""
+  """Leaves the contractions inside initializers to JAX."""
   if handler is None or "param" in vars(module) or not module.is_mutable_collection("params"):
     yield
     return
 
-  def quietly(make: Callable[..., Any]) -> Callable[..., Any]:
+  def by_jax(make: Callable[..., Any]) -> Callable[..., Any]:
     def made(*args: Any, **kwargs: Any) -> Any:
       with binding.handed_to(None):
         return make(*args, **kwargs)
@@ -166,7 +166,7 @@ def _parameters_made_by_jax(module: Any, handler: Any) -> Generator[None]:
     return made
 
   for name in ("param", "variable"):
-    object.__setattr__(module, name, quietly(getattr(module, name)))
+    object.__setattr__(module, name, by_jax(getattr(module, name)))
   try:
     yield
   finally:
@@ -175,7 +175,7 @@ def _parameters_made_by_jax(module: Any, handler: Any) -> Generator[None]:
 
 
 def _own_dot_general(module: Any) -> str:
-  """Says by which means of its own a layer contracts, or ``""``."""
+  """Returns the reason if a layer has its own ``dot_general``, else ``""``."""
   for name in ("dot_general_cls", "dot_general"):
     held: Any = getattr(module, name, None) if isinstance(module, LAYERS[:2]) else None
     plain = isinstance(held, functools.partial) and held.func is lax.dot_general
@@ -185,7 +185,7 @@ def _own_dot_general(module: Any) -> str:
 
 
 def _describe(module: Any, path: str, inputs: jax.Array, refusal: str) -> Layer:
-  """Describes a layer that contracts by its own means, from its fields and its input."""
+  """Describes a layer with its own ``dot_general``, from its fields and its input."""
   axis, batch = getattr(module, "axis", -1), getattr(module, "batch_dims", ())
   sizes = [math.prod(inputs.shape[a] for a in _tuple(axes)) for axes in (axis, batch)]
   return Layer(

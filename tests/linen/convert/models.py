@@ -1,4 +1,4 @@
-"""Linen models as people write them, none of which knows of FP8.
+"""Linen models without any FP8 code, as users write them.
 
 Each case is a model, what its ``init`` takes, and a config if the default does not take all that
 there is; ``fp8_layers`` are the paths at which state is expected.
@@ -24,7 +24,7 @@ def normal(*shape):
 
 
 class Mlp(nn.Module):
-  """Compact, with a name and without."""
+  """A compact module with a named and an unnamed layer."""
 
   features: int = D
   dtype: Any = None
@@ -36,7 +36,7 @@ class Mlp(nn.Module):
 
 
 class AutoEncoder(nn.Module):
-  """Layers made in setup, and several methods."""
+  """A module with ``setup`` and several methods."""
 
   def setup(self):
     self.encoder = nn.Sequential([nn.Dense(F), nn.relu, nn.Dense(D)])
@@ -61,7 +61,7 @@ class Block(nn.Module):
 
 
 class Scanned(nn.Module):
-  """Rematted blocks under nn.scan whose author listed params and nothing else."""
+  """Rematted blocks under nn.scan, with only params in its arguments."""
 
   layers: int = 3
 
@@ -91,7 +91,7 @@ class Remat(nn.Module):
 
 
 class Ensemble(nn.Module):
-  """Four members under nn.vmap, each with its own kernels; and one layer that all share."""
+  """Four members under nn.vmap with separate kernels, and one shared layer."""
 
   @nn.compact
   def __call__(self, x):
@@ -104,7 +104,7 @@ class Ensemble(nn.Module):
 
 
 class Shared(nn.Module):
-  """One layer called three times, and one that is passed in and used by two modules."""
+  """One layer that is called three times, and one that two modules share."""
 
   @nn.compact
   def __call__(self, x):
@@ -154,7 +154,7 @@ class EncoderDecoder(nn.Module):
 
 
 class Moe(nn.Module):
-  """Experts of which all contract at once, by einsum; a router that must stay as it is."""
+  """Experts in one einsum, and a router that must stay in high precision."""
 
   experts: int = 4
 
@@ -188,14 +188,14 @@ class ConvNet(nn.Module):
 
 
 def blocked_dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
-  """Somebody's own dot_general."""
+  """A custom dot_general."""
   return lax.dot_general(
     lhs, rhs, dimension_numbers, precision, preferred_element_type=preferred_element_type
   )
 
 
 class Custom(nn.Module):
-  """A layer with its own dot_general, and a module in setup style that contracts by itself."""
+  """A layer with its own dot_general, and a module with ``setup`` and its own contraction."""
 
   def setup(self):
     self.own = nn.Dense(D, dot_general=blocked_dot_general)
@@ -228,7 +228,7 @@ class Recurrent(nn.Module):
 
 
 class Jitted(nn.Module):
-  """nn.jit, which keeps what it compiled."""
+  """nn.jit, with its cache of compiled functions."""
 
   @nn.compact
   def __call__(self, x):
@@ -236,7 +236,7 @@ class Jitted(nn.Module):
 
 
 class Partitioned(nn.Module):
-  """Parameters in boxes that carry axis names."""
+  """Boxed parameters with axis names."""
 
   @nn.compact
   def __call__(self, x):
@@ -272,7 +272,7 @@ class Branches(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A model and what is expected of its twin."""
+  """A model and the expected FP8 layers of its converted module."""
 
   model: nn.Module
   args: tuple[Any, ...]

@@ -1,4 +1,4 @@
-"""Which layers the rules take, and what the dry run says of them."""
+"""``Fp8Config``: the layers that the rules select, and the report of the dry run."""
 
 import re
 
@@ -15,7 +15,7 @@ X = jax.ShapeDtypeStruct((4, 16), jnp.float32)
 
 
 class Decoder(nn.Module):
-  """Names that people give."""
+  """A model with common layer names."""
 
   @nn.compact
   def __call__(self, x):
@@ -39,7 +39,7 @@ def taken(config, model=None, *args):
 BLOCKS = [f"layers_{i}/{name}" for i in range(3) for name in ("Dense_0", "down")]
 
 
-def test_defaults_leave_out_what_hurts_and_say_so():
+def test_default_exclusions_appear_in_the_report():
   said = rules(fp8.Fp8Config())
   assert said.pop("patch_embed") == "embedding, by default"
   assert said.pop("router") == "router, by default"
@@ -48,7 +48,7 @@ def test_defaults_leave_out_what_hurts_and_say_so():
   assert said == dict.fromkeys([*BLOCKS, "gate_proj"], "target '*'")
 
 
-def test_a_gate_that_is_wide_is_no_router():
+def test_a_wide_gate_is_not_a_router():
   gate = Layer(path="mlp/gate", kind="Dense", inputs=1, contracted=4096, features=14336)
   router = Layer(path="moe/gate", kind="Dense", inputs=1, contracted=4096, features=8)
   assert not any(exclusion.applies(gate) for exclusion in DEFAULT_EXCLUSIONS)
@@ -73,17 +73,17 @@ def test_patterns(targets):
 def test_skips_count_all_linear_layers_in_the_order_of_their_calls():
   config = fp8.Fp8Config(skip_first=2, skip_last=2, default_exclude=())
   said = rules(config)
-  assert {path for path, rule in said.items() if rule == "among the first 2"} == {
+  assert {path for path, rule in said.items() if rule == "skip_first=2"} == {
     "patch_embed",
     "layers_0/Dense_0",
   }
-  assert {path for path, rule in said.items() if rule == "among the last 2"} == {
+  assert {path for path, rule in said.items() if rule == "skip_last=2"} == {
     "gate_proj",
     "lm_head",
   }
 
 
-def test_skips_hold_when_the_twin_runs():
+def test_skips_hold_when_the_converted_module_runs():
   config = fp8.Fp8Config(skip_first=1)
   variables = jax.jit(fp8.fp8_linear_layers(Mlp(), config).init)(jax.random.key(0), normal(4, 16))
   assert variables[fp8.OVERWRITE_WITH_GRADIENT].keys() == {"down"}
@@ -100,7 +100,7 @@ def test_skips_need_the_whole_model():
   known.apply(variables, *case.args, method="encode")
 
 
-def test_skips_cannot_part_a_scan():
+def test_skips_cannot_split_a_scan():
   with pytest.raises(ValueError, match=r"layers/mlp/Dense_0.*one program for 3 layers"):
     fp8.Fp8Config(skip_first=1).report(Scanned(), X)
 
@@ -110,7 +110,7 @@ def test_sizes():
   assert said["Dense_0"] == "contracted 16 not a multiple of 32"
   assert said["down"] == "features 48 not a multiple of 32"
   said = rules(fp8.Fp8Config(min_kernel_size=513), Mlp(), X)
-  assert said["down"] == "kernel of 512 below 513"
+  assert said["down"] == "kernel size 512 below 513"
 
 
 def test_recipes_by_path():
@@ -137,14 +137,14 @@ def kept_for_backward(module, x):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_report_counts_the_bytes_that_jax_keeps_between_forward_and_backward(dtype):
+def test_bytes_saved_match_the_residuals_that_jax_stores(dtype):
   model = nn.Dense(512, dtype=dtype, use_bias=False)
   x = jax.ShapeDtypeStruct((1024, 256), jnp.dtype(dtype))
   config = fp8.Fp8Config(recipe=fp8.DelayedScaling(amax_history_len=16))
   twin = fp8.fp8_linear_layers(model, config)
   saved = kept_for_backward(model, x) - kept_for_backward(twin, x)
-  scales = 2 * 4  # of the two operands, beside their new state
-  parameter = 256 * 512 * 4 if dtype == "float32" else 0  # which is in memory in any case
+  scales = 2 * 4  # the operands' scales, stored in addition to their new state
+  parameter = 256 * 512 * 4 if dtype == "float32" else 0  # in memory with and without FP8
   assert config.report(model, x).rows[0].bytes_saved == saved + scales - parameter
 
 
@@ -161,15 +161,15 @@ def test_report_is_a_table(monkeypatch):
   )
 
 
-def test_report_takes_a_twin_for_the_model_it_was_made_of():
+def test_report_of_a_converted_module_is_that_of_its_model():
   assert taken(fp8.Fp8Config(), fp8.fp8_linear_layers(Mlp())) == ["Dense_0", "down"]
 
 
 @pytest.mark.parametrize("field", ["targets", "exclude", "recipes"])
-def test_an_unmatched_pattern_lists_near_misses(field):
+def test_an_unmatched_pattern_lists_close_matches(field):
   value = {"*/dwn": fp8.Float8CurrentScaling()} if field == "recipes" else ("*", "*/dwn")
   config = fp8.Fp8Config(**{field: value})
-  message = rf"'\*/dwn' in {field}, which matches none of 11\. Near misses: \['layers_0/down'"
+  message = rf"'\*/dwn' in {field}, which matches none of 11\. Close matches: \['layers_0/down'"
   with pytest.raises(ValueError, match=message):
     config.report(Decoder(), X)
   with pytest.raises(ValueError, match=message):
@@ -186,7 +186,7 @@ def test_an_unmatched_pattern_is_found_by_apply_too():
 
 
 class Staged(nn.Module):
-  """A model that does not always run all of its layers."""
+  """A model that may run only some of its layers."""
 
   @nn.compact
   def __call__(self, x, stages=2):
@@ -194,14 +194,14 @@ class Staged(nn.Module):
     return nn.Dense(32, name="wide")(nn.Dense(16, name="last")(x)) if stages == 2 else x
 
 
-def test_a_run_of_a_part_of_the_model_is_no_mistake():
+def test_patterns_may_match_layers_that_a_run_does_not_execute():
   config = fp8.Fp8Config(targets=("narrow", "wide"))
   twin = fp8.fp8_linear_layers(Staged(), config)
   variables = jax.jit(twin.init)(jax.random.key(0), normal(4, 16))
   assert twin.apply(variables, normal(4, 16), stages=1).shape == (4, 20)
 
 
-def test_functions_are_chosen_by_functions_too():
+def test_a_predicate_selects_functions():
   config = fp8.Fp8Config(functions=lambda layer: layer.path == "moe")
   assert "moe/Fp8Einsum_0" in taken(config, MoeModel(), normal(2, 3, 16))
 
@@ -211,9 +211,9 @@ def test_functions_that_match_no_call():
     fp8.Fp8Config(functions="heads").report(MoeModel(), normal(2, 3, 16))
 
 
-def test_a_model_of_which_nothing_is_taken():
+def test_a_config_that_selects_no_layer_raises():
   config = fp8.Fp8Config(min_kernel_size=10**6)
-  with pytest.raises(ValueError, match=r"got none of 2, by the rules {'kernel of 512 below"):
+  with pytest.raises(ValueError, match=r"got none of 2, by the rules {'kernel size 512 below"):
     fp8.fp8_linear_layers(Mlp(), config, X)
   with pytest.raises(ValueError, match=r"got none of 2"):
     jax.eval_shape(fp8.fp8_linear_layers(Mlp(), config).init, jax.random.key(0), X)

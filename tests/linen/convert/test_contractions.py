@@ -1,4 +1,4 @@
-"""Every contraction of a layer or of a named module has a state, however it is written."""
+"""Every contraction of a layer or of a named module has a state, in every notation."""
 
 import functools
 import re
@@ -23,7 +23,7 @@ DIMS = (((1,), (0,)), ((), ()))
 
 
 class Calls(nn.Module):
-  """A module whose own method calls a function of its input and of some square matrices."""
+  """A module that calls a function of its input and of some square matrices."""
 
   call: object
   matrices: int = 1
@@ -107,7 +107,7 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
-def test_however_it_is_written(name):
+def test_every_notation(name):
   model, converted, variables, config = convert(SPELLINGS[name])
   kind = "Fp8Einsum" if "einsum" in name or name in EINSUMS else "Fp8DotGeneral"
   assert contractions(variables) == [f"own/{kind}_0"]
@@ -122,7 +122,7 @@ def test_however_it_is_written(name):
   grads = jax.jit(fp8.grad(lambda v: jnp.sum(converted.apply(v, X) ** 2)))(variables)
   amaxes = {role: flat(grads[OWG])[f"own/{kind}_0/{role}_amax_history"][0] for role in ROLES}
   kernel = np.abs(plain["params"]["own"]["w0"]).max()
-  if name != "gradient":  # of a derivative that the model takes, state learns nothing
+  if name != "gradient":  # a derivative inside the model does not update the state
     assert amaxes["kernel"] == kernel
     assert amaxes["input"] >= np.abs(X).max()
 
@@ -167,7 +167,7 @@ SITES = {
 
 
 @pytest.mark.parametrize("name", SITES)
-def test_one_state_a_contraction(name):
+def test_one_state_for_each_contraction(name):
   call, count = SITES[name]
   _, converted, variables, _ = convert(call, 2)
   assert len(contractions(variables)) == count
@@ -175,7 +175,7 @@ def test_one_state_a_contraction(name):
 
 
 class Mixed(nn.Module):
-  """Lifted functions that contract themselves and call layers, and a lifted method."""
+  """Lifted functions that contract and that call layers, and a lifted method."""
 
   @nn.compact
   def __call__(self, x):
@@ -208,7 +208,7 @@ def test_lifted_functions_and_methods():
 
 
 class Codec(nn.Module):
-  """Two methods, each with a kernel, that are called from outside."""
+  """Two methods, each with a kernel, that the user calls."""
 
   def setup(self):
     self.a, self.b = self.param("a", INIT, (32, 64)), self.param("b", INIT, (64, 32))
@@ -229,7 +229,7 @@ class UsesCodec(nn.Module):
 
 
 class Shares(nn.Module):
-  """A layer that shares the scope of the module that it is in."""
+  """A layer that shares the scope of the module around it."""
 
   def setup(self):
     self.layer = nn.Dense(32, use_bias=False)
@@ -279,11 +279,13 @@ def test_two_kernels_never_share_a_state(name):
   assert error(jax.jit(converted.apply)(variables, X), wanted) < 0.1
   served, frozen = fp8.freeze_for_inference(converted, variables, X)
   got, wanted = jax.jit(served.apply)(frozen, X), jax.jit(converted.apply)(variables, X)
-  np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-3)  # of 1e3; XLA fuses otherwise
+  np.testing.assert_allclose(
+    got, wanted, rtol=1e-6, atol=1e-3
+  )  # values near 1e3; fused differently
 
 
 class AutoEncoder(nn.Module):
-  """Methods that ``__call__`` calls, and that are called from outside, with a common helper."""
+  """Methods with a common helper. ``__call__`` and the user call them."""
 
   def setup(self):
     self.a, self.b = self.param("a", INIT, (32, 64)), self.param("b", INIT, (64, 32))
@@ -329,13 +331,13 @@ def test_one_module_called_twice_has_one_state():
 
 
 @pytest.mark.parametrize("functions", ["*", "own*", re.compile("own"), lambda _: True])
-def test_patterns_that_match_what_was_inserted(functions):
+def test_patterns_that_match_the_inserted_modules(functions):
   _, converted, variables, _ = convert(SPELLINGS["einsum"], functions=functions)
   assert contractions(variables) == ["own/Fp8Einsum_0"]
   converted.apply(variables, X)
 
 
-def test_initializers_are_left_alone():
+def test_contractions_in_initializers_stay_in_high_precision():
   def init(key, shape):
     return jnp.dot(jax.random.normal(key, shape), jnp.eye(shape[1]) / 32)
 
@@ -354,7 +356,7 @@ def test_initializers_are_left_alone():
 
 
 class OwnCall(nn.Dense):
-  """A Dense that contracts by itself."""
+  """A Dense with its own contraction."""
 
   @nn.compact
   def __call__(self, inputs):
@@ -362,7 +364,7 @@ class OwnCall(nn.Dense):
 
 
 class LikeDense(nn.Module):
-  """A layer of somebody's own, whose kernel has the name that Linen's layers give it."""
+  """A custom layer with a parameter named ``kernel``, as in Linen's layers."""
 
   features: int
 
@@ -395,7 +397,7 @@ def test_without_jit_it_is_the_same(name):
   np.testing.assert_allclose(got, jax.jit(converted.apply)(variables, X), rtol=1e-5, atol=1e-5)
 
 
-def test_jax_is_as_it_was():
+def test_jax_is_restored_after_a_run():
   bound = lax.dot_general_p.bind
   _, converted, variables, _ = convert(SPELLINGS["at"])
   jax.jit(converted.apply)(variables, X)

@@ -1,6 +1,6 @@
-"""Hugging Face's wrapper around a converted and a frozen module: training, generating, saving.
+"""Hugging Face's wrapper around converted and frozen modules: training, generating, saving.
 
-The wrapper knows ``params`` alone. State travels inside them, under the names of its collections.
+The wrapper passes only ``params``. They contain the state under the names of its collections.
 """
 
 import functools
@@ -16,7 +16,7 @@ import pytest
 import flax_fp8 as fp8
 
 with warnings.catch_warnings():
-  warnings.simplefilter("ignore")  # of transformers, about itself
+  warnings.simplefilter("ignore")  # deprecation warnings of transformers
   transformers = pytest.importorskip(
     "transformers", reason="transformers is in the test extra; this Python lacks it"
   )
@@ -42,7 +42,7 @@ CASES = {
 
 
 def pack(variables):
-  """Puts every other collection among the parameters."""
+  """Moves all other collections into the parameters."""
   others = {name: value for name, value in variables.items() if name != "params"}
   return {**variables["params"], **others}
 
@@ -56,14 +56,14 @@ def make_wrapper(tied=True):
 
 @pytest.fixture(autouse=True)
 def ranks_as_transformers_has_them():
-  """Its attention masks promote ranks."""
+  """Attention masks in transformers promote ranks."""
   with jax.numpy_rank_promotion("allow"):
     yield
 
 
 @pytest.fixture(params=CASES, scope="module")
 def wrapped(request):
-  """The wrapper of a converted module, and what its parameters and state are calibrated to."""
+  """The wrapper of a converted module, and its calibrated variables."""
   recipe, tied = CASES[request.param]
   with jax.numpy_rank_promotion("allow"):
     wrapper = make_wrapper(tied)
@@ -97,7 +97,7 @@ def test_the_wrapper_gives_what_the_module_gives(wrapped):
   np.testing.assert_array_equal(got, want)
 
 
-def test_training_writes_state_over(wrapped):
+def test_training_overwrites_the_state(wrapped):
   wrapper, variables = wrapped
   state = fp8.TrainState.create(
     apply_fn=logits_of(wrapper), params=pack(variables), tx=optax.adam(1e-3)
@@ -122,7 +122,7 @@ def test_training_writes_state_over(wrapped):
 
 
 def train_module(wrapper, variables, steps):
-  """Trains the module itself, whose state is a collection of its own."""
+  """Trains the module itself, with the state in its own collection."""
   apply_fn = lambda variables, ids: wrapper.module.apply(variables, ids, *INPUTS[1:]).logits
   state = fp8.TrainState.create(apply_fn=apply_fn, params=variables, tx=optax.adam(1e-3))
 
@@ -153,7 +153,7 @@ def test_generate(wrapped):
   tokens = generate(wrapper, pack(variables))
   assert tokens.shape == (2, LENGTH)
   np.testing.assert_array_equal(tokens[:, :PROMPT], IDS[:, :PROMPT])
-  # The step after the prompt is that of the whole prompt at once, here without a cache.
+  # The first new token equals that of one pass over the prompt without a cache.
   logits = wrapper(IDS[:, :PROMPT], params=pack(variables)).logits
   np.testing.assert_array_equal(tokens[:, PROMPT], logits[:, -1].argmax(-1))
 
@@ -171,7 +171,7 @@ def test_save_pretrained_keeps_params_and_state(wrapped, tmp_path):
   wrapper.save_pretrained(tmp_path, params=pack(variables))
   saved = flax.serialization.msgpack_restore((tmp_path / "flax_model.msgpack").read_bytes())
   jax.tree.map(np.testing.assert_array_equal, saved, pack(variables))
-  # A plain wrapper reads the parameters, and leaves the state.
+  # A plain wrapper reads the parameters and ignores the state.
   plain = transformers.FlaxGPT2LMHeadModel.from_pretrained(tmp_path, local_files_only=True)
   jax.tree.map(np.testing.assert_array_equal, plain.params, variables["params"])
 

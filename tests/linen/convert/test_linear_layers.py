@@ -1,4 +1,4 @@
-"""Every model of ``models.py`` becomes FP8 without a change to it."""
+"""``fp8_linear_layers`` converts every model of ``models.py`` unmodified."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ def models(case):
 
 @pytest.fixture(scope="module")
 def pair(case):
-  """Variables of the model and of its twin, both of one key."""
+  """Variables of the model and of the converted module, initialized with the same key."""
   return tuple(jax.jit(m.init)(jax.random.key(0), *case.args) for m in (case.model, case.twin))
 
 
@@ -62,8 +62,8 @@ def test_forward_is_within_format_error(case, pair):
   assert got.shape == wanted.shape
   assert got.dtype == wanted.dtype
   error = relative_error(np.float64(got), np.float64(wanted))
-  # An E4M3 value is off by up to 2**-4; a GEMM of two, root mean square, by about 3.7 %, and
-  # Layers in a row add up. Zero would mean that nothing was rounded.
+  # An E4M3 value has a relative error of up to 2**-4. The relative error of a GEMM is about 3.7 %,
+  # and the errors of successive layers add up. An error of zero means that nothing was rounded.
   assert 1e-4 < error < 0.2
 
 
@@ -95,7 +95,7 @@ def test_a_recipe_without_state_adds_nothing(name):
 
 
 class HandEdited(nn.Module):
-  """``Mlp`` with an argument in each layer."""
+  """``Mlp`` with ``dot_general_cls`` passed to each layer."""
 
   @nn.compact
   def __call__(self, x):
@@ -105,7 +105,7 @@ class HandEdited(nn.Module):
 
 
 def test_is_the_hand_edited_model():
-  """Checkpoints go either way: the same paths, and the same bits for three steps."""
+  """Both models have the same paths and the same bits for three steps."""
   case = CASES["compact"]
   variables = [jax.jit(m.init)(jax.random.key(0), *case.args) for m in (HandEdited(), case.twin)]
   for _ in range(3):
@@ -115,7 +115,7 @@ def test_is_the_hand_edited_model():
       variables[i] = jax.jit(fp8.grad(loss))(variables[i])
 
 
-def test_a_checkpoint_without_fp8_goes_on_in_the_twin():
+def test_a_checkpoint_without_fp8_continues_in_the_converted_module():
   case = CASES["scanned"]
   plain = jax.jit(case.model.init)(jax.random.key(0), *case.args)
   variables = fp8.upgrade_variables(case.twin, plain, *case.args)
@@ -125,7 +125,7 @@ def test_a_checkpoint_without_fp8_goes_on_in_the_twin():
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "current"])
-def test_metrics_follow_the_state_through_a_scan_that_knows_of_neither(recipe):
+def test_metrics_follow_the_state_through_a_scan_of_params_only(recipe):
   case = CASES["scanned"]
   config = fp8.Fp8Config(recipe=fp8.get_recipe(recipe))
   twin = fp8.fp8_linear_layers(case.model, config)
@@ -153,7 +153,7 @@ def test_is_calibrated_through_a_scan():
 def test_variables_of_another_model_are_refused():
   case = CASES["compact"]
   other = {"params": {"Dense_0": jnp.ones(3)}, OWG: {"Dense_0": {"Fp8DotGeneral_0": {"x": 1.0}}}}
-  with pytest.raises(ValueError, match=r"state for 'Dense_0', which params hold as"):
+  with pytest.raises(ValueError, match=r"state for 'Dense_0', which is an array in params"):
     case.twin.apply(other, *case.args)
   with pytest.raises(ValueError, match=r"variables must be a variables dict; got <class 'list'>"):
     case.twin.apply([1.0], *case.args)

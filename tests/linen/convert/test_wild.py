@@ -1,4 +1,4 @@
-"""What people's models do: nested applies, wrapped classes, lifted roots, bare parameters."""
+"""Conversion of unusual models: nested applies, wrapped classes, lifted roots, bare parameters."""
 
 import concurrent.futures
 import functools
@@ -36,7 +36,7 @@ def rules(model, *args, config=None):
 
 
 class Tied(nn.Module):
-  """A head that is run by its own apply, with the embedding for a kernel."""
+  """A head that runs by a nested apply, with the embedding as its kernel."""
 
   how: str = "apply"
 
@@ -54,7 +54,7 @@ class Tied(nn.Module):
 
 
 class TiedInScan(nn.Module):
-  """The same below a lifted transformation."""
+  """``Tied`` inside a lifted transformation."""
 
   @nn.compact
   def __call__(self, ids):
@@ -75,10 +75,10 @@ def test_nested_applies_stay_in_high_precision(model, recipe):
   has_state = recipe == "delayed"
   assert contractions(variables) == [f"{prefix}body/Fp8DotGeneral_0"] * has_state
   rule = rules(model, IDS)[f"{prefix}lm_head"]
-  assert rule == f"run by an apply of its own: to convert it, functions='{prefix}lm_head'"
+  assert rule == f"run by a nested apply; to convert it, pass functions='{prefix}lm_head'"
   body = fp8.fp8_linear_layers(
     Body(), fp8.Fp8Config(recipe=fp8.get_recipe(recipe))
-  )  # the head in high precision, the body in FP8
+  )  # the body in FP8; the head stays in high precision
   params = variables["params"]["tied"] if prefix else variables["params"]
   state = variables.get(OWG, {})
   state = state["tied"] if prefix and state else state
@@ -98,7 +98,7 @@ class Body(nn.Module):
     return self.body(self.embed(ids))
 
 
-def test_a_nested_apply_is_converted_where_it_is_named():
+def test_a_nested_apply_is_converted_if_functions_names_it():
   config = fp8.Fp8Config(functions="lm_head", default_exclude=())
   converted = fp8.fp8_linear_layers(Tied(), config)
   variables = jax.jit(converted.init)(KEY, IDS)
@@ -112,7 +112,7 @@ def test_a_nested_apply_is_converted_where_it_is_named():
 
 
 def registered(cls):
-  """A class decorator that keeps what ``__init__`` was called with."""
+  """A class decorator that records the arguments of ``__init__``."""
   init = cls.__init__
 
   @functools.wraps(init)
@@ -157,7 +157,7 @@ class Own(nn.Module):
 
 
 class Many(nn.Module):
-  """Parameters of all kinds that no linear layer contracts."""
+  """Parameters of all kinds that no linear layer uses."""
 
   @nn.compact
   def __call__(self, ids):
@@ -167,16 +167,16 @@ class Many(nn.Module):
     return nn.Dense(64, name="out")(nn.LayerNorm()(x))
 
 
-def test_the_report_says_what_stays_and_how_to_include_it():
+def test_the_report_says_how_to_include_other_modules():
   said = rules(Many(), IDS)
   assert said.pop("out") == "target '*'"
   assert said.pop("embed") == "lookup"
   assert said.pop("") == "not contracted"
   assert said.pop("conv") == "convolution"
-  assert said.pop("own") == "in no linear layer: to convert it, functions='own'"
+  assert said.pop("own") == "not a linear layer; to convert it, pass functions='own'"
   cell = "OptimizedLSTMCell_0"
   assert set(said) == {f"{cell}/{part}{gate}" for part in "hi" for gate in "ifgo"}
-  assert set(said.values()) == {f"in no linear layer: to convert it, functions={cell!r}"}
+  assert set(said.values()) == {f"not a linear layer; to convert it, pass functions={cell!r}"}
   config = fp8.Fp8Config(functions=("own", cell))
   report = config.report(Many(), IDS)
   taken = [row.layer.path for row in report.taken]
@@ -200,7 +200,7 @@ def test_parameters_that_are_trees_of_arrays():
       return nn.Dense(32, name="out")(x @ params["w"] @ params["v"][0])
 
   said = rules(Bag(), X)
-  assert said == {"out": "target '*'", "": "in no linear layer: to convert it, functions=''"}
+  assert said == {"out": "target '*'", "": "not a linear layer; to convert it, pass functions=''"}
   converted = fp8.fp8_linear_layers(Bag(), fp8.Fp8Config(functions=""))
   variables = jax.jit(converted.init)(KEY, X)
   assert len(contractions(variables)) == 3
@@ -208,15 +208,15 @@ def test_parameters_that_are_trees_of_arrays():
   np.testing.assert_allclose(served.apply(frozen, X), converted.apply(variables, X), rtol=1e-6)
 
 
-def test_the_report_points_at_the_last_layer(monkeypatch):
+def test_the_report_warns_of_a_converted_output_layer(monkeypatch):
   monkeypatch.setenv("COLUMNS", "200")
   text = str(fp8.Fp8Config().report(nn.Sequential([nn.Dense(32), nn.Dense(48)]), X))
-  assert "layers_1 gives the model's output and becomes FP8." in text
-  assert "exclude='layers_1'" in text
-  assert "gives the model's output" not in str(fp8.Fp8Config().report(Tied(), IDS))
+  assert "layers_1 computes the model's output in FP8." in text
+  assert "pass exclude='layers_1'" in text
+  assert "computes the model's output" not in str(fp8.Fp8Config().report(Tied(), IDS))
 
 
-def test_a_hidden_layer_before_the_head_is_no_head():
+def test_a_hidden_layer_before_the_head_is_converted():
   class Classifier(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -228,8 +228,8 @@ def test_a_hidden_layer_before_the_head_is_no_head():
   assert said["logits"] == said["unembed"] == "output head, by default"
 
 
-def test_a_model_without_linear_layers_says_what_it_has():
-  model, message = nn.RNN(nn.OptimizedLSTMCell(32)), r"got none of 8.*functions=.+cell.*says for"
+def test_the_error_for_a_model_without_linear_layers_names_its_modules():
+  model, message = nn.RNN(nn.OptimizedLSTMCell(32)), r"got none of 8.*functions=.+cell.*see how to"
   with pytest.raises(ValueError, match=message):
     fp8.fp8_linear_layers(model, None, X[None])
   with pytest.raises(ValueError, match=message):
@@ -237,7 +237,7 @@ def test_a_model_without_linear_layers_says_what_it_has():
 
 
 @pytest.mark.parametrize("pattern", ["out", "Many/out", "*/out", "Many/out/Fp8DotGeneral_0"])
-def test_paths_are_written_as_assert_fp8_shows_them(pattern):
+def test_patterns_accept_the_paths_that_assert_fp8_shows(pattern):
   with pytest.raises(ValueError, match="got none of 1"):
     fp8.fp8_linear_layers(Many(), fp8.Fp8Config(exclude=pattern), IDS)
 
@@ -255,7 +255,7 @@ class Block(nn.Module):
 
 
 class Differentiated(nn.Module):
-  """A layer whose gradient is the model's own, ``nn.custom_vjp``."""
+  """A layer with its own gradient, by ``nn.custom_vjp``."""
 
   @nn.compact
   def __call__(self, x):
@@ -322,7 +322,7 @@ def test_functions_that_map_parameters_must_leave_state_alone():
   variables = jax.jit(right.init)(KEY, X)
   assert error(right.apply(variables, X), Mapped(("kernel", "bias")).apply(variables, X)) < 0.1
   everything = fp8.fp8_linear_layers(Mapped(()))
-  with pytest.raises(ValueError, match=r"as nn\.map_variables does, must leave FP8 state alone"):
+  with pytest.raises(ValueError, match=r"such as in nn\.map_variables, must not change FP8 state"):
     everything.apply(variables, X)
 
 
@@ -343,7 +343,7 @@ def test_threads_with_models_that_contract_by_themselves():
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
 def test_state_may_be_among_the_parameters(frozen):
-  """As a wrapper needs that hands on parameters alone."""
+  """A wrapper that passes only parameters needs this."""
   model = fp8.fp8_linear_layers(Inner())
   variables = jax.jit(model.init)(KEY, X)
   name = OWG
@@ -375,7 +375,7 @@ def chosen(x, w):
 
 
 @pytest.mark.parametrize("call", [returned, looped, chosen])
-def test_a_parameter_that_is_handed_out_stays(call):
+def test_a_parameter_that_is_also_returned_stays(call):
   class Hands(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -417,7 +417,7 @@ def test_nothing_leaks():
     jax.jit(fp8.grad(lambda v: converted.apply(v, X).sum()))(variables)
 
 
-def test_what_is_contracted_elsewhere_is_said():
+def test_the_report_names_contractions_inside_custom_derivatives():
   @jax.custom_vjp
   def product(x, w):
     return x @ w
@@ -429,7 +429,9 @@ def test_what_is_contracted_elsewhere_is_said():
     def __call__(self, x):
       return product(nn.Dense(32, name="first")(x), self.param("w", INIT, (32, 32)))
 
-  assert rules(Custom(), X)[""].startswith("contracted by lax.ragged_dot, or in a function with a")
+  assert rules(Custom(), X)[""] == (
+    "contracted by lax.ragged_dot or in a custom_jvp or custom_vjp function"
+  )
 
 
 def test_intermediates_of_init():
@@ -438,7 +440,7 @@ def test_intermediates_of_init():
   assert made.keys() == {"params", OWG, "intermediates"}
 
 
-def test_a_model_that_draws_numbers_is_frozen():
+def test_a_model_with_random_numbers_is_frozen():
   class Noisy(nn.Module):
     @nn.compact
     def __call__(self, x):
