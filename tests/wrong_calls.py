@@ -315,9 +315,9 @@ def _fused() -> Iterator[Wrong]:
       )
       yield Wrong(name, f"x {show(value):.20}", call, TypeError, r"x must be an array \[..., D\]")
     separate = lambda c=cls, s=sizes: c(**s).from_separate({"query": {}, "up": {}})
-    yield Wrong(f"{name}.from_separate", "keys", separate, ValueError, "must hold .*; got")
+    yield Wrong(f"{name}.from_separate", "keys", separate, ValueError, "the keys must be .*; got")
     back = lambda c=cls, s=sizes: c(**s).to_separate(variables())
-    yield Wrong(f"{name}.to_separate", "keys", back, ValueError, "must hold .*; got")
+    yield Wrong(f"{name}.to_separate", "keys", back, ValueError, "the keys must be .*; got")
   qkv = fp8.Fp8FusedQKV
   odd = lambda: init(qkv(num_heads=4, head_dim=4, num_kv_heads=3))
   yield Wrong("Fp8FusedQKV", "num_kv_heads", odd, ValueError, "num_heads must be a positive mult")

@@ -90,7 +90,7 @@ def _configs() -> Iterator[Wrong]:
   patterns = dict.fromkeys(("targets", "exclude", "functions"), kinds)
   for field, values in patterns.items():
     for value in values:
-      words = f"{field} must be patterns|a pattern must be a glob.* in {field}. Change"
+      words = f"{field} must be patterns|a pattern must be a glob.* in {field}. Replace"
       call = functools.partial(config, **{field: value})
       yield Wrong(name, f"{field}={show(value):.20}", call, TypeError, words)
   empty = {"targets": ([], (), set())}
@@ -195,7 +195,7 @@ def _models() -> Iterator[Wrong]:
   yield Wrong(name, "no state", none, ValueError, "must hold the collection")
   for leaves in ({"input_scale": jnp.ones(1)}, {"scale": jnp.ones((2, 2))}):
     call = lambda s=leaves: of_flax({"params": {}, OWG: {"Fp8DirectDotGeneralOp_0": s}})
-    words = "state must be scale and amax history of input, kernel and output_grad"
+    words = "state must be scale and amax_history of input, kernel and output_grad"
     yield Wrong(name, f"state {[*leaves]}", call, ValueError, words)
 
 
