@@ -73,6 +73,23 @@ def mark_root(scope: flax.core.Scope) -> None:
   scope.flags = flax.core.freeze({**scope.flags, RUN_FLAG: object()})
 
 
+class OwnModules:
+  """Distinguishes the modules of one run from those of a nested ``apply`` or ``bind`` in it.
+
+  Module paths start again at the root in a nested call, so they may equal paths of the model.
+  """
+
+  def __init__(self) -> None:
+    """Starts without a run. The first marked module that ``has`` sees belongs to it."""
+    self._flag: object = None
+
+  def has(self, module: Any) -> bool:
+    """Returns whether a module belongs to the run."""
+    flag = module.scope.flags.get(RUN_FLAG) if module.scope else None
+    self._flag = self._flag or flag
+    return flag is not None and flag is self._flag
+
+
 # The conversions of the converted modules that are running.
 _running: ContextVar[tuple[Conversions, ...]] = ContextVar("running", default=())
 

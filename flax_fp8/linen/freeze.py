@@ -24,7 +24,7 @@ from flax_fp8.linen.arguments import fill, require_module, require_variables
 from flax_fp8.linen.boxes import unbox
 from flax_fp8.linen.containers import like, plain
 from flax_fp8.linen.contractions import Call, arguments, blank
-from flax_fp8.linen.converted import make_converted
+from flax_fp8.linen.converted import OwnModules, make_converted
 from flax_fp8.linen.frozen import (
   FP8_FROZEN,
   Flat,
@@ -35,7 +35,6 @@ from flax_fp8.linen.frozen import (
   is_contraction,
   parameter_of,
   read_roles,
-  running_applies,
 )
 from flax_fp8.linen.intercept import intercept_methods
 from flax_fp8.linen.lifted import own_axes, own_back, own_last
@@ -157,14 +156,15 @@ def _survey(module: nn.Module, variables: Any, args: Any, kwargs: Any) -> _Surve
   calls: dict[Path, list[Call]] = {}
   in_params: set[Path] = set()
   ranks: dict[Path, int] = {}
-  own, nested = running_applies() + 1, itertools.count()
+  own, nested = OwnModules(), itertools.count()
 
   def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     module: Any = context.module
+    is_own = own.has(module)
     if is_contraction(context):
       rhs, state = jnp.asarray(arguments(module, args, kwargs)["rhs"]), find_state(module)
       args, kwargs = blank((args, kwargs))
-      if running_applies() > own:
+      if not is_own:
         mark(next(nested), rhs, *state.values())
       else:
         call = Call.of(module, args, kwargs).without_arrays()
@@ -180,7 +180,8 @@ def _survey(module: nn.Module, variables: Any, args: Any, kwargs: Any) -> _Surve
     full_args, full_kwargs = fill((args, kwargs))
     kept = flax.core.DenyList(("params", OVERWRITE_WITH_GRADIENT))
     rngs = {"params": jax.random.key(0)}  # the default for all PRNG collections, as in `init`
-    return module.apply(variables, *full_args, mutable=kept, rngs=rngs, **full_kwargs)
+    apply = make_converted(module).apply
+    return apply(variables, *full_args, mutable=kept, rngs=rngs, **full_kwargs)
 
   with intercept_methods(intercept):
     found = origins(run, variables)

@@ -16,14 +16,13 @@ from typing import Any, TypeAlias
 
 import flax.core
 import flax.linen as nn
-import flax.linen.module as linen_module
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
 from flax_fp8.linen.containers import plain
 from flax_fp8.linen.contractions import Call, FP8Contraction
-from flax_fp8.linen.converted import Run, make_converted, take_in
+from flax_fp8.linen.converted import OwnModules, Run, make_converted, take_in
 from flax_fp8.linen.intercept import intercept_methods
 from flax_fp8.linen.provenance import Level, Origin, mark, origins
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, find_state
@@ -191,12 +190,13 @@ class Frozen:
       yield
       return
     layers = {layer.path: layer for layer in self.layers}
-    own = running_applies() + (run.method != "bind")
     if run.method != "bind":
       _check_kernels(layers, run)
+    own = OwnModules()
 
     def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-      if not is_contraction(context) or running_applies() > own:
+      is_own = own.has(context.module)
+      if not is_own or not is_contraction(context):
         return next_fun(*args, **kwargs)
       layer = layers.get(context.module.path)
       if layer is not None and layer.runs_as_is:
@@ -223,24 +223,17 @@ def is_contraction(context: Any) -> bool:
   return isinstance(context.module, FP8Contraction) and context.method_name == "__call__"
 
 
-def running_applies() -> int:
-  """Returns the number of nested ``init`` and ``apply`` calls that are running.
-
-  Module paths start again at the root in a nested ``apply``, so they may equal paths of the model.
-  """
-  return len(getattr(getattr(linen_module, "_context", None), "capture_stack", ()))
-
-
 def _check_kernels(layers: Mapping[Path, FrozenLayer], run: Run) -> None:
   """Raises ValueError if a run multiplies by anything other than the frozen parameters.
 
   The check traces the model once more, with contractions that return zeros.
   """
-  own = running_applies() + 1
+  own = OwnModules()
 
   def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     module: Any = context.module
-    if not is_contraction(context) or running_applies() > own:
+    is_own = own.has(module)
+    if not is_own or not is_contraction(context):
       return next_fun(*args, **kwargs)
     call, layer = Call.of(module, args, kwargs), layers.get(module.path)
     mark(module.path, call.rhs)

@@ -477,7 +477,7 @@ class Teacher(nn.Module):
 
 
 class Nested(nn.Module):
-  """A layer, and a layer with the same path in a model that runs by a nested ``apply``."""
+  """A layer, and a layer with the same path in a nested ``apply`` or ``bind``."""
 
   cls: object
   how: str
@@ -485,22 +485,23 @@ class Nested(nn.Module):
   @nn.compact
   def __call__(self, x):
     inner = Teacher(self.cls, parent=None)
-    if self.how == "a parameter":
+    if self.how != "own variables":
       x = nn.Dense(D, dot_general_cls=self.cls)(x)
-      return inner.apply(self.param("teacher", lambda key: inner.init(key, x)), x)
+      params = self.param("teacher", lambda key: inner.init(key, x))
+      return inner.bind(params)(x) if self.how == "bind" else inner.apply(params, x)
     own = Teacher(self.cls, name="own")
     x = own(x)
     return inner.apply(own.variables, x)
 
 
-@pytest.mark.parametrize("how", ["a parameter", "own variables"])
+@pytest.mark.parametrize("how", ["a parameter", "bind", "own variables"])
 @pytest.mark.parametrize("recipe", ["delayed", "rowwise"])
 def test_a_model_that_is_run_by_a_nested_apply(recipe, how):
   model, x = Nested(RECIPES[recipe].dot_general_cls, how), normal(4, D)
   variables = lifts.trained(model, x=x)
   served, frozen = assert_serves_the_same(model, variables, (x,))
   kernels = [leaf for leaf in jax.tree.leaves(frozen) if leaf.dtype == jnp.float8_e4m3fn]
-  assert len(kernels) == (how == "a parameter")
+  assert len(kernels) == (how != "own variables")
   _, new = served.apply(frozen, x, mutable=True)
   assert leaves_by_path(new).keys() == leaves_by_path(frozen).keys() - {
     path for path in leaves_by_path(frozen) if path.startswith("fp8_frozen")

@@ -195,8 +195,8 @@ class Fp8Config:
       A ``ConversionReport`` with one row for each layer. Pass it to ``print``.
 
     Raises:
-      ValueError: a pattern matches no layer, or ``skip_first`` or ``skip_last`` would select one
-        step of an ``nn.scan`` or ``nn.vmap``.
+      ValueError: a pattern matches no layer, or ``skip_first`` or ``skip_last`` would select a
+        layer that ``nn.scan`` or ``nn.vmap`` stacks.
       TypeError: ``module`` is not a Linen module.
 
     Example:

@@ -32,7 +32,7 @@ from flax_fp8.linen.convert.method import (
 )
 from flax_fp8.linen.convert.names import Names
 from flax_fp8.linen.convert.patterns import Layer, Pattern, at, first_match
-from flax_fp8.linen.converted import RUN_FLAG
+from flax_fp8.linen.converted import OwnModules
 
 
 class Walk:
@@ -59,7 +59,7 @@ class Walk:
     self.visitor, self.functions, self.model = visitor, functions, model
     self.emulate, self.everything = emulate, everything
     self._stack: list[Frame] = []
-    self._run: Any = None
+    self._own = OwnModules()
 
   def intercept(self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     """Runs one method of one module."""
@@ -67,7 +67,7 @@ class Walk:
     if module.scope is None:
       return next_fun(*args, **kwargs)
     if not self._stack:
-      self._run = module.scope.flags.get(RUN_FLAG)
+      self._own = OwnModules()
     if context.method_name == "setup":
       with binding.handed_to(None):
         return next_fun(*args, **kwargs)
@@ -89,7 +89,7 @@ class Walk:
     self, module: Any, method: str, function: Any, given: Any
   ) -> Generator[binding.Handler | None]:
     outer = self._stack[-1] if self._stack else None
-    own = module.scope.flags.get(RUN_FLAG) is self._run
+    own = self._own.has(module)
     prefix, path, scope = (), module.path, module.scope
     if not own and outer is not None:
       prefix = outer.prefix
