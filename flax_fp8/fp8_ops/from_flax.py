@@ -51,9 +51,9 @@ def from_flax_fp8_ops(variables: Any) -> Any:
       paths.
 
   Numerics:
-    The values are kept bit for bit, except for invalid ones. A non-finite amax becomes zero, which
-    means that none was recorded. A scale that is not positive and finite becomes 1. In float32, the
-    model then trains bit for bit as with Flax's ``Fp8DirectDotGeneralOp`` and ``Fp8Einsum``.
+    The values are kept bit for bit, except for invalid ones. A non-finite amax becomes zero, like a
+    missing one. A scale that is not positive and finite becomes 1. In float32, the model then
+    trains bit for bit as with Flax's ``Fp8DirectDotGeneralOp`` and ``Fp8Einsum``.
 
     For some equations, such as ``"mk,kn->nm"``, ``jnp.einsum`` swaps the operands. Flax's
     ``Fp8Einsum`` then stores the state of the kernel as ``input_*``. The variables do not show

@@ -273,7 +273,7 @@ def compute_amax_history(x: jax.Array, amax_history: jax.Array) -> jax.Array:
     The history for the next step, of the shape of ``amax_history``.
 
   Numerics:
-    A non-finite amax is recorded as zero, which means that none was recorded.
+    A non-finite amax is recorded as zero, like a missing one.
 
   Example:
     >>> import jax.numpy as jnp

@@ -53,9 +53,9 @@ class Fp8DotGeneral(FP8Contraction, nn.Module):
 
   Numerics:
     As ``flax_fp8.ops.dot_general``. If a module is used several times, the new state is the maximum
-    over all uses, in one ``apply`` or in several. One case needs ``flax_fp8.value_and_grad`` or
-    ``flax_fp8.TrainState.apply_fn`` for this: a remat or jitted function that takes the state as an
-    argument and is called several times.
+    over all uses, in one ``apply`` or in several. Plain ``jax.grad`` computes this maximum, except
+    if a remat or jitted function takes the state as an argument and is called several times. Then
+    use ``flax_fp8.value_and_grad`` or ``flax_fp8.TrainState.apply_fn``.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp

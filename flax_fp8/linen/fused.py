@@ -81,9 +81,9 @@ class Fp8FusedQKV(nn.Module):
     - ``2**16`` times smaller: 34 %
 
     Separate scales keep this error at 3.72 %. They also divide the output gradients by the same
-    powers of two before quantization. This balances the gradients of query and key: attention uses
-    only their product, so ``sum(query * query_grad) == sum(key * key_grad)``, and the smaller one
-    has the larger gradient. If no two amaxes differ by a factor of 2, ``"joint"`` and
+    powers of two before quantization, which balances the gradients of query and key. Attention uses
+    only the product of query and key, so ``sum(query * query_grad) == sum(key * key_grad)``. The
+    smaller one has the larger gradient. If no two amaxes differ by a factor of 2, ``"joint"`` and
     ``"separate"`` give the same bits. In float16 a divided gradient may underflow. The range of
     bfloat16 and float32 is sufficient.
 
@@ -116,7 +116,7 @@ class Fp8FusedQKV(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Projects ``[..., D]`` to query ``[..., heads, head_dim]``, and key and value likewise."""
+    """Projects ``[..., D]`` to query, key and value, each ``[..., heads, head_dim]``."""
     _check_fields(self, ("num_heads", "head_dim"), ("kernel_init", "bias_init"))
     fields.flag(type(self).__name__, "use_bias", self.use_bias)
     _check_input(self, x)

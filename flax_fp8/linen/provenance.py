@@ -1,8 +1,8 @@
 """Finds the variable that a module reads, from the traced program.
 
-A value is a variable if the program only slices it in a scan, maps it in a vmap, transposes it or
-casts it. Scans and vmaps transpose a value if the mapped axis is not the first. Any other operation
-makes a new value.
+A value is a variable if the program only slices it (scan), maps it (vmap), transposes it or casts
+it. Scans and vmaps transpose a value if the mapped axis is not the first. Any other operation makes
+a new value.
 """
 
 from __future__ import annotations

@@ -191,9 +191,9 @@ def test_converted_module(variables):
   convert = functools.partial(
     fp8.fp8_linear_layers, config=fp8.Fp8Config(recipe=RECIPE, multiple_of=1)
   )
-  twin, plain = convert(Model(cls=None)), convert(Model(None, cls=None))
-  made = initialized(twin)
+  converted, plain = convert(Model(cls=None)), convert(Model(None, cls=None))
+  made = initialized(converted)
   assert jax.tree.structure(made) == jax.tree.structure(variables)
   same(made, initialized(plain))
-  grads = cases.quickly(fp8.grad(functools.partial(loss, twin)))(made)
+  grads = cases.quickly(fp8.grad(functools.partial(loss, converted)))(made)
   same(grads, cases.quickly(fp8.grad(functools.partial(loss, plain)))(boxes.unbox(made)))

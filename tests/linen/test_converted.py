@@ -17,19 +17,19 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(scope="module")
 def auto_encoder():
-  twin = CASES["setup"].twin
-  return twin, jax.jit(twin.init)(KEY, *CASES["setup"].args)
+  converted = CASES["setup"].converted
+  return converted, jax.jit(converted.init)(KEY, *CASES["setup"].args)
 
 
 def test_is_of_the_same_class_and_fields():
-  twin = fp8.fp8_linear_layers(EncoderDecoder(vocabulary=48))
-  assert isinstance(twin, EncoderDecoder)
-  assert type(twin).__name__ == "EncoderDecoder"
-  assert twin.vocabulary == 48
-  assert twin.clone(vocabulary=64).vocabulary == 64
+  converted = fp8.fp8_linear_layers(EncoderDecoder(vocabulary=48))
+  assert isinstance(converted, EncoderDecoder)
+  assert type(converted).__name__ == "EncoderDecoder"
+  assert converted.vocabulary == 48
+  assert converted.clone(vocabulary=64).vocabulary == 64
 
 
-def test_equal_twins_are_equal_and_compile_once():
+def test_equal_converted_modules_compile_once():
   config = fp8.Fp8Config(recipes={"*/down": fp8.Float8CurrentScaling()})
   first, second = (fp8.fp8_linear_layers(AutoEncoder(), config) for _ in range(2))
   assert first == second
@@ -38,11 +38,11 @@ def test_equal_twins_are_equal_and_compile_once():
 
 
 def test_pickles():
-  twin = fp8.fp8_linear_layers(ConvNet(), fp8.Fp8Config(min_kernel_size=2))
-  assert pickle.loads(pickle.dumps(twin)) == twin
+  converted = fp8.fp8_linear_layers(ConvNet(), fp8.Fp8Config(min_kernel_size=2))
+  assert pickle.loads(pickle.dumps(converted)) == converted
 
 
-def test_a_twin_of_a_twin_is_the_twin_of_the_model():
+def test_converting_twice_equals_converting_once():
   current = fp8.Fp8Config(recipe=fp8.Float8CurrentScaling())
   again = fp8.fp8_linear_layers(fp8.fp8_linear_layers(AutoEncoder()), current)
   assert again == fp8.fp8_linear_layers(AutoEncoder(), current)
@@ -50,21 +50,21 @@ def test_a_twin_of_a_twin_is_the_twin_of_the_model():
 
 @pytest.mark.parametrize("method", ["encode", AutoEncoder.encode], ids=["name", "function"])
 def test_apply_takes_methods(auto_encoder, method):
-  twin, variables = auto_encoder
+  converted, variables = auto_encoder
   x = CASES["setup"].args[0]
   wanted = AutoEncoder().apply(variables, x, method=method)
-  got = twin.apply(variables, x, method=method)
+  got = converted.apply(variables, x, method=method)
   assert 0 < np.abs(got - wanted).max() < 0.2
 
 
 def test_bind_runs_in_fp8_whatever_is_taken_off_it(auto_encoder):
-  twin, variables = auto_encoder
+  converted, variables = auto_encoder
   x = CASES["setup"].args[0]
-  bound = twin.bind(variables)
-  z = twin.apply(variables, x, method="encode")
+  bound = converted.bind(variables)
+  z = converted.apply(variables, x, method="encode")
   np.testing.assert_array_equal(bound.encode(x), z)
   np.testing.assert_array_equal(bound.encoder(x), z)
-  whole = twin.apply(variables, x)
+  whole = converted.apply(variables, x)
   np.testing.assert_array_equal(bound(x), whole)
   first, last = bound.decoders
   np.testing.assert_array_equal(bound.decoders[1](bound.decoders[0](z)), whole)
@@ -73,17 +73,17 @@ def test_bind_runs_in_fp8_whatever_is_taken_off_it(auto_encoder):
   assert "AutoEncoder" in repr(bound)
 
 
-def test_a_bound_twin_gives_its_variables_back(auto_encoder):
-  twin, variables = auto_encoder
-  module, found = twin.bind(variables).unbind()
-  assert module == twin
+def test_unbind_returns_the_module_and_its_variables(auto_encoder):
+  converted, variables = auto_encoder
+  module, found = converted.bind(variables).unbind()
+  assert module == converted
   jax.tree.map(np.testing.assert_array_equal, dict(found), variables)
 
 
 def test_mutable_collections_come_back_as_asked_for():
   case = CASES["convolution"]
-  variables = jax.jit(case.twin.init)(KEY, *case.args)
-  apply = lambda mutable: case.twin.apply(
+  variables = jax.jit(case.converted.init)(KEY, *case.args)
+  apply = lambda mutable: case.converted.apply(
     variables, *case.args, train=True, mutable=mutable, rngs={"dropout": KEY}
   )
   _, changed = apply(["batch_stats"])
@@ -95,23 +95,23 @@ def test_mutable_collections_come_back_as_asked_for():
 
 def test_intermediates_are_captured():
   case = CASES["compact"]
-  variables = jax.jit(case.twin.init)(KEY, *case.args)
-  _, seen = case.twin.apply(variables, *case.args, capture_intermediates=True)
+  variables = jax.jit(case.converted.init)(KEY, *case.args)
+  _, seen = case.converted.apply(variables, *case.args, capture_intermediates=True)
   assert seen.keys() == {"intermediates"}
   assert "Fp8DotGeneral_0" in seen["intermediates"]["down"]
 
 
 def test_init_makes_the_collections_asked_for():
   case = CASES["compact"]
-  assert case.twin.init(KEY, *case.args, mutable=["params"]).keys() == {"params"}
-  assert case.twin.init(KEY, *case.args, mutable=OWG).keys() == {OWG}
+  assert case.converted.init(KEY, *case.args, mutable=["params"]).keys() == {"params"}
+  assert case.converted.init(KEY, *case.args, mutable=OWG).keys() == {OWG}
   shape = jax.ShapeDtypeStruct((4, 16), jnp.float32)
-  assert case.twin.lazy_init(KEY, shape).keys() == {"params", OWG}
+  assert case.converted.lazy_init(KEY, shape).keys() == {"params", OWG}
 
 
 def test_tabulate_shows_the_state():
   case = CASES["compact"]
-  table = case.twin.tabulate(KEY, *case.args, console_kwargs={"width": 200})
+  table = case.converted.tabulate(KEY, *case.args, console_kwargs={"width": 200})
   assert "Fp8DotGeneral" in table
   assert "input_scale" in table
 
@@ -119,8 +119,8 @@ def test_tabulate_shows_the_state():
 @pytest.mark.slow
 def test_decoding_with_a_cache_gives_what_the_whole_gave():
   case = CASES["encoder_decoder"]
-  variables = jax.jit(case.twin.init)(KEY, *case.args)
-  whole = case.twin.apply(variables, TOKENS, TOKENS)
+  variables = jax.jit(case.converted.init)(KEY, *case.args)
+  whole = case.converted.apply(variables, TOKENS, TOKENS)
   step_model = fp8.fp8_linear_layers(EncoderDecoder(decode=True))
   cache = jax.jit(step_model.init)(KEY, TOKENS, TOKENS)["cache"]
   encoded = step_model.apply(variables, TOKENS, method="encode")
@@ -142,10 +142,12 @@ def test_is_right_in_a_thread_beside_the_model_itself():
   import concurrent.futures
 
   case = CASES["moe"]
-  variables = jax.jit(case.twin.init)(KEY, *case.args)
-  wanted = [jax.jit(m.apply)(variables, *case.args) for m in (case.model, case.twin)]
+  variables = jax.jit(case.converted.init)(KEY, *case.args)
+  wanted = [jax.jit(m.apply)(variables, *case.args) for m in (case.model, case.converted)]
   with concurrent.futures.ThreadPoolExecutor(4) as pool:
-    runs = [pool.submit(jax.jit(m.apply), variables, *case.args) for m in (case.model, case.twin)]
+    runs = [
+      pool.submit(jax.jit(m.apply), variables, *case.args) for m in (case.model, case.converted)
+    ]
   for run, right in zip(runs, wanted, strict=True):
     np.testing.assert_array_equal(run.result(), right)
   assert jnp.einsum.__module__.startswith("jax.")
@@ -160,8 +162,8 @@ class Holder(nn.Module):
 
 
 def test_refuses_to_be_inside_another_module():
-  twin = fp8.fp8_linear_layers(AutoEncoder())
+  converted = fp8.fp8_linear_layers(AutoEncoder())
   with pytest.raises(ValueError, match=r"must be the outermost module.*AutoEncoder inside Holder"):
-    Holder(twin).init(KEY, normal(4, 16))
+    Holder(converted).init(KEY, normal(4, 16))
   with pytest.raises(ValueError, match=r"run by its own init, apply or bind"):
-    nn.init(lambda module, x: module(x), twin)(KEY, normal(4, 16))
+    nn.init(lambda module, x: module(x), converted)(KEY, normal(4, 16))

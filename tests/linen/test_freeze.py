@@ -43,8 +43,8 @@ def train(module, variables, args, steps=2):
 
 
 def trained(case, recipe):
-  twin = fp8.fp8_linear_layers(case.model, dataclasses.replace(case.config, recipe=recipe))
-  return twin, train(twin, jax.jit(twin.init)(KEY, *case.args), case.args)
+  converted = fp8.fp8_linear_layers(case.model, dataclasses.replace(case.config, recipe=recipe))
+  return converted, train(converted, jax.jit(converted.init)(KEY, *case.args), case.args)
 
 
 def size(tree):
@@ -128,14 +128,14 @@ class Wide(nn.Module):
 
 @pytest.fixture(scope="module")
 def wide():
-  twin = fp8.fp8_linear_layers(Wide(), fp8.Fp8Config(recipe=RECIPES["delayed"]))
+  converted = fp8.fp8_linear_layers(Wide(), fp8.Fp8Config(recipe=RECIPES["delayed"]))
   x = jnp.asarray(normal(8, 512), jnp.bfloat16)
-  return twin, train(twin, jax.jit(twin.init)(KEY, x), (x,)), x
+  return converted, train(converted, jax.jit(converted.init)(KEY, x), (x,)), x
 
 
 def test_half_the_bytes_of_bf16_in_memory_and_on_disk(wide, tmp_path):
-  twin, variables, x = wide
-  _, frozen = fp8.freeze_for_inference(twin, variables, x)
+  converted, variables, x = wide
+  _, frozen = fp8.freeze_for_inference(converted, variables, x)
   bf16 = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables["params"])
   assert size(frozen) <= 0.55 * size(bf16)
   on_disk = {}
@@ -150,11 +150,11 @@ def test_half_the_bytes_of_bf16_in_memory_and_on_disk(wide, tmp_path):
 
 
 def test_a_checkpoint_is_restored_by_shapes_alone(wide, tmp_path):
-  twin, variables, x = wide
+  converted, variables, x = wide
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
-  served, frozen = fp8.freeze_for_inference(twin, variables, x)
+  served, frozen = fp8.freeze_for_inference(converted, variables, x)
   abstract_x = jax.ShapeDtypeStruct(x.shape, x.dtype)
-  same, target = fp8.freeze_for_inference(twin, shapes, abstract_x)
+  same, target = fp8.freeze_for_inference(converted, shapes, abstract_x)
   assert same == served
   fp8.save_checkpoint(tmp_path / "frozen", frozen)
   restored = fp8.restore_checkpoint(tmp_path / "frozen", target).tree
@@ -162,16 +162,16 @@ def test_a_checkpoint_is_restored_by_shapes_alone(wide, tmp_path):
 
 
 def test_is_exported(wide):
-  twin, variables, x = wide
-  served, frozen = fp8.freeze_for_inference(twin, variables, x)
+  converted, variables, x = wide
+  served, frozen = fp8.freeze_for_inference(converted, variables, x)
   exported = jax.export.export(jax.jit(served.apply))(frozen, x)
   loaded = jax.export.deserialize(exported.serialize())
-  np.testing.assert_array_equal(loaded.call(frozen, x), jax.jit(twin.apply)(variables, x))
+  np.testing.assert_array_equal(loaded.call(frozen, x), jax.jit(converted.apply)(variables, x))
 
 
 def test_the_compiled_program_reads_fp8_kernels_and_quantizes_none(wide):
-  twin, variables, x = wide
-  served, frozen = fp8.freeze_for_inference(twin, variables, x)
+  converted, variables, x = wide
+  served, frozen = fp8.freeze_for_inference(converted, variables, x)
   report = fp8.explain(served.apply, frozen, x, target="h100")
   assert (report.fp8_gemms, report.total_gemms) == (2, 2)
   # The arguments are FP8 kernels, scales and x. There are no arrays of NaN and no wide kernels.
@@ -315,17 +315,17 @@ def test_another_kernel_than_the_frozen_one_raises():
 
 
 def test_bad_input(wide):
-  twin, variables, x = wide
+  converted, variables, x = wide
   freeze = fp8.freeze_for_inference
   with pytest.raises(TypeError, match="must be an instance of a Linen module"):
     freeze(Wide, variables, x)
   with pytest.raises(ValueError, match=r"with the collection 'params'; got \['Dense_0'"):
-    freeze(twin, variables["params"], x)
+    freeze(converted, variables["params"], x)
   with pytest.raises(ValueError, match="must have at least one FP8 contraction; got none in Wide"):
     freeze(Wide(), {"params": variables["params"]}, x)
   with pytest.raises(ValueError, match="needs the collection '_overwrite_with_gradient'"):
-    freeze(twin, {"params": variables["params"]}, x)
-  served, frozen = freeze(twin, variables, x)
+    freeze(converted, {"params": variables["params"]}, x)
+  served, frozen = freeze(converted, variables, x)
   assert not served.init(KEY, x)
   with pytest.raises(ValueError, match=r"needs the collection 'fp8_frozen'; got .* 'Dense_0/Fp8"):
     served.apply({"params": frozen["params"]}, x)
@@ -538,8 +538,8 @@ class Later(nn.Module):
 
 
 def test_a_contraction_that_was_not_frozen_raises():
-  twin, x = fp8.fp8_linear_layers(Later()), normal(4, D)
-  variables = jax.jit(twin.init)(KEY, x)
-  served, frozen = fp8.freeze_for_inference(twin, variables, x)
+  converted, x = fp8.fp8_linear_layers(Later()), normal(4, D)
+  variables = jax.jit(converted.init)(KEY, x)
+  served, frozen = fp8.freeze_for_inference(converted, variables, x)
   with pytest.raises(ValueError, match=r"got another contraction at 'second/Fp8DotGeneral_0'"):
     served.apply(frozen, x, more=True)

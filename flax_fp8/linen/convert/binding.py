@@ -79,9 +79,9 @@ class _Active:
     depth: number of backward passes around the method. A backward pass inside the method only
       transposes contractions that the handler has already seen.
     in_body: whether a ``shard_map`` is being bound. It traces its body once, at this point.
-    marks: while a program is evaluated, one entry for each mark whose contraction follows. None
-      while the method itself runs: all contractions are its own.
-    kind: the ``jnp`` function whose program is evaluated.
+    marks: while a program is evaluated, one entry for each mark before its contraction. None while
+      the method itself runs: all contractions are its own.
+    kind: the ``jnp`` function that is being evaluated.
     kernels: for each remaining contraction of that program, the operand on the right in the call.
     disable_jit: the user's ``jax_disable_jit`` setting, restored for modules without a handler.
   """

@@ -98,10 +98,16 @@ class Fp8Config:
   A path may start with the model's class, as in the report of ``assert_fp8``: ``"Net/mlp/up"``
   means ``"mlp/up"``.
 
-  The first rule that applies to a layer decides. The order is: what the layer itself rules out,
-  such as its own ``dot_general``; ``targets``; ``exclude``; ``default_exclude``; ``skip_first``
-  and ``skip_last``; ``multiple_of`` and ``min_kernel_size``. Unmatched patterns raise an error
-  that lists close matches. So does a configuration that selects no layer.
+  The first rule that applies to a layer decides, in this order:
+
+  1. properties of the layer, such as its own ``dot_general`` or a ``precision``;
+  2. ``targets``;
+  3. ``exclude``, then ``default_exclude``;
+  4. ``skip_first`` and ``skip_last``;
+  5. ``multiple_of`` and ``min_kernel_size``.
+
+  Unmatched patterns raise an error that lists close matches. A configuration that selects no layer
+  raises an error that lists the rules.
 
   Attributes:
     recipe: the default recipe.
@@ -114,8 +120,8 @@ class Fp8Config:
       output heads. Pass ``()`` to convert them.
     functions: patterns of modules with contractions in their own methods. All of these contractions
       are converted: ``jnp.einsum``, ``x @ w``, ``lax.dot_general``. The right operand is the
-      kernel. The state is numbered in the order of the calls, as Linen numbers unnamed submodules,
-      so every run must make the same calls.
+      kernel. The state is numbered in the order of the calls, like unnamed submodules in Linen.
+      Every run must make the same calls.
     skip_first: number of linear layers to keep in high precision, from the first call on.
     skip_last: number of linear layers to keep in high precision at the end.
     multiple_of: the contracted size and the features must be multiples of this, as FP8 kernels
@@ -272,7 +278,7 @@ class Fp8Config:
   def check_matches(
     self, layers: Iterable[Layer], *, complete: bool, modules: Iterable[Layer] = ()
   ) -> None:
-    """Raises ValueError where a pattern matches no layer.
+    """Raises ValueError if a pattern matches no layer.
 
     Args:
       layers: the model's layers.
@@ -302,8 +308,8 @@ class Fp8Config:
         raise ValueError(
           "Fp8Config: every pattern in functions must match a module that itself calls a "
           f"contraction, such as jnp.einsum or x @ w; got {show(pattern)}, which matches none. "
-          f"Paths with contractions: {close_matches(pattern, paths)}. Name the module whose method "
-          "makes the call, not its parent; do not name linear layers."
+          f"Paths with contractions: {close_matches(pattern, paths)}. Name the module that makes "
+          "the call, not its parent; do not name linear layers."
         )
 
   def _check_skips(self, rows: Iterable[Row], order: tuple[str, ...]) -> None:

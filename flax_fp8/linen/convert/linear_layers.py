@@ -63,8 +63,8 @@ def fp8_linear_layers(
   Raises:
     TypeError: ``module`` is not a Linen module, or ``config`` is not an ``Fp8Config``.
     ValueError: ``module`` is bound, a pattern matches no layer, or no layer is selected. The
-      converted module raises it if it runs inside another module, or if a converted call has
-      arguments that FP8 does not support.
+      converted module raises it if it runs inside another module, or if ``Fp8DotGeneral`` does not
+      support the arguments of a converted call.
 
   Numerics:
     As ``Fp8DotGeneral`` and ``Fp8Einsum``.

@@ -20,7 +20,7 @@ class Layer:
   Attributes:
     path: module path of the contraction, such as ``"encoder/layers_0/Dense_1"``; ``""`` is the
       root.
-    owner: path of the module whose method contracts. Equal to ``path`` for a linear layer.
+    owner: path of the module that contracts. Equal to ``path`` for a linear layer.
     kind: class of the layer, or the called function, such as ``"jnp.einsum"``.
     inputs: number of input elements in one call.
     contracted: size of the contracted axes, K.
@@ -51,7 +51,7 @@ class Layer:
 
   @property
   def module(self) -> Layer:
-    """The module whose method contracts."""
+    """The layer with the path of the module that contracts."""
     return self if self.owner is None else dataclasses.replace(self, path=self.owner)
 
   @property

@@ -66,9 +66,14 @@ def state_bytes(recipe: Recipe) -> int:
 class ConversionReport:
   """The layers that ``fp8_linear_layers`` converts. Returned by ``Fp8Config.report``.
 
-  Pass it to ``print`` for a table with these columns: the layer's path and kind, the sizes
-  ``K x N`` of its kernel, the number of calls, the recipe or "no", the memory saved between the
-  forward and the backward pass in MiB, and the rule that decided.
+  Pass it to ``print`` for a table with these columns:
+
+  - layer, kind: the module path, and the class or the called function;
+  - K x N: the contracted size and the features of the kernel, after the number of experts;
+  - times: the number of calls in one forward pass, times the number of stacked layers;
+  - FP8: the recipe, or "no" for high precision;
+  - MiB saved: the memory saved between the forward and the backward pass;
+  - rule: the rule that decided.
 
   Attributes:
     rows: first the contractions, in the order of their first calls. Then the modules with a

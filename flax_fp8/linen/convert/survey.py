@@ -41,7 +41,7 @@ def survey(
 
   Args:
     module: the unmodified model.
-    functions: patterns of modules whose own contractions count as layers.
+    functions: patterns of modules with contractions that count as layers.
     args: arguments of ``module.init`` after the key; arrays, ShapeDtypeStructs or static values.
     kwargs: keyword arguments of ``module.init``.
 

@@ -51,7 +51,7 @@ class Walk:
 
     Args:
       visitor: decides for each contraction.
-      functions: patterns of modules whose own contractions count as layers.
+      functions: patterns of modules with contractions that count as layers.
       model: class name of the model, which patterns may contain.
       emulate: as in ``Fp8DotGeneral``.
       everything: whether the visitor also observes the contractions of all other modules.

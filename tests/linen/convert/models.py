@@ -280,7 +280,7 @@ class Case:
   config: fp8.Fp8Config = dataclasses.field(default_factory=fp8.Fp8Config)
 
   @property
-  def twin(self):
+  def converted(self):
     return fp8.fp8_linear_layers(self.model, self.config)
 
 

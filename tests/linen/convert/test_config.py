@@ -141,8 +141,8 @@ def test_bytes_saved_match_the_residuals_that_jax_stores(dtype):
   model = nn.Dense(512, dtype=dtype, use_bias=False)
   x = jax.ShapeDtypeStruct((1024, 256), jnp.dtype(dtype))
   config = fp8.Fp8Config(recipe=fp8.DelayedScaling(amax_history_len=16))
-  twin = fp8.fp8_linear_layers(model, config)
-  saved = kept_for_backward(model, x) - kept_for_backward(twin, x)
+  converted = fp8.fp8_linear_layers(model, config)
+  saved = kept_for_backward(model, x) - kept_for_backward(converted, x)
   scales = 2 * 4  # the operands' scales, stored in addition to their new state
   parameter = 256 * 512 * 4 if dtype == "float32" else 0  # in memory with and without FP8
   assert config.report(model, x).rows[0].bytes_saved == saved + scales - parameter
@@ -196,9 +196,9 @@ class Staged(nn.Module):
 
 def test_patterns_may_match_layers_that_a_run_does_not_execute():
   config = fp8.Fp8Config(targets=("narrow", "wide"))
-  twin = fp8.fp8_linear_layers(Staged(), config)
-  variables = jax.jit(twin.init)(jax.random.key(0), normal(4, 16))
-  assert twin.apply(variables, normal(4, 16), stages=1).shape == (4, 20)
+  converted = fp8.fp8_linear_layers(Staged(), config)
+  variables = jax.jit(converted.init)(jax.random.key(0), normal(4, 16))
+  assert converted.apply(variables, normal(4, 16), stages=1).shape == (4, 20)
 
 
 def test_a_predicate_selects_functions():

@@ -115,8 +115,8 @@ def test_training_overwrites_the_state(wrapped):
   assert losses == sorted(losses, reverse=True)
   assert OWG not in state.opt_state[0].mu
   if OWG in variables:
-    of_twin = train_module(wrapper, variables, steps=4)
-    jax.tree.map(np.testing.assert_array_equal, state.params, pack(of_twin))
+    of_module = train_module(wrapper, variables, steps=4)
+    jax.tree.map(np.testing.assert_array_equal, state.params, pack(of_module))
     seen = state.params[OWG]["transformer"]["h"]["0"]["mlp"]["c_fc"]["Fp8DotGeneral_0"]
     assert (seen["output_grad_amax_history"] > 0).sum() == 4
 

@@ -33,20 +33,20 @@ def relative_error(got, wanted):
 
 
 def models(case):
-  return case.model, case.twin
+  return case.model, case.converted
 
 
 @pytest.fixture(scope="module")
 def pair(case):
   """Variables of the model and of the converted module, initialized with the same key."""
-  return tuple(jax.jit(m.init)(jax.random.key(0), *case.args) for m in (case.model, case.twin))
+  return tuple(jax.jit(m.init)(jax.random.key(0), *case.args) for m in (case.model, case.converted))
 
 
 def test_params_are_the_same_and_state_is_all_that_is_added(pair):
-  plain, twin = pair
-  assert jax.tree.structure(plain) == jax.tree.structure({k: twin[k] for k in plain})
-  jax.tree.map(np.testing.assert_array_equal, plain, {k: twin[k] for k in plain})
-  assert twin.keys() - plain.keys() == {OWG}
+  plain, converted = pair
+  assert jax.tree.structure(plain) == jax.tree.structure({k: converted[k] for k in plain})
+  jax.tree.map(np.testing.assert_array_equal, plain, {k: converted[k] for k in plain})
+  assert converted.keys() - plain.keys() == {OWG}
 
 
 def test_state_is_where_the_dry_run_says(case, pair):
@@ -68,8 +68,8 @@ def test_forward_is_within_format_error(case, pair):
 
 
 def test_gradients_flow_and_state_is_new(case, pair):
-  twin, args = case.twin, case.args
-  loss = lambda v: jnp.mean(jnp.square(twin.apply(v, *args)))
+  converted, args = case.converted, case.args
+  loss = lambda v: jnp.mean(jnp.square(converted.apply(v, *args)))
   value, grads = jax.jit(fp8.value_and_grad(loss, allow_int=True))(pair[1])
   assert np.isfinite(value)
   square = lambda v: jnp.mean(jnp.square(case.model.apply(v, *args)))
@@ -88,9 +88,9 @@ def test_a_recipe_without_state_adds_nothing(name):
   case = CASES[name]
   variables = jax.jit(case.model.init)(jax.random.key(0), *case.args)
   config = dataclasses.replace(case.config, recipe=fp8.Float8CurrentScaling())
-  twin = fp8.fp8_linear_layers(case.model, config)
-  assert OWG not in jax.eval_shape(twin.init, jax.random.key(0), *case.args)
-  wanted, got = (m.apply(variables, *case.args) for m in (case.model, twin))
+  converted = fp8.fp8_linear_layers(case.model, config)
+  assert OWG not in jax.eval_shape(converted.init, jax.random.key(0), *case.args)
+  wanted, got = (m.apply(variables, *case.args) for m in (case.model, converted))
   assert 1e-4 < relative_error(np.float64(got), np.float64(wanted)) < 0.2
 
 
@@ -107,10 +107,12 @@ class HandEdited(nn.Module):
 def test_is_the_hand_edited_model():
   """Both models have the same paths and the same bits for three steps."""
   case = CASES["compact"]
-  variables = [jax.jit(m.init)(jax.random.key(0), *case.args) for m in (HandEdited(), case.twin)]
+  variables = [
+    jax.jit(m.init)(jax.random.key(0), *case.args) for m in (HandEdited(), case.converted)
+  ]
   for _ in range(3):
     jax.tree.map(np.testing.assert_array_equal, *variables)
-    for i, module in enumerate((HandEdited(), case.twin)):
+    for i, module in enumerate((HandEdited(), case.converted)):
       loss = lambda v, module=module: jnp.mean(jnp.square(module.apply(v, *case.args)))
       variables[i] = jax.jit(fp8.grad(loss))(variables[i])
 
@@ -118,7 +120,7 @@ def test_is_the_hand_edited_model():
 def test_a_checkpoint_without_fp8_continues_in_the_converted_module():
   case = CASES["scanned"]
   plain = jax.jit(case.model.init)(jax.random.key(0), *case.args)
-  variables = fp8.upgrade_variables(case.twin, plain, *case.args)
+  variables = fp8.upgrade_variables(case.converted, plain, *case.args)
   jax.tree.map(np.testing.assert_array_equal, plain["params"], variables["params"])
   assert modules_with_state(variables) == set(case.fp8_layers)
   jax.tree.map(np.testing.assert_array_equal, fp8.downgrade_variables(variables), plain)
@@ -128,10 +130,10 @@ def test_a_checkpoint_without_fp8_continues_in_the_converted_module():
 def test_metrics_follow_the_state_through_a_scan_of_params_only(recipe):
   case = CASES["scanned"]
   config = fp8.Fp8Config(recipe=fp8.get_recipe(recipe))
-  twin = fp8.fp8_linear_layers(case.model, config)
-  variables = jax.jit(twin.init)(jax.random.key(0), *case.args)
-  variables = fp8.add_metrics(twin, variables, *case.args)
-  loss = lambda v: jnp.mean(jnp.square(twin.apply(v, *case.args)))
+  converted = fp8.fp8_linear_layers(case.model, config)
+  variables = jax.jit(converted.init)(jax.random.key(0), *case.args)
+  variables = fp8.add_metrics(converted, variables, *case.args)
+  loss = lambda v: jnp.mean(jnp.square(converted.apply(v, *case.args)))
   rows = fp8.stats(jax.jit(fp8.grad(loss))(variables)).rows
   assert {row.layer for row in rows} == {
     f"layers[{i}]/mlp/{name}" for i in range(3) for name in ("Dense_0", "down")
@@ -141,12 +143,12 @@ def test_metrics_follow_the_state_through_a_scan_of_params_only(recipe):
 
 def test_is_calibrated_through_a_scan():
   case = CASES["scanned"]
-  variables = jax.jit(case.twin.init)(jax.random.key(0), *case.args)
-  loss = lambda v, x: 1e-9 * jnp.mean(jnp.square(case.twin.apply(v, x)))
+  variables = jax.jit(case.converted.init)(jax.random.key(0), *case.args)
+  loss = lambda v, x: 1e-9 * jnp.mean(jnp.square(case.converted.apply(v, x)))
   step = jax.jit(fp8.grad(loss))
   flushed = lambda grads: [not leaf.any() for leaf in jax.tree.leaves(grads["params"]["layers"])]
   assert any(flushed(step(variables, *case.args)))
-  variables = fp8.calibrate(case.twin, variables, case.args, loss, progress=False)
+  variables = fp8.calibrate(case.converted, variables, case.args, loss, progress=False)
   assert not any(flushed(step(variables, *case.args)))
 
 
@@ -154,11 +156,11 @@ def test_variables_of_another_model_are_refused():
   case = CASES["compact"]
   other = {"params": {"Dense_0": jnp.ones(3)}, OWG: {"Dense_0": {"Fp8DotGeneral_0": {"x": 1.0}}}}
   with pytest.raises(ValueError, match=r"state for 'Dense_0', which is an array in params"):
-    case.twin.apply(other, *case.args)
+    case.converted.apply(other, *case.args)
   with pytest.raises(ValueError, match=r"variables must be a variables dict; got <class 'list'>"):
-    case.twin.apply([1.0], *case.args)
+    case.converted.apply([1.0], *case.args)
   with pytest.raises(ValueError, match=r"upgrade_variables: .*Dense_0"):
-    fp8.upgrade_variables(case.twin, other, *case.args)
+    fp8.upgrade_variables(case.converted, other, *case.args)
   without = {"params": jax.jit(case.model.init)(jax.random.key(0), *case.args)["params"]}
   with pytest.raises(ValueError, match="upgrade_variables"):
-    case.twin.apply(without, *case.args)
+    case.converted.apply(without, *case.args)
