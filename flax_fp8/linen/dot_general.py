@@ -89,7 +89,19 @@ class Fp8DotGeneral(FP8Contraction, nn.Module):
     preferred_element_type: Any = None,
     out_sharding: Any = None,
   ) -> jax.Array:
-    """Contracts like ``lax.dot_general``. ``lhs`` is the input and ``rhs`` the kernel."""
+    """Contracts like ``lax.dot_general``.
+
+    Args:
+      lhs: the input; float32, bfloat16 or float16.
+      rhs: the kernel; the same dtypes.
+      dimension_numbers: as in ``lax.dot_general``.
+      precision: must be None or the default. The recipe sets the precision.
+      preferred_element_type: dtype of the result; the promoted dtype of the operands if None.
+      out_sharding: sharding of the result; the field ``out_sharding`` if None.
+
+    Returns:
+      The product. The shape is that of ``lax.dot_general``.
+    """
     check.precision(name := type(self).__name__, precision)
     check.device(name, self.recipe, self.emulate)
     return ops.dot_general(
@@ -163,7 +175,19 @@ class Fp8Einsum(FP8Contraction, nn.Module):
     preferred_element_type: Any = None,
     out_sharding: Any = None,
   ) -> jax.Array:
-    """Contracts like ``jnp.einsum``. ``lhs`` is the input and ``rhs`` the kernel."""
+    """Contracts like ``jnp.einsum``.
+
+    Args:
+      equation: einsum equation of two operands.
+      lhs: the input; float32, bfloat16 or float16.
+      rhs: the kernel; the same dtypes.
+      precision: must be None or the default. The recipe sets the precision.
+      preferred_element_type: dtype of the result; the promoted dtype of the operands if None.
+      out_sharding: sharding of the result; the field ``out_sharding`` if None.
+
+    Returns:
+      The product. The shape is that of ``jnp.einsum``.
+    """
     check.precision(name := type(self).__name__, precision)
     check.device(name, self.recipe, self.emulate)
     return ops.einsum(

@@ -30,6 +30,10 @@ class Layer:
     stored: whether the kernel is a parameter of that dtype. Such a kernel is in memory anyway.
     refusal: the reason why the contraction cannot run in FP8, or ``""``.
     model: class name of the model.
+
+  Example:
+    >>> import flax_fp8 as fp8
+    >>> config = fp8.Fp8Config(targets=lambda layer: layer.kernel_size > 2**20)
   """
 
   path: str
