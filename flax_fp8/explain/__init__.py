@@ -1,4 +1,4 @@
-"""What the GPU compiler really does with a program, without a GPU if need be."""
+"""Reports on what the GPU compiler makes of a program, with or without a GPU."""
 
 from flax_fp8.explain.explain import assert_fp8, explain
 from flax_fp8.explain.report import Comparison, Report

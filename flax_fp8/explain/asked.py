@@ -1,4 +1,4 @@
-"""The matrix products of a program before optimization, and which compiled GEMM each became."""
+"""Finds the matrix products of a program before optimization, and matches them to its GEMMs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Asked:
 
   Attributes:
     dot: the instruction.
-    extent: its sizes, on all devices together.
-    op_name: the whole name stack, through the functions that call it.
+    extent: its sizes, over all devices.
+    op_name: the full name stack, including the functions that call it.
   """
 
   dot: Instruction
@@ -28,12 +28,12 @@ class Asked:
 
   @functools.cached_property
   def place(self) -> tuple[str, Phase]:
-    """The module and the pass, by which it is found again after optimization."""
+    """The module and the pass, which identify the product after optimization."""
     return names.model_path(self.op_name), names.phase(self.op_name)
 
 
 def asked_for(module: Module) -> list[Asked]:
-  """Lists the products of a program before optimization, once for each place that calls them."""
+  """Returns the products of a program before optimization, once per call site."""
   found = []
   for computation in module.computations.values():
     for dot in computation.instructions.values():
@@ -44,7 +44,7 @@ def asked_for(module: Module) -> list[Asked]:
 
 
 def _prefixes(module: Module, computation: str, above: frozenset[str]) -> set[str]:
-  """What stands before the names of a computation: those of the calls that lead to it."""
+  """Returns the name stacks of the calls that lead to a computation."""
   if computation == module.entry or computation in above or not module.callers[computation]:
     return {""}
   found = set()
@@ -56,7 +56,7 @@ def _prefixes(module: Module, computation: str, above: frozenset[str]) -> set[st
 
 
 def candidates(asked: Sequence[Asked], site: Site) -> list[Asked]:
-  """The products that a GEMM may be: same place, and same size where one has it."""
+  """Returns the products that a GEMM may come from: same place, and same size if one has it."""
   here = [each for each in asked if each.place == (site.path, site.phase)]
   same = [each for each in here if each.extent.product == site.extent.product]
   return same or here

@@ -1,8 +1,9 @@
-"""The child process that compiles without a GPU: how it is run, and every way in which it can end.
+"""Runs the child process that compiles without a GPU, and converts its failures to errors.
 
-Request, reply and log are files without names. The child makes a folder for the compiler's
-temporary files. This process removes it after the child; the child does where this process was
-killed. What the compiler prints on stdout goes to the log: the reply has a file of its own.
+Request, reply and log are unnamed temporary files. The reply has its own file, because the compiler
+may print to stdout, which is part of the log. The child creates a folder for the temporary files of
+the compiler. This process removes the folder when the child ends. If this process is killed, the
+child removes it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import IO, Any
 
 import jax
 
-_LONGEST = 300  # characters of others' words in an error
+_LONGEST = 300  # characters of a quoted message in an error
 _CHILD = Path(__file__).with_name("deviceless.py")
 
 
@@ -30,16 +31,16 @@ def run_child(request: dict[str, Any], program: bytes, timeout: float) -> dict[s
   """Compiles in a child process.
 
   Args:
-    request: what ``deviceless.py`` reads besides the program.
-    program: serialized.
-    timeout: seconds until it is stopped.
+    request: the request, as ``deviceless.py`` reads it.
+    program: the serialized program.
+    timeout: seconds until the child is stopped.
 
   Returns:
-    The child's reply.
+    The reply of the child.
 
   Raises:
-    TimeoutError: it took longer.
-    MemoryError: it ran out of memory.
+    TimeoutError: the child took longer than ``timeout``.
+    MemoryError: the child ran out of memory.
     RuntimeError: the compiler refused the program, or the child was killed.
   """
   with (
@@ -61,7 +62,7 @@ def run_child(request: dict[str, Any], program: bytes, timeout: float) -> dict[s
 
 @contextlib.contextmanager
 def _standard_streams() -> Generator[None]:
-  """Opens those that are closed: a file passed to the child must not have their numbers."""
+  """Opens closed standard streams, so that no file for the child gets their numbers."""
   opened = [os.open(os.devnull, os.O_RDWR)]
   while opened[-1] < 3:
     opened.append(os.open(os.devnull, os.O_RDWR))
@@ -74,7 +75,7 @@ def _standard_streams() -> Generator[None]:
 
 @contextlib.contextmanager
 def _folder() -> Generator[str]:
-  """The name of a folder that the child makes, and that is removed when the child has ended."""
+  """Yields the name of a folder that the child creates, and removes the folder afterwards."""
   folder = os.path.join(tempfile.gettempdir(), f"flax_fp8_{secrets.token_hex(8)}")
   try:
     yield folder
@@ -85,7 +86,7 @@ def _folder() -> Generator[str]:
 def _wait(
   environment: dict[str, str], timeout: float, files: tuple[IO[bytes], IO[bytes], IO[bytes]]
 ) -> int:
-  """Runs the child to its end; it ends with this process, and where that is interrupted."""
+  """Runs the child to its end, and kills it if this process ends or is interrupted."""
   with _lifeline() as lifeline:
     inbox, outbox, log = files
     passed = (lifeline, outbox.fileno())
@@ -102,7 +103,8 @@ def _wait(
     except subprocess.TimeoutExpired as error:
       raise TimeoutError(
         f"explain: compiling must end within timeout={timeout:g} seconds; it did not, and was "
-        "stopped. Pass a larger timeout=, or a smaller program (a scan over layers compiles one)."
+        "stopped. Pass a larger timeout=, or a smaller program: use a scan over layers, which "
+        "compiles only one layer."
       ) from error
     finally:
       process.kill()
@@ -111,7 +113,7 @@ def _wait(
 
 @contextlib.contextmanager
 def _lifeline() -> Generator[int]:
-  """A pipe whose reading end the child gets, and whose writing end closes with this process."""
+  """Yields the reading end of a pipe for the child; the writing end closes with this process."""
   reading, writing = os.pipe()
   try:
     yield reading
@@ -121,8 +123,8 @@ def _lifeline() -> Generator[int]:
 
 
 def _environment(folder: str) -> dict[str, str]:
-  """The child's: no device but the CPU, and temporary files in a folder that is removed."""
-  config: Any = jax.config  # of which no type checker knows the settings
+  """Returns the environment of the child: only the CPU as device, and ``folder`` as TMPDIR."""
+  config: Any = jax.config  # type checkers do not know its settings
   return os.environ | {
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     "JAX_PLATFORMS": "cpu",
@@ -152,8 +154,9 @@ def _out_of_memory(words: str) -> MemoryError | None:
   if not any(sign in words.lower() for sign in _OUT_OF_MEMORY):
     return None
   return MemoryError(
-    "explain: the compiler's process ran out of memory, or of threads. Free some, or explain a "
-    f"smaller program (a scan over layers compiles one). Its last words:\n{_last(words)}"
+    "explain: the compiler's process ran out of memory or threads. Free memory, or pass a smaller "
+    "program: use a scan over layers, which compiles only one layer. Its last output:\n"
+    f"{_last(words)}"
   )
 
 
@@ -162,19 +165,19 @@ def _last(words: str) -> str:
 
 
 def _death(code: int, log: str) -> Exception:
-  """The error for a child that ended without an answer."""
+  """Returns the error for a child that ended without a reply."""
   if error := _out_of_memory(log):
     return error
   how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
   hint = " (the system's out-of-memory killer sends this)" if code == -signal.SIGKILL else ""
   return RuntimeError(
     f"explain: the compiler's process must answer; it {how}{hint}. Run it again, or report the "
-    f"program that does this. Its last words:\n{_last(log)}"
+    f"program that causes this. Its last output:\n{_last(log)}"
   )
 
 
 def _checked(reply: dict[str, Any], log: str) -> dict[str, Any]:
-  """The reply, unless it tells of an error."""
+  """Returns the reply, or raises the error that it contains."""
   if "error" not in reply:
     return reply
   message = f"{reply['error']}: {reply['message']}"
@@ -182,8 +185,8 @@ def _checked(reply: dict[str, Any], log: str) -> dict[str, Any]:
     raise error
   if "topology not implemented" in message:
     raise RuntimeError(
-      "explain: JAX's CUDA plugin must load; it is installed, but did not. Run "
-      f"flax-fp8 doctor. Its last words:\n{_last(log)}"
+      "explain: JAX's CUDA plugin must load; it is installed, but did not load. Run "
+      f"flax-fp8 doctor. Its last output:\n{_last(log)}"
     )
   raise RuntimeError(
     f"explain: the GPU compiler refused the program: {message[:_LONGEST]}. If it names the "

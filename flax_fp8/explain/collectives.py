@@ -1,4 +1,4 @@
-"""What travels between the GPUs of a program: which collective, in which dtype, how many bytes."""
+"""Finds the collectives of a program, with dtypes and bytes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ KINDS = opcodes(
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """What one collective sends in one dtype; a combined one is several of these.
+  """Data of one dtype that a collective sends. A combined collective gives several of these.
 
   Attributes:
     kind: ``all-gather``, ``all-reduce``, and so on.
-    dtype: of what is sent, in XLA's words.
-    bytes: of the whole tensor on one device: an all-gather's result, a reduction's operand.
-    group: devices that take part.
-    times: how often a step runs it.
-    path: the module it comes from; empty if the compiler lost it.
-    reduction: how it adds up, ``add`` or ``maximum``, say; empty where it only moves.
+    dtype: dtype of the data, as XLA prints it.
+    bytes: bytes of the whole tensor on one device: the result of an all-gather, or the operand of
+      a reduction.
+    group: number of devices in a group.
+    times: number of runs in a step.
+    path: module of the operation; empty if the compiler lost it.
+    reduction: the reduction, such as ``add`` or ``maximum``; empty if there is none.
   """
 
   kind: str
@@ -40,10 +41,10 @@ class Collective:
 
   @property
   def sent(self) -> float:
-    """Bytes that each device sends in all its runs in a step, by ring algorithms.
+    """Bytes that each device sends in a step, assuming ring algorithms.
 
-    ``(g - 1) / g`` of the tensor, an all-reduce twice that (a reduce-scatter, then an all-gather),
-    a permutation all of it.
+    A group of ``g`` devices sends ``(g - 1) / g`` of the tensor. An all-reduce sends twice that,
+    as a reduce-scatter and an all-gather. A permutation sends the whole tensor.
     """
     if self.kind in ("collective-permute", "send", "recv", "collective-broadcast"):
       return self.times * self.bytes
@@ -52,7 +53,7 @@ class Collective:
 
 
 def find(module: Module, launched: Sequence[Launch], devices: int) -> list[Collective]:
-  """Finds the collectives among what a program launches."""
+  """Returns the collectives among the launches of a program."""
   return [each for launch in launched for each in _collectives(module, launch, devices)]
 
 
@@ -74,13 +75,13 @@ def _collectives(module: Module, launch: Launch, devices: int) -> Iterator[Colle
 
 
 def _reduction(module: Module, name: str) -> str:
-  """Returns what a collective's computation does with two values."""
+  """Returns the opcode that combines two values in a reduction."""
   computation = module.computations.get(name)
   return computation.root.opcode if computation else ""
 
 
 def group_size(instruction: Instruction, devices: int) -> int:
-  """Devices in one group of a collective; all of them where the text names no groups."""
+  """Returns the number of devices in a group; ``devices`` if the text names no groups."""
   text = instruction.attributes.get("replica_groups", "")
   if listed := re.match(r"\{\{([\d,]*)\}", text):
     return len(listed[1].split(","))

@@ -1,4 +1,4 @@
-"""Two programs side by side."""
+"""Comparison of two compiled programs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from flax_fp8.tables import Table
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-  """Two programs side by side, with the ratio of the first to the second; ``print`` it.
+  """Numbers of two programs, and the ratios of the first to the second. Print it for a table.
 
   Attributes:
-    names: of the two programs.
-    figures: of each, its numbers by label.
-    totals: of each, what its classes of kernels move and take.
-    device_kind: the GPU that the first is compiled for.
+    names: names of the two programs.
+    figures: numbers of each program, by label.
+    totals: bytes and seconds of each program, by class of kernels.
+    device_kind: the GPU that the first program is compiled for.
   """
 
   names: tuple[str, str]
@@ -29,28 +29,35 @@ class Comparison:
   device_kind: str
 
   def rows(self) -> list[tuple[str, float, float]]:
-    """Label, the first program's number, the second's; what a program lacks is zero."""
+    """Returns each label with the numbers of both programs; a missing number is zero."""
     one, other = self.figures
     labels = [*one, *(label for label in other if label not in one)]
     return [(label, one.get(label, 0.0), other.get(label, 0.0)) for label in labels]
 
   def to_dict(self) -> dict[str, Any]:
-    """Both numbers of each line, and their ratio (None by zero), in types that JSON knows."""
+    """Returns the numbers and ratios as JSON types; a ratio to zero is None."""
     return {
       label: {"one": one, "other": other, "ratio": one / other if other else None}
       for label, one, other in self.rows()
     } | {"names": list(self.names)}
 
   def to_markdown(self) -> str:
-    """The comparison as Markdown."""
+    """Returns the comparison as Markdown."""
     return tables.markdown([self._table()])
 
   def __str__(self) -> str:
-    """The comparison as text, as wide as the terminal."""
+    """Returns the comparison as text, at the width of the terminal."""
     return tables.terminal([self._table()])
 
   def plot(self) -> Any:
-    """Draws both programs' bytes and times, stacked by class; a matplotlib figure."""
+    """Draws the bytes and times of both programs as bars, stacked by class of kernels.
+
+    Returns:
+      A matplotlib figure.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
     return plot.draw(list(zip(self.names, self.totals, strict=True)), self.device_kind)
 
   def _table(self) -> Table:

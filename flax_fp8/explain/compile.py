@@ -1,7 +1,7 @@
-"""From a function to the GPU compiler's optimized program, on the attached GPU or on none.
+"""Compiles a function for an attached or a described GPU, and returns the optimized program.
 
-Without a GPU the function is exported, and a child process compiles it for a described one: the
-caller's process keeps its devices and flags.
+For a described GPU, the function is exported and a child process compiles it. So the devices and
+flags of the calling process do not change.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ class Memory:
   """Bytes that a compiled program needs on each device.
 
   Attributes:
-    argument: of its inputs.
-    output: of its results.
-    alias: of results that are written over donated inputs, counted in both.
-    temp: of everything in between.
+    argument: bytes of arguments.
+    output: bytes of results.
+    alias: bytes of results that overwrite donated arguments; also part of ``argument`` and
+      ``output``.
+    temp: bytes of temporaries.
   """
 
   argument: int
@@ -46,7 +47,7 @@ class Memory:
 
   @property
   def total(self) -> int:
-    """What is held at the peak: inputs, results and temporaries, shared bytes once."""
+    """Bytes at the peak: arguments, results and temporaries, with aliased bytes counted once."""
     return self.argument + self.output - self.alias + self.temp
 
 
@@ -55,14 +56,14 @@ class Program:
   """A compiled program.
 
   Attributes:
-    hlo: text of the optimized module, what runs.
-    asked: text of the module before optimization, what was asked for.
-    memory: per device.
-    target: the GPU it is compiled for; None if attached and not known by name.
-    device_kind: what the GPU is called.
-    devices: how many it runs on.
-    described: whether it was compiled for a description, without a GPU.
-    fp8_units: whether the GPU has matrix units for FP8.
+    hlo: text of the optimized module.
+    asked: text of the module before optimization.
+    memory: bytes per device.
+    target: the GPU that it is compiled for; None if attached and not known by name.
+    device_kind: name of the GPU.
+    devices: number of devices.
+    described: whether it was compiled for a described GPU.
+    fp8_units: whether the GPU has FP8 matrix units.
   """
 
   hlo: str
@@ -83,7 +84,7 @@ def compile_program(
   mesh: AnyMesh | None,
   timeout: float,
 ) -> Program:
-  """Compiles for the attached GPU where ``target`` is None, for the described one otherwise."""
+  """Compiles for the attached GPU if ``target`` is None, else for the described GPU."""
   jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
   if target is None:
     with _mesh_context(mesh):
@@ -128,7 +129,7 @@ def _attached_gpu() -> Any:
 
 
 def compile_for(device: Any, jitted: Any, args: tuple[Any, ...]) -> Program:
-  """Compiles as a call would, for the default device and those of the arguments."""
+  """Compiles as a call would, for the devices of the arguments or the default device."""
   lowered = jitted.lower(*args)
   compiled = lowered.compile()
   sizes = compiled.memory_analysis()
@@ -160,30 +161,30 @@ def _mesh_context(mesh: AnyMesh | None) -> contextlib.AbstractContextManager[Any
 
 
 def _device_context(gpu: GpuTarget) -> contextlib.AbstractContextManager[Any]:
-  """Tells what is traced, Pallas kernels for one, which GPU it is for; older JAX does not ask.
+  """Sets the described GPU during tracing, so that Pallas kernels see it; older JAX ignores it.
 
-  A mesh that is in force already stays as it is.
+  An active mesh stays unchanged.
   """
   described: Any = getattr(jax.sharding, "AbstractDevice", None)
   if described is None or not jax.sharding.get_abstract_mesh().empty:
     return contextlib.nullcontext()
   known = {"device_kind": gpu.device_kind, "num_cores": None, "platform": "gpu"}
-  names = [field.name for field in dataclasses.fields(described)]  # of which releases have two
+  names = [field.name for field in dataclasses.fields(described)]  # some JAX releases have only two
   device = described(**{name: known.get(name) for name in names})
   mesh: Any = AbstractMesh
   return jax.sharding.use_abstract_mesh(mesh((), (), abstract_device=device))
 
 
 def _export(jitted: Any, args: tuple[Any, ...]) -> tuple[dict[str, Any], bytes]:
-  """Makes the child's request and program; in both, arguments and results are flat lists."""
+  """Returns the request and the program for the child, with flat arguments and results."""
   traced = jitted.trace(*args)
   exported = _export_any(jitted, args)
   _require_serializable([*exported.in_avals, *exported.out_avals])
-  if exported.ordered_effects:  # which JAX can't serialize
+  if exported.ordered_effects:  # JAX can't serialize them
     raise ValueError(_REFUSALS["ordered effects"])
   flat = dataclasses.replace(
     exported,
-    unordered_effects=(),  # which JAX can't serialize either; the program has the callbacks
+    unordered_effects=(),  # JAX can't serialize them; the program still has the callbacks
     in_tree=jax.tree.structure((tuple(range(len(exported.in_avals))), {})),
     out_tree=jax.tree.structure(tuple(range(len(exported.out_avals)))),
   )
@@ -206,31 +207,31 @@ def _require_serializable(avals: list[Any]) -> None:
     extended = jnp.issubdtype(aval.dtype, jax.dtypes.extended)
     if extended and not jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
       raise TypeError(
-        f"explain: arguments and results must be arrays that jax.export takes; got one of dtype "
-        f"{aval.dtype}. Cast to it, and back, inside the function."
+        f"explain: arguments and results must be arrays that jax.export takes; got dtype "
+        f"{aval.dtype}. Cast to this dtype, and back, inside the function."
       )
 
 
-_REFUSALS = {  # by JAX's words
+_REFUSALS = {  # keyed by a part of JAX's error text
   "ordered effects": (
     "explain: callbacks must be unordered unless target=None; got io_callback, jax.debug.print or "
     "jax.debug.callback with ordered=True. Pass ordered=False."
   ),
   "require devices to be present": (
-    "explain: JAX places io_callback and pure_callback on a device of the mesh; got an "
-    "AbstractMesh, which has none. Pass a jax.sharding.Mesh; XLA_FLAGS="
-    "--xla_force_host_platform_device_count=8 makes 8 CPU devices for it."
+    "explain: io_callback and pure_callback need a mesh with devices; got an AbstractMesh, which "
+    "has none. Pass a jax.sharding.Mesh; XLA_FLAGS=--xla_force_host_platform_device_count=8 "
+    "creates 8 CPU devices for it."
   ),
 }
 
 
 def _refusal(words: str) -> ValueError | None:
-  """Returns our error for what JAX refuses to export; None for any other."""
+  """Returns an error with advice for a known error of JAX's export; None for any other."""
   return next((ValueError(ours) for theirs, ours in _REFUSALS.items() if theirs in words), None)
 
 
 def _export_any(jitted: Any, args: tuple[Any, ...]) -> Any:
-  """Exports, custom calls of every kind included: the same JAX reads the program at once."""
+  """Exports with all custom calls allowed, because the same JAX version reads the program."""
   export: Any = functools.partial(
     jax.export.export,
     jitted,
@@ -250,9 +251,9 @@ def _export_any(jitted: Any, args: tuple[Any, ...]) -> Any:
 
 
 def _mesh_axes(exported: Any, args: tuple[Any, ...]) -> tuple[dict[str, int], list[str]]:
-  """Finds the mesh that a program was traced for, and the types of its axes.
+  """Returns the axes and axis types of the mesh that a program was traced for.
 
-  It is the one in force, or that of an argument; where both are silent, the program names it.
+  This is the active mesh, or the mesh of an argument, or else the mesh that the program names.
   """
   shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(args))
   meshes = [jax.sharding.get_abstract_mesh()]
@@ -268,7 +269,7 @@ def _mesh_axes(exported: Any, args: tuple[Any, ...]) -> tuple[dict[str, int], li
 
 
 def _named_axes(exported: Any) -> dict[str, int]:
-  """The axes of the first mesh that a program's text names."""
+  """Returns the axes of the first mesh in the text of a program."""
   found = re.search(r"sdy\.mesh @\S+ = <\[([^\]]*)\]", exported.mlir_module())
   axes = re.findall(r'"([^"]+)"=(\d+)', found[1]) if found else []
   return {name: int(size) for name, size in axes}

@@ -1,4 +1,4 @@
-"""Where a value comes from: through tuples, fusions, calls and loops, back to what computed it."""
+"""Traces a value back through tuples, fusions, calls and loops to the instruction computing it."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from flax_fp8.explain.hlo import BRANCHES, Instruction, Module
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-  """A result, or one part of a result that is a tuple.
+  """A result of an instruction, or one element of a tuple result.
 
   Attributes:
-    instruction: whose result.
-    index: positions in nested tuples, outermost first; empty for the whole.
+    instruction: the instruction.
+    index: positions in nested tuples, outermost first; empty for the whole result.
   """
 
   instruction: Instruction
   index: tuple[int, ...] = ()
 
 
-# Of an instruction that computes, the values to go on from; empty stops there.
+# Returns the values to continue with behind an instruction; an empty list stops the search.
 Step: TypeAlias = Callable[[Value], list[Value]]
 
 
 def operands(module: Module, value: Value) -> list[Value]:
-  """The values that an instruction takes."""
+  """Returns the operands of an instruction as values."""
   return [Value(operand) for operand in module.operands(value.instruction)]
 
 
 def computed_by(module: Module, value: Value) -> list[Value]:
-  """Follows a value to the instructions that compute it.
+  """Returns the instructions that may compute a value.
 
-  More than one where a loop or a branch has a choice; parameters of the program, and whatever is no
-  mere passing on, are their own answer.
+  A loop or a branch gives more than one. The search stops at parameters of the program, and at
+  instructions that do more than forward a value.
   """
   return list(ancestors(module, value, lambda _: []))
 
 
 def ancestors(module: Module, value: Value, through: Step) -> Iterator[Value]:
-  """Everything that a value is made of, nearest first.
+  """Yields the values that a value is computed from, nearest first.
 
   Args:
     module: the program.
-    value: where to start.
-    through: where to go on from an instruction that computes.
+    value: start of the search.
+    through: returns the values to continue with behind an instruction that computes.
   """
 
   def step(found: Value) -> list[Value]:
@@ -56,7 +56,7 @@ def ancestors(module: Module, value: Value, through: Step) -> Iterator[Value]:
 
 
 def _search(start: Value, step: Step) -> Iterator[Value]:
-  """Breadth first, each value once: loops make cycles."""
+  """Searches breadth-first and visits each value once, because loops make cycles."""
   seen, queue = {start}, [start]
   for value in queue:
     yield value
@@ -67,7 +67,7 @@ def _search(start: Value, step: Step) -> Iterator[Value]:
 
 
 def _passed_on(module: Module, value: Value) -> list[Value]:
-  """The values that a value merely is, under another name; empty if something computes it."""
+  """Returns the values that an instruction forwards unchanged; empty if it computes its result."""
   instruction, index = value.instruction, value.index
   opcode = instruction.opcode
   if opcode == "get-tuple-element":
@@ -94,14 +94,14 @@ def _results(
   index: tuple[int, ...],
   *attributes: str,
 ) -> list[Value]:
-  """The results of the computations that an instruction calls."""
+  """Returns the results of the computations that an instruction calls."""
   names = attributes or ("calls", "to_apply", *BRANCHES)
   called = [name for name in instruction.called(*names) if name in module.computations]
   return [Value(module.computations[name].root, index) for name in called]
 
 
 def _arguments(module: Module, value: Value) -> list[Value]:
-  """What a parameter is given by the instructions that call its computation."""
+  """Returns the arguments that callers of a computation pass for a parameter."""
   if value.instruction.computation == module.entry:
     return []
   callers = module.callers[value.instruction.computation]
@@ -109,7 +109,7 @@ def _arguments(module: Module, value: Value) -> list[Value]:
 
 
 def _given(module: Module, caller: Instruction, value: Value) -> list[Value]:
-  """What one caller gives for a parameter, or for a part of it."""
+  """Returns the arguments that one caller passes for a parameter, or for an element of it."""
   parameter, index, given = value.instruction, value.index, module.operands(caller)
   if caller.opcode == "while":
     return [Value(given[0], index), *_results(module, caller, index, "body")]
@@ -118,4 +118,4 @@ def _given(module: Module, caller: Instruction, value: Value) -> list[Value]:
     return [Value(given[1 + branches.index(parameter.computation)], index)]
   if caller.opcode in ("fusion", "call") or caller.opcode.endswith("-start"):
     return [Value(given[parameter.number], index)]
-  return []  # a reduction's scalars: nobody hands those over
+  return []  # scalars of a reduction's computation have no arguments

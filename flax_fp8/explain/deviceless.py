@@ -1,9 +1,10 @@
-"""Child process: compiles one exported program for a GPU that is described, not present.
+"""Child process that compiles one exported program for a described GPU.
 
-A program by itself, run by path: it imports JAX and nothing of flax_fp8. The request comes in on
-stdin (a line of JSON, then the serialized program). Its arguments are two file descriptors: a pipe
-that closes when the parent ends, and with it this process; and the file for the reply, as JSON.
-Temporary files go to the folder TMPDIR, which it makes.
+This file runs by path as a separate program. It imports JAX, but nothing from flax_fp8. It reads
+the request from stdin: a line of JSON, then the serialized program. Its arguments are two file
+descriptors. The first is a pipe that closes when the parent ends, which ends this process too. The
+second is the file for the reply, as JSON. Temporary files go to the folder TMPDIR, which it
+creates.
 """
 
 from __future__ import annotations
@@ -24,33 +25,33 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-# The compiler has no GPU to try kernels on, so it takes those that need no trial: the same program
-# always gives the same kernels.
+# Without a GPU, the compiler can't time kernels. With these options it needs no timing, so the same
+# program always gives the same kernels.
 OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
 def end_with_parent(lifeline: int) -> None:
-  """Waits, in a thread, for the pipe's other end to close; then removes TMPDIR and ends."""
+  """Starts a thread that ends this process and removes TMPDIR when the parent ends."""
 
   def wait() -> None:
     os.read(lifeline, 1)
     folder = os.environ["TMPDIR"]
     with contextlib.suppress(OSError):
-      os.rename(folder, f"{folder}_removed")  # the compiler still runs, and can't write there now
+      os.rename(folder, f"{folder}_removed")  # so that the running compiler can't write to it
     shutil.rmtree(f"{folder}_removed", ignore_errors=True)
     os._exit(1)
 
   threading.Thread(target=wait, daemon=True).start()
 
 
-def offer_to_the_oom_killer() -> None:
-  """Where memory runs out, this process is the one to end, not the user's."""
+def prefer_for_oom_killer() -> None:
+  """Makes the out-of-memory killer end this process before the process of the user."""
   with contextlib.suppress(OSError):
     Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def described_mesh(request: dict[str, Any]) -> Mesh:
-  """Makes the mesh of the request from described GPUs."""
+  """Creates the mesh of the request from described GPUs."""
   axes: dict[str, int] = request["mesh"]
   shape = tuple(axes.values())
   topology = topologies.get_topology_desc(
@@ -61,7 +62,7 @@ def described_mesh(request: dict[str, Any]) -> Mesh:
 
 
 def lower(request: dict[str, Any], program: bytes) -> Any:
-  """Lowers the program onto the described GPUs, its shardings and donations as they were."""
+  """Lowers the program for the described GPUs, with its shardings and donations."""
   exported = jax.export.deserialize(bytearray(program))
   mesh = described_mesh(request)
   everywhere = NamedSharding(mesh, PartitionSpec())
@@ -74,7 +75,7 @@ def lower(request: dict[str, Any], program: bytes) -> Any:
 
 
 def compile_with_text(lowered: Any) -> tuple[Any, str]:
-  """Compiles, and returns the optimized HLO too, from a dump where JAX has no other way to it."""
+  """Compiles, and also returns the optimized HLO; from a dump if JAX does not return it."""
   compiled = lowered.compile(compiler_options=OPTIONS)
   if text := compiled.as_text():
     return compiled, text
@@ -86,7 +87,7 @@ def compile_with_text(lowered: Any) -> tuple[Any, str]:
 
 
 def answer(request: dict[str, Any], program: bytes) -> dict[str, Any]:
-  """Compiles, and describes what came out."""
+  """Compiles the program and returns the reply."""
   lowered = lower(request, program)
   compiled, text = compile_with_text(lowered)
   memory = compiled.memory_analysis()
@@ -98,19 +99,19 @@ def answer(request: dict[str, Any], program: bytes) -> dict[str, Any]:
 
 
 def main() -> None:
-  """Answers one request."""
+  """Reads one request and writes the reply."""
   lifeline, outbox = map(int, sys.argv[1:])
   os.mkdir(os.environ["TMPDIR"], 0o700)
   end_with_parent(lifeline)
-  offer_to_the_oom_killer()
+  prefer_for_oom_killer()
   request = json.loads(sys.stdin.buffer.readline())
   try:
     reply = answer(request, sys.stdin.buffer.read())
-  except Exception as error:  # whatever it is, the parent tells the user
+  except Exception as error:  # the parent reports any error to the user
     reply = {"error": type(error).__name__, "message": str(error)}
   with open(outbox, "w", encoding="utf-8") as file:
     json.dump(reply, file)
-  os._exit(0)  # the CUDA plugin's teardown has nothing left to do, and no GPU to do it on
+  os._exit(0)  # skips the teardown of the CUDA plugin, which has no GPU
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``explain`` and ``assert_fp8``: from a function to what the GPU compiler made of it."""
+"""``explain`` and ``assert_fp8``: compile a function for a GPU and report the result."""
 
 from __future__ import annotations
 
@@ -25,43 +25,48 @@ def explain(
   name: str | None = None,
   timeout: float = 600.0,
 ) -> Report:
-  """Shows what the GPU compiler really does with a function: which GEMMs are FP8, and why not.
+  """Compiles a function for a GPU and reports which GEMMs are FP8, and why the others are not.
 
-  The function is compiled, never run. Without a GPU, name one: the function is exported, and a
-  child process compiles it for that GPU, with autotuning and Triton GEMMs switched off, since both
-  need the GPU to choose. The caller's process and its devices are left alone. Python callbacks
-  (``jax.debug.print``, ``io_callback``) are compiled too, and never called.
+  The function is compiled but never run. With ``target``, no GPU is needed. The function is
+  exported, and a child process compiles it for that GPU. Autotuning and Triton GEMMs are off in the
+  child process, because XLA chooses them by timing on a real GPU. The calling process and its
+  devices are not affected. Python callbacks (``jax.debug.print``, ``io_callback``) are compiled
+  too, but never called.
 
   Args:
-    fn: what ``jax.jit`` takes, or a jitted function: a train step, a gradient. Donated and static
-      arguments of a jitted function stay what they are.
-    *args: its arguments: arrays or ``jax.ShapeDtypeStruct``; their shardings count, and tell the
-      number of devices.
+    fn: a function that ``jax.jit`` takes, or a jitted function, such as a train step or a gradient.
+      Donated and static arguments of a jitted function are respected.
+    *args: its arguments: arrays or ``jax.ShapeDtypeStruct``. Their shardings determine the number
+      of devices.
     target: the GPU: ``"h100"``, ``"h200"``, ``"b200"``, ``"a100"``, ``"l40s"``, a ``GpuTarget``, or
-      None for the one attached.
-    mesh: the mesh that the function is traced under, as by ``jax.set_mesh``. It may be larger than
+      None for the attached GPU.
+    mesh: mesh to trace the function under, as with ``jax.set_mesh``. It may have more devices than
       the machine: ``jax.sharding.AbstractMesh((8,), ("data",))``.
-    name: of the program in the report; the function's own if None.
+    name: name of the program in the report. The default is the name of the function.
     timeout: seconds after which the compiler is stopped.
 
   Returns:
-    The report: GEMMs, kernels, bytes, collectives, memory, roofline.
+    The report of GEMMs, kernels, bytes, collectives, memory and roofline.
 
   Raises:
-    ValueError: no GPU is attached and ``target`` is None, or its name is unknown; or ``target`` is
-      given and a callback is ordered, or returns a value on an ``AbstractMesh``.
-    TypeError: an argument can't be exported, or ``mesh`` is no mesh.
-    ImportError: JAX's GPU compiler is missing or of another version; the message has the cure.
+    ValueError: ``target`` is None and no GPU is attached, or its name is unknown. With ``target``:
+      a callback is ordered, or returns a value on an ``AbstractMesh``.
+    TypeError: ``fn`` is not a function, an argument can't be exported, ``target`` is not a name or
+      ``GpuTarget``, or ``mesh`` is not a mesh.
+    ImportError: JAX's GPU compiler is missing or of another version. The message has the command
+      that installs it.
     TimeoutError: the compiler took longer than ``timeout``.
-    MemoryError: it ran out of memory.
-    RuntimeError: it refused the program, or was killed.
+    MemoryError: the compiler ran out of memory.
+    RuntimeError: the compiler refused the program, or was killed.
 
   Numerics:
-    Nothing is computed. Where XLA finds no FP8 kernel it multiplies in a wider type and drops the
-    rounding to FP8 too (its "excess precision"), so such a GEMM is no slow FP8, but none at all. A
-    product of FP8 operands that names no algorithm can be FP8 for a described GPU and not on a real
-    one: there XLA tries its Triton GEMMs first, unless ``--xla_gpu_enable_triton_gemm=false``. The
-    contractions of ``flax_fp8`` name ``DotAlgorithmPreset.ANY_F8_ANY_F8_F32`` where JAX can.
+    Nothing is computed. If XLA finds no FP8 kernel, it multiplies in a wider dtype and also drops
+    the rounding to FP8 ("excess precision"). Such a GEMM is not FP8 at all.
+
+    A product of FP8 operands that names no algorithm can be FP8 for a described GPU but not on a
+    real one. There, XLA tries Triton GEMMs first, unless ``--xla_gpu_enable_triton_gemm=false`` is
+    set. The contractions of ``flax_fp8`` name ``DotAlgorithmPreset.ANY_F8_ANY_F8_F32`` if JAX
+    supports it.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -86,7 +91,7 @@ def explain(
 
 
 def read_program(program: Program, name: str) -> Report:
-  """Makes the report of a compiled program."""
+  """Builds the report of a compiled program."""
   module, asked = hlo.parse(program.hlo), hlo.parse(program.asked)
   launched = schedule.launches(module)
   sites = gemms.find(module, launched)
@@ -141,7 +146,7 @@ def _doubts(
   launched: Sequence[Launch],
   kernels: Sequence[Kernel],
 ) -> Iterator[str]:
-  """What could not be read, and what had to be assumed."""
+  """Yields what the report could not read, or had to assume."""
   for unread, which in ((module.unread, "optimized"), (asked.unread, "original")):
     if unread:
       yield f"{len(unread)} lines of the {which} program could not be read, the first: {unread[0]}"
@@ -171,15 +176,16 @@ def assert_fp8(
   name: str | None = None,
   timeout: float = 600.0,
 ) -> Report:
-  """Fails unless every GEMM of a function is FP8 on a GPU, but for those excluded.
+  """Raises AssertionError unless every GEMM of a function is FP8 on a GPU, except excluded ones.
 
   Args:
     fn: as for ``explain``.
     *args: as for ``explain``.
     target: as for ``explain``.
     mesh: as for ``explain``.
-    exclude: modules that may be of any dtype, by the patterns that ``Fp8Config`` takes:
-      ``["*/head", "*/attention"]``. A pattern that matches no GEMM is an error.
+    exclude: patterns of modules whose GEMMs may have any dtype, such as
+      ``["*/head", "*/attention"]``. Patterns are those of ``Fp8Config``. A pattern that matches no
+      GEMM raises an error.
     name: as for ``explain``.
     timeout: as for ``explain``.
 
@@ -187,11 +193,14 @@ def assert_fp8(
     The report.
 
   Raises:
-    AssertionError: a GEMM is not FP8, or there is none; the message has each with its reason.
-    ValueError: a pattern of ``exclude`` matches no GEMM; or as ``explain`` raises.
+    AssertionError: a GEMM is not FP8, or the program has no GEMM. The message lists each GEMM with
+      its reason.
+    TypeError: ``exclude`` is not a sequence of patterns.
+    ValueError: a pattern of ``exclude`` matches no GEMM.
+    Exception: any error of ``explain``.
 
   Example:
-    In a test suite, three lines, on any machine:
+    A test that runs on any machine:
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> import flax_fp8 as fp8
@@ -202,7 +211,7 @@ def assert_fp8(
     >>> test_dense_is_fp8()
 
   References:
-    As ``explain``.
+    flax_fp8.explain.
   """
   require_patterns(exclude)
   report = explain(fn, *args, target=target, mesh=mesh, name=name, timeout=timeout)

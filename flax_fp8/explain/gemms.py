@@ -1,4 +1,4 @@
-"""The GEMMs of a compiled program: how large, in what types, by which kernel, for which module."""
+"""Finds the GEMMs of a compiled program, with sizes, dtypes, kernels and modules."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _LIBRARY_CALLS = {
   "__cublas$lt$groupedMatmul": "cuBLASLt grouped",
   "__cudnn$blockScaledDot": "cuDNN block-scaled",
 }
-# Products with scales of blocks, ``[batch, m, k]`` by ``[batch, n, k]``: as compiled, as asked for.
+# Block-scaled products of ``[batch, m, k]`` and ``[batch, n, k]``: after and before optimization.
 _SCALED_CALLS = ("__cudnn$blockScaledDot", "__op$block_scaled_dot")
 _FUSION_KINDS = {"triton": "Triton", "cudnn": "cuDNN", "cutlass": "CUTLASS", "cublas": "cuBLAS"}
 
 
 class GemmRole(enum.Enum):
-  """What a GEMM is to a training step, its forward GEMM being ``input @ kernel``."""
+  """The role of a GEMM in a training step with the forward GEMM ``input @ kernel``."""
 
   FPROP = "fprop"
   REMAT = "fprop again"
@@ -48,12 +48,12 @@ class Extent:
 
   @property
   def flops(self) -> int:
-    """Multiplications and additions: ``2 * batch * m * n * k``."""
+    """Number of multiplications and additions: ``2 * batch * m * n * k``."""
     return 2 * self.batch * self.m * self.n * self.k
 
   @property
   def product(self) -> tuple[frozenset[int], int]:
-    """What stays of the sizes where a kernel swaps the operands or splits K into batches."""
+    """Sizes that do not change if a kernel swaps its operands or splits K into batches."""
     return frozenset((self.m, self.n)), self.batch * self.k
 
 
@@ -62,18 +62,18 @@ class Gemm:
   """One GEMM of a compiled program.
 
   Attributes:
-    path: the module that it comes from; empty if the compiler lost it.
-    role: fprop, dgrad, wgrad; ``BACKWARD`` where the sizes and operands do not tell which.
-    extent: its sizes as the kernel computes them, on one device.
-    lhs: dtype of the left operand, in XLA's words.
+    path: path of its module; empty if the compiler lost it.
+    role: fprop, dgrad or wgrad; ``BACKWARD`` if sizes and operands do not determine which.
+    extent: its sizes in the kernel, on one device.
+    lhs: dtype of the left operand, as XLA prints it.
     rhs: dtype of the right operand.
     out: dtype of the result.
-    kernel: the library or compiler that computes it.
-    times: how often a step runs it.
-    bytes: read and written by one run.
+    kernel: library or compiler that made the kernel.
+    times: number of runs in a step.
+    bytes: bytes that one run reads and writes.
     reason: why it is not FP8; empty if it is.
-    notes: what else is worth knowing, padding for one.
-    op_name: JAX's name stack, as the compiler kept it.
+    notes: remarks, such as padding of operands.
+    op_name: name stack, as the compiler kept it.
   """
 
   path: str
@@ -96,20 +96,20 @@ class Gemm:
 
   @property
   def flops(self) -> int:
-    """Of all its runs in a step."""
+    """FLOPs of all its runs in a step."""
     return self.times * self.extent.flops
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-  """A GEMM where it stands in the optimized module.
+  """A GEMM in the optimized module.
 
   Attributes:
     launch: the kernel that computes it.
-    dot: the instruction that multiplies: the kernel itself, or one inside its fusion.
-    kernel: who made the kernel.
+    dot: the instruction that multiplies: the kernel itself, or an instruction in its fusion.
+    kernel: library or compiler that made the kernel.
     extent: its sizes.
-    op_name: JAX's name stack; borrowed from a neighbor where the compiler lost it.
+    op_name: name stack; taken from a neighboring instruction if the compiler lost it.
   """
 
   launch: Launch
@@ -120,17 +120,17 @@ class Site:
 
   @functools.cached_property
   def path(self) -> str:
-    """The module that it comes from."""
+    """Path of its module."""
     return names.model_path(self.op_name)
 
   @functools.cached_property
   def phase(self) -> Phase:
-    """The pass that it is in."""
+    """The pass that it belongs to."""
     return names.phase(self.op_name)
 
 
 def find(module: Module, launched: Sequence[Launch]) -> list[Site]:
-  """Finds the GEMMs among what a program launches."""
+  """Returns the GEMMs among the launches of a program."""
   return [site for launch in launched for site in _sites(module, launch)]
 
 
@@ -141,7 +141,7 @@ def _sites(module: Module, launch: Launch) -> Iterator[Site]:
 
 
 def _dots(module: Module, instruction: Instruction) -> Iterator[tuple[Instruction, str]]:
-  """The multiplying instructions of a kernel, each with the kernel's maker."""
+  """Yields the multiplying instructions of a kernel, and who made the kernel."""
   if instruction.opcode in ("dot", "scaled-dot"):
     yield instruction, "XLA"
   elif instruction.opcode == "custom-call" and is_gemm_call(instruction):
@@ -151,23 +151,23 @@ def _dots(module: Module, instruction: Instruction) -> Iterator[tuple[Instructio
       for inner in module.computations[name].instructions.values():
         for dot, kernel in _dots(module, inner):
           yield dot, _fusion_maker(instruction) if kernel == "XLA" else kernel
-        if _is_product_by_hand(module, inner):
+        if _is_matrix_vector_product(module, inner):
           yield inner, "XLA, matrix-vector"
 
 
 def is_gemm_call(instruction: Instruction) -> bool:
-  """Whether a custom call is a matrix product."""
+  """Returns whether a custom call is a matrix product."""
   return instruction.target in _LIBRARY_CALLS or "gemm_backend_config" in instruction.config
 
 
 def has_block_scales(instruction: Instruction) -> bool:
-  """Whether a product is one of values and of scales for their blocks."""
+  """Returns whether a product has block scales as operands."""
   is_call = instruction.opcode == "custom-call" and instruction.target in _SCALED_CALLS
   return instruction.opcode == "scaled-dot" or is_call
 
 
-def _is_product_by_hand(module: Module, instruction: Instruction) -> bool:
-  """Whether XLA made a product with a vector into multiplications and a reduction."""
+def _is_matrix_vector_product(module: Module, instruction: Instruction) -> bool:
+  """Returns whether XLA rewrote a product with a vector to a multiplication and a reduction."""
   if instruction.opcode != "reduce" or not instruction.op_name.endswith("/dot_general"):
     return False
   summand = module.operands(instruction)[0]
@@ -182,7 +182,7 @@ def _fusion_maker(fusion: Instruction) -> str:
 
 
 def extent_of(module: Module, dot: Instruction) -> Extent | None:
-  """Sizes of a dot, a library call or a reduction that stands for one; None if they are unknown."""
+  """Returns the sizes of a dot, a library call or a matrix-vector product; None if unknown."""
   operands = module.operands(dot)
   if dot.opcode == "reduce":
     out = dot.array.size
@@ -202,7 +202,7 @@ _AXES = ("contracting_dim", "batch_dim")
 
 
 def _dimension_numbers(dot: Instruction) -> list[tuple[int, ...]] | None:
-  """Contracting axes of both operands, then batch axes of both; None if the text has none."""
+  """Returns contracting axes of both operands, then batch axes of both; None if unknown."""
   sides = [(side, kind) for kind in _AXES for side in ("lhs", "rhs")]
   if dot.opcode in ("dot", "scaled-dot"):
     texts = (dot.attributes.get(f"{side}_{kind}s", "{}") for side, kind in sides)
@@ -218,7 +218,7 @@ def _dimension_numbers(dot: Instruction) -> list[tuple[int, ...]] | None:
 
 
 def _op_name(module: Module, launch: Launch, dot: Instruction) -> str:
-  """The name stack of a GEMM, or that of the nearest neighbor that has one."""
+  """Returns the name stack of a GEMM, or of the nearest neighboring instruction with one."""
   kernel = launch.instruction
   if found := dot.op_name or kernel.op_name:
     return names.within_loop(found, launch.loop)
@@ -233,7 +233,7 @@ def _users(module: Module, instruction: Instruction) -> list[Instruction]:
 
 
 def operand_arrays(module: Module, site: Site) -> tuple[Array, Array]:
-  """The buffers that a GEMM multiplies."""
+  """Returns the operand buffers of a GEMM."""
   operands = module.operands(site.dot)
   if site.dot.opcode == "reduce":
     return operands[0].array, operands[0].array
@@ -241,13 +241,13 @@ def operand_arrays(module: Module, site: Site) -> tuple[Array, Array]:
 
 
 def is_fp8(module: Module, site: Site) -> bool:
-  """Whether matrix units multiply two FP8 operands; XLA's own loops have none."""
+  """Returns whether matrix units multiply two FP8 operands; XLA's own loops do not use them."""
   lhs, rhs = operand_arrays(module, site)
   return lhs.is_fp8 and rhs.is_fp8 and not site.kernel.startswith("XLA")
 
 
 def padding(module: Module, site: Site) -> tuple[str, ...]:
-  """Notes on operands that were padded for the kernel."""
+  """Returns notes on operands that XLA padded for the kernel."""
   notes = []
   for side, operand in zip(("lhs", "rhs"), module.operands(site.dot)[:2], strict=False):
     for found in dataflow.ancestors(module, Value(operand), _through_layout(module)):

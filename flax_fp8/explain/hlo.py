@@ -1,8 +1,8 @@
-"""Optimized HLO as data: a reader of XLA's text, nothing more.
+"""Parses XLA's HLO text.
 
-The text is the same in every JAX since 0.8 up to details, which the reader takes as they come: with
-or without shapes before operands, percent signs, index comments, constants over several lines. A
-line that it cannot read is kept in ``Module.unread``, so that nothing is dropped in silence.
+The text differs slightly between JAX versions since 0.8. The parser accepts all variants: operands
+with or without shapes and percent signs, index comments, and constants over several lines. Lines
+that it cannot read are kept in ``Module.unread``, so nothing is dropped silently.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-  """Shape of one buffer.
+  """Dtype and shape of one buffer.
 
   Attributes:
-    dtype: as XLA prints it, ``bf16`` or ``f8e4m3fn``.
-    dims: its dimensions.
-    layout: minor to major, as printed; empty where the text has none.
+    dtype: dtype as XLA prints it, such as ``bf16`` or ``f8e4m3fn``.
+    dims: dimensions.
+    layout: axes from minor to major, as printed; empty if the text has no layout.
   """
 
   dtype: str
@@ -38,12 +38,12 @@ class Array:
 
   @property
   def bytes(self) -> int:
-    """Bytes in memory; elements below 8 bits are packed."""
+    """Bytes in memory; elements with fewer than 8 bits are packed."""
     return -(-self.size * bits(self.dtype) // 8)
 
   @property
   def is_fp8(self) -> bool:
-    """Whether the elements are 8-bit floating point."""
+    """Whether the elements are FP8."""
     return self.dtype.startswith("f8")
 
 
@@ -51,12 +51,12 @@ Shape: TypeAlias = "Array | tuple[Shape, ...]"
 
 
 def opcodes(words: str) -> frozenset[str]:
-  """A set of opcodes, written as words."""
+  """Returns a set of opcodes from a string of words."""
   return frozenset(words.split())
 
 
 def product(dims: tuple[int, ...]) -> int:
-  """Product of dimensions."""
+  """Returns the product of dimensions."""
   total = 1
   for dim in dims:
     total *= dim
@@ -64,7 +64,7 @@ def product(dims: tuple[int, ...]) -> int:
 
 
 def bits(dtype: str) -> int:
-  """Bits of an element."""
+  """Returns the number of bits of an element."""
   if dtype in _BITS:
     return _BITS[dtype]
   found = re.match(r"[a-z]+(\d+)", dtype)
@@ -72,7 +72,7 @@ def bits(dtype: str) -> int:
 
 
 def arrays(shape: Shape) -> Iterator[Array]:
-  """All buffers of a shape."""
+  """Yields all buffers of a shape."""
   if isinstance(shape, Array):
     yield shape
   else:
@@ -81,7 +81,7 @@ def arrays(shape: Shape) -> Iterator[Array]:
 
 
 def shape_bytes(shape: Shape) -> int:
-  """Bytes of all buffers of a shape."""
+  """Returns the bytes of all buffers of a shape."""
   return sum(array.bytes for array in arrays(shape))
 
 
@@ -90,13 +90,13 @@ class Instruction:
   """One instruction of a computation.
 
   Attributes:
-    name: unique in its computation.
-    shape: of its result.
+    name: name, unique in its computation.
+    shape: shape of its result.
     opcode: ``fusion``, ``custom-call``, and so on.
-    operands: names of instructions of the same computation.
-    literal: the text between the parentheses: a parameter's number, a constant's value.
-    attributes: what follows, by name, as printed.
-    computation: name of the computation it stands in.
+    operands: names of its operands, in the same computation.
+    literal: text in parentheses: the number of a parameter, or the value of a constant.
+    attributes: attributes by name, as printed.
+    computation: name of its computation.
   """
 
   name: str
@@ -109,30 +109,30 @@ class Instruction:
 
   @property
   def array(self) -> Array:
-    """The first buffer of the result."""
+    """First buffer of the result."""
     return next(arrays(self.shape), Array("token", ()))
 
   @property
   def op_name(self) -> str:
-    """JAX's name stack of the operation; empty if the compiler lost it."""
+    """Name stack of the operation; empty if the compiler lost it."""
     found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes.get("metadata", ""))
     return found[1].replace('\\"', '"') if found else ""
 
   @property
   def target(self) -> str:
-    """What a custom call calls."""
+    """Target of a custom call; empty for other instructions."""
     return self.attributes.get("custom_call_target", "").strip('"')
 
   @property
   def number(self) -> int:
-    """Position of a parameter; index of a get-tuple-element."""
+    """Position of a parameter, or index of a get-tuple-element."""
     if self.opcode == "parameter":
       return int(self.literal)
     return int(self.attributes["index"])
 
   @functools.cached_property
   def config(self) -> dict[str, Any]:
-    """The backend's configuration; empty where there is none, or where it is not JSON."""
+    """Backend configuration; empty if there is none or it is not JSON."""
     text = self.attributes.get("backend_config", "")
     try:
       found = json.loads(text) if text.startswith("{") else {}
@@ -141,14 +141,14 @@ class Instruction:
     return found if isinstance(found, dict) else {}
 
   def called(self, *names: str) -> list[str]:
-    """Computations that the named attributes call."""
+    """Returns the names of computations in the given attributes."""
     found = (self.attributes.get(name, "") for name in names)
     return [word for text in found for word in re.findall(r"[\w.$\-]+", text)]
 
 
 @dataclasses.dataclass(eq=False)
 class Computation:
-  """A computation: its instructions in the order in which they run, by name."""
+  """A computation: its instructions by name, in execution order."""
 
   name: str
   instructions: dict[str, Instruction] = dataclasses.field(default_factory=dict)
@@ -156,18 +156,18 @@ class Computation:
 
   @property
   def root(self) -> Instruction:
-    """The instruction whose result is the computation's."""
+    """Instruction that computes the result."""
     return self.instructions[self.root_name]
 
   @functools.cached_property
   def parameters(self) -> dict[int, Instruction]:
-    """Its parameters by number."""
+    """Parameters by number."""
     found = (i for i in self.instructions.values() if i.opcode == "parameter")
     return {parameter.number: parameter for parameter in found}
 
   @functools.cached_property
   def users(self) -> dict[str, list[Instruction]]:
-    """Who reads each instruction."""
+    """Users of each instruction."""
     readers: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
     for instruction in self.instructions.values():
       for operand in instruction.operands:
@@ -180,9 +180,9 @@ class Module:
   """A whole program.
 
   Attributes:
-    computations: by name.
-    entry: name of the one that runs.
-    unread: lines that could not be read.
+    computations: computations by name.
+    entry: name of the entry computation.
+    unread: lines that the parser could not read.
   """
 
   computations: dict[str, Computation] = dataclasses.field(default_factory=dict)
@@ -190,14 +190,14 @@ class Module:
   unread: list[str] = dataclasses.field(default_factory=list)
 
   def operands(self, instruction: Instruction) -> list[Instruction]:
-    """The instructions whose results an instruction takes; stand-ins for those not read."""
+    """Returns the operands of an instruction, with placeholders for unread instructions."""
     where = instruction.computation
     found = self.computations[where].instructions
-    return [found.get(name) or stand_in(name, where) for name in instruction.operands]
+    return [found.get(name) or placeholder(name, where) for name in instruction.operands]
 
   @functools.cached_property
   def callers(self) -> dict[str, list[Instruction]]:
-    """The instructions that call each computation."""
+    """Instructions that call each computation."""
     found: dict[str, list[Instruction]] = {name: [] for name in self.computations}
     for computation in self.computations.values():
       for instruction in computation.instructions.values():
@@ -207,12 +207,12 @@ class Module:
     return found
 
 
-def stand_in(name: str, computation: str) -> Instruction:
-  """Stands for an instruction that could not be read: no buffers, no operands."""
+def placeholder(name: str, computation: str) -> Instruction:
+  """Returns a placeholder for an unread instruction, without buffers and operands."""
   return Instruction(name, Array("token", ()), "unread", (), "", {}, computation)
 
 
-# Attributes that name the computations of a conditional, and of whatever calls.
+# Attributes that name the computations of a conditional, and of any calling instruction.
 BRANCHES = ("branch_computations", "true_computation", "false_computation")
 CALLS = ("calls", "body", "condition", "to_apply", "called_computations", *BRANCHES)
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.$\-]+) .*\{$")
@@ -222,7 +222,7 @@ _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?")
 
 
 def parse(text: str) -> Module:
-  """Reads the text of an optimized module."""
+  """Parses the text of an HLO module."""
   module, current = Module(), None
   for line in _logical_lines(text):
     if header := _HEADER.match(line):
@@ -237,15 +237,15 @@ def parse(text: str) -> Module:
     elif current is not None and not _read(line, current):
       module.unread.append(line.strip())
       if named := _LINE.match(line):
-        _add(stand_in(named[2], current.name), current, is_root=bool(named[1]))
+        _add(placeholder(named[2], current.name), current, is_root=bool(named[1]))
   return module
 
 
 def _logical_lines(text: str) -> Iterator[str]:
-  """Joins what was broken over several lines, such as constants, into one line each."""
+  """Joins instructions that span several lines, such as constants, to one line each."""
   pending = ""
   for line in text.splitlines():
-    if pending and _LINE.match(line):  # what was begun never ends
+    if pending and _LINE.match(line):  # the pending instruction has no end
       yield pending
       pending = ""
     whole = pending + line
@@ -259,7 +259,7 @@ def _logical_lines(text: str) -> Iterator[str]:
 
 
 def _read(line: str, computation: Computation) -> bool:
-  """Adds the instruction of a line to its computation; False if the line has another form."""
+  """Adds the instruction of a line to its computation; returns False if it can't be parsed."""
   if not line.strip():
     return True
   found = _LINE.match(line)
@@ -304,7 +304,7 @@ _OPEN, _CLOSE = "([{", ")]}"
 
 
 def _cut_balanced(text: str) -> tuple[str, str]:
-  """Cuts behind the parenthesis that closes the first one; quoted text does not count."""
+  """Splits a text after the parenthesis that closes its first one; quoted text is skipped."""
   depth = 0
   for found in re.finditer(r'"(?:[^"\\]|\\.)*"|[()\[\]{}]', text):
     mark = found[0]
@@ -318,7 +318,7 @@ def _cut_balanced(text: str) -> tuple[str, str]:
 
 
 def _split(text: str) -> list[str]:
-  """Splits at the commas that stand in no parentheses and no quotes."""
+  """Splits a text at the commas outside parentheses and quotes."""
   parts, depth, start = [], 0, 0
   for found in re.finditer(r'"(?:[^"\\]|\\.)*"|[()\[\]{},]', text):
     mark = found[0]
@@ -333,7 +333,7 @@ def _split(text: str) -> list[str]:
 
 
 def _operands(text: str) -> tuple[str, ...]:
-  """Names of the operands; each may have its shape before it."""
+  """Returns the names of operands; a shape may precede each name."""
   parts = _split(_COMMENT.sub("", text))
   return tuple(part.split()[-1].lstrip("%") for part in parts)
 

@@ -1,11 +1,11 @@
-"""What JAX's name stacks tell of an operation: the module it comes from, and the pass it is in."""
+"""Reads the module and the pass of an operation from its JAX name stack."""
 
 from __future__ import annotations
 
 import enum
 import re
 
-# Parts of a name stack that say how a program is run, not where in the model it is.
+# Parts of a name stack that come from control flow and transformations, not from modules.
 _STEPS = frozenset(
   {
     "while",
@@ -32,7 +32,7 @@ _TRANSFORM = re.compile(r"^(jvp|transpose|vmap|remat|checkpoint)\((.*)\)$")
 
 
 class Phase(enum.Enum):
-  """When in a training step an operation runs."""
+  """The part of a training step that an operation belongs to."""
 
   FORWARD = "forward"
   RECOMPUTED = "recomputed"
@@ -40,7 +40,7 @@ class Phase(enum.Enum):
 
 
 def split(op_name: str) -> list[str]:
-  """Splits a name stack at the slashes that stand in no parentheses."""
+  """Splits a name stack at the slashes outside parentheses."""
   parts, depth, start = [], 0, 0
   for index, mark in enumerate(op_name):
     depth += (mark == "(") - (mark == ")")
@@ -51,11 +51,11 @@ def split(op_name: str) -> list[str]:
 
 
 def model_path(op_name: str) -> str:
-  """Names the module that an operation belongs to.
+  """Returns the path of the module that an operation belongs to.
 
-  ``jit(step)/transpose(jvp(Net))/while/body/closed_call/layers/layers.mlp/up/dot_general`` is
-  ``Net/layers/up``: transformations, control flow, a module's methods and the operation are left
-  out.
+  ``jit(step)/transpose(jvp(Net))/while/body/closed_call/layers/layers.mlp/up/dot_general`` gives
+  ``Net/layers/up``. Transformations, control flow, methods of modules and the operation itself are
+  dropped.
   """
   path: list[str] = []
   for part in split(op_name)[:-1]:
@@ -66,9 +66,9 @@ def model_path(op_name: str) -> str:
 
 
 def within_loop(op_name: str, loop: str) -> str:
-  """Puts an operation of a loop's body into another loop that has the same body.
+  """Moves the name stack of an operation from one loop to another loop with the same body.
 
-  ``net/up/while/body/dot_general`` within ``net/down/while`` is
+  ``net/up/while/body/dot_general`` within ``net/down/while`` gives
   ``net/down/while/body/dot_general``.
   """
   if op_name.startswith(f"{loop}/body/") or not loop.endswith("/while"):
@@ -78,7 +78,7 @@ def within_loop(op_name: str, loop: str) -> str:
 
 
 def _bare(part: str) -> str:
-  """A part of a name stack without the transformations around it; empty if nothing is left."""
+  """Removes transformations from a part of a name stack; may return an empty string."""
   while found := _TRANSFORM.match(part):
     if found[1] == "vmap" and "->" in found[2]:
       return ""  # an einsum's equation
@@ -89,7 +89,7 @@ def _bare(part: str) -> str:
 
 
 def phase(op_name: str) -> Phase:
-  """Tells forward, recomputed and backward operations apart."""
+  """Returns whether an operation is forward, recomputed or backward."""
   if "rematted_computation" in op_name:
     return Phase.RECOMPUTED
   return Phase.BACKWARD if "transpose(" in op_name else Phase.FORWARD

@@ -1,4 +1,4 @@
-"""Where the bytes and the time of programs go, as stacked bars."""
+"""Plots bytes and roofline time of programs as stacked bars."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ Bars: TypeAlias = Sequence[tuple[str, Sequence[ClassTotal]]]
 
 
 def draw(bars: Bars, device_kind: str) -> Any:
-  """Draws a bar a program, stacked by class of kernels; bytes left, roofline right.
+  """Draws a bar per program, stacked by class of kernels; bytes left, roofline right.
 
   Args:
     bars: name and totals of each program.
-    device_kind: the GPU, for the title.
+    device_kind: name of the GPU in the title.
 
   Returns:
     A matplotlib figure: ``figure.savefig("report.png")``.
 
   Raises:
-    ImportError: matplotlib, which only pictures need, is not installed.
+    ImportError: matplotlib is not installed.
   """
   figure = _matplotlib("figure:Figure")(figsize=(9, 1.8 + 0.6 * len(bars)), layout="constrained")
   rated = all(total.seconds is not None for _, totals in bars for total in totals)
@@ -39,7 +39,11 @@ def draw(bars: Bars, device_kind: str) -> Any:
 
 
 def formats() -> list[str]:
-  """Lists the formats of pictures, by suffix; raises as ``draw`` does without matplotlib."""
+  """Returns the suffixes of supported image formats.
+
+  Raises:
+    ImportError: matplotlib is not installed.
+  """
   return sorted(_matplotlib("backend_bases:FigureCanvasBase").get_supported_filetypes())
 
 

@@ -1,4 +1,4 @@
-"""JAX's GPU compiler, which needs no GPU: whether it is installed, and what to install."""
+"""Checks that JAX's GPU compiler is installed. The compiler itself needs no GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 
 
 def find_compiler() -> tuple[str, str] | None:
-  """Finds the installed GPU compiler plugin; its name and version, or None."""
+  """Returns the name and version of the installed GPU compiler plugin, or None."""
   for name in _PLUGINS:
     with contextlib.suppress(metadata.PackageNotFoundError):
       return name, metadata.version(name)
@@ -19,7 +19,7 @@ def find_compiler() -> tuple[str, str] | None:
 
 
 def install_line() -> str:
-  """The command that installs the GPU compiler of this JAX, without CUDA's libraries."""
+  """Returns the command that installs the GPU compiler of this JAX, without CUDA libraries."""
   return f"pip install 'jax[cuda13-local]=={_base_version(jax.__version__)}' flatbuffers"
 
 
@@ -28,7 +28,7 @@ def _base_version(version: str) -> str:
 
 
 def require_compiler() -> None:
-  """Raises an ImportError that names the cure unless the GPU compiler of this JAX is installed."""
+  """Raises ImportError with an install command if the GPU compiler of this JAX is missing."""
   found = find_compiler()
   if found is None:
     raise ImportError(

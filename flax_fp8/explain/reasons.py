@@ -1,8 +1,8 @@
-"""Why a GEMM is not FP8: read off the program as it was before the compiler changed it.
+"""Determines why a GEMM is not FP8, from the program before optimization.
 
-The optimized program cannot tell. Where XLA finds no FP8 kernel it computes in a wider type, and
-removes the rounding to FP8 as well, so that no trace is left. The program before optimization shows
-each product with its operands and what made them.
+The optimized program does not show the reason. If XLA finds no FP8 kernel, it computes in a wider
+dtype, and also removes the rounding to FP8. The program before optimization shows each product with
+its operands and how they were computed.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from flax_fp8.explain.dataflow import Value
 from flax_fp8.explain.gemms import Site, has_block_scales
 from flax_fp8.explain.hlo import Instruction, Module, opcodes
 
-# Operations behind which an FP8 value is still the same FP8 value, moved or scaled.
+# Operations that move or scale an FP8 value, but do not change it otherwise.
 _CARRIES = opcodes(
   "convert bitcast bitcast-convert copy reshape transpose broadcast slice dynamic-slice pad select "
   "concatenate dynamic-update-slice multiply divide all-gather all-to-all collective-permute "
   "reduce-precision opt-barrier"
 )
 _ANNOTATIONS = re.compile(r"Sharding|sharding|SPMD|sdy|annotate|LayoutConstraint")
-# Operations on each element, behind which it is another value.
+# Elementwise operations that change an FP8 value.
 _CHANGES = opcodes(
   "add subtract negate abs sign exponential exponential-minus-one log log-plus-one logistic tanh "
   "sqrt rsqrt cbrt power maximum minimum clamp floor ceil round-nearest-even round-nearest-afz "
@@ -37,14 +37,14 @@ _SIDES = ("left", "right")
 def reason(
   module: Module, asked: Sequence[Asked], site: Site, operands: tuple[str, str], fp8_units: bool
 ) -> str:
-  """Says why a GEMM is not FP8, in words to act on.
+  """Returns why a GEMM is not FP8, with advice.
 
   Args:
     module: the program before optimization.
     asked: its products.
     site: a GEMM of the program after optimization.
-    operands: dtypes that its kernel multiplies.
-    fp8_units: whether the GPU multiplies FP8 at all.
+    operands: operand dtypes of its kernel.
+    fp8_units: whether the GPU has FP8 matrix units.
   """
   found = candidates(asked, site)
   if not found:
@@ -64,7 +64,7 @@ def _reason_of(module: Module, asked: Asked, site: Site, fp8_units: bool) -> str
   if has_block_scales(asked.dot):
     return (
       "it has block scales, and XLA chose no kernel that applies them: GPUs before Blackwell have "
-      "none, and in JAX 0.12 XLA chooses by timing on the attached GPU"
+      "no such kernel, and in JAX 0.12 XLA chooses kernels by timing on the attached GPU"
     )
   if site.kernel.endswith("matrix-vector"):
     return "a product with a vector does not use matrix units: exclude it from FP8"
@@ -76,19 +76,19 @@ def _reason_of(module: Module, asked: Asked, site: Site, fp8_units: bool) -> str
       "GEMM in a wider dtype: set XLA_FLAGS=--xla_gpu_enable_triton_gemm=false"
     )
   return (
-    "both operands are FP8, and flax_fp8 knows no reason: TF_CPP_VMODULE=gemm_rewriter=1 makes XLA "
-    "log its own"
+    "both operands are FP8, and the reason is unknown: set TF_CPP_VMODULE=gemm_rewriter=1 to see "
+    "XLA's reason in its log"
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Origin:
-  """How an operand came from FP8.
+  """How an operand was computed from FP8 values.
 
   Attributes:
-    dtype: of the FP8 values; empty if it did not.
-    changed: operations that made other values of them.
-    scaled_by: sizes of factors that are no single number.
+    dtype: FP8 dtype of the values; empty if the operand does not come from FP8.
+    changed: operations that changed the values.
+    scaled_by: shapes of factors with more than one element.
   """
 
   dtype: str = ""
@@ -126,7 +126,7 @@ def _size(instruction: Instruction) -> int:
 
 
 def _factors(module: Module, instruction: Instruction) -> Iterator[str]:
-  """Sizes of the factors of a product that are spread from more than one number."""
+  """Yields the shapes of broadcast factors with more than one element."""
   if instruction.opcode not in ("multiply", "divide"):
     return
   for operand in module.operands(instruction):
@@ -138,7 +138,7 @@ def _factors(module: Module, instruction: Instruction) -> Iterator[str]:
 
 
 def _operand_reason(module: Module, operands: list[Instruction], origins: list[_Origin]) -> str:
-  """What is wrong with one operand by itself."""
+  """Returns why one operand prevents an FP8 GEMM; empty if none does."""
   for side, operand, origin in zip(_SIDES, operands, origins, strict=True):
     if not origin.dtype:
       return (
@@ -159,7 +159,7 @@ def _operand_reason(module: Module, operands: list[Instruction], origins: list[_
 
 
 def _maker(module: Module, operand: Instruction) -> str:
-  """The operation that made an operand's values, or the argument that they are."""
+  """Returns the operation or the argument that an operand comes from."""
   for value in dataflow.ancestors(module, Value(operand), _step(module, _CARRIES)):
     found = value.instruction
     if found.opcode == "parameter":
@@ -170,7 +170,7 @@ def _maker(module: Module, operand: Instruction) -> str:
 
 
 def _argument(module: Module, parameter: Instruction) -> str:
-  """The user's name of an argument; an exported function knows it, its caller has a number."""
+  """Returns the name of an argument; for exported functions, only the callee has the name."""
   for user in module.computations[parameter.computation].users[parameter.name]:
     if user.opcode == "call":
       callee = module.computations[user.called("to_apply")[0]]
@@ -179,7 +179,7 @@ def _argument(module: Module, parameter: Instruction) -> str:
 
 
 def _format_reason(origins: list[_Origin], fp8_units: bool) -> str:
-  """What is wrong with the two formats on this GPU."""
+  """Returns why the two formats prevent an FP8 GEMM on this GPU; empty if they do not."""
   formats = [origin.dtype for origin in origins]
   if not fp8_units:
     return "the GPU has no FP8 matrix units: Ada (8.9), Hopper or newer has them"

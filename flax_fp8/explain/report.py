@@ -1,4 +1,4 @@
-"""What ``explain`` found out about a program, as numbers, tables and pictures."""
+"""The report of ``explain`` as numbers, tables and plots."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ def require_patterns(exclude: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What the GPU compiler made of a program: one step, on one of its devices.
+  """Describes a compiled program: one step, on one of its devices.
 
-  ``print(report)`` fits a terminal.
+  ``print(report)`` shows tables at the width of the terminal.
 
   Attributes:
-    name: of the program.
-    device_kind: the GPU it is compiled for.
-    devices: how many it runs on; all numbers are of one of them.
-    described: whether the GPU was described to the compiler, not attached.
-    gemms: every GEMM, with its role, size, dtypes, kernel, and why it is not FP8.
+    name: name of the program.
+    device_kind: the GPU that the program is compiled for.
+    devices: number of devices; all other numbers are for one device.
+    described: whether the GPU was described to the compiler instead of attached.
+    gemms: every GEMM, with its role, size, dtypes, kernel, and the reason if it is not FP8.
     kernels: every kernel, with its class and bytes.
-    collectives: what travels between devices.
+    collectives: transfers between devices.
     memory: bytes of arguments, results and temporaries.
-    target: the GPU's rates; None if they are not known.
+    target: the GPU with its peak rates; None if they are not known.
     doubts: what the report could not read, or had to assume.
 
   Numerics:
-    Bytes count each input and result of a kernel once; caches are not modeled. ``seconds`` is a
-    roofline, a lower bound by data-sheet rates. ``estimated_seconds`` takes the rates that an H100
-    sustained, and adds the cost of launches: see ``flax_fp8/explain/roofline.py``.
+    Each input and result of a kernel counts once. Caches are not modeled. ``seconds`` is a
+    roofline: a lower bound from data-sheet rates. ``estimated_seconds`` uses the rates that an
+    H100 sustained, and adds the cost of launches. See ``flax_fp8/explain/roofline.py``.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -84,23 +84,23 @@ class Report:
 
   @property
   def fp8_gemms(self) -> int:
-    """GEMMs of a step that are FP8."""
+    """Number of FP8 GEMMs in a step."""
     return sum(gemm.times for gemm in self.gemms if gemm.is_fp8)
 
   @property
   def total_gemms(self) -> int:
-    """All GEMMs of a step."""
+    """Number of GEMMs in a step."""
     return sum(gemm.times for gemm in self.gemms)
 
   @property
   def fp8_flops_share(self) -> float:
-    """Part of the GEMMs' FLOPs that is computed in FP8; 0 without GEMMs."""
+    """Fraction of the FLOPs of GEMMs that is computed in FP8; 0 without GEMMs."""
     total = sum(gemm.flops for gemm in self.gemms)
     return sum(gemm.flops for gemm in self.gemms if gemm.is_fp8) / total if total else 0.0
 
   @property
   def launches(self) -> int:
-    """Kernels that a step launches."""
+    """Number of kernels that a step launches."""
     return sum(kernel.times for kernel in self.kernels)
 
   @property
@@ -115,17 +115,18 @@ class Report:
 
   @property
   def seconds(self) -> float | None:
-    """Roofline of a step; None if the GPU's rates are not known."""
+    """Roofline of a step in seconds; None if the rates of the GPU are not known."""
     if self.target is None:
       return None
     return sum(total.seconds or 0.0 for total in self.classes)
 
   @property
   def estimated_seconds(self) -> float | None:
-    """Time that a step is likely to take; None if the GPU's rates are not known.
+    """Estimated seconds of a step; None if the rates of the GPU are not known.
 
-    Within 15 % of the time measured on an H100 for layers of GEMMs. It has no part for what a
-    library's call computes, cuDNN's attention for one, and none for what collectives hide.
+    The estimate is within 15 % of the time measured on an H100 for layers of GEMMs. It excludes
+    the computation inside library calls, such as cuDNN attention. It ignores that computation may
+    overlap with collectives.
     """
     if self.target is None:
       return None
@@ -133,12 +134,12 @@ class Report:
 
   @property
   def classes(self) -> tuple[ClassTotal, ...]:
-    """Totals of each class of kernels that occurs."""
+    """Totals of each class of kernels in the program."""
     return roofline.class_totals(self.kernels, self.collectives, self.target)
 
   @property
   def refusals(self) -> dict[str, list[Gemm]]:
-    """The GEMMs that are not FP8, by reason."""
+    """GEMMs that are not FP8, by reason."""
     found: dict[str, list[Gemm]] = {}
     for gemm in self.gemms:
       if not gemm.is_fp8:
@@ -147,7 +148,7 @@ class Report:
 
   @property
   def title(self) -> str:
-    """One line: which program, on what, how much of it is FP8."""
+    """One line: the program, the device, and the FP8 share."""
     how = "described, not attached" if self.described else "attached"
     count = f"{self.devices} devices" if self.devices > 1 else "1 device"
     return (
@@ -156,25 +157,30 @@ class Report:
     )
 
   def assert_fp8(self, exclude: Sequence[str | re.Pattern[str]] = ()) -> None:
-    """Raises AssertionError unless every GEMM is FP8, but for those of the excluded modules.
+    """Raises AssertionError unless every GEMM is FP8, except those of excluded modules.
 
     Args:
-      exclude: globs or regular expressions of module paths, as ``Fp8Config`` takes them.
+      exclude: globs or regular expressions of module paths, as in ``Fp8Config``.
 
     Raises:
-      AssertionError: a GEMM is not FP8, or there is none; the message has each with its reason.
+      AssertionError: a GEMM is not FP8, or the program has no GEMM. The message lists each GEMM
+        with its reason.
       ValueError: a pattern matches no module that has a GEMM.
-      TypeError: ``exclude`` is a single string.
+      TypeError: ``exclude`` is not a sequence of patterns.
     """
     self._require_matches(exclude)
     if not self.gemms:
-      raise AssertionError(f"assert_fp8: {self.name} must have FP8 GEMMs; got no GEMM at all.")
+      raise AssertionError(
+        f"assert_fp8: {self.name} must have FP8 GEMMs; got no GEMM at all. Pass a function that "
+        "computes matrix products."
+      )
     matches = lambda gemm: any(_matches(pattern, gemm.path) for pattern in exclude)
     if wrong := [gemm for gemm in self.gemms if not gemm.is_fp8 and not matches(gemm)]:
       lines = "\n".join(f"  {_line(gemm)}" for gemm in wrong)
       raise AssertionError(
         f"assert_fp8: every GEMM of {self.name} must be FP8 on {self.device_kind}; got "
-        f"{len(wrong)} that are not. Mend them, or name their modules in exclude=:\n{lines}"
+        f"{len(wrong)} that {'is' if len(wrong) == 1 else 'are'} not. Quantize their operands, or "
+        f"pass their modules in exclude=:\n{lines}"
       )
 
   def _require_matches(self, patterns: Sequence[str | re.Pattern[str]]) -> None:
@@ -190,13 +196,13 @@ class Report:
         )
 
   def compare(self, other: Report) -> Comparison:
-    """Puts this program beside another one.
+    """Compares this program with another one.
 
     Args:
-      other: what this one is measured against: its BF16 twin, another recipe, another library.
+      other: report of the baseline, such as the same model in BF16 or with another recipe.
 
     Returns:
-      The two, and the ratio of this to the other, line by line.
+      The numbers of both programs, and the ratios of this program to ``other``.
     """
     return Comparison(
       names=(self.name, other.name),
@@ -206,7 +212,7 @@ class Report:
     )
 
   def figures(self) -> dict[str, float]:
-    """The numbers that programs are compared by: label with unit, and value."""
+    """Returns the numbers that ``compare`` shows, by label with unit."""
     found = {
       "FP8 GEMMs": self.fp8_gemms,
       "GEMMs": self.total_gemms,
@@ -224,7 +230,7 @@ class Report:
     return found
 
   def to_dict(self) -> dict[str, Any]:
-    """Everything but the kernels' list, in types that JSON knows."""
+    """Returns everything except the list of kernels, as JSON types."""
     return {
       "name": self.name,
       "device": self.device_kind,
@@ -255,15 +261,22 @@ class Report:
     }
 
   def to_markdown(self) -> str:
-    """The report as Markdown."""
+    """Returns the report as Markdown."""
     return tables.markdown(self._parts())
 
   def __str__(self) -> str:
-    """The report as text, as wide as the terminal."""
+    """Returns the report as text, at the width of the terminal."""
     return tables.terminal(self._parts())
 
   def plot(self) -> Any:
-    """Draws where the bytes and the time of a step go, stacked by class; a matplotlib figure."""
+    """Draws the bytes and the time of a step as bars, stacked by class of kernels.
+
+    Returns:
+      A matplotlib figure.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
     return plot.draw([(self.name, self.classes)], self.device_kind)
 
   def _parts(self) -> list[Table | str]:
@@ -279,7 +292,7 @@ class Report:
 
 
 def short_dtype(dtype: str) -> str:
-  """``f8e4m3fn`` is ``e4m3``, as people write it; other dtypes stay."""
+  """Shortens FP8 dtypes: ``f8e4m3fn`` becomes ``e4m3``. Other dtypes are unchanged."""
   return dtype.removeprefix("f8").removesuffix("fn") if dtype.startswith("f8") else dtype
 
 
@@ -300,7 +313,7 @@ def _line(gemm: Gemm) -> str:
 
 
 def _gemm_table(report: Report) -> Table:
-  """A row for each kind of GEMM, by module; what is alike in all columns is counted together."""
+  """Builds a table with a row for each kind of GEMM, by module; equal rows are counted together."""
   letters = {reason: f"no [{index}]" for index, reason in enumerate(report.refusals, 1)}
   counts: dict[str, dict[tuple[str, ...], int]] = {}
   for gemm in report.gemms:

@@ -1,8 +1,8 @@
-"""What each GEMM is to a training step: fprop, dgrad or wgrad.
+"""Determines the role of each GEMM in a training step: fprop, dgrad or wgrad.
 
-JAX's name stack tells the pass. Of the two backward GEMMs of ``[M, K] @ [K, N]``, dgrad contracts N
-and wgrad contracts M; where that leaves two answers, the operand that a backward GEMM shares with
-its forward GEMM decides.
+The name stack gives the pass. For a forward GEMM ``[M, K] @ [K, N]``, dgrad contracts N and wgrad
+contracts M. If the sizes match both, the operand that a backward GEMM shares with its forward GEMM
+decides.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from flax_fp8.explain.names import Phase
 
 @dataclasses.dataclass(frozen=True)
 class _Forward:
-  """A forward GEMM; its sizes with the input first and K whole, however it was compiled."""
+  """A forward GEMM, with its sizes before optimization: input first, and K not split."""
 
   site: Site
   extent: Extent
 
 
 def roles(module: Module, sites: Sequence[Site], asked: Sequence[Asked]) -> list[GemmRole]:
-  """Tells what each GEMM is.
+  """Returns the role of each GEMM.
 
   Args:
     module: the optimized program.
     sites: its GEMMs.
-    asked: the products before optimization, which still have the input on the left.
+    asked: the products before optimization, which have the input on the left.
   """
   forward: dict[str, list[_Forward]] = {}
   for site in sites:
@@ -63,7 +63,7 @@ def _by_size(backward: Extent, forward: Extent) -> Iterator[GemmRole]:
 
 
 def _by_operands(module: Module, site: Site, forward: Site) -> Iterator[GemmRole]:
-  """The gradient's other operand is the kernel (dgrad) or the input (wgrad) of the forward GEMM."""
+  """Yields dgrad if the forward kernel is an operand, and wgrad if the forward input is one."""
   mine = [sources(module, operand) for operand in module.operands(site.dot)[:2]]
   lhs, rhs = (sources(module, operand) for operand in module.operands(forward.dot)[:2])
   if rhs in mine and lhs not in mine:
@@ -73,7 +73,7 @@ def _by_operands(module: Module, site: Site, forward: Site) -> Iterator[GemmRole
 
 
 def sources(module: Module, operand: Instruction) -> frozenset[Value]:
-  """The program's parameters and the GEMMs that an operand is made from."""
+  """Returns the program parameters and the GEMMs that an operand is computed from."""
 
   def step(value: Value) -> list[Value]:
     return [] if _is_source(value.instruction) else dataflow.operands(module, value)

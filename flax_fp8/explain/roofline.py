@@ -1,10 +1,12 @@
-"""How fast a program could be, and how fast it is likely to be: each kernel's time, added up.
+"""Computes the roofline and the estimated time of a program.
+
+The time is a sum over kernels and collectives::
 
     seconds = sum over kernels of times * max(flops / peak_flops, bytes / memory_bandwidth)
               + sum over collectives of bytes sent / link_bandwidth
 
-By data-sheet rates this is the roofline, a lower bound: no launch costs, no overlap, no caches. The
-estimate takes the rates that an H100 sustained, and adds the cost of each launch.
+With data-sheet rates, this is the roofline: a lower bound without launch costs, overlap and caches.
+The estimate uses the rates that an H100 sustained, and adds the cost of each launch.
 """
 
 from __future__ import annotations
@@ -17,15 +19,15 @@ from flax_fp8.explain.hlo import bits
 from flax_fp8.explain.target import GpuTarget
 from flax_fp8.explain.traffic import Kernel, KernelClass
 
-# Parts of its data-sheet rates that an H100 of 700 W sustained, and seconds that a kernel takes
-# besides: fitted to the layers of benchmarks/gemm.py, with XLA's Triton GEMMs switched off.
+# Fractions of its data-sheet rates that an H100 with 700 W sustained, and extra seconds per launch.
+# Fitted to the layers of benchmarks/gemm.py, without XLA's Triton GEMMs.
 SUSTAINED = {"fp8": 0.66, "bf16": 0.71, "tf32": 0.71}
 SUSTAINED_MEMORY = 0.80
 LAUNCH_SECONDS = 3e-6
 
 
 def sustained(target: GpuTarget) -> GpuTarget:
-  """The same GPU with the rates that it is likely to sustain."""
+  """Returns the same GPU with sustained instead of peak rates."""
   rates = {dtype: SUSTAINED[dtype] * rate for dtype, rate in target.peak_flops.items()}
   bandwidth = SUSTAINED_MEMORY * target.memory_bandwidth
   return dataclasses.replace(target, peak_flops=rates, memory_bandwidth=bandwidth)
@@ -34,16 +36,16 @@ def sustained(target: GpuTarget) -> GpuTarget:
 def estimate(
   kernels: Sequence[Kernel], collectives: Sequence[Collective], target: GpuTarget
 ) -> float:
-  """Seconds that a step is likely to take: kernels at sustained rates, launches, collectives."""
+  """Returns the estimated seconds of a step: kernels at sustained rates, launches, collectives."""
   likely = sustained(target)
   seconds = sum(kernel_seconds(each, likely) + LAUNCH_SECONDS * each.times for each in kernels)
   return seconds + sum(collective_seconds(each, target) for each in collectives)
 
 
 def peak_flops(target: GpuTarget, dtype: str) -> float:
-  """The rate of a GPU's matrix units for operands of a dtype, in XLA's words.
+  """Returns the peak FLOP/s of the matrix units for an operand dtype, as XLA prints it.
 
-  FP8 counts as BF16 on a GPU that has none; float32 is multiplied as TF32.
+  FP8 counts as BF16 on a GPU without FP8. float32 counts as TF32.
   """
   if bits(dtype) == 8:
     return target.peak_flops.get("fp8", target.peak_flops["bf16"])
@@ -51,7 +53,7 @@ def peak_flops(target: GpuTarget, dtype: str) -> float:
 
 
 def kernel_seconds(kernel: Kernel, target: GpuTarget) -> float:
-  """Seconds of all runs of a kernel in a step; a collective's are counted by what it sends."""
+  """Returns the seconds of all runs of a kernel in a step; 0 for collectives."""
   if kernel.kind is KernelClass.COLLECTIVE:
     return 0.0
   memory = (kernel.read + kernel.written) / target.memory_bandwidth
@@ -60,19 +62,19 @@ def kernel_seconds(kernel: Kernel, target: GpuTarget) -> float:
 
 
 def collective_seconds(collective: Collective, target: GpuTarget) -> float:
-  """Seconds of all runs of a collective in a step."""
+  """Returns the seconds of all runs of a collective in a step."""
   return collective.sent / target.link_bandwidth
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassTotal:
-  """All kernels of one class.
+  """Totals of all kernels of one class.
 
   Attributes:
     kind: the class.
-    kernels: launches in a step.
-    bytes: that they read and write.
-    seconds: their roofline; None where the GPU's rates are not known.
+    kernels: number of launches in a step.
+    bytes: bytes that they read and write.
+    seconds: their roofline; None if the rates of the GPU are not known.
   """
 
   kind: KernelClass
@@ -84,7 +86,7 @@ class ClassTotal:
 def class_totals(
   kernels: Sequence[Kernel], collectives: Sequence[Collective], target: GpuTarget | None
 ) -> tuple[ClassTotal, ...]:
-  """Adds up each class of kernels that occurs."""
+  """Returns the totals of each class of kernels in the program."""
   totals = []
   for kind in KernelClass:
     found = [kernel for kernel in kernels if kernel.kind is kind]

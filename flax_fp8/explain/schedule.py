@@ -1,4 +1,4 @@
-"""What a program launches, and how often: loops unrolled in the count, calls followed."""
+"""Lists the launches of a program, with loop iterations counted and calls followed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from flax_fp8.explain import names
 from flax_fp8.explain.hlo import BRANCHES, Instruction, Module, opcodes
 
-# Instructions that name, group or forward values and launch nothing.
+# Instructions that only name, group or forward values, and launch nothing.
 FREE = opcodes(
   "parameter constant tuple get-tuple-element bitcast after-all add-dependency opt-barrier "
   "partition-id replica-id domain get-dimension-size"
@@ -21,11 +21,11 @@ class Launch:
   """An instruction that occupies the GPU.
 
   Attributes:
-    instruction: what runs.
-    times: how often a call of the program runs it.
-    doubt: why ``times`` may be wrong; empty where the text says it.
-    loop: name stack of the innermost loop that runs it; empty outside of loops. Of loops with equal
-      bodies XLA names the operations of all after one of them.
+    instruction: the instruction that runs.
+    times: number of runs in a call of the program.
+    doubt: why ``times`` may be wrong; empty if the HLO text states it.
+    loop: name stack of the innermost loop that runs it; empty outside loops. XLA gives operations
+      of loops with equal bodies the name stack of one of these loops.
   """
 
   instruction: Instruction
@@ -35,10 +35,10 @@ class Launch:
 
 
 def launches(module: Module) -> list[Launch]:
-  """Lists what one call of the program runs, in order.
+  """Lists the launches of one call of the program, in order.
 
-  A loop's body counts once for each of its iterations where the compiler knows how many there are,
-  else once, with a doubt. Of a conditional every branch counts, with a doubt.
+  A loop body counts once per iteration if the compiler knows their number. Otherwise it counts
+  once, with a doubt. Each branch of a conditional counts, with a doubt.
   """
   return list(_walk(module, module.entry, 1, "", ""))
 
@@ -58,7 +58,7 @@ def _walk(module: Module, name: str, times: int, doubt: str, loop: str) -> Itera
 
 
 def _inner(instruction: Instruction, times: int, doubt: str) -> list[tuple[str, int, str]] | None:
-  """Computations that an instruction runs in its place; None if it is itself what runs."""
+  """Returns the computations that an instruction runs; None if the instruction itself runs."""
   opcode = instruction.opcode
   if opcode == "while":
     trips = trip_count(instruction)
@@ -76,6 +76,6 @@ def _inner(instruction: Instruction, times: int, doubt: str) -> list[tuple[str, 
 
 
 def trip_count(loop: Instruction) -> int | None:
-  """How often a while loop runs, where the compiler found out."""
+  """Returns the number of iterations of a while loop; None if the compiler does not know it."""
   known = loop.config.get("known_trip_count", {}).get("n")
   return None if known is None else int(known)

@@ -1,4 +1,4 @@
-"""The GPUs to compile for, as data: what XLA must know of each, and how fast it can be at best."""
+"""The GPUs to compile for: XLA's descriptions and peak rates."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-# What XLA calls a GpuTargetConfigProto. Fields of all JAX releases that flax_fp8 supports; XLA
-# reads the toolkit's version to know whether cuBLASLt has FP8.
+# XLA's GpuTargetConfigProto, with the fields of all JAX releases that flax_fp8 supports. XLA reads
+# the version of the toolkit to know whether cuBLASLt supports FP8.
 _DESCRIPTION = """
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -39,19 +39,19 @@ device_description_str: "{label}"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GpuTarget:
-  """A GPU to compile for: how the compiler knows it, and its peak rates for the roofline.
+  """A GPU to compile for: its description for XLA, and its peak rates for the roofline.
 
-  ``"h100"``, ``"h200"``, ``"b200"``, ``"a100"`` and ``"l40s"`` are known by name. Any other NVIDIA
-  GPU is ``GpuTarget(...)`` with XLA's own description of it.
+  ``GpuTarget.named`` returns ``"h100"``, ``"h200"``, ``"b200"``, ``"a100"`` and ``"l40s"``. For any
+  other NVIDIA GPU, pass XLA's description of it.
 
   Attributes:
-    name: what reports call it.
+    name: name in reports.
     description: text proto of XLA's ``GpuTargetConfigProto``.
-    peak_flops: dense FLOP/s of the matrix units by operand type: ``"fp8"`` (left out where there
-      are none), ``"bf16"`` and ``"tf32"``.
-    memory_bandwidth: bytes/s of the GPU's memory.
+    peak_flops: dense FLOP/s of the matrix units by operand dtype: ``"bf16"``, ``"tf32"``, and
+      ``"fp8"`` if the GPU supports it.
+    memory_bandwidth: bytes/s of the GPU memory.
     link_bandwidth: bytes/s to other GPUs, in one direction.
-    memory_bytes: of the GPU.
+    memory_bytes: bytes of the GPU memory.
 
   Raises:
     ValueError: ``peak_flops`` lacks ``"bf16"`` or ``"tf32"``, or a rate is not positive.
@@ -76,7 +76,7 @@ class GpuTarget:
   def __post_init__(self) -> None:
     if missing := {"bf16", "tf32"} - self.peak_flops.keys():
       raise ValueError(
-        f"GpuTarget: peak_flops must name the operand types 'bf16' and 'tf32', and 'fp8' where the "
+        f"GpuTarget: peak_flops must name the operand types 'bf16' and 'tf32', and 'fp8' if the "
         f"GPU has it; got {dict(self.peak_flops)}. Add {sorted(missing)} in FLOP/s."
       )
     rates = [*self.peak_flops.values(), self.memory_bandwidth, self.link_bandwidth]
@@ -87,24 +87,24 @@ class GpuTarget:
       )
 
   def __getstate__(self) -> dict[str, object]:
-    # pickle takes dicts, but no read-only views of them.
+    # pickle supports dicts, but not read-only views of dicts.
     return {**vars(self), "peak_flops": dict(self.peak_flops)}
 
   @property
   def device_kind(self) -> str:
-    """What its driver calls it; the name where the description does not say."""
+    """Name of the GPU in its driver; ``name`` if the description lacks it."""
     found = re.search(r'device_description_str: *"([^"]*)"', self.description)
     return found[1] if found else self.name
 
   @classmethod
   def named(cls, name: str) -> GpuTarget:
-    """Looks up a GPU by name.
+    """Returns a known GPU by name.
 
     Args:
       name: one of ``"a100"``, ``"b200"``, ``"h100"``, ``"h200"``, ``"l40s"``.
 
     Returns:
-      Its description.
+      The GPU.
 
     Raises:
       ValueError: the name is unknown.
@@ -118,9 +118,9 @@ class GpuTarget:
 
   @classmethod
   def of_kind(cls, kind: str) -> GpuTarget | None:
-    """Finds a GPU by what its driver calls it, ``device.device_kind``; None if it is not known.
+    """Returns a known GPU by the name in its driver, ``device.device_kind``, or None.
 
-    Boards of the same chip with other rates, ``"NVIDIA H100 PCIe"`` for one, are not.
+    Boards of the same chip with other rates, such as ``"NVIDIA H100 PCIe"``, give None.
     """
     words = set(re.split(r"[\s-]+", kind.lower()))
     if words & {"pcie", "nvl", "40gb"}:
@@ -198,7 +198,7 @@ _TARGETS = {
       memory_bytes=47697362944,
       l2_cache=100663296,
       memory_bandwidth=0.864e12,
-      link_bandwidth=32e9,  # PCIe 4.0 x16: it has no NVLink
+      link_bandwidth=32e9,  # PCIe 4.0 x16; the L40S has no NVLink
       peak_tflops={"fp8": 733.0, "bf16": 362.05, "tf32": 183.0},
     ),
     _gpu(

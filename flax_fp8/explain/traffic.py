@@ -1,8 +1,8 @@
-"""Kernels, and the bytes that each reads and writes.
+"""Classifies kernels and counts the bytes that each reads and writes.
 
-A kernel reads each of its inputs once and writes each of its results once. Of an input that is only
-sliced, the slice counts; of a result that is an update in place, the update; of a library's call,
-not its workspace. Caches are not modeled: what two kernels read is read twice.
+A kernel reads each input once and writes each result once. If it only slices an input, only the
+slice counts. If it updates a result in place, only the update counts. The workspace of a library
+call does not count. Caches are not modeled, so a tensor that two kernels read counts twice.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from flax_fp8.explain.schedule import FREE, Launch
 
 
 class KernelClass(enum.Enum):
-  """What a kernel is for."""
+  """The purpose of a kernel."""
 
   FP8_GEMM = "FP8 GEMM"
   GEMM = "other GEMM"
@@ -47,14 +47,14 @@ class Kernel:
   """One kernel of a program.
 
   Attributes:
-    name: in the compiler's text.
-    kind: what it is for.
-    times: how often a step runs it.
+    name: name in the HLO text.
+    kind: purpose of the kernel.
+    times: number of runs in a step.
     read: bytes that one run reads.
     written: bytes that one run writes.
-    flops: that the matrix units compute in one run.
-    operand: dtype that they multiply; empty where they do not.
-    what: the library call's or unknown instruction's name; empty for the others.
+    flops: FLOPs of the matrix units in one run.
+    operand: operand dtype of the matrix units; empty if the kernel does not use them.
+    what: name of a library call or unknown instruction; empty for all others.
   """
 
   name: str
@@ -68,12 +68,12 @@ class Kernel:
 
   @property
   def bytes(self) -> int:
-    """Read and written by all its runs in a step."""
+    """Bytes that all runs in a step read and write."""
     return self.times * (self.read + self.written)
 
 
 def kernels(module: Module, launched: Sequence[Launch], sites: Sequence[Site]) -> list[Kernel]:
-  """Classifies and weighs everything that a program launches."""
+  """Returns each launch of a program with its class and bytes."""
   inside: dict[int, list[Site]] = {}
   for site in sites:
     inside.setdefault(id(site.launch), []).append(site)
@@ -99,7 +99,7 @@ def _kernel(module: Module, launch: Launch, sites: list[Site]) -> Kernel:
   )
 
 
-# What it is for.
+# Classes of kernels.
 
 _MOVES = opcodes(
   "transpose copy copy-start reshape slice dynamic-slice dynamic-update-slice concatenate gather "
@@ -130,7 +130,7 @@ def _classify(module: Module, instruction: Instruction) -> tuple[KernelClass, st
 
 
 def _content(module: Module, instruction: Instruction) -> set[str]:
-  """What a kernel does to arrays; arithmetic on single numbers, such as indices, does not count."""
+  """Returns the opcodes of a kernel on arrays, without arithmetic on scalars such as indices."""
   if instruction.opcode != "fusion":
     return {_copy_or_transpose(module, instruction)} - _FILLS
   body = _body(module, instruction)
@@ -139,7 +139,7 @@ def _content(module: Module, instruction: Instruction) -> set[str]:
 
 
 def _copy_or_transpose(module: Module, instruction: Instruction) -> str:
-  """The opcode; a copy into another layout is a transposition."""
+  """Returns the opcode of an instruction; a copy to another layout is a transpose."""
   if instruction.opcode == "copy":
     (operand,) = module.operands(instruction)
     if operand.array.layout != instruction.array.layout:
@@ -168,14 +168,14 @@ def _body(module: Module, fusion: Instruction) -> Computation:
   return module.computations[fusion.called("calls")[0]]
 
 
-# What it moves.
+# Bytes of kernels.
 
 _SLICES = ("dynamic-slice", "slice", "gather")
 _UPDATES = {"dynamic-update-slice": 1, "scatter": -1}  # position of the update among the operands
 
 
 def _traffic(module: Module, instruction: Instruction, *, is_gemm: bool) -> tuple[int, int]:
-  """Bytes read and written by one run."""
+  """Returns the bytes that one run reads and writes."""
   operands = module.operands(instruction)
   if instruction.opcode == "fusion":
     body = _body(module, instruction)
@@ -198,12 +198,12 @@ def _traffic(module: Module, instruction: Instruction, *, is_gemm: bool) -> tupl
 
 
 def _is_workspace(array: Array, results: Sequence[object]) -> bool:
-  """Whether a result of a library's GEMM is its workspace: bytes beside what it computes."""
+  """Returns whether a result of a library GEMM is its workspace: bytes beside other results."""
   return len(results) > 1 and array.dtype in ("s8", "u8")
 
 
 def _read_of(body: Computation, number: int, operand: Instruction) -> int:
-  """Bytes that a fusion reads of an operand: all of it, or the slices that it takes."""
+  """Returns the bytes that a fusion reads of an operand: the whole operand, or its slices."""
   parameter = body.parameters[number]
   whole, taken = operand.array.bytes, 0
   width = whole // max(operand.array.size, 1)
@@ -211,16 +211,16 @@ def _read_of(body: Computation, number: int, operand: Instruction) -> int:
     is_first = user.operands[0] == name and name not in user.operands[1:]
     if user.opcode in _SLICES and is_first:
       taken += user.array.size * width
-    elif not (user.opcode in _UPDATES and is_first):  # which is written to, not read
+    elif not (user.opcode in _UPDATES and is_first):  # an update writes, but does not read
       return whole
   return min(whole, taken)
 
 
 def _uses(body: Computation, value: Instruction) -> Iterator[tuple[Instruction, str]]:
-  """The instructions that read a value, and the name by which they do.
+  """Yields the instructions that read a value, and the operand name that each uses.
 
-  What is computed of it element by element, and only sliced then, is computed only there: so these
-  are its uses, not the arithmetic before.
+  If a value is only sliced after elementwise operations, the fusion computes only the slices. Then
+  the slices count as its uses instead of the elementwise operations.
   """
   sliced, seen, values = _sliced(body), {value.name}, [value]
   while values:
@@ -235,7 +235,7 @@ def _uses(body: Computation, value: Instruction) -> Iterator[tuple[Instruction, 
 
 
 def _sliced(body: Computation) -> set[str]:
-  """What a fusion computes element by element, and takes nothing but slices of."""
+  """Returns the elementwise results of a fusion that are used only through slices."""
   names: set[str] = set()
   for value in reversed(body.instructions.values()):
     users = body.users[value.name]
@@ -246,13 +246,13 @@ def _sliced(body: Computation) -> set[str]:
 
 
 def _roots(body: Computation) -> list[Instruction]:
-  """What a fusion computes, one instruction a result."""
+  """Returns the instruction of each result of a fusion."""
   root = body.root
   return [body.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
 
 
 def _written(body: Computation, result: Instruction) -> int:
-  """Bytes that a fusion writes of a result: all of it, or its update in place."""
+  """Returns the bytes that a fusion writes of a result: the whole result, or its update."""
   source = result
   while source.opcode == "bitcast":
     source = body.instructions[source.operands[0]]

@@ -112,9 +112,9 @@ class DynamicScale(dynamic_scale.DynamicScale):
         axis. FP8 state becomes the maximum over it.
 
     Returns:
-      A function of the same arguments that returns ``(dynamic_scale, finite, aux, grad)``: the
-      dynamic scale for the next step; whether all gradients of parameters are finite; the value of
-      ``fun``; and the gradients, in which state is its new value.
+      A function of the same arguments that returns ``(dynamic_scale, finite, aux, grad)``.
+      ``dynamic_scale`` is for the next step. ``finite`` is whether all gradients of parameters are
+      finite. ``aux`` is the value of ``fun``. In ``grad``, state is its new value.
 
     Raises:
       TypeError: as for ``flax_fp8.value_and_grad``.

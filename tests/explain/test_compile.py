@@ -114,5 +114,8 @@ class TestHostCallbacks:
   @pytest.mark.parametrize("name", ["io_callback", "pure_callback"])
   def test_an_abstract_mesh_has_no_device_for_them(self, described, name):
     x = spec(64, 64, sharding=NamedSharding(MESH, P("data")))
-    with pytest.raises(ValueError, match=r"places io_callback .* Pass a jax\.sharding\.Mesh"):
+    with pytest.raises(
+      ValueError,
+      match=r"pure_callback need a mesh with devices; .* Pass a jax\.sharding\.Mesh",
+    ):
       fp8.explain(CALLBACKS[name], x, target="h100")
