@@ -2,55 +2,51 @@
 
     python benchmarks/recipe_error.py        # no GPU needed; about a minute on one CPU core
 
-Each recipe multiplies the three GEMMs of a layer in bfloat16, at five shapes, on inputs ``x`` of
-four distributions. ``error`` is ``norm(got - exact) / norm(exact)``; the exact product is that of
-the same bfloat16 operands in float64; tables show the mean over the shapes. ``wgrad/channel`` is
-the root mean square of the errors of the weight gradient's rows, one for each channel of ``x``:
-outliers' rows count no more than others. Kernels are normal, with a standard deviation of
-``1 / sqrt(K)``. Output gradients are 1e-5 times normal values where inputs are normal, else 1e-5
-times heavy-tailed ones.
+Each recipe computes the three GEMMs of a layer in bfloat16, at five shapes, on inputs ``x`` of four
+distributions. ``error`` is ``norm(got - exact) / norm(exact)``. The exact product is that of the
+same bfloat16 operands in float64. Tables show the mean over the shapes. ``wgrad/channel`` is the
+root mean square of the errors of the weight gradient's rows, one per channel of ``x``, so that
+outlier rows weigh no more than others. Kernels are normal, with a standard deviation of ``1 /
+sqrt(K)``. Output gradients are 1e-5 times normal values for normal inputs, else 1e-5 times
+heavy-tailed ones.
 
-``SQNR`` is that of one quantised tensor, ``10 log10(sum(x**2) / sum((q - x)**2))`` in dB over the
-values that are no outliers. A product with the identity, which every recipe holds exactly, gives
-the ``q`` that a GEMM sees: fprop sums over the channels of ``x``, wgrad over its rows.
+``SQNR`` describes one quantized tensor: ``10 log10(sum(x**2) / sum((q - x)**2))`` in dB over the
+values that are no outliers. A product with the identity, which every recipe represents exactly,
+gives the ``q`` that a GEMM sees: fprop sums over the channels of ``x``, wgrad over its rows.
 """
 
-import argparse
 import functools
 import itertools
-import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 import flax_fp8 as fp8
 from flax_fp8 import ops
 from flax_fp8.doctor import allow_missing_cuda
-from lm.report import environment
+from harness.environment import environment
+from harness.output import make_console, make_parser, read_json, redraw, write_json, write_text
+from harness.plot import legend, lines, make_figure
+from harness.table import Column, markdown, print_table
 
-RESULTS = Path(__file__).resolve().parent / "results"
-Array: TypeAlias = np.ndarray[Any, Any]
-State: TypeAlias = dict[str, dict[str, jax.Array]]
+Array = np.ndarray[Any, Any]
+State = dict[str, dict[str, jax.Array]]
 
 
 class Row(NamedTuple):
-  """A recipe, or None for BF16, and how many batches it has seen before the one that counts."""
+  """A recipe, None for BF16, and how many batches it has seen before the measured one."""
 
   recipe: fp8.Recipe | None
   earlier: int = 0
 
 
 class Shape(NamedTuple):
-  """A layer's: ``x`` is ``[*rows, K]``, the kernel ``[K, *columns]``."""
+  """A layer's sizes: ``x`` is ``[*rows, K]``, the kernel ``[K, *columns]``."""
 
   rows: tuple[int, ...]
   K: int
@@ -88,11 +84,8 @@ PLACES = ("one channel, in fprop", "one channel, in wgrad", "one value, in fprop
 FACTORS = tuple(10.0 ** (step / 2) for step in range(13))
 
 
-# Inputs.
-
-
 def outliers(inputs: str, channels: int) -> Array:
-  """Which channels are scaled up, and by how much: a factor for each."""
+  """A factor for each channel."""
   factors = np.ones(channels)
   if inputs.startswith("channels"):
     factors[:: min(128, channels)] = float(inputs.split("x")[1])
@@ -100,7 +93,6 @@ def outliers(inputs: str, channels: int) -> Array:
 
 
 def draw_input(rng: np.random.Generator, inputs: str, size: tuple[int, ...]) -> Array:
-  """A batch of one of the distributions of ``INPUTS``."""
   if inputs == "heavy tails":
     return rng.standard_t(3, size)
   return rng.normal(size=size) * outliers(inputs, size[-1])
@@ -112,9 +104,6 @@ def draw_batch(rng: np.random.Generator, inputs: str, shape: Shape) -> tuple[jax
   grad = rng.normal(size=size) if inputs == "normal" else rng.standard_t(3, size)
   x = draw_input(rng, inputs, (*shape.rows, shape.K))
   return jnp.asarray(x, jnp.bfloat16), jnp.asarray(1e-5 * grad, jnp.bfloat16)
-
-
-# Products.
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -135,7 +124,6 @@ def products(
 
 
 def fresh(recipe: fp8.Recipe | None) -> State:
-  """The state before the first batch."""
   return {} if recipe is None else ops.init_state(recipe)
 
 
@@ -148,36 +136,30 @@ def exact_products(x: jax.Array, w: jax.Array, grad: jax.Array) -> tuple[Array, 
 
 
 def relative(got: jax.Array, exact: Array, axis: int | None = None) -> float:
-  """Of norms; with an axis, the root mean square of the errors along it."""
+  """The relative error; with an axis, the root mean square of the errors along it."""
   difference = np.asarray(got, np.float64).reshape(exact.shape) - exact
   ratios = np.linalg.norm(difference, axis=axis) / np.linalg.norm(exact, axis=axis)
   return float(np.sqrt(np.mean(ratios**2)))
 
 
 def errors(row: Row, inputs: str, shape: Shape, seed: int = 0) -> dict[str, float]:
-  """The errors of one recipe at one shape, in the order of ``FIGURES``."""
-  rng = np.random.default_rng(seed)
-  w = jnp.asarray(
-    rng.normal(size=(shape.K, *shape.columns)) / math.sqrt(shape.K), dtype=jnp.bfloat16
-  )
-  state = fresh(row.recipe)
+  """The errors of one recipe at one shape, by ``FIGURES``."""
+  rng, last = np.random.default_rng(seed), np.random.default_rng(seed + 1)
+  kernel = rng.normal(size=(shape.K, *shape.columns)) / math.sqrt(shape.K)
+  w, state = jnp.asarray(kernel, dtype=jnp.bfloat16), fresh(row.recipe)
   for _ in range(row.earlier):
     x, grad = draw_batch(rng, inputs, shape)
     _, state = products(row.recipe, state, x, w, grad)
-  x, grad = draw_batch(np.random.default_rng(seed + 1), inputs, shape)  # the same for all rows
+  x, grad = draw_batch(last, inputs, shape)  # the same for all rows
   got, _ = products(row.recipe, state, x, w, grad)
   exact = exact_products(x, w, grad)
   found = [relative(*both) for both in zip(got, exact, strict=True)]
   return dict(zip(FIGURES, (*found, relative(got[2], exact[2], axis=1)), strict=True))
 
 
-# Single tensors.
-
-
 def seen_by_gemm(row: Row, batches: Sequence[Array], *, wgrad: bool = False) -> Array:
-  """Quantises the last of some matrices, as the input of fprop or of wgrad, and dequantises it."""
-  state = fresh(row.recipe)
-  got = None
+  """Quantizes the last of some matrices, as the input of fprop or wgrad, and dequantizes it."""
+  state, got = fresh(row.recipe), None
   for batch in batches[-1 - row.earlier :]:
     x = jnp.asarray(batch, jnp.float32)
     rows, channels = x.shape
@@ -190,7 +172,7 @@ def seen_by_gemm(row: Row, batches: Sequence[Array], *, wgrad: bool = False) -> 
 
 
 def sqnr(row: Row, batches: Sequence[Array], ordinary: Array, *, wgrad: bool = False) -> float:
-  """Signal to quantisation noise in dB, of the last batch, over those of its values that count."""
+  """SQNR in dB of the last batch, over its ordinary values."""
   x = batches[-1].astype(np.float32).astype(np.float64)
   noise = seen_by_gemm(row, batches, wgrad=wgrad) - x
   return float(10 * np.log10(np.sum(x[ordinary] ** 2) / np.sum(noise[ordinary] ** 2)))
@@ -205,7 +187,7 @@ def sqnr_on(row: Row, inputs: str, size: tuple[int, int], *, wgrad: bool) -> flo
 
 
 def sqnr_beside(row: Row, place: str, factor: float, size: tuple[int, int]) -> float:
-  """SQNR of normal values, one channel or one value among which is multiplied by a factor."""
+  """SQNR of normal values beside an outlier channel or value, multiplied by a factor."""
   x = np.random.default_rng(0).normal(size=size)
   x[0, 0] = 1
   outlier = np.zeros(size, bool)
@@ -214,109 +196,71 @@ def sqnr_beside(row: Row, place: str, factor: float, size: tuple[int, int]) -> f
   return sqnr(row, [batch], ~outlier, wgrad=place.endswith("wgrad"))
 
 
-# Results.
+def measure(shapes: Mapping[str, Shape], size: tuple[int, int]) -> dict[str, Any]:
+  """Errors by recipe, input and shape; SQNR by recipe and input, and by outlier."""
+  gemms = tuple(itertools.product(INPUTS, ("fprop", "wgrad")))
+  of_shapes = lambda row, inputs: {name: errors(row, inputs, shapes[name]) for name in shapes}
+  at = lambda row, place: [sqnr_beside(row, place, factor, size) for factor in FACTORS]
+  beside = {place: {name: at(row, place) for name, row in LINES.items()} for place in PLACES}
+  return {
+    "environment": environment(),
+    "errors": {
+      name: {inputs: of_shapes(row, inputs) for inputs in INPUTS} for name, row in ROWS.items()
+    },
+    "sqnr": {
+      name: {f"{on}, {gemm}": sqnr_on(row, on, size, wgrad=gemm == "wgrad") for on, gemm in gemms}
+      for name, row in ROWS.items()
+      if row.recipe
+    },
+    "outlier_sqnr": {"factors": FACTORS, "places": beside},
+  }
 
 
-def measure(shapes: Mapping[str, Shape], size: tuple[int, int], console: Console) -> dict[str, Any]:
-  """Everything: errors by input, recipe and shape; SQNR by input and recipe, and by outlier."""
-  quantizing = {name: row for name, row in ROWS.items() if row.recipe}
-  with console.status("multiplying"):
-    found: dict[str, Any] = {name: {inputs: {} for inputs in INPUTS} for name in ROWS}
-    for (name, row), (shape_name, shape), inputs in itertools.product(
-      ROWS.items(), shapes.items(), INPUTS
-    ):
-      found[name][inputs][shape_name] = errors(row, inputs, shape)
-  with console.status("quantising"):
-    tensors = {
-      name: {
-        f"{inputs}, {gemm}": sqnr_on(row, inputs, size, wgrad=gemm == "wgrad")
-        for inputs, gemm in itertools.product(INPUTS, ("fprop", "wgrad"))
-      }
-      for name, row in quantizing.items()
-    }
-  with console.status("scaling outliers"):
-    beside = {
-      place: {
-        name: [sqnr_beside(row, place, factor, size) for factor in FACTORS]
-        for name, row in LINES.items()
-      }
-      for place in PLACES
-    }
-  outlier_sqnr = {"factors": FACTORS, "places": beside}
-  return {"errors": found, "sqnr": tensors, "outlier_sqnr": outlier_sqnr}
+def error_row(name: str, cases: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+  """A recipe's mean errors over the shapes, in percent, and the largest one."""
+  means = {key: 100 * statistics.fmean(case[key] for case in cases.values()) for key in FIGURES}
+  worst, key, shape = max((case[key], key, at) for at, case in cases.items() for key in FIGURES)
+  return {"recipe": name, **means, "worst": f"{100 * worst:.2f} ({key}, {shape})"}
 
 
-def error_rows(found: Mapping[str, Any], inputs: str) -> list[list[str]]:
-  """One row a recipe: its mean errors over the shapes, in percent, and where it is worst."""
-  rows: list[list[str]] = []
-  for name, by_inputs in found.items():
-    cases = by_inputs[inputs]
-    means = [statistics.fmean(case[key] for case in cases.values()) for key in FIGURES]
-    figures = [(case[key], key, shape) for shape, case in cases.items() for key in FIGURES]
-    worst, key, shape = max(figures)
-    cells = [f"{100 * mean:.2f}" for mean in means]
-    rows.append([name, *cells, f"{100 * worst:.2f} ({key}, {shape})"])
-  return rows
-
-
-def tables(document: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-  """Title, headings and rows of each table."""
-  headings = ["recipe", *FIGURES, "worst"]
-  made = [
-    (f"Errors in %: inputs {what}", headings, error_rows(document["errors"], inputs))
-    for inputs, what in INPUTS.items()
+def tables(document: Mapping[str, Any]) -> list[tuple[str, list[Column], list[dict[str, Any]]]]:
+  """Title, columns and rows of each table."""
+  first, last = Column("recipe", "{recipe}", left=True), Column("worst", "{worst}")
+  columns = [first, *(Column(key, f"{{{key}:.2f}}") for key in FIGURES), last]
+  found = [
+    (f"Errors in %: inputs {what}", columns, [error_row(n, by[on]) for n, by in errors.items()])
+    for errors in [document["errors"]]
+    for on, what in INPUTS.items()
   ]
-  sqnrs = document["sqnr"]
-  rows = [[name, *(f"{value:.1f}" for value in by.values())] for name, by in sqnrs.items()]
-  columns = next(iter(sqnrs.values()))
-  return [*made, ("SQNR in dB of an input of each GEMM", ["recipe", *columns], rows)]
+  rows = [{"recipe": name, **by} for name, by in document["sqnr"].items()]
+  of_sqnr = [first, *(Column(key, f"{{{key}:.1f}}") for key in list(rows[0])[1:])]
+  return [*found, ("SQNR in dB of an input of each GEMM", of_sqnr, rows)]
 
 
-def markdown(made: Iterable[tuple[str, list[str], list[list[str]]]]) -> str:
-  """The tables for a page of documentation."""
-  parts: list[str] = []
-  for title, headings, rows in made:
-    rule = ["---", *["---:"] * (len(headings) - 1)]
-    lines = (f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows))
-    parts.append("\n".join([title, "", *lines]))
-  return "\n\n".join(parts) + "\n"
-
-
-def draw(outlier_sqnr: Mapping[str, Any]) -> Figure:
-  """Draws SQNR against the outliers' factor, one line a recipe."""
-  figure = Figure(figsize=(11, 3.6), layout="constrained")
+def draw(document: Mapping[str, Any]) -> Any:
+  """Draws SQNR against the outlier's factor, one line per recipe."""
+  figure = make_figure("SQNR of the values beside an outlier", document, (11, 4))
   panels = figure.subplots(1, len(PLACES), sharey=True)
-  for axes, (place, lines) in zip(panels, outlier_sqnr["places"].items(), strict=True):
-    for name, values in lines.items():
-      axes.plot(outlier_sqnr["factors"], values, "o-", markersize=3, label=name)
-    axes.set(xscale="log", title=place, xlabel="outlier, times the other values")
+  outlier = document["outlier_sqnr"]
+  for axes, (place, curves) in zip(panels, outlier["places"].items(), strict=True):
+    lines(axes, outlier["factors"], curves, title=place, xlabel="outlier, times the other values")
+    axes.set_xscale("log")
   panels[0].set(ylabel="SQNR of the other values, dB", ylim=(-2, None))
-  panels[0].legend()
+  legend(figure)
   return figure
 
 
-def main() -> None:
-  """Runs the benchmark."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("--out", type=Path, default=RESULTS, help="folder of JSON, table and picture")
-  arguments = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+  arguments = make_parser(__doc__).parse_args(argv)
   allow_missing_cuda()
-  console = Console()
-  document = {"environment": environment()} | measure(SHAPES, (256, 1024), console)
-  made = tables(document)
-  for title, headings, rows in made:
-    grid = Table(title=title)
-    for heading in headings:
-      grid.add_column(heading, justify="left" if heading == "recipe" else "right")
-    for row in rows:
-      grid.add_row(*row)
-    console.print(grid)
-  arguments.out.mkdir(parents=True, exist_ok=True)
-  (arguments.out / "recipe_error.json").write_text(json.dumps(document, indent=1) + "\n")
-  (arguments.out / "recipe_error.md").write_text(markdown(made))
-  draw(document["outlier_sqnr"]).savefig(arguments.out / "recipe_error.png", dpi=120)
+  if not arguments.redraw:
+    write_json(arguments.out, "recipe_error", measure(SHAPES, (256, 1024)))
+  found = tables(read_json(arguments.out, "recipe_error"))
+  for title, columns, rows in found:
+    print_table(make_console(), title, columns, rows, group=None)
+  text = "\n".join(f"{title}\n\n{markdown(columns, rows)}" for title, columns, rows in found)
+  write_text(arguments.out / "recipe_error.md", text)
+  redraw(arguments.out, "recipe_error", draw)
 
 
 if __name__ == "__main__":

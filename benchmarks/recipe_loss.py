@@ -1,211 +1,113 @@
 """Does every recipe train to BF16's loss?
 
-    python benchmarks/recipe_loss.py --seeds 0 1 2 --jobs 2   # every recipe; two runs at a time
-    python benchmarks/recipe_loss.py --seeds 0 1 2            # the same command again: goes on
-    python benchmarks/recipe_loss.py --seeds 0 1 2 --report   # reads what there is, trains nothing
+    python benchmarks/recipe_loss.py --seeds 0 1 2           # BF16 and every recipe, each seed
+    python benchmarks/recipe_loss.py --seeds 0 1 2           # the same command again: continues
+    python benchmarks/recipe_loss.py --redraw --out benchmarks/results
 
-The runs of ``train_lm.py``: BF16 and FP8 with each recipe, for each seed. A recipe's answer is the
-mean over seeds of ``gap = 100 * (loss FP8 / loss BF16 - 1)``, both losses of one seed, beside its
-standard error. BF16 itself runs twice, the second time from initial parameters rounded to
-bfloat16: its gap is what two runs drift apart by, and a recipe's is to be read against it.
+A recipe's answer is the mean over seeds of ``gap = 100 * (loss FP8 / loss BF16 - 1)`` of one seed,
+with its standard error. BF16 runs twice, the second time from parameters rounded to bfloat16. Its
+gap shows how far one rounding moves a run, and a recipe's gap is to be compared with it.
 
-A finished run leaves one file in ``--out``, a killed one its checkpoint; both are used when the
-command is given again. ``recipe_loss.json`` and ``recipe_loss.png`` hold the answer.
-
-With ``--jobs N``, N processes share the CPU's cores out among them; on a GPU leave it at 1.
+Each finished run leaves a file in ``--out``, and each unfinished one its checkpoint. Commands with
+different ``--seeds`` can run at the same time.
 """
 
-import argparse
 import dataclasses
-import multiprocessing
-import os
-import sys
-import threading
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing.queues import SimpleQueue
+import itertools
+import json
+import statistics
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any
 
-from rich.console import Console
-
+from harness.environment import environment
+from harness.names import color
+from harness.output import make_console, make_parser, positive, redraw, write_json
+from harness.plot import make_figure
+from harness.table import Column, print_table
+from lm.checkpoints import require_identity
 from lm.config import PRESETS, TrainConfig
-from lm.errors import UsageError
-from lm.options import not_negative, positive
-from lm.progress import ConsoleDisplay
-from lm.runs import (
-  ALL,
-  BF16,
-  BF16_AGAIN,
-  RECIPE_CHOICES,
-  Run,
-  label,
-  named_recipes,
-  require_fp8_hardware,
-)
-from lm.sweep import Sweep, draw, read_run, show, write_json, write_run
-from lm.text import Corpus, read_corpus
-from lm.train import train
+from lm.processes import not_negative
+from lm.progress import showing
+from lm.runs import ALL, BF16, BF16_AGAIN, RECIPE_CHOICES, Run, label, named_recipes
+from lm.text import Corpus
+from lm.train import Record, identify, train
 
-Cores: TypeAlias = "SimpleQueue[set[int]]"
+LEFT_OUT = ("identity", "run", "train_curve", "stretch_rates")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Task:
-  """One run of the sweep.
-
-  Attributes:
-    run: BF16 or a recipe.
-    config: what to train, its seed included.
-    text: the file to learn; None for Python's language reference.
-    out: the sweep's folder.
-    checkpoint_every: steps between checkpoints.
-  """
-
-  run: Run
-  config: TrainConfig
-  text: Path | None
-  out: Path
-  checkpoint_every: int
-
-  @property
-  def name(self) -> str:
-    """What the run's file and folder are called."""
-    return f"{self.run}_seed{self.config.seed}"
+def finish(config: TrainConfig, run: Run, out: Path) -> Record:
+  """Trains what is left of one run, and returns its record."""
+  name, corpus = f"{run}_seed{config.seed}", Corpus.read()
+  identity, path = identify(config, run, corpus), out / f"{name}.json"
+  if not path.exists():
+    with showing(make_console(), f"{label(run)}, seed {config.seed}", config.steps) as display:
+      options: dict[str, Any] = {"resume": True, "checkpoint_every": 100, "display": display}
+      record, _ = train(config, run, corpus, folder=out / "checkpoints" / name, **options)
+    write_json(out, name, {"identity": identity, "environment": environment(), **record})
+  record = json.loads(path.read_text())
+  require_identity(identity, record["identity"], f"--out: {path}")
+  return {key: value for key, value in record.items() if key not in LEFT_OUT}
 
 
-def make_parser() -> argparse.ArgumentParser:
-  """The command line; what is left out comes from the preset."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+def compare(runs: dict[Run, dict[str, Record]]) -> dict[Run, dict[str, Any]]:
+  """The gap of each run to BF16: by seed, its mean, and the standard error."""
+  found: dict[Run, dict[str, Any]] = {}
+  for run in runs.keys() - {BF16}:
+    loss = lambda of, seed: runs[of][seed]["validation_loss"]
+    gaps = {seed: 100 * (loss(run, seed) / loss(BF16, seed) - 1) for seed in runs[run]}
+    found[run] = {"gap_percent": gaps, "mean_gap_percent": statistics.fmean(gaps.values())}
+    if len(gaps) > 1:
+      found[run]["standard_error"] = statistics.stdev(gaps.values()) / len(gaps) ** 0.5
+  return {run: found[run] for run in runs if run in found}
+
+
+def draw(content: dict[str, Any]) -> Any:
+  """Draws one circle per seed, and beside it the mean with its standard error."""
+  title = f"Validation loss above BF16, {content['config']['steps']} steps; one circle per seed"
+  figure = make_figure(title, content, (7, 4))
+  axes = figure.subplots()
+  axes.axhline(0.0, color="gray", linewidth=0.8)
+  for place, (run, each) in enumerate(content["compared"].items()):
+    gaps = list(each["gap_percent"].values())
+    axes.plot([place] * len(gaps), gaps, "o", color=color(run), fillstyle="none")
+    looks = {"fmt": "_", "color": "black", "capsize": 3}
+    axes.errorbar(place + 0.15, each["mean_gap_percent"], each.get("standard_error"), **looks)
+  axes.set_xticks(range(len(content["compared"])), map(label, content["compared"]))
+  axes.set_ylabel("loss above BF16, %")
+  return figure
+
+
+def main(argv: list[str] | None = None) -> None:
+  parser = make_parser(__doc__)
+  parser.set_defaults(out=Path("runs/recipe_loss"))
   add = parser.add_argument
   add("--preset", choices=PRESETS, default="small", help="size of model and run")
   add("--recipes", choices=RECIPE_CHOICES, nargs="+", default=[ALL], help="beside BF16")
   add("--seeds", type=not_negative, nargs="+", default=[0, 1, 2])
-  add("--text", type=Path, help="file to learn; default: Python's language reference")
-  add("--steps", type=positive, help="optimiser steps")
-  add("--batch-size", type=positive, help="windows a step")
-  add("--jobs", type=positive, default=1, help="runs at a time")
-  add("--out", type=Path, default=Path("runs/recipe_loss"), help="folder of all results")
-  add("--report", action="store_true", help="train nothing; report on the runs that are finished")
-  add("--checkpoint-every", type=not_negative, default=100, help="steps; 0 writes none")
-  return parser
-
-
-def plan(arguments: argparse.Namespace) -> list[Task]:
-  """The runs asked for: seed by seed, so that the first gaps are there early."""
-  given = {name: getattr(arguments, name) for name in ("steps", "batch_size")}
-  changes = {name: value for name, value in given.items() if value is not None}
-  same = {name: getattr(arguments, name) for name in ("text", "out", "checkpoint_every")}
-  return [
-    Task(
-      run=run,
-      config=dataclasses.replace(PRESETS[arguments.preset], seed=seed, **changes),
-      **same,
-    )
-    for seed in dict.fromkeys(arguments.seeds)
-    for run in (BF16, BF16_AGAIN, *named_recipes(arguments.recipes))
-  ]
-
-
-def share_out(jobs: int) -> list[set[int]]:
-  """The cores of each of ``jobs`` processes; empty where the system says nothing of cores."""
-  if not hasattr(os, "sched_getaffinity"):
-    return [set() for _ in range(jobs)]
-  cores = sorted(os.sched_getaffinity(0))
-  return [set(cores[index % len(cores) :: jobs]) for index in range(jobs)]
-
-
-def end_with_parent() -> None:
-  """Ends this process when its parent was killed, which would leave it training unseen."""
-  if (parent := multiprocessing.parent_process()) is not None:
-    parent.join()
-    os._exit(1)
-
-
-def prepare(queue: Cores) -> None:
-  """Binds this process to cores of its own, before JAX counts them to make its threads."""
-  threading.Thread(target=end_with_parent, daemon=True).start()
-  if cores := queue.get():
-    os.sched_setaffinity(0, cores)
-
-
-def finish(task: Task) -> None:
-  """Trains what is left of one run, and writes its file."""
-  corpus = read_corpus(task.text)
-  if read_run(task.out, task.name, task.config, task.run, corpus) is not None:
-    return
-  console = Console(force_terminal=False)  # several runs may write: lines, no bars
-  name = f"{label(task.run)}, seed {task.config.seed}"
-  with ConsoleDisplay(console, name, task.config.steps) as display:
-    result, _ = train(
-      task.config,
-      task.run,
-      corpus,
-      folder=task.out / "checkpoints" / task.name,
-      resume=True,
-      checkpoint_every=task.checkpoint_every,
-      display=display,
-    )
-  write_run(task.out, task.name, task.config, result, corpus)
-
-
-def finish_all(tasks: list[Task], jobs: int) -> None:
-  """Trains what is not finished, ``jobs`` runs at a time, each in a process of its own.
-
-  Raises:
-    UsageError: a finished run or a checkpoint in ``out`` is of another configuration.
-  """
-  context = multiprocessing.get_context("spawn")
-  queue: Cores = context.SimpleQueue()
-  for cores in share_out(jobs):
-    queue.put(cores)
-  with ProcessPoolExecutor(jobs, context, initializer=prepare, initargs=(queue,)) as pool:
-    futures = [pool.submit(finish, task) for task in tasks]
-    try:
-      for future in futures:
-        future.result()
-    except BaseException:
-      pool.shutdown(cancel_futures=True)
-      raise
-
-
-def collect(tasks: list[Task], corpus: Corpus) -> Sweep:
-  """Reads the finished runs among ``tasks``."""
-  sweep = Sweep()
-  for task in tasks:
-    if (found := read_run(task.out, task.name, task.config, task.run, corpus)) is not None:
-      sweep.add(task.run, task.config.seed, found)
-  return sweep
-
-
-def main(argv: list[str] | None = None) -> int:
-  """Runs the benchmark.
-
-  Args:
-    argv: the command line without the program's name; None reads the process's own.
-
-  Returns:
-    0, or 2 where the command line asked for what cannot be.
-  """
-  arguments, console = make_parser().parse_args(argv), Console()
-  try:
-    tasks, corpus = plan(arguments), read_corpus(arguments.text)
-    if not arguments.report:
-      require_fp8_hardware(task.run for task in tasks)
-      finish_all(tasks, arguments.jobs)
-    sweep = collect(tasks, corpus)
-    if not sweep.runs:
-      raise UsageError(f"--report: needs finished runs; got none in {arguments.out}.")
-  except UsageError as error:
-    print(f"recipe_loss: {error}", file=sys.stderr)
-    return 2
-  show(sweep, tasks[0].config, console)
-  write_json(sweep, tasks[0].config, corpus, arguments.out / "recipe_loss.json")
-  draw(sweep).savefig(arguments.out / "recipe_loss.png", dpi=120)
-  console.print(f"Wrote recipe_loss.json and recipe_loss.png to {arguments.out}", highlight=False)
-  return 0
+  add("--steps", type=positive, help="optimizer steps")
+  arguments = parser.parse_args(argv)
+  config, name = PRESETS[arguments.preset], f"recipe_loss_{arguments.preset}"
+  config = dataclasses.replace(config, steps=arguments.steps or config.steps)
+  if not arguments.redraw:
+    runs: dict[Run, dict[str, Record]] = {}
+    names = (BF16, BF16_AGAIN, *named_recipes(arguments.recipes))
+    for seed, run in itertools.product(arguments.seeds, names):
+      record = finish(dataclasses.replace(config, seed=seed), run, arguments.out)
+      runs.setdefault(run, {})[str(seed)] = record
+    settings = {key: value for key, value in config.as_dict().items() if key != "seed"}
+    content = {"environment": environment(), "config": settings, "seeds": arguments.seeds}
+    content |= {"text": Corpus.read().as_dict(), "compared": compare(runs), "runs": runs}
+    write_json(arguments.out, name, content)
+    losses = [{seed: each["validation_loss"] for seed, each in of.items()} for of in runs.values()]
+    rows = [{"run": label(run)} | by for run, by in zip(runs, losses, strict=True)]
+    seeds = [Column(f"seed {seed}", f"{{{seed}:.4f}}") for seed in map(str, arguments.seeds)]
+    print_table(make_console(), "Validation loss", [Column("", "{run}", left=True), *seeds], rows)
+    columns = [Column("", "{run}", left=True), Column("mean gap", "{mean_gap_percent:+.2f} %")]
+    columns.append(Column("standard error", "{standard_error:.2f} %"))
+    gaps = [{"run": label(run)} | each for run, each in content["compared"].items()]
+    print_table(make_console(), "Gap to BF16", columns, gaps)
+  redraw(arguments.out, name, draw)
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  main()

@@ -31,65 +31,83 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 
+import flax_fp8 as fp8
 from flax_fp8.doctor import allow_missing_cuda
 from flax_fp8.explain.target import NAMES
-from lm.config import PRESETS, TrainConfig
-from lm.convert import show_dry_runs
-from lm.curve import Result
+from harness.environment import on_cpu
+from harness.output import (
+  make_console,
+  make_parser,
+  positive,
+  read_json,
+  save,
+  say,
+  write_json,
+)
+from lm.config import CPU_SECONDS_PER_STEP, PRESETS, TrainConfig, UsageError
 from lm.devices import Devices
-from lm.errors import UsageError
 from lm.explain import NONE, Reports, explain_steps, write_reports
 from lm.export import export_run
-from lm.options import not_negative, positive
-from lm.plot import write_png
-from lm.processes import add_options, connect, ending_at_once, require_alone, require_same, speaks
-from lm.progress import ConsoleDisplay
-from lm.report import show, write_json
+from lm.model import Transformer
+from lm.processes import (
+  add_options,
+  connect,
+  ending_at_once,
+  not_negative,
+  require_alone,
+  require_same,
+  speaks,
+)
+from lm.progress import showing
+from lm.report import draw, make_document, show
 from lm.runs import (
   BF16,
+  CONVERTED,
+  FUSED,
   RECIPE_CHOICES,
   Run,
-  converted,
-  fused,
+  has,
   in_float16,
   label,
   named_recipes,
   recipe_of,
   require_fp8_hardware,
 )
-from lm.text import Corpus, read_corpus
-from lm.train import require_startable, train
+from lm.text import Corpus
+from lm.train import Record, open_checkpoints, train
 
-PRECISIONS = ("bf16", "fp8", "both")
 SAME_IN_EACH_PROCESS = ("out", "export", "explain", "resume", "checkpoint_every")
 TRAINING = ("steps", "batch_size", "seed", "calibrate")
+COMPILE_SECONDS = 12.0  # per run, explained and trained, on a CPU
 
 
-def make_parser() -> argparse.ArgumentParser:
-  """The command line; what is left out comes from the preset."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def make_options() -> argparse.ArgumentParser:
+  """The command line. What it leaves out comes from the preset."""
+  parser = make_parser(__doc__)
+  parser.set_defaults(out=Path("runs/train_lm"))
+  add, dtypes = parser.add_argument, ("bfloat16", "float16")
+  store = functools.partial(
+    parser.add_mutually_exclusive_group().add_argument,
+    dest="made",
+    action="store_const",
+    default="",
   )
-  add = parser.add_argument
   of_recipes = "recipes of the FP8 runs; default: delayed"
   on_gpu = "GPU: print the whole report of each step as compiled for it; none: compile no step"
-  add("--precision", choices=PRECISIONS, default="both", help="what to train; default: both")
+  calibrates = "training batches that calibrate FP8 state before step 0"
+  exports = "folder for frozen FP8 models and their exported forward passes"
+  saves = "steps between checkpoints; 0: none"
+  converts = "FP8 runs convert the BF16 model with fp8_linear_layers"
+  what = "what to train; default: both"
+  add("--precision", choices=("bf16", "fp8", "both"), default="both", help=what)
   add("--recipe", choices=RECIPE_CHOICES, nargs="+", default=["delayed"], help=of_recipes)
-  made = parser.add_mutually_exclusive_group()
-  store = functools.partial(made.add_argument, dest="made", action="store_const", default=str)
-  store("--fused", const=fused, help="FP8 runs fuse the projections q, k, v, and gate, up")
-  store("--convert", const=converted, help="FP8 runs convert the BF16 model with fp8_linear_layers")
-  add(
-    "--dtype",
-    choices=("bfloat16", "float16"),
-    default="bfloat16",
-    help="of activations; default: bfloat16",
-  )
-  add(
-    "--calibrate", type=not_negative, help="training batches that calibrate FP8 state before step 0"
-  )
+  store("--fused", const=FUSED, help="FP8 runs fuse the projections q, k, v, and gate, up")
+  store("--convert", const=CONVERTED, help=converts)
+  add("--dtype", choices=dtypes, default="bfloat16", help="of activations; default: bfloat16")
+  add("--calibrate", type=not_negative, help=calibrates)
   add("--preset", choices=PRESETS, default="tiny", help="sizes of model and run; default: tiny")
   add("--text", type=Path, help="text file to learn; default: Python's language reference")
   add("--steps", type=positive, help="optimizer steps")
@@ -98,18 +116,15 @@ def make_parser() -> argparse.ArgumentParser:
   add("--remat", action="store_true", default=None, help="recompute blocks in the backward pass")
   add("--attention", choices=("xla", "cudnn"), help="attention kernel; cudnn needs a GPU")
   add("--explain", choices=(*NAMES, NONE), help=on_gpu)
-  add("--out", type=Path, default=Path("runs/train_lm"), help="folder for results")
-  add("--export", type=Path, help="folder for frozen FP8 models and their exported forward passes")
+  add("--export", type=Path, help=exports)
   add("--resume", action="store_true", help="continue from the checkpoints in --out")
-  add(
-    "--checkpoint-every", type=not_negative, default=100, help="steps between checkpoints; 0: none"
-  )
+  add("--checkpoint-every", type=not_negative, default=100, help=saves)
   add_options(parser)
   return parser
 
 
 def explains(arguments: argparse.Namespace) -> bool:
-  """Whether whole reports are asked for, and not the one line that there is without asking."""
+  """Whether whole reports are asked for."""
   return arguments.explain not in (None, NONE)
 
 
@@ -126,113 +141,143 @@ def configure(arguments: argparse.Namespace) -> TrainConfig:
 
 
 def choose_runs(arguments: argparse.Namespace) -> tuple[Run, ...]:
-  """The runs asked for: BF16, the recipes, or both; in float16 too, where that is asked for."""
-  bf16, recipes = (BF16,), tuple(map(arguments.made, named_recipes(arguments.recipe)))
+  suffix = arguments.made and f"-{arguments.made}"
+  bf16, recipes = (BF16,), tuple(run + suffix for run in named_recipes(arguments.recipe))
   if arguments.dtype == "float16":
     bf16, recipes = (BF16, in_float16(BF16)), tuple(map(in_float16, recipes))
   return {"bf16": bf16, "fp8": recipes, "both": bf16 + recipes}[arguments.precision]
 
 
+def folders(arguments: argparse.Namespace) -> Iterator[tuple[Run, Path]]:
+  """The runs, each with the folder of its checkpoints."""
+  for run in choose_runs(arguments):
+    yield run, arguments.out / "checkpoints" / run
+
+
+def introduce(
+  arguments: argparse.Namespace, config: TrainConfig, corpus: Corpus, console: Console
+) -> None:
+  """Says what will happen, and how long it takes on a CPU."""
+  runs, per_step = choose_runs(arguments), CPU_SECONDS_PER_STEP.get(arguments.preset)
+  say(
+    console,
+    f"This trains a decoder with {config.shape.parameters:,} parameters to predict the next byte "
+    f"of {corpus.name}: {config.steps:,} steps each of {', '.join(map(label, runs))}.",
+    "All runs have the same seed, batches and optimizer. So the gap between their validation "
+    "losses is what FP8 changes.",
+  )
+  if on_cpu() and per_step:
+    size = config.steps * config.batch_size / PRESETS[arguments.preset].batch_size
+    seconds = sum(COMPILE_SECONDS + size * per_step[recipe_of(run) is not None] for run in runs)
+    say(console, f"On two CPU cores it takes about {max(1, round(seconds / 60))} min.")
+
+
+def check(
+  arguments: argparse.Namespace, config: TrainConfig, corpus: Corpus, devices: Devices
+) -> None:
+  """Raises UsageError if devices, processes or checkpoints rule out what was asked for."""
+  asked = {name: str(getattr(arguments, name)) for name in SAME_IN_EACH_PROCESS}
+  require_same([choose_runs(arguments), config.as_dict(), corpus.digest, asked])
+  devices.require_even(config.batch_size)
+  if arguments.export:
+    require_alone("--export")
+  for run, folder in folders(arguments):
+    with open_checkpoints(config, run, corpus, folder) as checkpoints:
+      checkpoints.find(resume=arguments.resume)
+
+
 def require_attention(config: TrainConfig) -> None:
-  """Raises where the attention kernel can't be trained with."""
+  """Raises UsageError if the attention kernel can't be trained with."""
   if config.shape.attention == "cudnn" and (backend := jax.default_backend()) != "gpu":
     raise UsageError(
       f"--attention: cudnn trains on a GPU only; got {backend}. Use --attention xla."
     )
 
 
-def require_shared(
-  arguments: argparse.Namespace, config: TrainConfig, corpus: Corpus, devices: Devices
-) -> None:
-  """Raises where the devices can't share the work, or the processes were told different things."""
-  asked = {name: str(getattr(arguments, name)) for name in SAME_IN_EACH_PROCESS}
-  require_same([choose_runs(arguments), config.as_dict(), corpus.digest, asked])
-  devices.require_even(config.batch_size)
-  if arguments.export:
-    require_alone("--export")
+def show_dry_runs(config: TrainConfig, runs: tuple[Run, ...], console: Console) -> None:
+  """Prints which layers each conversion takes, and by which rule; nothing is computed."""
+  tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
+  for run in runs:
+    if (recipe := recipe_of(run)) is not None and has(run, CONVERTED):
+      report = fp8.Fp8Config(recipe=recipe).report(Transformer(config.shape), tokens)
+      console.out(f"{label(run)}, dry run:", report, sep="\n", highlight=False)
 
 
-def folders(arguments: argparse.Namespace) -> Iterator[tuple[Run, Path]]:
-  """The runs asked for, each with the folder of its checkpoints."""
-  for name in choose_runs(arguments):
-    yield name, arguments.out / "checkpoints" / name
-
-
-def prove(
-  arguments: argparse.Namespace, config: TrainConfig, corpus: Corpus, console: Console
-) -> Reports:
-  """Reports on each run's step, before any array of the model's size is made.
-
-  Each process does so for itself, and stops where the others do: none is left waiting.
-  """
-  for name, folder in folders(arguments):
-    require_startable(config, name, corpus, folder=folder, resume=arguments.resume)
+def prove(arguments: argparse.Namespace, config: TrainConfig, console: Console) -> Reports:
+  """Reports on each run's step before any array of the model's size is made."""
   show_dry_runs(config, choose_runs(arguments), console)
   reports = explain_steps(config, choose_runs(arguments), arguments.explain, console)
   if explains(arguments) and speaks():
     write_reports(reports, arguments.out)
-    console.print(f"Wrote explain_*.md and explain_*.png to {arguments.out}", highlight=False)
+    say(console, f"Wrote explain_*.md and explain_*.png to {arguments.out}")
   return reports
 
 
-def run(
+def run_all(
   arguments: argparse.Namespace,
   config: TrainConfig,
   corpus: Corpus,
   console: Console,
   devices: Devices,
-) -> list[Result]:
-  """Trains what is asked for, one run after the other."""
-  results = []
-  for name, folder in folders(arguments):
-    with ConsoleDisplay(console, label(name), config.steps) as display:
-      result, variables = train(
-        config,
-        name,
-        corpus,
-        folder=folder,
-        resume=arguments.resume,
-        checkpoint_every=arguments.checkpoint_every,
-        devices=devices,
-        display=display,
+) -> list[Record]:
+  """Trains what is asked for, one run after the other, and exports it."""
+  records: list[Record] = []
+  options = {"resume": arguments.resume, "checkpoint_every": arguments.checkpoint_every}
+  for run, folder in folders(arguments):
+    with showing(console, label(run), config.steps) as display:
+      record, variables = train(
+        config, run, corpus, folder=folder, devices=devices, display=display, **options
       )
-    if arguments.export and recipe_of(name) is not None:
-      exported = export_run(config, name, corpus, variables, arguments.export / name)
-      result = dataclasses.replace(result, export=exported)
-    results.append(result)
-  return results
+    if arguments.export and recipe_of(run) is not None:
+      export = export_run(config, run, corpus, variables, arguments.export / run)
+      record["export"] = export
+    records.append(record)
+  return records
+
+
+def suggest(arguments: argparse.Namespace, console: Console) -> None:
+  """Says where the results are, and what to try next."""
+  out = arguments.out
+  say(console, f"Plot: {out / 'curves.png'}", f"Numbers: {out / 'results.json'}", "Next:")
+  again = f"  python benchmarks/train_lm.py --preset {arguments.preset}"
+  if len(arguments.recipe) == 1 and arguments.recipe != ["all"]:
+    say(console, f"{again} --recipe all --out runs/recipes    # compares all recipes")
+  if not explains(arguments):
+    say(console, f"{again} --explain h200 --out runs/explain  # reports on the step for an H200")
+  say(console, "  docs/index.md                             # guides: your own model in FP8")
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs the benchmark.
-
-  Args:
-    argv: the command line without the program's name; None reads the process's own.
-
-  Returns:
-    0, or 2 where the command line asked for what cannot be.
-  """
-  arguments = make_parser().parse_args(argv)
-  allow_missing_cuda()  # of the GPU compiler, JAX wants to know where its CUDA is
+  """Runs the benchmark; returns 2 if the command line asks for something impossible."""
+  arguments = make_options().parse_args(argv)
+  if arguments.redraw:
+    document = read_json(arguments.out, "results")
+    save(draw(document), arguments.out, "curves")
+    return 0
+  allow_missing_cuda()
   try:
     connect(arguments)
-    console, devices = Console(quiet=not speaks()), Devices.every()
+    console, devices = make_console(), Devices.every()
+    console.quiet = not speaks()
     require_fp8_hardware(choose_runs(arguments))
-    config, corpus = configure(arguments), read_corpus(arguments.text)
-    require_shared(arguments, config, corpus, devices)
-    reports = prove(arguments, config, corpus, console)
+    config, corpus = configure(arguments), Corpus.read(arguments.text)
+    introduce(arguments, config, corpus, console)
+    check(arguments, config, corpus, devices)
+    reports = prove(arguments, config, console)
     require_attention(config)
     with ending_at_once():
-      results = run(arguments, config, corpus, console, devices)
+      records = run_all(arguments, config, corpus, console, devices)
   except UsageError as error:
     print(f"train_lm: {error}", file=sys.stderr)
     return 2
-  show(results, reports, config, console)
+  document = make_document(records, reports, config, corpus, len(devices.devices))
+  if explains(arguments):
+    document["explain"] = {run: report.to_dict() for run, report in reports.items()}
+  show(document, console)
   if speaks():
-    write_png(results, arguments.out / "curves.png")
-    explained, path = explains(arguments), arguments.out / "results.json"
-    write_json(results, reports, config, corpus, path, devices=devices, explained=explained)
-  console.print(f"Wrote curves.png and results.json to {arguments.out}", highlight=False)
+    write_json(arguments.out, "results", document)
+    save(draw(document), arguments.out, "curves")
+  suggest(arguments, console)
   return 0
 
 

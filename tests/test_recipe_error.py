@@ -1,12 +1,12 @@
 """The error benchmark on a small layer: what it measures is what is known, and it draws."""
 
-import json
+import shutil
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 import recipe_error
+from harness.output import RESULTS
 from recipe_error import INPUTS, LINES, ROWS, SHAPES, Shape
 
 SMALL = Shape((2, 40), 64, (3, 16))
@@ -47,18 +47,21 @@ def test_an_outlier_spoils_what_shares_its_scale():
 
 
 @pytest.mark.slow
-def test_documents(monkeypatch, tmp_path):
+def test_documents(monkeypatch):
   monkeypatch.setattr(recipe_error, "ROWS", {name: ROWS[name] for name in ("BF16", *LINES)})
   monkeypatch.setattr(recipe_error, "FACTORS", (1.0, 100.0))
-  document = recipe_error.measure({"small": Shape((8,), 32, (8,))}, (64, 256), Console(quiet=True))
-  assert json.loads(json.dumps(document))["errors"].keys() == {"BF16", *LINES}
-  made = recipe_error.tables(document)
-  assert len(made) == len(INPUTS) + 1
-  text = recipe_error.markdown(made)
-  assert text.count("| mxfp8 |") == len(made)
-  figure = recipe_error.draw(document["outlier_sqnr"])
-  assert [len(axes.lines) for axes in figure.axes] == [len(LINES)] * 3
-  figure.savefig(tmp_path / "error.png")
+  document = recipe_error.measure({"small": Shape((8,), 32, (8,))}, (64, 256))
+  assert document["errors"].keys() == {"BF16", *LINES}
+  assert len(recipe_error.tables(document)) == len(INPUTS) + 1
+
+
+def test_the_recorded_result_is_drawn_and_tabulated(tmp_path):
+  for suffix in ("json", "md"):
+    shutil.copy(RESULTS / f"recipe_error.{suffix}", tmp_path)
+  recipe_error.main(["--redraw", "--out", str(tmp_path)])
+  want = (RESULTS / "recipe_error.md").read_text()
+  assert (tmp_path / "recipe_error.md").read_text() == want
+  assert (tmp_path / "recipe_error.png").exists()
 
 
 def test_shapes_are_of_layers():

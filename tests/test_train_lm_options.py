@@ -1,4 +1,4 @@
-"""The main job's model that is converted, its calibration, and what it leaves to serve."""
+"""The converted model of ``train_lm.py``, its calibration, and what it exports."""
 
 import dataclasses
 import io
@@ -16,18 +16,13 @@ import flax_fp8 as fp8
 import lm.export
 import lm.train
 import train_lm
-from lm.config import PRESETS
-from lm.convert import show_dry_runs
-from lm.curve import Curve, Export, Result
-from lm.devices import Devices
-from lm.errors import UsageError
+from lm.config import PRESETS, ModelShape, UsageError
 from lm.export import PROGRAM, VARIABLES, export_forward, export_run, freeze, window
-from lm.model import ModelShape
-from lm.report import describe_export, describe_result
+from lm.report import describe_export
 from lm.runs import label
 from lm.step import initializer, jitted_step, make_model, step_shapes
-from lm.text import read_corpus
-from lm.train import calibrated, identify, require_startable, train
+from lm.text import Corpus
+from lm.train import calibrated, identify, train
 
 CONVERTED = "delayed-converted"
 CONFIG = dataclasses.replace(
@@ -55,7 +50,7 @@ np.save(out, exported.call(*args, **kwargs))
 """
 
 
-class Notes:
+class Notes(lm.train.Silent):
   """Keeps what training says."""
 
   def __init__(self):
@@ -64,37 +59,22 @@ class Notes:
   def note(self, text):
     self.notes.append(text)
 
-  def update(self, curve, *, validated):
-    pass
-
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-  """A converted model, calibrated, trained and exported as the command line does it.
+  """A converted model: calibrated, trained and exported; with what training said.
 
-  Compiled without most optimisations, which nearly halves the time, alike for all it compares.
+  Compiled without most optimizations, which nearly halves the time, alike for all it compares.
   """
-  out = tmp_path_factory.mktemp("served")
-  options = ["--precision", "fp8", "--convert", "--checkpoint-every", "2"]
-  options += ["--out", str(out), "--export", str(out / "export")]
-  arguments = train_lm.make_parser().parse_args(options)
-  shown = io.StringIO()
-  exported = []
-
-  def export_and_keep(config, run, corpus, variables, folder):
-    exported.append(variables)
-    return export_run(config, run, corpus, variables, folder)
-
+  out, notes = tmp_path_factory.mktemp("served"), Notes()
   jax.config.update("jax_disable_most_optimizations", True)
   try:
-    with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(train_lm, "export_run", export_and_keep)
-      console, first = Console(file=shown), Devices.first()
-      [result] = train_lm.run(arguments, CONFIG, read_corpus(), console, first)
+    corpus, of = Corpus.read(), {"folder": out / "checkpoints", "checkpoint_every": 2}
+    record, trained = train(CONFIG, CONVERTED, corpus, display=notes, **of)
+    export = export_run(CONFIG, CONVERTED, corpus, trained, out / "export")
   finally:
     jax.config.update("jax_disable_most_optimizations", False)
-  [trained] = exported
-  return result, trained, out, shown.getvalue()
+  return record | {"export": export}, trained, out, notes.notes
 
 
 @pytest.mark.slow
@@ -110,17 +90,13 @@ def test_a_converted_model_is_the_edited_one():
   ]
   assert texts[0] == texts[1]
   trees = [step_shapes(CONFIG, run)[0] for run in ("delayed", CONVERTED)]
-  leaves = [
-    {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-    for tree in trees
-  ]
+  leaves = [dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in trees]
   assert leaves[0] == leaves[1]
-  assert label(CONVERTED) == "FP8 delayed converted"
 
 
 def test_the_conversion_is_shown_before_it_trains():
   shown = io.StringIO()
-  show_dry_runs(CONFIG, ("bf16", "delayed", CONVERTED), Console(file=shown))
+  train_lm.show_dry_runs(CONFIG, ("bf16", "delayed", CONVERTED), Console(file=shown))
   assert shown.getvalue().count("dry run") == 1
   assert "FP8 delayed converted, dry run:" in shown.getvalue()
   assert "14 of 15 layers become FP8" in shown.getvalue()
@@ -128,16 +104,16 @@ def test_the_conversion_is_shown_before_it_trains():
 
 def test_a_model_is_fused_or_converted(capsys):
   with pytest.raises(SystemExit):
-    train_lm.make_parser().parse_args(["--fused", "--convert"])
+    train_lm.main(["--fused", "--convert"])
   assert "argument --convert: not allowed with argument --fused" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_calibration_fills_the_state_before_the_first_step(served):
   """Three batches and two steps: five entries of every history."""
-  result, trained, _, shown = served
-  assert f"{label(CONVERTED)}: calibrated on the batches of the first 3 steps" in shown
-  assert result.fp8_state_bytes > 0
+  record, trained, _, notes = served
+  assert "calibrated on the batches of the first 3 steps" in notes
+  assert record["fp8_state_bytes"] > 0
   leaves = jax.tree_util.tree_leaves_with_path(trained[fp8.OVERWRITE_WITH_GRADIENT])
   histories = [leaf for path, leaf in leaves if path[-1].key.endswith("_amax_history")]
   assert len(histories) == 3 * len(CONFIG.shape.projections)
@@ -146,55 +122,53 @@ def test_calibration_fills_the_state_before_the_first_step(served):
 
 
 def test_calibration_without_state_says_so():
-  display = Notes()
-  assert calibrated(CONFIG, "current", "state", None, display) == "state"
-  assert display.notes == ["nothing to calibrate: its recipe has no state"]
-  assert calibrated(CONFIG, "bf16", "state", None, display) == "state"
-  off = dataclasses.replace(CONFIG, calibrate=0)
-  assert calibrated(off, "delayed", "state", None, display) == "state"
-  assert len(display.notes) == 1
+  display, off = Notes(), dataclasses.replace(CONFIG, calibrate=0)
+  for config, run in ((CONFIG, "current"), (CONFIG, "bf16"), (off, "delayed")):
+    assert calibrated(config, run, "state", None, display) == "state"
+  assert display.notes == ["nothing to calibrate, because its recipe has no state"]
 
 
 @pytest.mark.slow
 def test_calibration_is_part_of_what_is_resumed(served, monkeypatch):
-  """Of runs that have state; and a run that goes on is not calibrated again."""
-  result, _, out, _ = served
-  corpus, off = read_corpus(), dataclasses.replace(CONFIG, calibrate=0)
+  """Of runs that have state. A resumed run is not calibrated again."""
+  record, _, out, _ = served
+  corpus, off = Corpus.read(), dataclasses.replace(CONFIG, calibrate=0)
   assert identify(CONFIG, CONVERTED, corpus)["calibrate"] == 3
   for run in ("bf16", "current"):
     assert identify(CONFIG, run, corpus) == identify(off, run, corpus)
-  of = {"folder": out / "checkpoints" / CONVERTED, "resume": True}
+  of = {"folder": out / "checkpoints", "resume": True}
   with pytest.raises(UsageError, match=r"got calibrate=None \(there: 3\)"):
-    require_startable(off, CONVERTED, corpus, **of)
-  memory = SimpleNamespace(temp_size_in_bytes=0)
+    train(off, CONVERTED, corpus, **of)
+  compiled = SimpleNamespace(memory_analysis=lambda: SimpleNamespace(temp_size_in_bytes=0))
+  lowered = SimpleNamespace(compile=lambda: compiled)
   monkeypatch.setattr(lm.train, "calibrated", None)
-  compiled = SimpleNamespace(memory_analysis=lambda: memory)
-  monkeypatch.setattr(lm.train, "compile_step", lambda *_: (compiled, 0.0))
-  assert train(CONFIG, CONVERTED, corpus, **of)[0].curve == result.curve
+  monkeypatch.setattr(lm.train, "jitted_step", SimpleNamespace(lower=lambda *_: lowered))
+  again = train(CONFIG, CONVERTED, corpus, **of)[0]
+  assert all(again[key] == record[key] for key in ("train_curve", "validation_curve"))
 
 
 @pytest.mark.slow
 def test_what_is_exported_is_the_trained_model(served):
   """The same loss; and the sizes, counted from the shapes of the kernels."""
-  result, _, out, _ = served
-  export, found = result.export, describe_result(result, None)["export"]
-  assert export.validation_loss == result.loss == found["validation_loss"]
+  record, _, out, _ = served
+  export = record["export"]
+  assert export["validation_loss"] == record["validation_loss"]
   kernels = 2 * sum(k * n for k, n in CONFIG.shape.projections.values())
-  assert export.kernel_bytes == kernels + 4 * 2 * len(CONFIG.shape.projections)
-  assert export.kernel_bytes_bf16 == 2 * kernels
-  assert export.bytes_bf16 == 2 * result.parameters
-  folder = out / "export" / CONVERTED
-  assert export.program_bytes == len((folder / PROGRAM).read_bytes())
+  assert export["kernel_bytes"] == kernels + 4 * 2 * len(CONFIG.shape.projections)
+  assert export["kernel_bytes_bf16"] == 2 * kernels
+  assert export["bytes_bf16"] == 2 * record["parameters"]
+  folder = out / "export"
+  assert export["program_bytes"] == len((folder / PROGRAM).read_bytes())
   files = [path for path in (folder / VARIABLES).rglob("*") if path.is_file()]
-  assert export.disk_bytes == sum(path.stat().st_size for path in files)
-  assert export.disk_bytes_bf16 > 0
-  assert export.platforms == ("cpu", "cuda")
+  assert export["disk_bytes"] == sum(path.stat().st_size for path in files)
+  assert export["disk_bytes_bf16"] > 0
+  assert export["platforms"] == ["cpu", "cuda"]
 
 
 @pytest.mark.slow
 def test_the_program_runs_where_there_is_nothing_but_jax(served, tmp_path):
   _, trained, out, _ = served
-  folder = out / "export" / CONVERTED
+  folder = out / "export"
   module, frozen = freeze(CONFIG, CONVERTED, trained)
   saved = fp8.restore_checkpoint(folder / VARIABLES, frozen).tree
   tokens = np.arange(CONFIG.seq_len, dtype=np.int32)[None]
@@ -206,12 +180,12 @@ def test_the_program_runs_where_there_is_nothing_but_jax(served, tmp_path):
   np.testing.assert_array_equal(np.load(logits), jax.jit(module.apply)(frozen, tokens))
 
 
+@pytest.mark.slow
 def test_mxfp8_is_exported_for_cpus_and_for_gpus(monkeypatch):
   """In one program where this JAX can, else in the one of this machine."""
   run = "mxfp8-converted"
   trained = step_shapes(CONFIG, run)[0].params
-  model = make_model(CONFIG, run)
-  _, frozen = fp8.freeze_for_inference(model, trained, window(CONFIG))
+  _, frozen = fp8.freeze_for_inference(make_model(CONFIG, run), trained, window(CONFIG))
   assert export_forward(CONFIG, run, trained, frozen).platforms in (("cpu",), ("cpu", "cuda"))
   monkeypatch.setattr(lm.export, "PLATFORMS", ("cuda",))
   assert export_forward(CONFIG, run, trained, frozen).platforms == ("cuda",)
@@ -219,33 +193,16 @@ def test_mxfp8_is_exported_for_cpus_and_for_gpus(monkeypatch):
 
 @pytest.mark.parametrize(
   ("loss", "said"),
-  [(2.0, "held-out loss the same, bit for bit;"), (2.25, "held-out loss off by +0.25;")],
+  [(2.0, "validation loss the same, bit for bit;"), (2.25, "validation loss off by +0.25;")],
   ids=["same", "other"],
 )
 def test_the_line_of_an_export(loss, said):
-  sizes = {"parameters": 1, "state_bytes": 1, "fp8_state_bytes": 0, "temp_bytes": 0}
-  curve = Curve(train=[2.0], validation=[(1, 2.0)], rates=[1.0])
-  mebibyte = 2**20
-  export = Export(
-    kernel_bytes=mebibyte,
-    kernel_bytes_bf16=2 * mebibyte,
-    bytes=3 * mebibyte,
-    bytes_bf16=4 * mebibyte,
-    disk_bytes=5 * mebibyte,
-    disk_bytes_bf16=6 * mebibyte,
-    program_bytes=2048,
-    platforms=("cpu", "cuda"),
-    validation_loss=loss,
-  )
-  result = Result(run=CONVERTED, curve=curve, **sizes, compile_seconds=1.0, export=export)
-  line = describe_export(result, export)
-  assert line.startswith("FP8 delayed converted, exported: kernels 1.00 MiB (BF16 2.00 MiB), ")
+  names = ("kernel_bytes", "bytes", "disk_bytes")
+  sizes = [name + suffix for name in names for suffix in ("", "_bf16")]
+  export = {name: count * 2**20 for count, name in enumerate(sizes, 1)}
+  export |= {"program_bytes": 2048, "platforms": ["cpu", "cuda"], "validation_loss": loss}
+  line = describe_export({"run": CONVERTED, "validation_loss": 2.0}, export)
+  assert line.startswith(f"{label(CONVERTED)}, exported: kernels 1.00 MiB (BF16 2.00 MiB), ")
   assert "all variables 3.00 MiB (BF16 4.00 MiB), on disk 5.00 MiB (BF16 6.00 MiB); " in line
   assert said in line
   assert line.endswith("program of 2 KiB for cpu and cuda")
-
-
-def test_help_can_be_printed_on_any_terminal():
-  text = train_lm.make_parser().format_help()
-  assert text.isascii()
-  assert "--out OUT" in text

@@ -12,8 +12,9 @@ COLORS = {
   "rowwise": "#009E73",
   "block": "#D55E00",
   "mxfp8": "#CC79A7",
+  "float16": "#000000",
 }
-MARKERS = dict(zip(COLORS, "osD^vPX", strict=True))
+MARKERS = dict(zip(COLORS, "osD^vPX*", strict=True))
 
 
 def base(name: str) -> str:

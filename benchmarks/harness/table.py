@@ -48,7 +48,8 @@ def print_table(
   """Prints rows; rows with the same value of ``group`` stand between two lines."""
   grid = Table(title=title)
   for column in columns:
-    grid.add_column(column.heading, justify="left" if column.left else "right")
+    justify = "left" if column.left else "right"
+    grid.add_column(column.heading, justify=justify, overflow="fold")
   previous: Any = None
   for row in rows:
     if group and previous not in (None, row.get(group)):

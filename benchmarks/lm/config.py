@@ -1,27 +1,79 @@
-"""What is trained: everything that decides the curve, and the sizes on offer."""
+"""What is trained: the sizes of model and run."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
-from lm.model import ModelShape
+
+class UsageError(ValueError):
+  """The command line asks for something impossible; it is printed without a traceback."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelShape:
+  """The sizes of a decoder.
+
+  Attributes:
+    vocabulary: number of tokens.
+    d_model: width of the residual stream.
+    d_ff: width inside SwiGLU.
+    layers: number of blocks.
+    heads: query heads, each of width ``d_model // heads``.
+    kv_heads: key and value heads; ``heads // kv_heads`` query heads share one.
+    remat: recompute each block in the backward pass instead of saving its activations.
+    attention: implementation of ``jax.nn.dot_product_attention``.
+  """
+
+  vocabulary: int = 256
+  d_model: int
+  d_ff: int
+  layers: int
+  heads: int
+  kv_heads: int
+  remat: bool = False
+  attention: Literal["xla", "cudnn"] = "xla"
+
+  def __post_init__(self) -> None:
+    if self.d_model % (2 * self.heads) or self.heads % self.kv_heads:
+      raise UsageError(
+        "ModelShape: d_model must be an even multiple of heads, and heads a multiple of "
+        f"kv_heads; got d_model={self.d_model}, heads={self.heads}, "
+        f"kv_heads={self.kv_heads}. Change one of them."
+      )
+
+  @property
+  def head_dim(self) -> int:
+    return self.d_model // self.heads
+
+  @property
+  def parameters(self) -> int:
+    kernels = sum(rows * columns for rows, columns in self.projections.values())
+    return self.layers * (kernels + 2 * self.d_model) + (2 * self.vocabulary + 1) * self.d_model
+
+  @property
+  def projections(self) -> dict[str, tuple[int, int]]:
+    """The kernels' shapes in one layer."""
+    inner, shared = self.d_model, self.kv_heads * self.head_dim
+    widths = {"query": inner, "key": shared, "value": shared, "out": inner}
+    widths |= {"gate": self.d_ff, "up": self.d_ff}
+    return {name: (inner, width) for name, width in widths.items()} | {"down": (self.d_ff, inner)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-  """All that decides a curve besides the text and the run's recipe.
+  """Everything that decides a loss curve, except the text and the run.
 
   Attributes:
     shape: the model.
-    steps: optimiser steps; the learning rate's cosine ends there.
-    batch_size: windows a step.
-    seq_len: bytes the model reads in a window.
+    steps: optimizer steps; the learning rate's cosine ends there.
+    batch_size: sequences per step.
+    seq_len: bytes the model reads per sequence.
     learning_rate: the peak, reached after a tenth of the steps.
-    weight_decay: on kernels only.
+    weight_decay: for kernels only.
     clip_norm: bound on the gradient's global norm.
     seed: decides the parameters and the batches.
     validate_every: steps between two validations.
-    validation_batches: batches a validation reads at most.
-    calibrate: training batches from which FP8 state is filled before step 0; 0 leaves it empty.
+    validation_batches: largest number of batches per validation.
+    calibrate: training batches that fill the FP8 state before step 0; 0 leaves it empty.
   """
 
   shape: ModelShape
@@ -37,13 +89,13 @@ class TrainConfig:
   calibrate: int = 0
 
   def as_dict(self) -> dict[str, Any]:
-    """Every setting by its name, the model's among them, as JSON would give them back."""
+    """Every setting by its name, including the model's, in JSON's types."""
     settings = dataclasses.asdict(self)
     return settings.pop("shape") | settings
 
 
 PRESETS = {
-  # For asking how a run goes rather than where to: a few seconds, most of them compilation.
+  # For tests of the loop itself: a few seconds, most of them compilation.
   "micro": TrainConfig(
     shape=ModelShape(d_model=32, d_ff=64, layers=2, heads=2, kv_heads=1),
     steps=100,
@@ -53,18 +105,16 @@ PRESETS = {
     validate_every=50,
     validation_batches=4,
   ),
-  # Small enough to settle in a few minutes: where the loss still falls fast, a few steps' lead is
-  # a percent, and rounding that only reorders the run would look like a gap.
+  # Long enough to settle: where the loss still falls fast, a few steps' lead is a percent.
   "tiny": TrainConfig(
     shape=ModelShape(d_model=64, d_ff=192, layers=2, heads=2, kv_heads=1),
-    steps=1500,
+    steps=1000,
     batch_size=16,
     seq_len=128,
     learning_rate=4e-3,
     validate_every=250,
   ),
-  # Small enough for a sweep: an FP8 run takes about four minutes of one CPU core, and the mean gap
-  # of three seeds or more says what one seed's cannot.
+  # For a sweep over recipes and seeds: an FP8 run takes about four minutes of one CPU core.
   "small": TrainConfig(
     shape=ModelShape(d_model=128, d_ff=384, layers=3, heads=4, kv_heads=2),
     steps=800,
@@ -83,3 +133,5 @@ PRESETS = {
     validate_every=100,
   ),
 }
+# Seconds per step of a BF16 run, and of an FP8 run, on two CPU cores.
+CPU_SECONDS_PER_STEP = {"micro": (0.005, 0.01), "tiny": (0.045, 0.09), "small": (0.15, 0.35)}

@@ -1,42 +1,39 @@
-"""Proof of the step before it trains: which of its GEMMs are FP8 in the program made for a GPU.
+"""Counts a step's FP8 GEMMs before it trains, in the program that the GPU compiler makes of it.
 
-The model asks for FP8, the compiler decides. So the step goes through ``fp8.explain``, as shapes
-alone (a model that is too large for this machine can be looked at all the same), and a GEMM that is
-not what its run promises stops the benchmark.
+The model asks for FP8, and the compiler decides. The step goes through ``fp8.explain`` as shapes,
+so that this machine can examine a model too large for it.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import re
 from pathlib import Path
-from typing import TypeAlias
 
 import jax
 from rich.console import Console
 
 import flax_fp8 as fp8
-from flax_fp8.explain.gemms import Gemm
 from flax_fp8.explain.plugin import require_compiler
-from lm.config import TrainConfig
-from lm.errors import UsageError
-from lm.files import whole_file, write_text
-from lm.model import FUSED_PROJECTIONS, PROJECTIONS
-from lm.runs import BF16, FLOAT16, Run, label, recipe_name
+from harness.output import say, whole_file, write_text
+from lm.config import TrainConfig, UsageError
+from lm.runs import BF16, Run, label, recipe_name, recipe_of
 from lm.step import jitted_step, step_shapes
 
-Reports: TypeAlias = dict[Run, fp8.Report]
+Reports = dict[Run, fp8.Report]
 
 DEFAULT_TARGET = "h200"
-NONE = "none"  # instead of a GPU: looks at no program
-# The recipes that promise each GEMM as one FP8 GEMM on every GPU that multiplies FP8. Blocks may be
-# multiplied one by one, and MX blocks need Blackwell: of those the count is shown, and not judged.
+NONE = "none"
+# These recipes promise one FP8 GEMM per product on every GPU with FP8. Block recipes do not: blocks
+# may be multiplied one by one, and MX blocks need Blackwell. Their GEMMs are only counted.
 ONE_GEMM_EACH = frozenset({"delayed", "current", "rowwise"})
+# The GEMMs that stay BF16: the head's, and those of attention, whose module is the layer itself.
+NO_PROJECTION = re.compile(r"^(\w+/)?(head|embedding|layers)$")
 XLA_ATTENTION = (
-  "Without a GPU, cuDNN's attention can't be compiled: what follows is of XLA's attention instead."
+  "cuDNN's attention can't be compiled without a GPU. The reports are for XLA's attention instead."
 )
 
 
 def choose_target(asked: str | None) -> str | None:
-  """Names the GPU to describe to the compiler; None is the one attached, where it trains."""
+  """The described GPU to compile for; None compiles for the attached one."""
   device = jax.devices()[0]
   if device.platform != "gpu":
     return asked or DEFAULT_TARGET
@@ -45,7 +42,7 @@ def choose_target(asked: str | None) -> str | None:
 
 
 def missing_compiler() -> str | None:
-  """What to install before a GPU that is not there can be compiled for; None if it is all there."""
+  """What to install to compile for a GPU that is not attached; None if nothing is missing."""
   try:
     require_compiler()
   except ImportError as error:
@@ -54,7 +51,6 @@ def missing_compiler() -> str | None:
 
 
 def explain_step(config: TrainConfig, run: Run, target: str | None) -> fp8.Report:
-  """Compiles the step for a GPU, or for the attached one where ``target`` is None."""
   name = f"{label(run)} step"
   if target is not None and config.shape.attention == "cudnn":
     shape = dataclasses.replace(config.shape, attention="xla")
@@ -65,22 +61,21 @@ def explain_step(config: TrainConfig, run: Run, target: str | None) -> fp8.Repor
 def explain_steps(
   config: TrainConfig, runs: tuple[Run, ...], asked: str | None, console: Console
 ) -> Reports:
-  """Shows what the steps are on a GPU, and checks that their GEMMs are what they should be.
+  """Compiles each step for a GPU, prints what it became, and checks its GEMMs.
 
   Args:
     config: what will be trained.
     runs: what will be trained, one step each.
-    asked: the GPU that ``--explain`` names, for whole reports; None shows one line a step, of the
-      attached GPU or of a described H200.
-    console: where to show them.
+    asked: the GPU of ``--explain``, to print whole reports for. None prints one line per step, for
+      the attached GPU or a described H200. ``"none"`` compiles nothing.
+    console: prints.
 
   Returns:
-    The report of each step; nothing where ``asked`` is None and no compiler is installed, or where
-    it is ``"none"``.
+    A report per run; none if ``asked`` is ``"none"``, or if it is None without a compiler.
 
   Raises:
     UsageError: ``asked`` names a GPU, and no compiler is installed.
-    RuntimeError: a GEMM is not what its run promises.
+    AssertionError: a GEMM is not what its run promises.
   """
   if asked == NONE:
     return {}
@@ -90,7 +85,7 @@ def explain_steps(
       raise UsageError(f"--explain: {missing}")
     return {}
   if target is not None and config.shape.attention == "cudnn":
-    console.print(XLA_ATTENTION, highlight=False, soft_wrap=True)
+    say(console, XLA_ATTENTION)
   reports: Reports = {}
   for run in runs:
     with console.status(f"{label(run)}: compiling the step for {target or 'this GPU'}"):
@@ -98,19 +93,9 @@ def explain_steps(
     console.out(report if asked else report.title, highlight=False)
     require_fp8_gemms(config, run, report)
   if asked is not None and BF16 in reports:
-    for run in (run for run in runs if run != BF16):
+    for run in reports.keys() - {BF16}:
       console.out(reports[run].compare(reports[BF16]), highlight=False)
   return reports
-
-
-def in_projection(gemm: Gemm) -> bool:
-  """Whether a GEMM belongs to one of the modules that FP8 is for."""
-  return not {*PROJECTIONS, *FUSED_PROJECTIONS}.isdisjoint(gemm.path.split("/"))
-
-
-def multiplies_fp8(report: fp8.Report) -> bool:
-  """Whether the report's GPU has FP8 matrix units, as far as is known."""
-  return report.target is None or "fp8" in report.target.peak_flops
 
 
 def projection_flops(config: TrainConfig) -> int:
@@ -120,41 +105,29 @@ def projection_flops(config: TrainConfig) -> int:
 
 
 def require_fp8_gemms(config: TrainConfig, run: Run, report: fp8.Report) -> None:
-  """Raises unless FP8 has every GEMM of each projection in FP8, and a run without FP8 has none.
+  """Raises AssertionError unless each projection's GEMMs are FP8, or no GEMM in a run without FP8.
 
-  FLOPs are compared, for the compiler may merge GEMMs that share an input; recomputing (remat) adds
-  to them. On a GPU that multiplies no FP8 there is nothing to check but BF16: its report says so
-  itself. Nor is there of recipes that promise no GEMM in one piece.
+  FLOPs are compared as well, because the compiler may merge GEMMs that share an input. A GPU
+  without FP8 units, or a recipe that does not promise single GEMMs, is not checked.
   """
-  if run in (BF16, FLOAT16):
-    wanted, wrong = 0, [gemm for gemm in report.gemms if gemm.is_fp8]
-  elif recipe_name(run) not in ONE_GEMM_EACH or not multiplies_fp8(report):
+  has_units = report.target is None or "fp8" in report.target.peak_flops
+  wanted, found = projection_flops(config), sum(g.flops for g in report.gemms if g.is_fp8)
+  if recipe_of(run) is None:
+    wanted = 0
+  elif recipe_name(run) not in ONE_GEMM_EACH or not has_units:
     return
   else:
-    wanted = projection_flops(config)
-    wrong = [gemm for gemm in report.gemms if in_projection(gemm) and not gemm.is_fp8]
-  found = sum(gemm.flops for gemm in report.gemms if gemm.is_fp8)
-  if not wrong and found >= wanted:
-    return
-  rows = wrong or [gemm for gemm in report.gemms if not gemm.is_fp8]
-  rule = f"all GEMMs of the projections, {wanted:.4g} FLOPs or more," if wanted else "no GEMM"
-  raise RuntimeError(
-    f"train_step: {label(run)} must have {rule} in FP8 on {report.device_kind}; got "
-    f"{report.fp8_gemms} of {report.total_gemms} GEMMs, {found:.4g} FLOPs. Look for a projection "
-    "that fell back, or a baseline that is none:\n" + "\n".join(lines(rows))
-  )
-
-
-def lines(gemms: list[Gemm]) -> Iterator[str]:
-  """One line a GEMM: where it is, in which types, and why it is not FP8."""
-  for gemm in gemms:
-    reason = gemm.reason or "is FP8"
-    place = f"{gemm.path or '(no module)'} {gemm.role.value} ({gemm.times} a step)"
-    yield f"  {place}, {gemm.lhs} x {gemm.rhs} by {gemm.kernel}: {reason}"
+    report.assert_fp8([NO_PROJECTION])
+  if found < wanted or found > 0 == wanted:
+    raise AssertionError(
+      f"train_lm: the step of {label(run)} must have {wanted:.4g} FLOPs of projections in FP8 on "
+      f"{report.device_kind}; got {found:.4g}. Print the report with --explain, and look for a "
+      "projection that fell back, or FP8 in the baseline."
+    )
 
 
 def write_reports(reports: Reports, folder: Path) -> None:
-  """Writes a Markdown file and a picture of each report: where bytes and time go, beside BF16."""
+  """Writes a Markdown file and a plot per report, beside BF16 where it ran."""
   bf16 = reports.get(BF16)
   for run, report in reports.items():
     write_text(folder / f"explain_{run}.md", report.to_markdown())

@@ -1,79 +1,28 @@
-"""A Llama-like decoder in Flax Linen whose GEMMs are BF16 or FP8 by one argument.
+"""A Llama-like decoder in Flax Linen. One argument decides between BF16 and FP8.
 
     Transformer(shape)                                           # BF16
     Transformer(shape, dot_general_cls=recipe.dot_general_cls)   # FP8
 
-``nn.Dense`` takes that argument as it is. ``fused=recipe`` makes one GEMM of query, key and value,
-and one of gate and up; ``fuse_params`` takes the parameters there. In FP8 run the projections of
-each layer (q, k, v, o; gate, up, down), forward and backward; the embedding, the norms, the
-attention scores and the output head stay BF16, or float16 with ``dtype=jnp.float16``. Parameters
-are float32.
+FP8 covers the projections of each layer (q, k, v, o; gate, up, down), forward and backward. The
+embedding, norms, attention scores and output head stay in ``dtype``, and parameters in float32.
+With ``fused=recipe``, one GEMM computes q, k and v, and another gate and up.
 """
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 import flax_fp8 as fp8
-from lm.errors import UsageError
+from lm.config import ModelShape
 
 PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")
-FUSED_PROJECTIONS = ("qkv", "gate_up")  # besides out and down
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelShape:
-  """The sizes of a decoder.
-
-  Attributes:
-    vocabulary: distinct tokens.
-    d_model: width of the residual stream.
-    d_ff: width inside SwiGLU.
-    layers: number of blocks.
-    heads: query heads; ``d_model // heads`` is the head's width.
-    kv_heads: key and value heads, each shared by ``heads // kv_heads`` query heads.
-    remat: recompute each block in the backward pass instead of keeping its activations.
-    attention: which attention ``jax.nn.dot_product_attention`` runs.
-  """
-
-  vocabulary: int = 256
-  d_model: int
-  d_ff: int
-  layers: int
-  heads: int
-  kv_heads: int
-  remat: bool = False
-  attention: Literal["xla", "cudnn"] = "xla"
-
-  def __post_init__(self) -> None:
-    """Checks that the heads divide the widths."""
-    if self.d_model % (2 * self.heads) or self.heads % self.kv_heads:
-      raise UsageError(
-        "ModelShape: d_model must be an even multiple of heads, and heads a multiple of "
-        f"kv_heads; got d_model={self.d_model}, heads={self.heads}, "
-        f"kv_heads={self.kv_heads}. Change one of them."
-      )
-
-  @property
-  def head_dim(self) -> int:
-    """Width of one head."""
-    return self.d_model // self.heads
-
-  @property
-  def projections(self) -> dict[str, tuple[int, int]]:
-    """The kernels' shapes in one layer, by ``PROJECTIONS``."""
-    inner, shared = self.d_model, self.kv_heads * self.head_dim
-    widths = (inner, shared, shared, inner, self.d_ff, self.d_ff)
-    sizes = [(inner, width) for width in widths] + [(self.d_ff, inner)]
-    return dict(zip(PROJECTIONS, sizes, strict=True))
 
 
 def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:
-  """Turns each pair ``(x[i], x[i + D/2])`` at position t by the angle ``t * base**(-2i/D)``.
+  """Rotates each pair ``(x[i], x[i + D/2])`` at position t by the angle ``t * base**(-2i/D)``.
 
   Args:
     x: ``[B, T, H, D]`` with even D.
@@ -94,14 +43,12 @@ def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:
 
 
 def norm(name: str, dtype: Any) -> nn.RMSNorm:
-  """RMSNorm: statistics in float32."""
   return nn.RMSNorm(dtype=dtype, name=name)
 
 
 def fused_qkv(
   shape: ModelShape, recipe: fp8.Recipe, name: str | None = None, dtype: Any = jnp.bfloat16
 ) -> fp8.Fp8FusedQKV:
-  """Query, key and value in one."""
   return fp8.Fp8FusedQKV(
     num_heads=shape.heads,
     num_kv_heads=shape.kv_heads,
@@ -116,12 +63,11 @@ def fused_qkv(
 def fused_swiglu(
   shape: ModelShape, recipe: fp8.Recipe, name: str | None = None, dtype: Any = jnp.bfloat16
 ) -> fp8.Fp8SwiGLU:
-  """Gate and up in one, and down."""
   return fp8.Fp8SwiGLU(hidden_features=shape.d_ff, dtype=dtype, recipe=recipe, name=name)
 
 
 def fuse_params(params: Mapping[str, Any], shape: ModelShape, recipe: fp8.Recipe) -> dict[str, Any]:
-  """Takes the parameters of separate projections to those of a ``Transformer`` with fused ones."""
+  """Converts the parameters of separate projections to those of fused ones."""
   layers = dict(params["layers"])
   take = lambda *names: {name: layers.pop(name) for name in names}
   qkv = fused_qkv(shape, recipe).from_separate(take("query", "key", "value"))
@@ -134,7 +80,7 @@ class Block(nn.Module):
 
   Attributes:
     shape: the sizes.
-    dot_general_cls: None for BF16, or what makes the projections' GEMMs.
+    dot_general_cls: makes the projections' GEMMs; None for BF16.
     fused: the recipe of fused projections; None for separate layers.
     dtype: of activations.
   """
@@ -145,14 +91,9 @@ class Block(nn.Module):
   dtype: Any = jnp.bfloat16
 
   def project(self, x: jax.Array, features: int, name: str) -> jax.Array:
-    """Multiplies by a ``[D, features]`` kernel: the only place where FP8 enters."""
-    return nn.Dense(
-      features,
-      use_bias=False,
-      dtype=self.dtype,
-      dot_general_cls=self.dot_general_cls,
-      name=name,
-    )(x)
+    """Multiplies by a ``[D, features]`` kernel. Only here does FP8 enter the model."""
+    cls = self.dot_general_cls
+    return nn.Dense(features, use_bias=False, dtype=self.dtype, dot_general_cls=cls, name=name)(x)
 
   def project_heads(self, x: jax.Array) -> tuple[jax.Array, ...]:
     """Query, key and value ``[B, T, heads, head_dim]``."""
@@ -168,14 +109,12 @@ class Block(nn.Module):
     """Causal grouped-query attention over ``[B, T, D]``."""
     query, key, value = self.project_heads(x)
     heads = (rotate(query), rotate(key), value)
-    if self.dtype == jnp.float16 and self.shape.attention == "xla":
-      # What JAX asks of XLA for float16 heads, no CPU has: F16_F16_F32.
+    attention = self.shape.attention
+    if self.dtype == jnp.float16 and attention == "xla":
+      # For float16 heads, JAX asks XLA for an algorithm that no CPU has (F16_F16_F32).
       heads = tuple(head.astype(jnp.float32) for head in heads)
-    mixed = jax.nn.dot_product_attention(
-      *heads, is_causal=True, implementation=self.shape.attention
-    )
-    mixed = mixed.astype(self.dtype).reshape(*x.shape)
-    return self.project(mixed, self.shape.d_model, "out")
+    mixed = jax.nn.dot_product_attention(*heads, is_causal=True, implementation=attention)
+    return self.project(mixed.astype(self.dtype).reshape(*x.shape), self.shape.d_model, "out")
 
   def swiglu(self, x: jax.Array) -> jax.Array:
     """``(silu(x @ gate) * (x @ up)) @ down`` over ``[B, T, D]``."""
@@ -187,7 +126,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-    """Takes and gives the residual stream, in the form that ``nn.scan`` carries."""
+    """Takes and returns the residual stream, in the form that ``nn.scan`` carries."""
     x = x + self.attend(norm("attention_norm", self.dtype)(x))
     x = x + self.swiglu(norm("swiglu_norm", self.dtype)(x))
     return x, None
@@ -198,8 +137,8 @@ class Transformer(nn.Module):
 
   Attributes:
     shape: the sizes.
-    dot_general_cls: None for BF16; ``recipe.dot_general_cls`` puts every projection in FP8.
-    fused: the same recipe where projections of one input are to be one GEMM.
+    dot_general_cls: None for BF16; ``recipe.dot_general_cls`` for FP8 projections.
+    fused: the same recipe, to fuse projections that share an input.
     dtype: of activations; logits are float32.
   """
 
@@ -210,7 +149,6 @@ class Transformer(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
-    """Runs the decoder; the logits are float32."""
     vocabulary, d_model = self.shape.vocabulary, self.shape.d_model
     x = nn.Embed(vocabulary, d_model, dtype=self.dtype, name="embedding")(tokens)
     x, _ = self.layers()(x, None)
@@ -219,7 +157,7 @@ class Transformer(nn.Module):
     return head(x).astype(jnp.float32)
 
   def layers(self) -> nn.Module:
-    """Stacks the blocks on a leading axis; each layer has its own FP8 state, as its kernels."""
+    """Stacks the blocks on a leading axis; each layer has its own kernels and FP8 state."""
     block = nn.remat(Block, prevent_cse=False) if self.shape.remat else Block
     return nn.scan(
       block,

@@ -1,10 +1,10 @@
-"""Several processes as one program: each is told which it is, and process 0 speaks for all.
+"""Several processes as one program: each is told its number, and process 0 prints and writes.
 
     train_lm.py --coordinator HOST:PORT --num-processes 2 --process-id 0    # and, elsewhere,
     train_lm.py --coordinator HOST:PORT --num-processes 2 --process-id 1
 
-All options are JAX's own of ``jax.distributed.initialize``. On CPUs, JAX reduces between processes
-by gloo, which it has with it.
+The options are those of ``jax.distributed.initialize``. Between CPUs, JAX reduces with gloo, which
+it contains.
 """
 
 import argparse
@@ -21,72 +21,67 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lm.errors import UsageError
-from lm.options import not_negative, positive
+from harness.output import positive
+from lm.config import UsageError
 
-TOGETHER = ("coordinator", "num_processes", "process_id")
-# Of a process that died the others hear at once where they wait for its numbers, else after this.
+TOGETHER = ("--coordinator", "--num-processes", "--process-id")
+# Processes that wait for a dead one's numbers hear of its death at once, others after this time.
 HEARTBEAT_SECONDS = 30
-# The first process that is done waits so long for the last one.
+# The first process to finish waits this long for the last one.
 SHUTDOWN_SECONDS = 60
+
+
+def not_negative(text: str) -> int:
+  """Parses an integer that must be at least 0."""
+  if (value := int(text)) < 0:
+    raise argparse.ArgumentTypeError(f"must be at least 0; got {text}")
+  return value
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
   """Adds the options by which several processes find each other."""
-  group = parser.add_argument_group("several processes, each started by itself")
-  add = group.add_argument
+  add = parser.add_argument_group("several processes, each started separately").add_argument
   add("--coordinator", metavar="HOST:PORT", help="address that process 0 listens on")
   add("--num-processes", type=positive, metavar="N", help="number of processes")
   add("--process-id", type=not_negative, metavar="I", help="number of this process, from 0")
   add("--distributed", action="store_true", help="get these three from the cluster (Slurm, MPI)")
 
 
-def option(name: str) -> str:
-  """An attribute's name as it is on the command line."""
-  return f"--{name.replace('_', '-')}"
-
-
-def require_whole(arguments: argparse.Namespace) -> bool:
-  """Says whether this is one of several processes.
-
-  Raises:
-    UsageError: the options that go together are not all there, or contradict each other.
-  """
-  given = {name: getattr(arguments, name) for name in TOGETHER}
-  named = [name for name, value in given.items() if value is not None]
-  if arguments.distributed and named:
+def is_one_of_several(arguments: argparse.Namespace) -> bool:
+  """Whether this is one of several processes; raises UsageError for contradicting options."""
+  given = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+  named = dict(zip(TOGETHER, given, strict=True))
+  missing = [name for name, value in named.items() if value is None]
+  first = next((name for name in TOGETHER if name not in missing), None)
+  if arguments.distributed and first:
     raise UsageError(
-      "--distributed: the cluster says what else would have to be named; got "
-      f"{option(named[0])} too. Give one of them."
+      f"--distributed: takes the other options from the cluster; got {first} too. Give one of them."
     )
-  if not named:
+  if first is None:
     return arguments.distributed
-  if missing := [option(name) for name in TOGETHER if name not in named]:
+  if missing:
     raise UsageError(
-      f"{option(named[0])}: goes with {', '.join(map(option, TOGETHER))}; got no "
-      f"{', no '.join(missing)}. Give all three."
+      f"{first}: goes with {', '.join(TOGETHER)}; got no {', no '.join(missing)}. Give all three."
     )
-  _, colon, port = given["coordinator"].rpartition(":")
-  if not (colon and port.isdecimal()):
+  if not (":" in given[0] and given[0].rpartition(":")[2].isdecimal()):
     raise UsageError(
-      f"--coordinator: must be HOST:PORT; got {given['coordinator']}. Name a port of process 0's "
-      "machine that nothing listens on."
+      f"--coordinator: must be HOST:PORT; got {given[0]}. Name a free port of process 0's machine."
     )
-  if given["process_id"] >= given["num_processes"]:
+  if given[2] >= given[1]:
     raise UsageError(
-      "--process-id: processes are numbered from 0 and must be fewer than --num-processes; got "
-      f"{given['process_id']} of {given['num_processes']}. Start as many as there are numbers."
+      "--process-id: processes are numbered from 0, so it must be below --num-processes; got "
+      f"{given[2]} of {given[1]}. Start as many as there are numbers."
     )
   return True
 
 
 def connect(arguments: argparse.Namespace) -> None:
-  """Joins the other processes, where there are any; before JAX's backends start.
+  """Joins the other processes, if there are any, before JAX's backends start.
 
   Raises:
-    UsageError: the options don't say how, or the others can't be reached.
+    UsageError: the options contradict each other, or the others can't be reached.
   """
-  if not require_whole(arguments):
+  if not is_one_of_several(arguments):
     return
   try:
     jax.distributed.initialize(
@@ -111,13 +106,13 @@ def speaks() -> bool:
 
 @contextmanager
 def ending_at_once() -> Generator[None]:
-  """Ends this process on an error at once, where JAX would wait for the others to end as well.
+  """Ends this process on an error at once.
 
-  They may be waiting for its numbers, or the error may be that one of them has died.
+  JAX would wait for the other processes to end. They may be waiting for this one's numbers.
   """
   try:
     yield
-  except UsageError:  # which all processes have alike
+  except UsageError:  # the same in all processes
     raise
   except Exception:
     if jax.process_count() == 1:
@@ -129,16 +124,16 @@ def ending_at_once() -> Generator[None]:
 
 
 def require_alone(name: str) -> None:
-  """Raises where an option is for one process, and there are several."""
+  """Raises UsageError if an option for one process meets several."""
   if (count := jax.process_count()) > 1:
     raise UsageError(
-      f"{name}: is for one process; got {count}. Train with these, and then once more with one and "
-      "--resume: it goes on from the last checkpoint."
+      f"{name}: is for one process; got {count}. Train with these, then run one process with "
+      "--resume: it continues from the last checkpoint."
     )
 
 
 def require_same(identity: Any) -> None:
-  """Raises, in every process, where they were not all asked for the same.
+  """Raises UsageError, in every process, unless all were asked for the same.
 
   Args:
     identity: what was asked for, in JSON's types.

@@ -1,86 +1,66 @@
-"""How a run shows itself: a live bar on a terminal, one line a validation anywhere else."""
+"""How a run shows itself: a bar on a terminal, one line per event elsewhere."""
 
-from types import TracebackType
+import contextlib
+from collections.abc import Generator
 from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lm.curve import Curve
-
-
-def describe(curve: Curve) -> str:
-  """The newest numbers of a curve in one short line."""
-  parts = [f"loss {curve.train[-1]:.4f}"] if curve.train else []
-  parts += [f"validation {curve.validation[-1][1]:.4f}"] if curve.validation else []
-  parts += [f"{curve.rates[-1]:.2f} steps/s"] if curve.rates else []
-  return ", ".join(parts)
+from lm.checkpoints import Curve
 
 
 class Display(Protocol):
-  """What the training loop tells; both methods may be called at any time."""
+  """What the training loop tells."""
 
-  def note(self, text: str) -> None:
-    """Says one thing that happened."""
+  def note(self, text: str) -> None: ...
 
-  def update(self, curve: Curve, *, validated: bool, saved: bool = False) -> None:
-    """Shows the curve after a stretch of steps, of which a checkpoint stands if ``saved``."""
+  def update(self, curve: Curve, *, validated: bool, saved: bool = False) -> None: ...
 
 
 class Silent:
   """Shows nothing."""
 
-  def note(self, text: str) -> None:
-    """Ignores it."""
+  def note(self, text: str) -> None: ...
 
-  def update(self, curve: Curve, *, validated: bool, saved: bool = False) -> None:
-    """Ignores it."""
+  def update(self, curve: Curve, *, validated: bool, saved: bool = False) -> None: ...
+
+
+def describe(curve: Curve) -> str:
+  """The newest numbers of a curve in one short line."""
+  parts = [f"loss {loss:.4f}" for loss in curve["train_curve"][-1:]]
+  parts += [f"validation {loss:.4f}" for _, loss in curve["validation_curve"][-1:]]
+  return ", ".join([*parts, *(f"{rate:.2f} steps/s" for rate in curve["stretch_rates"][-1:])])
 
 
 class ConsoleDisplay:
-  """A bar that lives in place on a terminal; plain lines elsewhere. A context manager."""
+  """Moves the bar of one run; without a terminal, prints a line per validation and checkpoint."""
 
-  def __init__(self, console: Console, name: str, steps: int) -> None:
-    """Makes the bar.
-
-    Args:
-      console: where to write.
-      name: what the bar is called.
-      steps: its full length.
-    """
-    self.console, self.name, self.steps = console, name, steps
-    self.bar = Progress(
-      TextColumn("{task.description}"),
-      BarColumn(),
-      MofNCompleteColumn(),
-      TextColumn("{task.fields[numbers]}"),
-      TimeRemainingColumn(),
-      console=console,
-      disable=console.quiet or not console.is_terminal,
-    )
-    self.task = self.bar.add_task(name, total=steps, numbers="compiling")
-
-  def __enter__(self) -> "ConsoleDisplay":
-    """Starts the bar."""
-    self.bar.start()
-    return self
-
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    trace: TracebackType | None,
-  ) -> None:
-    """Stops the bar, and leaves it as it is."""
-    self.bar.stop()
+  def __init__(self, console: Console, bar: Progress, name: str, steps: int) -> None:
+    self.console, self.bar, self.name, self.steps = console, bar, name, steps
+    self.task = bar.add_task(name, total=steps, numbers="compiling")
 
   def note(self, text: str) -> None:
-    """Prints a line, above the bar where there is one."""
     self.console.print(f"{self.name}: {text}", highlight=False, soft_wrap=True)
 
   def update(self, curve: Curve, *, validated: bool, saved: bool = False) -> None:
-    """Moves the bar; without a bar, prints a line of every validation and every checkpoint."""
-    self.bar.update(self.task, completed=curve.step, numbers=describe(curve))
+    step = len(curve["train_curve"])
+    self.bar.update(self.task, completed=step, numbers=describe(curve))
     if (validated or saved) and not self.console.is_terminal:
       end = ", saved" if saved else ""
-      self.note(f"step {curve.step}/{self.steps}: {describe(curve)}{end}")
+      self.note(f"step {step}/{self.steps}: {describe(curve)}{end}")
+
+
+@contextlib.contextmanager
+def showing(console: Console, name: str, steps: int) -> Generator[ConsoleDisplay]:
+  """Shows one run of so many steps."""
+  columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+  bar = Progress(
+    *columns,
+    TextColumn("{task.fields[numbers]}"),
+    TimeRemainingColumn(),
+    console=console,
+    disable=console.quiet or not console.is_terminal,
+  )
+  with bar:
+    yield ConsoleDisplay(console, bar, name, steps)

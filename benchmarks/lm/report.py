@@ -1,184 +1,150 @@
-"""What a comparison ends with: a table for the reader, and ``results.json`` for everything else."""
+"""What a comparison ends with: a table, a plot, and ``results.json``, from which both are made."""
 
-import dataclasses
-import datetime
-import json
-import platform
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import flax
 import jax
+import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-import flax_fp8 as fp8
+from harness.environment import environment, on_cpu
+from harness.names import color, marker
+from harness.output import say
+from harness.plot import legend, make_figure
+from harness.table import Column, print_table
 from lm.config import TrainConfig
-from lm.curve import Export, Result, gap_percent
-from lm.devices import Devices
 from lm.explain import Reports, missing_compiler
-from lm.files import write_text
-from lm.runs import BF16, Run, label
+from lm.runs import BF16, label
 from lm.text import Corpus
+from lm.train import Record
 
-NOT_ASKED = "--explain none asks for no program."
-EMULATED = (
-  "FP8 is emulated on this CPU: the losses are what FP8 gives, but steps/s is no claim about speed."
-)
-
-
-def emulated() -> bool:
-  """Whether FP8 GEMMs run on a device that computes them in a wider type."""
-  return jax.default_backend() == "cpu"
+MIB = 2**20
+SMOOTHED_PERCENT = 3
+EMULATED = "FP8 is emulated on this CPU: the losses are those of FP8, the steps/s are not."
 
 
-def find_gaps(results: list[Result]) -> dict[Run, float]:
-  """The gap to BF16 of each recipe, in percent; empty where BF16 did not run."""
-  by_run = {result.run: result for result in results}
-  bf16 = by_run.pop(BF16, None)
-  return {run: gap_percent(bf16, result) for run, result in by_run.items()} if bf16 else {}
+def find_gaps(runs: Mapping[str, Record]) -> dict[str, float]:
+  """``100 * (loss / loss of BF16 - 1)`` of each other run; empty without BF16."""
+  if BF16 not in runs:
+    return {}
+  loss = runs[BF16]["validation_loss"]
+  others = {run: record["validation_loss"] for run, record in runs.items() if run != BF16}
+  return {run: 100.0 * (other / loss - 1.0) for run, other in others.items()}
 
 
-def mebibytes(count: int) -> str:
-  """Bytes as MiB."""
-  return f"{count / 2**20:.2f} MiB"
-
-
-def gemm_heading(reports: Reports) -> str:
-  """The heading of the GEMMs' column, with the GPU that they were compiled for."""
-  kinds = {report.device_kind for report in reports.values()}
-  return f"FP8 GEMMs ({', '.join(kinds)})" if kinds else "FP8 GEMMs"
-
-
-def table(results: list[Result], reports: Reports, config: TrainConfig) -> Table:
-  """One row a run."""
-  grid = Table(title=f"{results[0].parameters:,} parameters, {config.steps} steps")
-  gemms = gemm_heading(reports)
-  for heading in ("", "held-out loss", "gap", "steps/s", gemms, "state", "FP8 state"):
-    justify = "right" if heading else "left"
-    grid.add_column(heading, justify=justify, no_wrap=not heading, overflow="fold")
-  gaps = find_gaps(results)
-  for result in results:
-    report = reports.get(result.run)
-    grid.add_row(
-      label(result.run),
-      f"{result.loss:.4f}",
-      f"{gaps[result.run]:+.2f} %" if result.run in gaps else "",
-      f"{result.steps_per_second:.2f}",
-      f"{report.fp8_gemms}/{report.total_gemms}" if report else "-",
-      mebibytes(result.state_bytes),
-      mebibytes(result.fp8_state_bytes),
-    )
-  return grid
-
-
-def show(results: list[Result], reports: Reports, config: TrainConfig, console: Console) -> None:
-  """Prints the table, why it lacks a count, and on a CPU the line that keeps its steps/s honest."""
-  console.print(table(results, reports, config))
-  if not reports:
-    note = f"FP8 GEMMs are not counted: {missing_compiler() or NOT_ASKED}"
-    console.print(note, markup=False, highlight=False, soft_wrap=True)
-  if emulated():
-    console.print(EMULATED, highlight=False, soft_wrap=True)
-  for result in results:
-    if result.loss_scale is not None:
-      note = f"{label(result.run)}: loss scale {result.loss_scale:g} at the end, "
-      console.out(f"{note}{result.skipped_steps} steps skipped", highlight=False)
-    if result.export:
-      console.print(describe_export(result, result.export), highlight=False, soft_wrap=True)
-
-
-def describe_export(result: Result, export: Export) -> str:
-  """What serving a run takes, and whether it gives what training gave, in one line."""
-  difference = export.validation_loss - result.loss
-  sizes = (
-    ("kernels", export.kernel_bytes, export.kernel_bytes_bf16),
-    ("all variables", export.bytes, export.bytes_bf16),
-    ("on disk", export.disk_bytes, export.disk_bytes_bf16),
-  )
-  parts = [f"{name} {mebibytes(now)} (BF16 {mebibytes(bf16)})" for name, now, bf16 in sizes]
-  loss = f"off by {difference:+.2g}" if difference else "the same, bit for bit"
-  kibibytes, platforms = export.program_bytes / 2**10, " and ".join(export.platforms)
-  return (
-    f"{label(result.run)}, exported: {', '.join(parts)}; held-out loss {loss}; program of "
-    f"{kibibytes:.0f} KiB for {platforms}"
-  )
-
-
-def describe_result(result: Result, report: fp8.Report | None) -> dict[str, Any]:
-  """All numbers of one run; those of its GEMMs are null where nothing could count them."""
-  scaled = result.loss_scale is not None
+def make_document(
+  records: list[Record], reports: Reports, config: TrainConfig, corpus: Corpus, devices: int
+) -> dict[str, Any]:
+  """All results, in JSON's types. Losses are exact, so two runs can be compared bit by bit."""
+  runs: dict[str, Record] = {}
+  for record in records:
+    report = reports.get(record["run"])
+    runs[record["run"]] = record | {
+      "fp8_gemms": report and report.fp8_gemms,
+      "gemms": report and report.total_gemms,
+      "gemms_target": report and report.device_kind,
+    }
   return {
-    "validation_loss": result.loss,
-    "steps_per_second": result.steps_per_second,
-    "fp8_gemms": report and report.fp8_gemms,
-    "gemms": report and report.total_gemms,
-    "gemms_target": report and report.device_kind,
-    "parameters": result.parameters,
-    "state_bytes": result.state_bytes,
-    "fp8_state_bytes": result.fp8_state_bytes,
-    "temp_bytes": result.temp_bytes,
-    "compile_seconds": result.compile_seconds,
-    "train_curve": result.curve.train,
-    "validation_curve": result.curve.validation,
-    "stretch_rates": result.curve.rates,
-    **({"loss_scale": result.loss_scale, "skipped_steps": result.skipped_steps} if scaled else {}),
-    **({"export": dataclasses.asdict(result.export)} if result.export else {}),
-  }
-
-
-def environment() -> dict[str, Any]:
-  """Where and when the numbers were made."""
-  return {
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "device": jax.devices()[0].device_kind,
-    "backend": jax.default_backend(),
-    "fp8_emulated": emulated(),
-    "python": platform.python_version(),
-    "jax": jax.__version__,
-    "flax": flax.__version__,
-    "optax": metadata.version("optax"),
-    "orbax-checkpoint": metadata.version("orbax-checkpoint"),
-    "flax_fp8": fp8.__version__,
-  }
-
-
-def describe_text(corpus: Corpus) -> dict[str, Any]:
-  """Which text was learnt."""
-  return {"name": corpus.name, "sha256_16": corpus.digest, "train_bytes": len(corpus.train)}
-
-
-def write_json(
-  results: list[Result],
-  reports: Reports,
-  config: TrainConfig,
-  corpus: Corpus,
-  path: Path,
-  *,
-  devices: Devices,
-  explained: bool,
-) -> None:
-  """Writes every number; the losses are exact, so two runs can be compared bit by bit.
-
-  Args:
-    results: the runs.
-    reports: of their steps.
-    config: what was trained.
-    corpus: on what.
-    path: the file.
-    devices: that shared each batch.
-    explained: write the whole reports too.
-  """
-  document = {
     "environment": environment(),
     "config": config.as_dict(),
-    "text": describe_text(corpus),
-    "devices": len(devices.devices),
+    "text": corpus.as_dict(),
+    "devices": devices,
     "processes": jax.process_count(),
-    "gap_percent": find_gaps(results),
-    "runs": {result.run: describe_result(result, reports.get(result.run)) for result in results},
+    "gap_percent": find_gaps(runs),
+    "runs": runs,
   }
-  if explained:
-    document["explain"] = {name: report.to_dict() for name, report in reports.items()}
-  write_text(path, json.dumps(document, indent=1) + "\n")
+
+
+def columns(document: Mapping[str, Any]) -> tuple[Column, ...]:
+  gaps, first = document["gap_percent"], next(iter(document["runs"].values()))
+  counted = f"FP8 GEMMs ({first['gemms_target']})" if first["gemms"] else "FP8 GEMMs"
+  percent = lambda row: f"{gaps[row['run']]:+.2f} %" if row["run"] in gaps else ""
+  count = lambda row: f"{row['fp8_gemms']}/{row['gemms']}" if row["gemms"] else "-"
+  return (
+    Column("", lambda row: label(row["run"]), left=True),
+    Column("validation loss", "{validation_loss:.4f}"),
+    Column("gap", percent),
+    Column("steps/s", "{steps_per_second:.2f}"),
+    Column(counted, count),
+    Column("state", lambda row: f"{row['state_bytes'] / MIB:.2f} MiB"),
+    Column("FP8 state", lambda row: f"{row['fp8_state_bytes'] / MIB:.2f} MiB"),
+  )
+
+
+def show(document: Mapping[str, Any], console: Console) -> None:
+  """Prints the table, and what its numbers leave open."""
+  rows = list(document["runs"].values())
+  title = f"{rows[0]['parameters']:,} parameters, {document['config']['steps']:,} steps"
+  print_table(console, title, columns(document), rows, group=None)
+  if not rows[0]["gemms"]:
+    reason = missing_compiler() or "--explain none compiles no step."
+    say(console, f"FP8 GEMMs are not counted: {reason}")
+  if on_cpu():
+    say(console, EMULATED)
+  for row in rows:
+    if "loss_scale" in row:
+      scale, skipped = row["loss_scale"], row["skipped_steps"]
+      say(console, f"{label(row['run'])}: final loss scale {scale:g}, {skipped} skipped steps")
+    if "export" in row:
+      say(console, describe_export(row, row["export"]))
+
+
+def describe_export(record: Record, export: Record) -> str:
+  """The sizes of an exported model, and its loss beside that of training, in one line."""
+  difference = export["validation_loss"] - record["validation_loss"]
+  sizes = {"kernels": "kernel_bytes", "all variables": "bytes", "on disk": "disk_bytes"}
+  parts = [
+    f"{name} {export[key] / MIB:.2f} MiB (BF16 {export[f'{key}_bf16'] / MIB:.2f} MiB)"
+    for name, key in sizes.items()
+  ]
+  loss = f"off by {difference:+.2g}" if difference else "the same, bit for bit"
+  return (
+    f"{label(record['run'])}, exported: {', '.join(parts)}; validation loss {loss}; program of "
+    f"{export['program_bytes'] / 2**10:.0f} KiB for {' and '.join(export['platforms'])}"
+  )
+
+
+def smooth(losses: list[float], percent: int = SMOOTHED_PERCENT) -> tuple[Any, np.ndarray]:
+  """Steps and losses, averaged over a moving window of some percent of all steps."""
+  width = max(1, len(losses) * percent // 100)
+  means = np.convolve(losses, np.full(width, 1 / width), "valid")
+  return range(width, len(losses) + 1), means
+
+
+def draw_curve(axes: Any, record: Record, name: str, **looks: Any) -> None:
+  """Draws the smoothed training loss as a line, validation as points."""
+  steps, losses = zip(*record["validation_curve"], strict=True)
+  axes.plot(*smooth(record["train_curve"]), color=looks["color"], alpha=0.5)
+  axes.plot(steps, losses, linestyle="", fillstyle="none", label=name, **looks)
+  axes.set_ylabel("loss, nats per byte")
+
+
+def draw_gaps(axes: Any, base: Record, others: Mapping[str, Record]) -> None:
+  """Draws how far the validation loss of each run is above that of ``base``."""
+  losses = dict(base["validation_curve"])
+  axes.axhline(0.0, color="gray", linewidth=0.8)
+  for run, record in others.items():
+    points = [(at, loss) for at, loss in record["validation_curve"] if at in losses]
+    gaps = [100 * (loss / losses[at] - 1) for at, loss in points]
+    looks = {"marker": marker(run), "color": color(run), "fillstyle": "none"}
+    axes.plot([at for at, _ in points], gaps, **looks)
+  axes.set_ylabel("above BF16, %")
+
+
+def draw(document: Mapping[str, Any]) -> Any:
+  """Draws the losses; below them the gaps, if BF16 and another run were trained."""
+  runs = document["runs"]
+  others = {run: record for run, record in runs.items() if run != BF16}
+  both = BF16 in runs and bool(others)
+  parameters = next(iter(runs.values()))["parameters"]
+  title = f"Training loss (line) and validation loss (points), {parameters:,} parameters"
+  figure = make_figure(title, document, (7, 6 if both else 4))
+  ratios = [3, 1] if both else [1]
+  panels = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)
+  for run, record in runs.items():
+    draw_curve(panels[0, 0], record, label(run), color=color(run), marker=marker(run))
+  if both:
+    draw_gaps(panels[1, 0], runs[BF16], others)
+  panels[-1, 0].set_xlabel("steps")
+  legend(figure)
+  return figure

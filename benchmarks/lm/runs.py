@@ -1,90 +1,73 @@
-"""What a run is called, and what its GEMMs are: ``"bf16"``, or a recipe's name for FP8 with it.
+"""A run's name says how it computes.
 
-``"delayed-fused"`` is FP8 with the fused projections of ``flax_fp8``, from the same parameters;
-``"delayed-converted"`` is FP8 by ``fp8_linear_layers`` of the model of BF16.
-
-``"delayed-float16"`` computes in float16 what else is BF16, with loss scaling; ``"float16"`` is the
-same without FP8.
-
-``"bf16-again"`` is BF16 from initial parameters that were rounded to bfloat16: how far its loss is
-from BF16's is how far two runs drift apart by a rounding, whatever its kind.
+``bf16`` and ``float16`` have no FP8. A recipe's name, such as ``delayed``, has FP8 with that
+recipe. Words after it change the run: ``delayed-fused`` has fused projections,
+``delayed-converted`` converts the BF16 model with ``fp8_linear_layers``, and ``delayed-float16``
+computes activations in float16 with loss scaling. ``bf16-again`` starts from parameters rounded to
+bfloat16. Its gap to ``bf16`` shows how far one rounding moves a run of this size.
 """
 
 from collections.abc import Iterable
 from typing import TypeAlias
 
+import jax
+import jax.numpy as jnp
+
 import flax_fp8 as fp8
-from lm.errors import UsageError
+from lm.config import UsageError
 
 Run: TypeAlias = str
 
-BF16: Run = "bf16"
-BF16_AGAIN: Run = "bf16-again"
-FLOAT16: Run = "float16"
+BF16, BF16_AGAIN, FLOAT16 = "bf16", "bf16-again", "float16"
+FUSED, CONVERTED = "fused", "converted"
 ALL = "all"
-FUSED, CONVERTED, IN_FLOAT16 = "-fused", "-converted", f"-{FLOAT16}"
 RECIPE_CHOICES = (*fp8.RECIPES, ALL)
 
 
-def in_float16(run: Run) -> Run:
-  """The same run, computed in float16."""
-  return FLOAT16 if run == BF16 else run + IN_FLOAT16
-
-
-def is_float16(run: Run) -> bool:
-  """Whether the run computes in float16, and scales its loss."""
-  return run == FLOAT16 or run.endswith(IN_FLOAT16)
-
-
-def fused(run: Run) -> Run:
-  """The run of the same recipe with fused projections."""
-  return run + FUSED
-
-
-def is_fused(run: Run) -> bool:
-  """Whether the run's projections are fused."""
-  return run.removesuffix(IN_FLOAT16).endswith(FUSED)
-
-
-def converted(run: Run) -> Run:
-  """The run of the same recipe with the twin of an unmodified model."""
-  return run + CONVERTED
-
-
-def is_converted(run: Run) -> bool:
-  """Whether the run's model is the twin of an unmodified one."""
-  return run.removesuffix(IN_FLOAT16).endswith(CONVERTED)
+def has(run: Run, word: str) -> bool:
+  return word in run.split("-")
 
 
 def recipe_name(run: Run) -> str:
-  """The recipe's name, however its projections are made; runs without FP8 keep theirs."""
-  return run.removesuffix(IN_FLOAT16).removesuffix(FUSED).removesuffix(CONVERTED)
+  return run.split("-")[0]
 
 
 def recipe_of(run: Run) -> fp8.Recipe | None:
-  """The recipe of the projections' GEMMs; None without FP8."""
-  return None if run in (BF16, BF16_AGAIN, FLOAT16) else fp8.get_recipe(recipe_name(run))
+  """The recipe of the projections; None without FP8."""
+  name = recipe_name(run)
+  return fp8.get_recipe(name) if name in fp8.RECIPES else None
+
+
+def dtype_of(run: Run) -> jax.typing.DTypeLike:
+  """The dtype of activations."""
+  return jnp.float16 if has(run, FLOAT16) else jnp.bfloat16
 
 
 def label(run: Run) -> str:
-  """What a run is called where people read it: ``BF16``, ``FP8 delayed``, ``FP8 delayed fused``."""
-  whole = {BF16: "BF16", BF16_AGAIN: "BF16 again", FLOAT16: "float16"}
-  return whole.get(run, f"FP8 {run.replace('-', ' ')}")
+  """The name in tables and plots: ``BF16``, ``FP8 delayed fused``."""
+  words = run.replace(BF16, "BF16").replace("-", " ")
+  return f"FP8 {words}" if recipe_of(run) else words
+
+
+def in_float16(run: Run) -> Run:
+  return FLOAT16 if run == BF16 else f"{run}-{FLOAT16}"
 
 
 def named_recipes(names: Iterable[str]) -> tuple[Run, ...]:
-  """Every recipe that is named, once; ``"all"`` names all there are."""
+  """Each named recipe once; ``"all"`` names every recipe."""
   names = tuple(names)
   return tuple(fp8.RECIPES) if ALL in names else tuple(dict.fromkeys(names))
 
 
 def require_fp8_hardware(runs: Iterable[Run]) -> None:
-  """Raises where the FP8 of a run would be a slow surprise."""
-  refusals = []
-  for run in runs:
-    if (recipe := recipe_of(run)) is not None:
-      supported, reason = fp8.capability(recipe=recipe)
-      refusals += [] if supported else [f"{label(run)} on {reason}"]
+  """Raises UsageError if this device would have to emulate a run's FP8, unless it is a CPU."""
+  refusals = [
+    f"{label(run)} on {reason}"
+    for run in runs
+    if (recipe := recipe_of(run)) is not None
+    for supported, reason in [fp8.capability(recipe=recipe)]
+    if not supported
+  ]
   if refusals:
     raise UsageError(
       "--recipe: the device must multiply the FP8 that the recipe needs, or be a CPU; got "

@@ -1,8 +1,8 @@
-"""Real text that every machine has, as bytes: Python's own language reference.
+"""Python's own language reference as bytes: real text that every machine has.
 
-The reference ships with Python as ``pydoc_data.topics`` (about half a megabyte; each Python version
-has its own, so the digest belongs to the result). Batch t is a function of (seed, t) alone:
-a resumed run needs no more than its step number to see the batches that the unbroken run sees.
+It ships with Python as ``pydoc_data.topics``, about half a megabyte. Each Python version has its
+own, so results include its digest. Batch t depends on (seed, t) alone: a resumed run needs only its
+step number to continue with the same batches.
 """
 
 import dataclasses
@@ -12,20 +12,19 @@ from pydoc_data.topics import topics
 
 import numpy as np
 
-from lm.errors import UsageError
+from lm.config import TrainConfig, UsageError
 
-VOCABULARY = 256
 VALIDATION_PERCENT = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corpus:
-  """A text cut into a training and a validation part.
+  """A text, split into training and validation.
 
   Attributes:
     name: where the text came from.
     digest: the first 16 hex digits of its SHA-256.
-    train: uint8 ``[N]``, the text's beginning.
+    train: uint8 ``[N]``, the beginning of the text.
     validation: uint8 ``[M]``, its last 5 %.
   """
 
@@ -34,78 +33,40 @@ class Corpus:
   train: np.ndarray
   validation: np.ndarray
 
-
-def read_corpus(path: Path | None = None) -> Corpus:
-  """Reads ``path``, or Python's language reference when there is none."""
-  if path is None:
-    text = "\n\n".join(topics[topic] for topic in sorted(topics)).encode()
-    return split("pydoc_data.topics", text)
-  if not path.is_file():
-    raise UsageError(f"--text: must name a readable file; got {path}. Check the path.")
-  return split(path.name, path.read_bytes())
-
-
-def split(name: str, text: bytes) -> Corpus:
-  """Cuts the last 5 % of ``text`` off for validation."""
-  codes = np.frombuffer(text, np.uint8)
-  cut = len(codes) - len(codes) * VALIDATION_PERCENT // 100
-  digest = hashlib.sha256(text).hexdigest()[:16]
-  return Corpus(name=name, digest=digest, train=codes[:cut], validation=codes[cut:])
-
-
-def training_batch(
-  corpus: Corpus,
-  *,
-  batch_size: int,
-  seq_len: int,
-  seed: int,
-  step: int,
-  rows: slice = slice(None),
-) -> np.ndarray:
-  """Draws the windows of one step.
-
-  Args:
-    corpus: the text.
-    batch_size: windows in the batch.
-    seq_len: bytes the model reads in each.
-    seed: with ``step``, all that decides the draw.
-    step: the number of steps taken before this one.
-    rows: those to read; whoever reads them, row i is the same.
-
-  Returns:
-    uint8 ``[batch_size, seq_len + 1]``, or its ``rows``: the inputs, and the targets one place
-    further.
-  """
-  last = len(corpus.train) - seq_len
-  starts = np.random.default_rng((seed, step)).integers(last, size=batch_size)
-  return corpus.train[starts[rows, None] + np.arange(seq_len + 1)]
-
-
-def validation_batches(
-  corpus: Corpus, *, batch_size: int, seq_len: int, limit: int
-) -> list[np.ndarray]:
-  """Cuts the validation text into batches that never change.
-
-  Args:
-    corpus: the text.
-    batch_size: windows in a batch.
-    seq_len: bytes the model reads in each.
-    limit: batches at most, so that a long text does not make validation the main work.
-
-  Returns:
-    Full batches, uint8 ``[batch_size, seq_len + 1]`` each; a rest that fills none is left out.
-  """
-  windows = (len(corpus.validation) - 1) // seq_len
-  starts = np.arange(windows)[:, None] * seq_len
-  rows = corpus.validation[starts + np.arange(seq_len + 1)]
-  batches = [
-    rows[first : first + batch_size]
-    for first in range(0, windows - batch_size + 1, batch_size)[:limit]
-  ]
-  if not batches:
-    raise UsageError(
-      f"--text: its last {VALIDATION_PERCENT} % must fill one validation batch of "
-      f"{batch_size} windows of {seq_len} bytes; got {len(corpus.validation)} bytes from "
-      f"{corpus.name}. Give a longer text or a smaller --batch-size."
+  @classmethod
+  def read(cls, path: Path | None = None) -> "Corpus":
+    """Reads a file, or Python's language reference without a path."""
+    if path is not None and not path.is_file():
+      raise UsageError(f"--text: must name a readable file; got {path}. Check the path.")
+    text = path.read_bytes() if path else "\n\n".join(topics[t] for t in sorted(topics)).encode()
+    codes = np.frombuffer(text, np.uint8)
+    cut = len(codes) - len(codes) * VALIDATION_PERCENT // 100
+    return cls(
+      name=path.name if path else "pydoc_data.topics",
+      digest=hashlib.sha256(text).hexdigest()[:16],
+      train=codes[:cut],
+      validation=codes[cut:],
     )
-  return batches
+
+  def as_dict(self) -> dict[str, object]:
+    return {"name": self.name, "sha256_16": self.digest, "train_bytes": len(self.train)}
+
+  def batch(self, config: TrainConfig, step: int, rows: slice = slice(None)) -> np.ndarray:
+    """Draws the batch of a step: uint8 ``[batch_size, seq_len + 1]``, or some rows of it."""
+    last = len(self.train) - config.seq_len
+    draw = np.random.default_rng((config.seed, step))
+    starts = draw.integers(last, size=config.batch_size)
+    return self.train[starts[rows, None] + np.arange(config.seq_len + 1)]
+
+  def validation_batches(self, config: TrainConfig) -> list[np.ndarray]:
+    """Cuts the validation text into full batches, uint8 ``[batch_size, seq_len + 1]`` each."""
+    size, length = config.batch_size, config.seq_len
+    count = min((len(self.validation) - 1) // length // size, config.validation_batches)
+    if not count:
+      raise UsageError(
+        f"--text: its last {VALIDATION_PERCENT} % must fill one validation batch of "
+        f"{size} sequences of {length} bytes; got {len(self.validation)} bytes from "
+        f"{self.name}. Give a longer text or a smaller --batch-size."
+      )
+    starts = np.arange(count * size).reshape(count, size, 1) * length
+    return list(self.validation[starts + np.arange(length + 1)])

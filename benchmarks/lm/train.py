@@ -1,12 +1,14 @@
-"""The training loop: the same seed and batches for every run, validated and checkpointed.
+"""The training loop: the same seed and batches for every run, with validation and checkpoints.
 
-Between two events (a validation, a checkpoint, ten steps) the loop only feeds batches and waits
-once at the end: the device does not wait for Python, and the time between is that of the steps.
+Between two events (a validation, a checkpoint, ten steps) the loop only feeds batches, and waits
+once at the end. The device does not wait for Python, and the time measured is that of the steps.
 """
 
+import contextlib
 import functools
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -15,115 +17,82 @@ import numpy as np
 
 import flax_fp8 as fp8
 from flax_fp8.recipes.base import Role
-from lm.checkpoints import Checkpoints
+from lm.checkpoints import Checkpoints, Curve
 from lm.config import TrainConfig
-from lm.curve import Curve, Result
-from lm.devices import Devices, whole
+from lm.devices import Devices
 from lm.progress import Display, Silent
 from lm.runs import Run, recipe_of
-from lm.step import ScaledTrainState, compile_step, create_state, make_model, mean_loss
-from lm.text import Corpus, training_batch, validation_batches
+from lm.step import ScaledTrainState, create_state, jitted_step, make_model, mean_loss
+from lm.text import Corpus
 
 STRETCH = 10
+Record = dict[str, Any]
+Draw = Callable[[int], jax.Array]
 
 
 def next_stop(step: int, last: int, *intervals: int) -> int:
-  """The first step after ``step`` that is ``last`` or a multiple of an interval; 0 is none."""
+  """The first step after ``step`` that is ``last`` or a multiple of an interval; 0 is never."""
   return min(last, *((step // every + 1) * every for every in intervals if every))
 
 
-def due(step: int, last: int, every: int) -> bool:
-  """Whether what comes every so many steps, and at the end, comes after ``step``; 0 is never."""
+def is_due(step: int, last: int, every: int) -> bool:
+  """Whether an event that happens every so many steps, and at the end, follows ``step``."""
   return every > 0 and (step == last or step % every == 0)
 
 
 def run_stretch(
-  step_fn: Callable[..., tuple[fp8.TrainState, jax.Array]],
-  state: fp8.TrainState,
-  curve: Curve,
-  draw: Callable[..., jax.Array | np.ndarray],
-  stop: int,
+  step_fn: Callable[..., Any], state: fp8.TrainState, curve: Curve, draw: Draw, stop: int
 ) -> fp8.TrainState:
-  """Trains until ``stop``, and adds the losses and the rate to ``curve``.
-
-  Args:
-    step_fn: the compiled step.
-    state: the training state after ``curve.step`` steps; donated.
-    curve: the losses so far; added to in place.
-    draw: gives the batch of a step, asked as ``draw(step=...)``.
-    stop: the steps taken when this returns.
-
-  Returns:
-    The new training state.
-  """
-  begun, start, losses = time.perf_counter(), curve.step, []
+  """Trains until ``stop``; donates ``state`` and adds losses and rate to ``curve``."""
+  begun, start, losses = time.perf_counter(), len(curve["train_curve"]), list[jax.Array]()
   for step in range(start, stop):
-    state, loss = step_fn(state, draw(step=step))
+    state, loss = step_fn(state, draw(step))
     losses.append(loss)
   jax.block_until_ready((state, losses))
-  curve.rates.append((stop - start) / (time.perf_counter() - begun))
-  curve.train.extend(float(loss) for loss in losses)
+  curve["stretch_rates"].append((stop - start) / (time.perf_counter() - begun))
+  curve["train_curve"].extend(map(float, losses))
   return state
 
 
-def validate(
-  loss_of: Callable[[Any, Any], jax.Array],
-  variables: Any,
-  batches: Sequence[jax.Array | np.ndarray],
-) -> float:
-  """Mean loss over the validation batches."""
-  return float(np.mean([float(loss_of(variables, batch)) for batch in batches]))
-
-
 def tree_bytes(tree: Any) -> int:
-  """Bytes of all arrays in a tree."""
   return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def summarize(
-  run: Run,
-  state: fp8.TrainState,
-  curve: Curve,
-  compiled: tuple[Any, float],
-) -> Result:
-  """Gathers what a finished run is reported by; ``compiled`` is what ``compile_step`` gave."""
-  step_fn, compile_seconds = compiled
-  params = state.params["params"]
-  scaled = isinstance(state, ScaledTrainState)
-  return Result(
-    run=run,
-    curve=curve,
-    parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
-    state_bytes=tree_bytes(state),
-    fp8_state_bytes=tree_bytes(state.params.get(fp8.OVERWRITE_WITH_GRADIENT, {})),
-    temp_bytes=step_fn.memory_analysis().temp_size_in_bytes,
-    compile_seconds=compile_seconds,
-    loss_scale=float(state.dynamic_scale.scale) if scaled else None,
-    skipped_steps=None if state.skipped_steps is None else int(state.skipped_steps),
-  )
+def summarize(run: Run, state: fp8.TrainState, curve: Curve, measured: Record) -> Record:
+  """Everything that a finished run reports, in JSON's types."""
+  record: Record = {
+    "run": run,
+    "validation_loss": curve["validation_curve"][-1][1],
+    "steps_per_second": statistics.median(curve["stretch_rates"]),
+    "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params["params"])),
+    "state_bytes": tree_bytes(state),
+    "fp8_state_bytes": tree_bytes(state.params.get(fp8.OVERWRITE_WITH_GRADIENT, {})),
+    **measured,
+    **curve,
+  }
+  if isinstance(state, ScaledTrainState):
+    record["loss_scale"] = float(state.dynamic_scale.scale)
+    record["skipped_steps"] = int(state.skipped_steps or 0)
+  return record
 
 
 def has_state(run: Run) -> bool:
-  """Whether there is FP8 state, which calibration could fill."""
+  """Whether there is FP8 state that calibration can fill."""
   recipe = recipe_of(run)
   return recipe is not None and any(recipe.init_state(role) for role in Role)
 
 
 def calibrated(
-  config: TrainConfig,
-  run: Run,
-  state: fp8.TrainState,
-  draw: Callable[..., jax.Array],
-  display: Display,
+  config: TrainConfig, run: Run, state: fp8.TrainState, draw: Draw, display: Display
 ) -> fp8.TrainState:
-  """Fills the FP8 state from the batches of the first steps, as many as are configured."""
+  """Fills the FP8 state from the batches of the first ``config.calibrate`` steps."""
   if not config.calibrate or recipe_of(run) is None:
     return state
   if not has_state(run):
-    display.note("nothing to calibrate: its recipe has no state")
+    display.note("nothing to calibrate, because its recipe has no state")
     return state
-  batches = [draw(step=step) for step in range(config.calibrate)]
   loss_fn = functools.partial(mean_loss, state.apply_fn)
+  batches = [draw(step) for step in range(config.calibrate)]
   model = make_model(config, run)
   variables = fp8.calibrate(model, state.params, batches, loss_fn, progress=False)
   display.note(f"calibrated on the batches of the first {config.calibrate} steps")
@@ -138,33 +107,23 @@ def identify(config: TrainConfig, run: Run, corpus: Corpus) -> dict[str, Any]:
   return {"run": run, "text": corpus.digest, **settings}
 
 
-def open_checkpoints(config: TrainConfig, run: Run, corpus: Corpus, folder: Path) -> Checkpoints:
-  """Opens the checkpoints of a run in ``folder``."""
-  return Checkpoints(folder, identity=identify(config, run, corpus))
+@contextlib.contextmanager
+def open_checkpoints(
+  config: TrainConfig, run: Run, corpus: Corpus, folder: Path
+) -> Generator[Checkpoints]:
+  checkpoints = Checkpoints(folder, identify(config, run, corpus))
+  with contextlib.closing(checkpoints.manager):
+    yield checkpoints
 
 
-def require_startable(
-  config: TrainConfig, run: Run, corpus: Corpus, *, folder: Path, resume: bool
-) -> None:
-  """Raises, before anything is compiled, where ``folder`` is none that ``train`` can begin with."""
-  with open_checkpoints(config, run, corpus, folder) as checkpoints:
-    checkpoints.find(resume=resume)
-
-
-def feeder(config: TrainConfig, corpus: Corpus, devices: Devices) -> Callable[..., jax.Array]:
-  """Gives what draws the batch of a step, ``draw(step=...)``: of each process, its own rows."""
+def validator(
+  config: TrainConfig, apply_fn: Any, corpus: Corpus, devices: Devices
+) -> Callable[[Any], float]:
+  """Returns the mean loss over the validation batches, as a function of the variables."""
   rows, size = devices.rows(config.batch_size), config.batch_size
-  sizes = {"batch_size": size, "seq_len": config.seq_len}
-  read = functools.partial(training_batch, corpus, seed=config.seed, rows=rows, **sizes)
-  return lambda *, step: devices.put(read(step=step), size)
-
-
-def held_out(config: TrainConfig, corpus: Corpus, devices: Devices) -> list[jax.Array]:
-  """The validation batches, shared out as those of training."""
-  rows, size = devices.rows(config.batch_size), config.batch_size
-  sizes = {"batch_size": size, "seq_len": config.seq_len}
-  batches = validation_batches(corpus, limit=config.validation_batches, **sizes)
-  return [devices.put(batch[rows], size) for batch in batches]
+  batches = [devices.put(batch[rows], size) for batch in corpus.validation_batches(config)]
+  loss_of = jax.jit(functools.partial(mean_loss, apply_fn))
+  return lambda variables: float(np.mean([float(loss_of(variables, batch)) for batch in batches]))
 
 
 def train(
@@ -177,43 +136,47 @@ def train(
   checkpoint_every: int = 0,
   devices: Devices | None = None,
   display: Display | None = None,
-) -> tuple[Result, Any]:
+) -> tuple[Record, Any]:
   """Trains one model.
 
   Args:
     config: what to train.
-    run: BF16 or a recipe.
+    run: in which precision, with which recipe.
     corpus: the text.
-    folder: where this run's checkpoints are.
-    resume: go on from the newest checkpoint there, if there is one.
+    folder: the run's checkpoints.
+    resume: continue from the newest checkpoint, if there is one.
     checkpoint_every: steps between checkpoints; 0 writes none.
-    devices: that share each batch; None is this process's first.
+    devices: share each batch; None is this process's first device.
     display: is told what happens; None shows nothing.
 
   Returns:
-    The whole curve, also the part before a resumption, and how the run went; and the trained
-    variables, on this process's first device.
+    The record of the whole run, and the trained variables on this process's first device.
   """
   display, devices = display or Silent(), devices or Devices.first()
-  draw, batches = feeder(config, corpus, devices), held_out(config, corpus, devices)
+  rows, size, last = devices.rows(config.batch_size), config.batch_size, config.steps
+  draw = lambda step: devices.put(corpus.batch(config, step, rows), size)
   state = create_state(config, run, devices)
-  loss_of = jax.jit(functools.partial(mean_loss, state.apply_fn))
+  validate = validator(config, state.apply_fn, corpus, devices)
   with open_checkpoints(config, run, corpus, folder) as checkpoints:
     state, curve = checkpoints.start(state, resume=resume)
+    step = len(curve["train_curve"])
     if resume:
-      display.note(
-        f"goes on after step {curve.step}" if curve.step else "no checkpoint: starts anew"
-      )
-    if not curve.step:
+      display.note(f"continues after step {step}" if step else "no checkpoint, starts at step 0")
+    if not step:
       state = calibrated(config, run, state, draw, display)
-    compiled = compile_step(state, draw(step=0))
-    display.note(f"compiled in {compiled[1]:.1f} s")
-    while curve.step < config.steps:
-      stop = next_stop(curve.step, config.steps, STRETCH, config.validate_every, checkpoint_every)
-      state = run_stretch(compiled[0], state, curve, draw, stop)
-      if validated := due(stop, config.steps, config.validate_every):
-        curve.validation.append((stop, validate(loss_of, state.params, batches)))
-      if saved := due(stop, config.steps, checkpoint_every):
+    begun = time.perf_counter()
+    step_fn = jitted_step.lower(state, draw(0)).compile()
+    compile_seconds = time.perf_counter() - begun
+    display.note(f"compiled in {compile_seconds:.1f} s")
+    while step < last:
+      step = next_stop(step, last, STRETCH, config.validate_every, checkpoint_every)
+      state = run_stretch(step_fn, state, curve, draw, step)
+      if validated := is_due(step, last, config.validate_every):
+        curve["validation_curve"].append([step, validate(state.params)])
+      if saved := is_due(step, last, checkpoint_every):
         checkpoints.save(state, curve)
       display.update(curve, validated=validated, saved=saved)
-  return summarize(run, state, curve, compiled), whole(state.params)
+  memory: Any = step_fn.memory_analysis()
+  measured = {"temp_bytes": memory.temp_size_in_bytes, "compile_seconds": compile_seconds}
+  record = summarize(run, state, curve, measured)
+  return record, jax.tree.map(lambda leaf: leaf.addressable_data(0), state.params)
