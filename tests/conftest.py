@@ -9,7 +9,7 @@ from collections.abc import Callable
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # JAX's CUDA plugin describes GPUs, and compiles for them, without the CUDA libraries.
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-# Compiling is most of what a test does, and most of compiling is LLVM optimising what then runs for
+# Compiling is most of what a test does, and most of compiling is LLVM optimizing what then runs for
 # a millisecond. XLA's own passes, in which all arithmetic is decided, are as ever; scripts that are
 # tested in a process of their own run without these flags, as users run them.
 if os.environ["JAX_PLATFORMS"] == "cpu":

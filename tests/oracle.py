@@ -1,6 +1,7 @@
-"""Slow truth: FP8 and delayed scaling in scalar Python and float64 NumPy, sharing no code with us.
+"""A slow reference for FP8 and delayed scaling in scalar Python and float64 NumPy.
 
-A format is enumerated code by code from its bit layout; rounding searches that list.
+It shares no code with the package. Each format is enumerated code by code from its bit layout, and
+rounding searches this list.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ LAYOUTS = {
 
 
 def decode(code: int, layout: Layout) -> float:
-  """Value of one of the 256 codes."""
+  """Returns the value of one of the 256 codes."""
   sign = -1.0 if code & 0x80 else 1.0
   exponent = (code & 0x7F) >> layout.mantissa_bits
   mantissa = code & ((1 << layout.mantissa_bits) - 1)
@@ -52,13 +53,13 @@ def decode(code: int, layout: Layout) -> float:
 
 @functools.cache
 def magnitudes(name: str) -> tuple[float, ...]:
-  """Finite non-negative values in ascending order; position is the code."""
+  """Returns the finite non-negative values in ascending order. The index is the code."""
   values = [decode(code, LAYOUTS[name]) for code in range(128)]
   return tuple(v for v in values if math.isfinite(v))
 
 
 def round_scalar(x: float, name: str) -> float:
-  """Rounds to nearest, ties to the even code; saturates; keeps NaN."""
+  """Rounds to nearest, ties to the even code. Saturates, and keeps NaN."""
   if math.isnan(x):
     return math.nan
   values = magnitudes(name)
@@ -71,19 +72,19 @@ def round_scalar(x: float, name: str) -> float:
 
 
 def quantize(x: np.ndarray, scale: float, name: str) -> np.ndarray:
-  """``round(x / scale)`` elementwise; the quotient is float32, as in hardware."""
+  """Computes ``round(x / scale)`` elementwise. The quotient is float32, as in hardware."""
   with np.errstate(all="ignore"):
     quotient = np.float32(x) / np.float32(scale)
   return np.vectorize(round_scalar, otypes=[np.float64])(quotient.astype(np.float64), name)
 
 
 def qdq(x: np.ndarray, scale: float, name: str) -> np.ndarray:
-  """Value that FP8 makes of ``x``, in float64."""
+  """Quantizes and dequantizes ``x``; the result is float64."""
   return quantize(x, scale, name) * float(scale)
 
 
 def scale(history: np.ndarray, old: float, name: str, margin: float = 0) -> float:
-  """Scale of a step from the amaxes before it, in float64."""
+  """Computes the scale of a step from the amaxes before it, in float64."""
   amax = max(float(h) for h in history)
   if amax == 0 or not math.isfinite(amax):
     return float(old)
@@ -91,7 +92,7 @@ def scale(history: np.ndarray, old: float, name: str, margin: float = 0) -> floa
 
 
 def roll(history: np.ndarray, amax: float) -> np.ndarray:
-  """History after a step: newest in slot 0, oldest in slot 1."""
+  """Returns the history after a step, with the newest in slot 0 and the oldest in slot 1."""
   length = len(history)
   new = [float(history[(i + 1) % length]) for i in range(length)]
   new[0] = amax if math.isfinite(amax) else 0.0
@@ -99,16 +100,16 @@ def roll(history: np.ndarray, amax: float) -> np.ndarray:
 
 
 def amax(*tensors: np.ndarray) -> float:
-  """Largest magnitude of all that a state saw, element by element."""
+  """Returns the largest magnitude of all tensors of one state, element by element."""
   return max(
     (abs(float(v)) for t in tensors for v in np.asarray(t, np.float64).ravel()), default=0.0
   )
 
 
 def inverse_of_amax(amax: float, name: str) -> np.float32:
-  """What quantisation multiplies by: ``max / amax``, rounded once to float32.
+  """Returns the quantization multiplier ``max / amax``, rounded once to float32.
 
-  1 for an amax of zero. NaN for one that is no finite number. Kept within ``2**±126``.
+  It is 1 if the amax is zero, and NaN if the amax is not finite. It is clamped to ``2**±126``.
   """
   if amax == 0:
     return np.float32(1)
@@ -120,7 +121,7 @@ def inverse_of_amax(amax: float, name: str) -> np.float32:
 
 
 def next_power_of_two(x: float) -> float:
-  """Least power of two that is not below ``x``."""
+  """Returns the smallest power of two that is not below ``x``."""
   mantissa, exponent = math.frexp(x)
   return math.ldexp(1.0, exponent - 1 if mantissa == 0.5 else exponent)
 
@@ -128,7 +129,7 @@ def next_power_of_two(x: float) -> float:
 def quantize_by_amax(
   x: np.ndarray, name: str, power_of_two: bool = False
 ) -> tuple[np.ndarray, np.float32]:
-  """Values that share a scale, quantised by their own amax; and that scale.
+  """Quantizes values by their own amax. Returns them and their common scale.
 
   The scale is the reciprocal of ``max / amax``, both float32, or the next power of two.
   """
@@ -145,10 +146,10 @@ def _round_all(x: np.ndarray, name: str) -> np.ndarray:
 
 
 def microscale_exponent(amax: float, name: str, rounding: str) -> int | None:
-  """Exponent of the shared scale of an MX block; None for NaN.
+  """Returns the exponent of the shared scale of an MX block; None for NaN.
 
-  "up": the least under which ``amax`` is in range. "down": of the OCP specification, section 6.3,
-  ``floor(log2(amax)) - emax``, emax being the exponent of the format's largest value.
+  "up" is the smallest exponent that keeps ``amax`` in range. "down" is ``floor(log2(amax)) - emax``
+  from the OCP specification, section 6.3. Here emax is the exponent of the format's largest value.
   """
   if not math.isfinite(amax):
     return None
@@ -163,7 +164,7 @@ def microscale_exponent(amax: float, name: str, rounding: str) -> int | None:
 
 
 def quantize_mx(x: np.ndarray, name: str, rounding: str = "up") -> tuple[np.ndarray, int]:
-  """One block quantised to MXFP8: its values, and the code of its E8M0 scale."""
+  """Quantizes one block to MXFP8. Returns its values and the code of its E8M0 scale."""
   exponent = microscale_exponent(amax(x), name, rounding)
   if exponent is None:
     return np.full(x.shape, np.nan), 255

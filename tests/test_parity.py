@@ -1,7 +1,7 @@
-"""Twenty training steps in float32, bit for bit as ``flax.linen.fp8_ops``, where that is right.
+"""Twenty training steps in float32 equal ``flax.linen.fp8_ops`` bit for bit, where it is correct.
 
-The one exception: ``jnp.einsum`` hands Flax's module the operands in reverse where that suits the
-output, so that its variables ``input_*`` describe the kernel. The numbers are the same.
+There is one exception. For some outputs, ``jnp.einsum`` passes the operands to Flax's module in
+reverse order, and its variables ``input_*`` then describe the kernel. The values are the same.
 """
 
 import functools
@@ -18,13 +18,13 @@ from flax_fp8 import fp8_ops
 
 OWG = fp8_ops.OVERWRITE_WITH_GRADIENT
 STEPS = 20
-# As for users: without optimisations, as other tests compile, JAX 0.8.1 rounds a quotient of one of
-# the two programs otherwise, now and then.
+# Optimized, as users compile. Without optimizations, JAX 0.8.1 sometimes rounds a quotient
+# differently in the two programs.
 AS_USERS = {"xla_backend_optimization_level": 3}
 
 
 class Einsum(nn.Module):
-  """One einsum of an input with a parameter."""
+  """One einsum of an input and a parameter."""
 
   ops: Any
   equation: str
@@ -75,7 +75,7 @@ CASES = {
 
 
 def trajectory(make, ops, x):
-  """Loss, output, gradients and variables of every step of gradient descent."""
+  """Returns loss, output, gradients and variables of every step of gradient descent."""
   module = make(ops)
   variables = module.init(jax.random.key(0), x)
 

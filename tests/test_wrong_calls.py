@@ -1,4 +1,4 @@
-"""Every wrong call of the table raises an error that says what is wrong and what to do."""
+"""Every wrong call raises an error that says what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ARRAYS = ("[[", "Array(", "ShapedArray", "array(")
 
 
 def name_of(case: Wrong) -> str:
-  """The same name in every process: a function prints its address."""
+  """Makes the same name in every process, without addresses of functions."""
   return re.sub(r" at 0x\w+", "", f"{case.name}: {case.what}")
 
 

@@ -147,7 +147,7 @@ class Case:
 
   Attributes:
     name: what is transformed how.
-    model: initialised for its variables.
+    model: initialized for its variables.
     program: makes the loss of the variables from an ``apply``.
     seen: what the state met; a list for a state with a leading axis.
     jit: whether the gradient is compiled.
@@ -156,7 +156,7 @@ class Case:
       of its part, and gradients are averaged; or "closure", a shard_map that closes over variables.
     nested: whether the variables are those of one of several models.
     expect: outcome by column where it is not "right".
-    inputs: what the model is initialised with.
+    inputs: what the model is initialized with.
   """
 
   name: str

@@ -1,4 +1,4 @@
-"""Wrong calls of the public API, as data: what is called, and what the error must say."""
+"""Wrong calls of the public API, as data: the call, and the text that the error must have."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Wrong(NamedTuple):
   """A wrong call.
 
   Attributes:
-    name: the public name that the message must have.
-    what: is wrong with it.
-    call: makes it.
-    error: what it must raise.
+    name: the public name that the message must contain.
+    what: what is wrong with the call.
+    call: makes the call.
+    error: the expected exception type.
     words: regular expression that the message must match.
   """
 
@@ -67,7 +67,7 @@ def init(module: Any, *args: Any, **options: Any) -> Any:
 def fields(
   name: str, make: Callable[..., Any], error: type[Exception], words: str, **values: Any
 ) -> Iterator[Wrong]:
-  """Makes a case of each wrong value of each field."""
+  """Makes a case for each wrong value of each field."""
   for field, wrong in values.items():
     for value in wrong:
       call = functools.partial(make, **{field: value})
@@ -146,7 +146,7 @@ def _formats() -> Iterator[Wrong]:
 
 
 class WrongOperand(NamedTuple):
-  """An operand that no contraction takes, and how the message shows it."""
+  """An operand that every contraction rejects, and its form in the message."""
 
   value: Any
   shown: str

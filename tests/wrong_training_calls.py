@@ -26,7 +26,7 @@ TAKES_NO_FLOAT32 = "variables must be a variables dict with the collection 'para
 
 
 class Own(nn.Module):
-  """Contracts by itself, with a parameter of no usual name."""
+  """Contracts by itself, with a parameter of an unusual name."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -78,7 +78,7 @@ def train_state(params: str = "all", **options: Any) -> Any:
 
 
 def pair() -> Any:
-  """What ``value_and_grad`` returns, not unpacked."""
+  """Returns the result of ``value_and_grad`` without unpacking it."""
   return jnp.float32(1), zeros_of(DENSE)
 
 

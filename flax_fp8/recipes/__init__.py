@@ -1,4 +1,4 @@
-"""Scaling recipes: how tensors become FP8, and what has to be remembered for it."""
+"""Scaling recipes: how tensors are quantized to FP8, and the state that this needs."""
 
 from flax_fp8.capability import Needs
 from flax_fp8.recipes.base import GemmKind, Recipe, Role

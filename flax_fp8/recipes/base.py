@@ -1,8 +1,9 @@
-"""What a scaling recipe is: what a contraction asks it.
+"""Defines the interface of a scaling recipe.
 
-``ops`` knows nothing of granularity. It hands a recipe each operand together with the two views
-that its GEMMs have of it, takes back one ``QTensor`` a GEMM (the same one twice where scales are
-per tensor, two where they run along rows or blocks), and asks the recipe to multiply them.
+``ops`` does not depend on the granularity of scales. It passes each operand to the recipe, with the
+views of the operand's two GEMMs. The recipe returns one ``QTensor`` for each GEMM: the same one
+twice for per-tensor scales, two different ones for scales along rows or blocks. ``ops`` then asks
+the recipe to multiply them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Rounding: TypeAlias = Literal["nearest", "stochastic"]
 
 
 class Role(enum.Enum):
-  """What a tensor is to a contraction; the value is the prefix of its state variables."""
+  """The role of a tensor in a contraction. The value is the prefix of its state variables."""
 
   INPUT = "input"
   KERNEL = "kernel"
@@ -47,21 +48,28 @@ class GemmKind(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe(abc.ABC):
-  """How tensors are quantized for the three GEMMs of a contraction, and what state that needs.
+  """The base class of recipes, which quantize the tensors of a contraction's three GEMMs.
 
-  Implementations are frozen dataclasses: hashable, compared by value, safe to pickle, static under
-  ``jax.jit``. Each is final; a new recipe is a new file beside this one.
+  Recipes are frozen dataclasses: hashable, compared by value, picklable, and static under
+  ``jax.jit``. Each recipe class is final and has its own file.
 
   Attributes:
     fp8_format: formats of values and of gradients.
-    high_precision: which of the GEMMs "fprop", "dgrad" and "wgrad" are left in the dtype of their
-      operands; their operands are then kept in it for the backward pass.
-    grad_rounding: "nearest", or "stochastic" for output gradients; this needs PRNG keys, in Linen
-      those of the collection ``sr_rng``.
+    high_precision: which of the GEMMs "fprop", "dgrad" and "wgrad" compute in the dtype of their
+      operands. The backward pass then saves their operands in this dtype.
+    grad_rounding: "nearest", or "stochastic" for output gradients. Stochastic rounding needs PRNG
+      keys; in Linen, the RNG stream ``sr_rng``.
 
   Raises:
-    TypeError: ``fp8_format`` is no ``Format``.
-    ValueError: ``high_precision`` names another GEMM, or all three; ``grad_rounding`` is unknown.
+    TypeError: ``fp8_format`` is not a ``Format``.
+    ValueError: ``high_precision`` names an unknown GEMM or all three, or ``grad_rounding`` is
+      unknown.
+
+  Example:
+    >>> import flax_fp8 as fp8
+    >>> recipe = fp8.get_recipe("current", high_precision=("wgrad",))
+    >>> isinstance(recipe, fp8.Recipe)
+    True
   """
 
   fp8_format: Format = Format.HYBRID
@@ -82,32 +90,32 @@ class Recipe(abc.ABC):
     if not known or len(set(wanted)) == len(names):
       raise ValueError(
         f"{name}: high_precision must name at most two of {names}; got "
-        f"high_precision={fields.show(given)}. To leave all three in high precision, leave the "
-        "layer out of FP8."
+        f"high_precision={fields.show(given)}. To keep all three in high precision, exclude the "
+        "layer from FP8."
       )
     in_order: Any = tuple(gemm for gemm in names if gemm in wanted)
     object.__setattr__(self, "high_precision", in_order)
     fields.choice(name, "grad_rounding", self.grad_rounding, get_args(Rounding))
-    if hasattr(self, "power_of_two"):  # most have it
-      flag: Any = getattr(self, "power_of_two")  # noqa: B009 - not of every recipe
+    if hasattr(self, "power_of_two"):  # all recipes but MXFP8BlockScaling
+      flag: Any = getattr(self, "power_of_two")  # noqa: B009 - not a field of every recipe
       object.__setattr__(self, "power_of_two", fields.flag(name, "power_of_two", flag))
 
   @final
   def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-    """Raises TypeError: a recipe was passed where Linen calls a module or a function."""
+    """Raises TypeError, since Linen calls a module or a function here."""
     del args, kwargs
     name = type(self).__name__
     raise TypeError(
-      f"{name} is a recipe, not a module; got {name}(...) where a module or a function is called. "
-      "Pass dot_general_cls=recipe.dot_general_cls, or for an einsum recipe.einsum_cls."
+      f"{name} is a recipe, not a module; got {name}(...) called as a module or a function. "
+      "Pass dot_general_cls=recipe.dot_general_cls, or recipe.einsum_cls for an einsum."
     )
 
   @abc.abstractmethod
   def init_state(self, role: Role) -> dict[str, np.ndarray]:
-    """Returns the state of a tensor that was never seen; ``{}`` if the recipe remembers nothing.
+    """Returns the initial state of a tensor; ``{}`` if the recipe is stateless.
 
-    All leaves are float32. Linen keeps each as the variable ``{role}_{key}``. A contraction accepts
-    no state of other keys or shapes.
+    All leaves are float32. Linen stores each as the variable ``{role}_{key}``. A contraction
+    rejects state with other keys or shapes.
     """
 
   @abc.abstractmethod
@@ -125,16 +133,17 @@ class Recipe(abc.ABC):
 
     Args:
       x: float32, bfloat16 or float16; any shape.
-      state: of this tensor, float32.
-      role: what ``x`` is.
-      views: how each of its two GEMMs sees ``x``. Input and kernel: fprop, then the backward GEMM
-        (wgrad for the input, dgrad for the kernel). Output gradient: the GEMM that gives the left
-        operand's gradient, then the right one's. Where one GEMM keeps axes, the other contracts.
-      key: PRNG key to round by, or None to round to nearest.
-      observed: whether the new state is wanted. Without it, a pass over ``x`` may be spared.
+      state: state of this tensor; float32.
+      role: role of ``x``.
+      views: the views of the two GEMMs that take ``x``. For an input or kernel: fprop, then the
+        backward GEMM (wgrad for the input, dgrad for the kernel). For an output gradient: the GEMM
+        of the left operand's gradient, then the right operand's. The axes that one GEMM keeps are
+        the axes that the other contracts.
+      key: PRNG key for stochastic rounding, or None to round to nearest.
+      observed: whether to compute the new state. If False, a pass over ``x`` may be skipped.
 
     Returns:
-      One ``QTensor`` for each of these GEMMs, and the state for the next step: float32, of the
+      One ``QTensor`` for each of the two GEMMs, and the state for the next step; float32, with the
       structure of ``state``.
     """
 
@@ -142,12 +151,12 @@ class Recipe(abc.ABC):
   def in_matrices(self, q: QTensor, view: View) -> QTensor:
     """Returns a quantized tensor in the layout that its GEMM sees, without padding.
 
-    ``view.matrices(x) ≈ data * scale``. It moves data, of any dtype, and leaves out what padding
-    added. Its transpose, which pads with zeros, lays out other values as ``quantize`` does.
+    ``view.matrices(x) ≈ data * scale``. The method only moves data of any dtype and removes
+    padding. Its linear transpose pads with zeros and gives the layout of ``quantize``.
 
     Args:
-      q: as ``quantize`` returned it for one GEMM.
-      view: that GEMM's, of the tensor.
+      q: the result of ``quantize`` for one GEMM.
+      view: the view of this GEMM.
 
     Returns:
       Data and float32 scales, both ``[batch, kept, contracted]``.
@@ -160,11 +169,11 @@ class Recipe(abc.ABC):
     """Multiplies two quantized tensors.
 
     Args:
-      lhs: left operand, as ``quantize`` returned it for this GEMM.
-      rhs: right operand; the same.
+      lhs: left operand; the result of ``quantize`` for this GEMM.
+      rhs: right operand; the result of ``quantize`` for this GEMM.
       gemm: dimension numbers, and the transposition of the result.
-      kind: which of the three GEMMs this is.
-      dtype: of the result.
+      kind: fprop, dgrad or wgrad.
+      dtype: dtype of the result.
 
     Returns:
       The product, scaled in float32, transposed, and cast to ``dtype``.
@@ -173,23 +182,23 @@ class Recipe(abc.ABC):
   @property
   @abc.abstractmethod
   def needs(self) -> Needs:
-    """Returns the formats, and the scales of blocks if any, that a device must multiply."""
+    """The formats, and block scales if any, that a device must support."""
 
   @final
   def float8(self, role: Role) -> Float8:
-    """Returns the format of a tensor: gradients have their own."""
+    """Returns the format for a role. Gradients have their own format."""
     backward = role is Role.OUTPUT_GRAD
     return self.fp8_format.backward if backward else self.fp8_format.forward
 
   @final
   @property
   def rounds_by_key(self) -> bool:
-    """Tells whether the backward pass needs a PRNG key."""
+    """Whether the backward pass needs a PRNG key."""
     return self.grad_rounding == "stochastic"
 
   @final
   def is_high_precision(self, kind: GemmKind) -> bool:
-    """Tells whether a GEMM is left in the dtype of its operands."""
+    """Tells whether a GEMM computes in the dtype of its operands."""
     return kind.value in self.high_precision
 
   @final
@@ -201,16 +210,16 @@ class Recipe(abc.ABC):
   @final
   @property
   def einsum_cls(self) -> Callable[..., Any]:
-    """``Fp8Einsum`` with this recipe, to be called for an instance: ``recipe.einsum_cls()``."""
+    """``Fp8Einsum`` with this recipe. Call it to make an instance: ``recipe.einsum_cls()``."""
     return _bind("Fp8Einsum", self)
 
 
 class StatelessRecipe(Recipe):
-  """A recipe that remembers nothing: scales come from the values that they scale."""
+  """A recipe without state: scales come from the values that they scale."""
 
   @final
   def init_state(self, role: Role) -> dict[str, np.ndarray]:
-    """No state."""
+    """Returns no state."""
     del role
     return {}
 
@@ -225,7 +234,7 @@ class StatelessRecipe(Recipe):
     *,
     observed: bool = True,
   ) -> tuple[tuple[QTensor, QTensor], TensorState]:
-    """Quantizes for both GEMMs by the values alone."""
+    """Quantizes for both GEMMs without state."""
     del observed
     return self.quantize_by_itself(x, role, views, key), state
 
@@ -233,33 +242,33 @@ class StatelessRecipe(Recipe):
   def quantize_by_itself(
     self, x: jax.Array, role: Role, views: tuple[View, View], key: jax.Array | None
   ) -> tuple[QTensor, QTensor]:
-    """Quantizes a tensor for the two GEMMs that take it; arguments as for ``quantize``."""
+    """Quantizes a tensor for the two GEMMs that take it. Arguments are as for ``quantize``."""
 
 
 class StatefulRecipe(Recipe):
-  """A recipe whose scales come from earlier steps, and so are known before the tensor is."""
+  """A recipe with state: scales come from earlier steps and are known before the tensor."""
 
   @abc.abstractmethod
   def finalize_scale(self, state: TensorState, role: Role) -> TensorState:
     """Returns the state with the scale that the next step would use.
 
     Args:
-      state: of a tensor, float32.
-      role: what the tensor is.
+      state: state of a tensor; float32.
+      role: role of the tensor.
     """
 
   @property
   @abc.abstractmethod
   def frozen(self) -> StatefulRecipe:
-    """Returns the recipe of which ``freeze`` makes the state."""
+    """The recipe that uses the state from ``freeze``."""
 
   @abc.abstractmethod
   def freeze(self, state: TensorState) -> TensorState:
-    """Returns the least state of ``frozen`` under which the scale is what it would be next."""
+    """Returns the smallest state of ``frozen`` that gives the scale of the next step."""
 
 
 def split_key(key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
-  """Makes two keys of one; none of none."""
+  """Splits a key in two; returns None twice for None."""
   if key is None:
     return None, None
   first, second = jax.random.split(key)
@@ -268,8 +277,8 @@ def split_key(key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None
 
 @functools.cache
 def _bind(module: str, recipe: Recipe) -> Callable[..., Any]:
-  """Binds a recipe to a Linen module, once: two models with equal recipes compile once.
+  """Binds a recipe to a Linen module. Cached, so models with equal recipes compile once.
 
-  The module lies above this package, which knows nothing of it but its name.
+  The module is in a higher layer than this package, so it is looked up by name.
   """
   return functools.partial(pkgutil.resolve_name(f"flax_fp8.linen:{module}"), recipe=recipe)

@@ -1,4 +1,4 @@
-"""Block scaling as in DeepSeek-V3: values in strips of 128, weights in tiles of 128 by 128."""
+"""Block scaling as in DeepSeek-V3: 1×128 blocks of values, 128×128 blocks of weights."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ BLOCK = 128
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Float8BlockScaling(StatelessRecipe):
-  """A scale for each 1×128 block of inputs and gradients, and each 128×128 block of kernels.
+  """Scales each 1×128 block of inputs and gradients, and each 128×128 block of kernels.
 
   Every GEMM sees its operands as stacks of matrices, ``[batch, M, K]`` and ``[batch, N, K]``, and
-  cuts K into blocks; kernels are cut along both axes, once for both of their GEMMs::
+  cuts K into blocks. Kernels are cut along both axes, once for both of their GEMMs::
 
       scale = max(|x|, block) / fp8_max                  # rounded up to a power of two
       q = saturating_cast(x / scale)
       out = sum(dot(q_lhs[b], q_rhs[b]) * outer(scale_lhs[b], scale_rhs[b]) for b in blocks of K)
 
-  An outlier spoils its block alone, and no sum is longer than 128 before it is float32, which
-  Hopper's tensor cores do not do by themselves. The price is a GEMM for each block of K: this is
-  the plain path, right everywhere; it is not fast on a GPU.
+  An outlier affects only its own block. Each sum of 128 terms is promoted to float32 before it is
+  added, which Hopper's tensor cores do not do by themselves. The cost is one GEMM for each block of
+  K. This plain JAX path is correct on every platform, but it is not fast on a GPU.
 
   Attributes:
     fp8_format: formats of values and of gradients.
-    power_of_two: rounds scales up to powers of two, so that scaling itself is exact.
-    high_precision: which of "fprop", "dgrad" and "wgrad" are left in the dtype of their operands.
+    power_of_two: rounds scales up to powers of two, which makes scaling exact.
+    high_precision: which of "fprop", "dgrad" and "wgrad" compute in the dtype of their operands.
     grad_rounding: "nearest" or "stochastic", for output gradients.
 
   State:
-    None; the model's variables are those of the model without FP8.
+    None. The model has the same variables as without FP8.
 
   Raises:
-    TypeError: ``fp8_format`` is no ``Format``.
+    TypeError: ``fp8_format`` is not a ``Format``.
     ValueError: ``high_precision`` or ``grad_rounding`` is unknown.
 
   Numerics:
-    Sizes that are no multiples of 128 are padded with zeros, which changes neither scales nor sums.
-    A block of zeros has scale 1. One that holds a NaN or an infinity has scale NaN, and so have the
-    elements of the product that sum over it. Several contracted axes count as one, in their order.
+    Sizes that are not multiples of 128 are padded with zeros, which changes neither scales nor
+    sums. A block of zeros has scale 1. A block with a NaN or an infinity has scale NaN, and all
+    results that sum over it are NaN. Several contracted axes are merged into one, in their order.
 
   Example:
     >>> import flax.linen as nn
@@ -70,7 +70,7 @@ class Float8BlockScaling(StatelessRecipe):
   def quantize_by_itself(
     self, x: jax.Array, role: Role, views: tuple[View, View], key: jax.Array | None
   ) -> tuple[QTensor, QTensor]:
-    """Quantizes kernels once for both GEMMs; other tensors once for each, along what it contracts.
+    """Quantizes kernels once for both GEMMs, and other tensors once for each GEMM.
 
     Returns:
       Data ``[chunks, batch, rows, 128]`` and scales ``[chunks, batch, rows]``.
@@ -85,13 +85,13 @@ class Float8BlockScaling(StatelessRecipe):
     return in_auto(strips, (first, second), x, split_key(key))
 
   def _strips(self, x: jax.Array, role: Role, view: View, key: jax.Array | None) -> QTensor:
-    """Quantises in blocks of 1×128."""
+    """Quantizes in blocks of 1×128."""
     matrices = view.matrices(x)
     blocks = in_blocks(matrices, 1, BLOCK)
     return _chunks(self._quantize_blocks(blocks, role, key), matrices.shape[1])
 
   def _tiles(self, x: jax.Array, views: tuple[View, View]) -> tuple[QTensor, QTensor]:
-    """Quantises in blocks of 128×128, the same values and scales for both GEMMs."""
+    """Quantizes in blocks of 128×128. Both GEMMs take the same values and scales."""
     matrices = views[0].matrices(x)
     _, rows, columns = matrices.shape
     q = self._quantize_blocks(in_blocks(matrices, BLOCK, BLOCK), Role.KERNEL, None)
@@ -104,7 +104,7 @@ class Float8BlockScaling(StatelessRecipe):
     return quantize(blocks, scale, float8, inverse, key)
 
   def in_matrices(self, q: QTensor, view: View) -> QTensor:
-    """Puts the blocks of each row side by side."""
+    """Joins the blocks of each row."""
     columns = view.sizes[2]
 
     def join(x: jax.Array) -> jax.Array:
@@ -116,7 +116,7 @@ class Float8BlockScaling(StatelessRecipe):
   def contract(
     self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any
   ) -> jax.Array:
-    """A GEMM for each block of the contracted axis, added in float32."""
+    """Multiplies with one GEMM per block of the contracted axis, and adds in float32."""
     del kind
 
     def multiply(lhs: QTensor, rhs: QTensor) -> jax.Array:
@@ -127,12 +127,12 @@ class Float8BlockScaling(StatelessRecipe):
 
   @property
   def needs(self) -> Needs:
-    """The formats; products are scaled in float32."""
+    """The formats. Products are scaled in float32."""
     return Needs(self.fp8_format)
 
 
 def _sharding(x: jax.Array, view: View) -> NamedSharding | None:
-  """Returns how chunks and their scales are sharded: as the tensor, where they divide evenly."""
+  """Returns the sharding of chunks and scales: as the tensor, if the chunks divide evenly."""
   if (sharding := explicit_sharding(x)) is None:
     return None
   batch, kept, columns = view.sizes
@@ -141,11 +141,12 @@ def _sharding(x: jax.Array, view: View) -> NamedSharding | None:
 
 
 def _chunks(blocks: QTensor, rows: int) -> QTensor:
-  """Orders blocks by what a GEMM sums over, with a scale for each of the first ``rows`` rows.
+  """Moves the contracted chunks first, and gives each of the first ``rows`` rows its own scale.
 
   Args:
-    blocks: data ``[batch, blocks of rows, rows of a block, chunks, 128]``; scale 1 along a block.
-    rows: those that were there before padding.
+    blocks: data ``[batch, blocks of rows, rows of a block, chunks, 128]``. The scale has size 1
+      along the axes of a block.
+    rows: number of rows before padding.
 
   Returns:
     Data ``[chunks, batch, rows, 128]`` and scales ``[chunks, batch, rows]``.

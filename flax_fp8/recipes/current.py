@@ -1,4 +1,4 @@
-"""Current scaling: one scale a tensor, from the tensor itself. Nothing is remembered."""
+"""Current scaling: one scale per tensor, computed from the tensor itself, without state."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ class Float8CurrentScaling(StatelessRecipe):
       scale = max(|x|) / fp8_max
       q = saturating_cast(x / scale)
 
-  The scale is never stale: nothing saturates, no state can be wrong. The price is that the tensor
-  is read twice, for its amax and for the cast.
+  The scale always fits the tensor: nothing saturates, and there is no state. The cost is that the
+  tensor is read twice, once for its amax and once for the cast.
 
   Attributes:
     fp8_format: formats of values and of gradients.
-    power_of_two: rounds scales up to powers of two, so that scaling itself is exact.
-    high_precision: which of "fprop", "dgrad" and "wgrad" are left in the dtype of their operands.
+    power_of_two: rounds scales up to powers of two, which makes scaling exact.
+    high_precision: which of "fprop", "dgrad" and "wgrad" compute in the dtype of their operands.
     grad_rounding: "nearest" or "stochastic", for output gradients.
 
   State:
-    None; the model's variables are those of the model without FP8.
+    None. The model has the same variables as without FP8.
 
   Raises:
-    TypeError: ``fp8_format`` is no ``Format``.
+    TypeError: ``fp8_format`` is not a ``Format``.
     ValueError: ``high_precision`` or ``grad_rounding`` is unknown.
 
   Numerics:
-    A tensor of zeros has scale 1. One that holds a NaN or an infinity has scale NaN, and so has the
-    product. Under ``vmap`` each slice is a tensor of its own; so is each device's part under
-    ``shard_map``. Under ``jit`` with shardings the amax is that of the whole tensor.
+    A tensor of zeros has scale 1. A tensor with a NaN or an infinity has scale NaN, and the product
+    is NaN. Under ``vmap`` each slice has its own scale, and under ``shard_map`` each device's part.
+    Under ``jit`` with shardings the amax is taken over the whole tensor.
 
   Example:
     >>> import flax.linen as nn
@@ -66,17 +66,17 @@ class Float8CurrentScaling(StatelessRecipe):
     return q, q
 
   def in_matrices(self, q: QTensor, view: View) -> QTensor:
-    """The scale for each element."""
+    """Returns matrices with one scale for each element."""
     return scaled_matrices(q, view)
 
   def contract(
     self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any
   ) -> jax.Array:
-    """One GEMM; fast accumulation going forward, full going backward."""
+    """Multiplies with one GEMM: fast accumulation in fprop, full accumulation in the others."""
     fast = kind is GemmKind.FPROP
     return dot_per_tensor(lhs, rhs, gemm, dtype, fast_accumulation=fast, shared=gemm.shared)
 
   @property
   def needs(self) -> Needs:
-    """The formats; products are scaled in float32."""
+    """The formats. Products are scaled in float32."""
     return Needs(self.fp8_format)

@@ -1,7 +1,7 @@
 """Delayed scaling: the scale of a step comes from the amaxes of earlier steps.
 
-Quantisation then needs no pass over the tensor before the cast. The price is a state per tensor: a
-scale and a history of amaxes.
+Quantization then needs no extra pass over the tensor before the cast. The cost is state for each
+tensor: a scale and an amax history.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ Overflow = Literal["saturate", "current"]
 
 
 def roll_history(history: jax.Array, newest: jax.Array) -> jax.Array:
-  """Writes an amax into slot 0 and ages the rest; slot 1 is the oldest.
+  """Writes an amax into slot 0 and drops the oldest one, which was in slot 1.
 
-  ``roll(history, -1).at[0].set(newest)``; a non-finite ``newest`` is recorded as zero, that is, as
-  not seen.
+  ``roll(history, -1).at[0].set(newest)``. A non-finite ``newest`` is recorded as zero, which means
+  that no amax was observed.
 
   Args:
     history: float32; shape ``(length,)``; units of the tensor.
-    newest: float32 scalar.
+    newest: float32 scalar; units of the tensor.
 
   Returns:
     The history for the next step; shape of ``history``.
   """
-  # Without the barrier, XLA has one thread of the kernel below reduce what is left of the tensor.
+  # Without the barrier, XLA moves the end of the reduction into the kernel below, in one thread.
   newest = lax.optimization_barrier(newest)
   seen = jnp.where(jnp.isfinite(newest), newest, 0.0).reshape(1)
   return jnp.concatenate([seen, history[2:], history[:1]])[: history.shape[0]]
@@ -60,16 +60,16 @@ def next_scale(
   ``scale_from_amax(max(history), fallback=scale)``
 
   Args:
-    scale: of the step before; float32; shape ``()`` or ``(1,)``.
+    scale: scale of the previous step; float32; shape ``()`` or ``(1,)``.
     history: float32; shape ``(length,)``.
-    float8_max: largest value of the format that the scale is for.
-    algo: "max" over the history, or its "most_recent" amax.
+    float8_max: largest finite value of the format.
+    algo: "max" uses the maximum of the history, "most_recent" its newest amax.
     margin: headroom in powers of two.
     power_of_two: rounds the scale up to a power of two.
 
   Returns:
-    The scale and its inverse; float32; shape of ``scale``. The old scale where the history is
-    empty.
+    The scale and its inverse; float32; shape of ``scale``. If the history is empty, this is the old
+    scale.
   """
   largest = jnp.max(history, axis=0) if algo == "max" else history[0]
   largest = jnp.broadcast_to(largest, scale.shape)
@@ -77,18 +77,18 @@ def next_scale(
 
 
 def resize_history(history: jax.Array, length: int, axis: int = -1) -> jax.Array:
-  """Gives a history another length, as if it had always had that, so far as it remembers.
+  """Resizes an amax history, keeping the newest entries.
 
-  Oldest first, ``roll(history, -1)``, it loses its first entries, or zeros come before them.
+  A shorter history drops the oldest entries. A longer history gets zeros as its oldest entries.
 
   Args:
-    history: float32; units of the tensor; along ``axis``, slot 0 newest, slot 1 oldest.
-    length: at least 1.
-    axis: of the slots; other axes are those of mapped or scanned modules.
+    history: float32; units of the tensor. Along ``axis``, slot 0 is the newest and slot 1 the
+      oldest.
+    length: new length; at least 1.
+    axis: axis of the slots. Other axes belong to mapped or scanned modules.
 
   Returns:
-    float32; ``length`` slots along ``axis``. Amaxes that a longer history would still remember are
-    zero, that is, not seen.
+    float32; ``length`` slots along ``axis``. Zero means that no amax was observed.
   """
   oldest_first = jnp.roll(history, -1, axis)
   kept = min(length, history.shape[axis])
@@ -102,45 +102,48 @@ def resize_history(history: jax.Array, length: int, axis: int = -1) -> jax.Array
 class DelayedScaling(StatefulRecipe):
   """Per-tensor scaling by the amaxes of earlier steps.
 
-  At step t, with ``h`` the amaxes of steps before t::
+  At step t, with ``h`` as the amaxes of the steps before t::
 
       scale = max(h) / fp8_max * 2**margin          # unchanged while h is empty
       q = saturating_cast(x / scale)
       h = [max(|x|), *h without its oldest]
 
   Attributes:
-    amax_history_len: number of amaxes kept a tensor.
-    amax_compute_algo: "max" over the history or "most_recent".
-    margin: headroom in powers of two: the amax is mapped to ``fp8_max / 2**margin``.
-    interval: steps from one new scale to the next; amaxes are recorded at each step.
-    first_step: what scales a tensor while its history is empty: the "stored" scale, which is 1 in
-      fresh state, or the tensor's "current" amax. Then the cast waits for the amax in every step,
-      as in current scaling; once histories are filled, "stored" gives the same, faster.
-    overflow: what becomes of a tensor whose amax is beyond the range of its scale: its largest
-      values "saturate", or its "current" amax scales it in this step, with the margin, and no value
-      saturates. Then the cast waits for the amax, as in current scaling.
-    power_of_two: rounds scales up to powers of two, so that scaling itself is exact.
+    amax_history_len: number of amaxes stored for each tensor.
+    amax_compute_algo: "max" uses the maximum of the history, "most_recent" its newest amax.
+    margin: headroom in powers of two. The amax maps to ``fp8_max / 2**margin``.
+    interval: number of steps between new scales. Amaxes are recorded at each step.
+    first_step: the scale of a tensor while its history is empty. "stored" uses the stored scale,
+      which is initially 1. "current" computes it from the tensor's own amax. With "current", the
+      cast waits for the amax in every step, as in current scaling. Once histories are not empty,
+      "stored" gives the same results faster.
+    overflow: what to do if a tensor's amax exceeds the range of its scale. "saturate" clamps the
+      largest values. "current" computes this step's scale from the tensor's own amax, with the
+      margin, so no value saturates. With "current", the cast waits for the amax, as in current
+      scaling.
+    power_of_two: rounds scales up to powers of two, which makes scaling exact.
     fp8_format: formats of values and of gradients.
-    high_precision: which of "fprop", "dgrad" and "wgrad" are left in the dtype of their operands.
+    high_precision: which of "fprop", "dgrad" and "wgrad" compute in the dtype of their operands.
     grad_rounding: "nearest" or "stochastic", for output gradients.
 
   State:
     For each of input, kernel and output_grad: ``scale``, float32 ``(1,)``, and ``amax_history``,
-    float32 ``(amax_history_len,)``, slot 0 newest, slot 1 oldest. With an ``interval`` above 1 also
-    ``steps_to_update``, float32 ``(1,)``.
+    float32 ``(amax_history_len,)``. Slot 0 is the newest amax, and slot 1 the oldest. If
+    ``interval`` is above 1, also ``steps_to_update``, float32 ``(1,)``.
 
   Raises:
-    ValueError: ``amax_history_len`` or ``interval`` is below 1, ``amax_compute_algo``,
-      ``first_step`` or ``overflow`` is unknown, ``margin`` is not within ±64, or ``high_precision``
-      or ``grad_rounding`` is unknown.
-    TypeError: ``fp8_format`` is no ``Format``, or another field is not of its type; NumPy's scalars
-      count as Python's, arrays do not.
+    ValueError: ``amax_history_len`` or ``interval`` is below 1; ``amax_compute_algo``,
+      ``first_step``, ``overflow``, ``high_precision`` or ``grad_rounding`` is unknown; or
+      ``margin`` is not within ±64.
+    TypeError: ``fp8_format`` is not a ``Format``, or another field has the wrong type. NumPy
+      scalars are accepted, arrays are not.
 
   Numerics:
-    A finite value beyond the scale's range saturates. NaN or an infinity reaches the output as NaN
-    and is never recorded, so the state stays finite. The scale is never zero, infinite or NaN. A
-    tensor whose GEMMs are all in high precision is not observed. On a CPU, which has no subnormal
-    numbers, a product is zero where the product of both scales is below 2**-126.
+    Finite values beyond the scale's range saturate. NaN and infinities give NaN in the output. They
+    are never recorded, so the state stays finite. The scale is never zero, infinite or NaN. The
+    amax of a tensor is not recorded if both of its GEMMs are in high precision. XLA's CPU code
+    flushes subnormal numbers to zero: a product is zero if the product of both scales is below
+    2**-126.
 
   Example:
     >>> import flax.linen as nn
@@ -164,8 +167,8 @@ class DelayedScaling(StatefulRecipe):
   def __post_init__(self) -> None:
     super().__post_init__()
     advice = {
-      "amax_history_len": "For scales without a memory, take Float8CurrentScaling.",
-      "interval": "1 makes a new scale at each step.",
+      "amax_history_len": "For scales without a history, use Float8CurrentScaling.",
+      "interval": "With interval=1, each step computes a new scale.",
     }
     for field, text in advice.items():
       value = fields.integer("DelayedScaling", field, getattr(self, field), text)
@@ -179,12 +182,12 @@ class DelayedScaling(StatefulRecipe):
       fields.choice("DelayedScaling", field, getattr(self, field), get_args(choices))
     rule = "a number of powers of two within ±64"
     within = lambda margin: -64 <= margin <= 64
-    usual = "A usual margin is 0, 1 or 2."
+    usual = "Typical margins are 0, 1 and 2."
     margin = fields.number("DelayedScaling", "margin", self.margin, rule, within, usual)
     object.__setattr__(self, "margin", margin)
 
   def init_state(self, role: Role) -> dict[str, np.ndarray]:
-    """Scale 1 and an empty history."""
+    """Returns scale 1 and an empty history."""
     del role
     state = {
       "scale": np.ones((1,), np.float32),
@@ -204,7 +207,7 @@ class DelayedScaling(StatefulRecipe):
     *,
     observed: bool = True,
   ) -> tuple[tuple[QTensor, QTensor], TensorState]:
-    """Quantizes once for both GEMMs; keeps the scale, and records the amax."""
+    """Quantizes once for both GEMMs, stores the scale, and records the amax."""
     del views
     waits = self.first_step == "current" or self.overflow == "current"
     seen = amax(x, state) if waits or observed else None
@@ -213,13 +216,13 @@ class DelayedScaling(StatefulRecipe):
     if seen is None:
       return (q, q), state
     if not waits:
-      # One kernel casts and finds the amax. Without the barrier XLA makes it a kernel that casts
+      # One kernel casts and computes the amax. Without the barrier, XLA emits a kernel that casts
       # and transposes, and reads the tensor again for the amax.
       q = QTensor(lax.optimization_barrier(q.data), q.scale)
     return (q, q), self._record(state, scale, seen)
 
   def _record(self, state: TensorState, scale: jax.Array, seen: jax.Array) -> TensorState:
-    """Returns the state after a step that used a scale and saw an amax."""
+    """Returns the state after a step with the given scale and amax."""
     new = {"scale": scale, "amax_history": roll_history(state["amax_history"], seen)}
     if self.interval > 1:
       due, empty = self._is_due(state), self._is_empty(state)
@@ -229,14 +232,14 @@ class DelayedScaling(StatefulRecipe):
 
   @property
   def frozen(self) -> DelayedScaling:
-    """A history of one amax; of tensors that were seen, no reason to look at them."""
+    """The recipe for inference: one amax, a new scale at each step, saturation on overflow."""
     return dataclasses.replace(self, amax_history_len=1, interval=1, overflow="saturate")
 
   def freeze(self, state: TensorState) -> TensorState:
-    """Keeps of the history the one amax that the scale comes from.
+    """Keeps only the amax that the next scale comes from.
 
-    It is negative, which is no amax, where the scale comes from the one before, but the history is
-    not empty: the first step is over.
+    The amax is -1, which is not a valid amax, if the next scale is the stored one although the
+    history is not empty. It marks that the first step is over.
     """
     history = state["amax_history"]
     largest = jnp.max(history, axis=0) if self.amax_compute_algo == "max" else history[0]
@@ -247,19 +250,19 @@ class DelayedScaling(StatefulRecipe):
     return {"scale": state["scale"], "amax_history": largest.reshape(1)}
 
   def finalize_scale(self, state: TensorState, role: Role) -> TensorState:
-    """Makes the scale of the history now, whatever the interval."""
+    """Computes the scale from the history now, regardless of the interval."""
     scale, _ = self._scale_of_history(state, role)
     due = {"steps_to_update": jnp.zeros((1,), jnp.float32)} if self.interval > 1 else {}
     return {**state, "scale": scale, **due}
 
   def in_matrices(self, q: QTensor, view: View) -> QTensor:
-    """The scale for each element."""
+    """Returns matrices with one scale for each element."""
     return scaled_matrices(q, view)
 
   def contract(
     self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any
   ) -> jax.Array:
-    """One GEMM; fast accumulation going forward, full going backward."""
+    """Multiplies with one GEMM: fast accumulation in fprop, full accumulation in the others."""
     return dot_per_tensor(
       lhs,
       rhs,
@@ -272,13 +275,13 @@ class DelayedScaling(StatefulRecipe):
 
   @property
   def needs(self) -> Needs:
-    """The formats; products are scaled in float32."""
+    """The formats. Products are scaled in float32."""
     return Needs(self.fp8_format)
 
   def _scale(
     self, state: TensorState, seen: jax.Array | None, role: Role
   ) -> tuple[jax.Array, jax.Array]:
-    """Returns the scale of this step and its inverse; they may depend on the amax, if given."""
+    """Returns the scale of this step and its inverse. They may depend on the amax, if given."""
     stored, float8 = state["scale"], self.float8(role)
     scale, inverse = self._scale_of_history(state, role)
     if self.interval > 1:
@@ -296,7 +299,7 @@ class DelayedScaling(StatefulRecipe):
   def _scale_of(
     self, seen: jax.Array, where: jax.Array, scale: jax.Array, inverse: jax.Array, role: Role
   ) -> tuple[jax.Array, jax.Array]:
-    """Returns the scale that an amax implies, and its inverse, where that is to be used."""
+    """Replaces the scale and its inverse by those of an amax, where ``where`` is true."""
     seen = jnp.broadcast_to(seen, scale.shape)
     now, now_inverse = scale_from_amax(
       seen, scale, self.float8(role).max, self.margin, self.power_of_two
@@ -304,7 +307,7 @@ class DelayedScaling(StatefulRecipe):
     return jnp.where(where, now, scale), jnp.where(where, now_inverse, inverse)
 
   def _scale_of_history(self, state: TensorState, role: Role) -> tuple[jax.Array, jax.Array]:
-    """Returns the scale that the history implies, and its inverse."""
+    """Returns the scale that follows from the history, and its inverse."""
     return next_scale(
       state["scale"],
       state["amax_history"],

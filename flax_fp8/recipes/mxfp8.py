@@ -1,4 +1,4 @@
-"""MXFP8: a power of two for each 32 values, applied by the matrix units themselves."""
+"""MXFP8: one power-of-two scale for each 32 values, which the matrix units apply."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from flax_fp8.sharding import evenly, explicit_sharding, in_auto
 BLOCK = 32
 ScaleRounding = Literal["up", "down"]
 
-# Codes of float8_e8m0fnu, which are biased exponents. 0, 2**-127, is no normal float32 and unused.
+# Codes of float8_e8m0fnu, biased exponents. Code 0, 2**-127, is not a normal float32, so unused.
 _SMALLEST_CODE, _ONE, _LARGEST_CODE, _NAN = 1, 127, 254, 255
 
 
 def microscale(amax: jax.Array, float8: Float8, rounding: ScaleRounding = "up") -> jax.Array:
-  """Computes the scales of blocks as codes of float8_e8m0fnu.
+  """Computes block scales as codes of float8_e8m0fnu.
 
-  ``"up"``: the least power of two under which ``amax`` is in range,
-  ``2**ceil(log2(amax / fp8_max))``. ``"down"``: that of the OCP specification,
-  ``2**(floor(log2(amax)) - floor(log2(fp8_max)))``, under which an amax may saturate.
+  ``"up"`` gives the smallest power of two that keeps ``amax`` in range,
+  ``2**ceil(log2(amax / fp8_max))``. ``"down"`` gives the scale of the OCP specification,
+  ``2**(floor(log2(amax)) - floor(log2(fp8_max)))``, with which the amax may saturate.
 
   Args:
     amax: largest magnitudes of the blocks; float32; any shape.
     float8: the format of the values.
-    rounding: one of the above.
+    rounding: "up" or "down".
 
   Returns:
-    uint8; shape of ``amax``; ``2**(code - 127)`` is the dequantisation multiplier.
+    Codes in uint8; shape of ``amax``. The dequantization multiplier is ``2**(code - 127)``.
 
   Numerics:
-    Exact: exponents and mantissas are compared as integers. 1 for an amax of zero, NaN for one that
-    is NaN or infinite, at least ``2**-126``.
+    Exact, since exponents and mantissas are compared as integers. The scale is 1 if the amax is
+    zero, and NaN if it is NaN or infinite. It is at least ``2**-126``.
 
   Example:
     >>> import jax.numpy as jnp
@@ -72,7 +72,7 @@ def microscale(amax: jax.Array, float8: Float8, rounding: ScaleRounding = "up") 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MXFP8BlockScaling(StatelessRecipe):
-  """A power-of-two scale for each 32 values along the axis that a GEMM contracts.
+  """Scales each block of 32 values along a GEMM's contracted axis by a power of two.
 
   For each GEMM, with its operands as matrices ``[batch, M, K]`` and ``[batch, N, K]``::
 
@@ -80,30 +80,30 @@ class MXFP8BlockScaling(StatelessRecipe):
       q = saturating_cast(x / scale)
       out = einsum("bmk,bnk->bmn", q_lhs * scale_lhs, q_rhs * scale_rhs)
 
-  Matrix units apply the scales (``jax.nn.scaled_matmul``): NVIDIA's from Blackwell on, AMD's of
-  gfx95x. No other GPU is faster by it than by BF16, so the modules raise there unless
-  ``emulate=True``.
+  Matrix units apply the scales (``jax.nn.scaled_matmul``) on NVIDIA GPUs from Blackwell and on AMD
+  gfx95x. On other GPUs this recipe is not faster than BF16, so the modules raise an error there
+  unless ``emulate=True``.
 
   Attributes:
-    scale_rounding: "up" keeps each amax in range, as Transformer Engine and JAX do; "down" is the
-      OCP specification's conversion, under which an amax may saturate.
+    scale_rounding: "up" keeps each amax in range, as Transformer Engine and JAX do. "down" is the
+      conversion of the OCP specification, with which an amax may saturate.
     fp8_format: formats of values and of gradients.
-    high_precision: which of "fprop", "dgrad" and "wgrad" are left in the dtype of their operands.
+    high_precision: which of "fprop", "dgrad" and "wgrad" compute in the dtype of their operands.
     grad_rounding: "nearest" or "stochastic", for output gradients.
 
   State:
-    None; the model's variables are those of the model without FP8.
+    None. The model has the same variables as without FP8.
 
   Raises:
-    TypeError: ``fp8_format`` is no ``Format``.
+    TypeError: ``fp8_format`` is not a ``Format``.
     ValueError: ``scale_rounding``, ``high_precision`` or ``grad_rounding`` is unknown.
 
   Numerics:
-    Scaling is exact. Where dequantized values are multiplied, one that is rounded up to ``2**128``
-    is the largest of bfloat16, not infinity. Sizes that are no multiples of 32 are
-    padded with zeros, which changes neither scales nor sums. A block of zeros has scale 1. One that
-    holds a NaN or an infinity has scale NaN, and so have the elements of the product that sum over
-    it. Several contracted axes count as one, in their order.
+    Scaling is exact. If dequantized values are multiplied, a value that rounds up to ``2**128`` is
+    clamped to the largest bfloat16 value. Sizes that are not multiples of 32 are padded with zeros,
+    which changes neither scales nor sums. A block of zeros has scale 1. A block with a NaN or an
+    infinity has scale NaN, and all results that sum over it are NaN. Several contracted axes are
+    merged into one, in their order.
 
   Example:
     >>> import flax.linen as nn
@@ -126,7 +126,7 @@ class MXFP8BlockScaling(StatelessRecipe):
   def quantize_by_itself(
     self, x: jax.Array, role: Role, views: tuple[View, View], key: jax.Array | None
   ) -> tuple[QTensor, QTensor]:
-    """Quantizes once for each GEMM, along what it contracts.
+    """Quantizes once for each GEMM, along the axes that it contracts.
 
     Returns:
       Data ``[batch, rows, K]`` and scales ``[batch, rows, K / 32]``.
@@ -149,7 +149,7 @@ class MXFP8BlockScaling(StatelessRecipe):
     return QTensor(data.reshape(batch, rows, chunks * BLOCK), e8m0.reshape(batch, rows, chunks))
 
   def in_matrices(self, q: QTensor, view: View) -> QTensor:
-    """The scale for each element."""
+    """Returns matrices with one scale for each element."""
     columns = view.sizes[2]
     scale = jnp.repeat(q.scale.astype(jnp.float32), BLOCK, axis=2)
     return QTensor(q.data[:, :, :columns], scale[:, :, :columns])
@@ -157,7 +157,7 @@ class MXFP8BlockScaling(StatelessRecipe):
   def contract(
     self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any
   ) -> jax.Array:
-    """One GEMM that scales blocks; full accumulation."""
+    """Multiplies with one GEMM that applies the block scales, with full accumulation."""
     del kind
 
     def multiply(lhs: QTensor, rhs: QTensor) -> jax.Array:
@@ -168,12 +168,12 @@ class MXFP8BlockScaling(StatelessRecipe):
 
   @property
   def needs(self) -> Needs:
-    """The formats, and matrix units that scale blocks by E8M0."""
+    """The formats, and matrix units that apply E8M0 block scales."""
     return Needs(self.fp8_format, block_scales=jnp.float8_e8m0fnu)
 
 
 def _sharding(x: jax.Array, view: View) -> NamedSharding | None:
-  """Returns how blocks and their scales are sharded: as the tensor, where they divide evenly."""
+  """Returns the sharding of blocks and scales: as the tensor, if the blocks divide evenly."""
   if (sharding := explicit_sharding(x)) is None:
     return None
   batch, kept, columns = view.sizes

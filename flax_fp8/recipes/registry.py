@@ -1,4 +1,4 @@
-"""Recipes by name, for command lines and configuration files."""
+"""Looks up recipes by name, for command lines and configuration files."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def get_recipe(name: str, **fields: Any) -> Recipe:
 
   Args:
     name: "delayed", "current", "rowwise", "block" or "mxfp8".
-    **fields: of the recipe's class.
+    **fields: fields of the recipe's class.
 
   Returns:
     The recipe.
 
   Raises:
-    ValueError: there is no recipe of this name, or a field's value is not allowed.
-    TypeError: the class has no field of a given name.
+    ValueError: there is no recipe with this name, or the value of a field is not allowed.
+    TypeError: the class does not have a given field, or the value of a field has the wrong type.
 
   Example:
     >>> import flax_fp8 as fp8
@@ -55,7 +55,7 @@ def get_recipe(name: str, **fields: Any) -> Recipe:
   known = [field.name for field in dataclasses.fields(recipe)]
   if unknown := sorted(fields.keys() - {*known}):
     raise TypeError(
-      f"get_recipe: fields must be those of {recipe.__name__}, {known}; got {unknown}. Leave them "
-      "out, or name another recipe."
+      f"get_recipe: {recipe.__name__} has the fields {known}; got {unknown}. Omit them, or choose "
+      "another recipe."
     )
   return recipe(**fields)

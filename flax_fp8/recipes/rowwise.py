@@ -1,4 +1,4 @@
-"""Rowwise scaling: a scale for all that one element of a GEMM's result sums over."""
+"""Rowwise scaling: one scale for all values that one element of a GEMM's result sums over."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flax_fp8.recipes.base import GemmKind, Role, StatelessRecipe, split_key
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Float8RowwiseScaling(StatelessRecipe):
-  """A scale for each row of the left and each column of the right operand, in all three GEMMs.
+  """Scales each row of the left operand and each column of the right operand of every GEMM.
 
   For each GEMM, along the axes that it contracts::
 
@@ -25,26 +25,26 @@ class Float8RowwiseScaling(StatelessRecipe):
       q = saturating_cast(x / scale)
       out = dot_general(q_lhs, q_rhs) * outer(scale_lhs, scale_rhs)
 
-  An outlier spoils its row alone. The price is a quantisation for each of the two GEMMs that take a
-  tensor. ``high_precision=("wgrad",)`` is the variant whose weight gradient is not quantised.
+  An outlier affects only its own row. The cost is that each tensor is quantized twice, once for
+  each of its two GEMMs. ``high_precision=("wgrad",)`` computes the weight gradient without FP8.
 
   Attributes:
     fp8_format: formats of values and of gradients.
-    power_of_two: rounds scales up to powers of two, so that scaling itself is exact.
-    high_precision: which of "fprop", "dgrad" and "wgrad" are left in the dtype of their operands.
+    power_of_two: rounds scales up to powers of two, which makes scaling exact.
+    high_precision: which of "fprop", "dgrad" and "wgrad" compute in the dtype of their operands.
     grad_rounding: "nearest" or "stochastic", for output gradients.
 
   State:
-    None; the model's variables are those of the model without FP8.
+    None. The model has the same variables as without FP8.
 
   Raises:
-    TypeError: ``fp8_format`` is no ``Format``.
+    TypeError: ``fp8_format`` is not a ``Format``.
     ValueError: ``high_precision`` or ``grad_rounding`` is unknown.
 
   Numerics:
-    A row of zeros has scale 1. One that holds a NaN or an infinity has scale NaN, and so have the
-    elements of the product that sum over it. Rows are those of the array at hand: of one device's
-    part under ``shard_map``, of the whole array under ``jit`` with shardings. Any sizes.
+    A row of zeros has scale 1. A row with a NaN or an infinity has scale NaN, and all results that
+    sum over it are NaN. Under ``shard_map`` rows are those of one device's part. Under ``jit`` with
+    shardings rows are those of the whole array. All sizes are supported.
 
   Example:
     >>> import flax.linen as nn
@@ -62,7 +62,7 @@ class Float8RowwiseScaling(StatelessRecipe):
   def quantize_by_itself(
     self, x: jax.Array, role: Role, views: tuple[View, View], key: jax.Array | None
   ) -> tuple[QTensor, QTensor]:
-    """Quantizes once for each GEMM, along what it contracts."""
+    """Quantizes once for each GEMM, along the axes that it contracts."""
     float8 = self.float8(role)
 
     def along(view: View, key: jax.Array | None) -> QTensor:
@@ -73,17 +73,17 @@ class Float8RowwiseScaling(StatelessRecipe):
     return along(views[0], first), along(views[1], second)
 
   def in_matrices(self, q: QTensor, view: View) -> QTensor:
-    """The scale for each element."""
+    """Returns matrices with one scale for each element."""
     return scaled_matrices(q, view)
 
   def contract(
     self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any
   ) -> jax.Array:
-    """One GEMM without scales, then the scales; fast accumulation going forward alone."""
+    """Multiplies with one GEMM and applies the scales after it. Only fprop accumulates fast."""
     fast = kind is GemmKind.FPROP
     return dot_per_row(lhs, rhs, gemm, dtype, fast_accumulation=fast)
 
   @property
   def needs(self) -> Needs:
-    """The formats; products are scaled in float32."""
+    """The formats. Products are scaled in float32."""
     return Needs(self.fp8_format)

@@ -1,4 +1,4 @@
-"""The recipes that the contract suite runs, and one training step of a contraction."""
+"""The recipes of the contract suite, and one training step of a contraction."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import flax_fp8 as fp8
 from flax_fp8 import contraction, ops
 from flax_fp8.recipes import Recipe, Role
 
-# A new recipe joins the suite by a line here.
+# Add a line here for a new recipe.
 RECIPES: dict[str, Recipe] = {
   "delayed": fp8.DelayedScaling(amax_history_len=4),
   "delayed, interval": fp8.DelayedScaling(amax_history_len=4, interval=2),
@@ -28,26 +28,26 @@ RECIPES: dict[str, Recipe] = {
 }
 STATELESS = {name: r for name, r in RECIPES.items() if not r.init_state(Role.INPUT)}
 STATEFUL = {name: r for name, r in RECIPES.items() if name not in STATELESS}
-# For what depends on the class alone.
+# For tests that depend only on the class.
 ONE_OF_EACH_CLASS = {type(recipe): name for name, recipe in reversed(RECIPES.items())}.values()
 
 DIMS = (((1,), (0,)), ((), ()))
 KEY = jax.random.key(7)
-# Tokens, input features, output features: more than one block of each, and no multiples of 32.
+# Tokens, input features, output features: more than one block each, and no multiples of 32.
 M, K, N = 136, 164, 132
 
 
 def integers(seed: int, *shape: int) -> np.ndarray:
-  """Integers from -7 to 7.
+  """Makes integers from -7 to 7.
 
-  Whatever a recipe makes of them, products summed in float32 are exact, in any order: a program
-  and its sharded, mapped or compiled twin agree to the last bit.
+  For every recipe, their products summed in float32 are exact in any order. A program therefore
+  equals its sharded, mapped or compiled variant bit for bit.
   """
   return np.random.default_rng(seed).integers(-7, 8, shape).astype(np.float32)
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
-  """Normally distributed values."""
+  """Makes normally distributed values."""
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
@@ -62,7 +62,7 @@ def step(
   key: Any = KEY,
   dtype: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
-  """One contraction, forward and backward by the cotangent ``c``.
+  """Runs one contraction forward, and backward with the cotangent ``c``.
 
   Returns:
     The output, the gradients of ``x`` and ``w``, and the new state.
@@ -78,16 +78,16 @@ def step(
   return (out, *vjp(jnp.asarray(c, out.dtype)))
 
 
-# Compiled once for each recipe and shape, whichever test asks.
+# Compiled once for each recipe and shape, and shared by all tests.
 compiled = jax.jit(step, static_argnums=0, static_argnames=("dims", "dtype"))
-# Compiles in half the time. For sums that are exact, whatever the compiler does.
+# Compiles in half the time. Only for sums that are exact with any compiler options.
 quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 compiled_quickly = quickly(step, static_argnums=0)
 
 
 @functools.partial(quickly, static_argnums=0)
 def forward(recipe: Recipe, x: Any, w: Any) -> dict[str, jax.Array]:
-  """The output alone, by the dtype that was asked for."""
+  """Computes only the output, in the given dtype."""
   return {
     dtype: ops.dot_general(
       x, w, DIMS, recipe=recipe, state=ops.init_state(recipe), preferred_element_type=dtype
@@ -97,24 +97,24 @@ def forward(recipe: Recipe, x: Any, w: Any) -> dict[str, jax.Array]:
 
 
 def exact(x: Any, w: Any, c: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """The output and both gradients in float64."""
+  """Computes the output and both gradients in float64."""
   x, w, c = (np.asarray(t, np.float64) for t in (x, w, c))
   return x @ w, c @ w.T, x.T @ c
 
 
 @functools.partial(quickly, static_argnums=3)
 def plain(x: Any, w: Any, c: Any, dims: Any) -> tuple[jax.Array, ...]:
-  """The output and both gradients by JAX, in float32."""
+  """Computes the output and both gradients with JAX, in float32."""
   multiply = functools.partial(lax.dot_general, dimension_numbers=dims, precision="highest")
   out, vjp = jax.vjp(multiply, x, w)
   return (out, *vjp(c))
 
 
 def margin(recipe: Recipe, role: Role) -> Any:
-  """Bounds the magnitude of what a recipe makes of a value: ``|x| (1 + relative) + absolute``.
+  """Bounds the magnitude of a quantized value: ``|x| (1 + relative) + absolute``.
 
-  The first is half the spacing of normal values, the second of subnormal ones; all of it where
-  rounding is stochastic.
+  The relative error is half the spacing of normal values, and the absolute error half the spacing
+  of subnormal values. With stochastic rounding, both are the full spacing.
   """
   float8 = recipe.float8(role)
   stochastic = recipe.rounds_by_key and role is Role.OUTPUT_GRAD
@@ -122,7 +122,7 @@ def margin(recipe: Recipe, role: Role) -> Any:
 
   def widen(x: Any) -> np.ndarray:
     x = np.abs(np.asarray(x, np.float32))
-    # State that saw nothing has scale 1. Other scales may be up to twice the least.
+    # Initial state has scale 1. Other scales may be up to twice the smallest possible one.
     scale = 1.0 if recipe.init_state(role) else 2 * x.max(initial=0) / float8.max
     return x * (1 + relative) + scale * float8.smallest_subnormal * (1 if stochastic else 0.5)
 
@@ -134,24 +134,24 @@ def error_bounds(recipe: Recipe, x: Any, w: Any, c: Any, dims: Any = DIMS) -> li
   magnitudes = [np.abs(np.asarray(t, np.float32)) for t in (x, w, c)]
   wide = [margin(recipe, role)(t) for role, t in zip(Role, (x, w, c), strict=True)]
   pairs = zip(plain(*wide, dims), plain(*magnitudes, dims), strict=True)
-  # The last factor is for summation in float32.
+  # The last factor covers summation in float32.
   return [(np.asarray(upper) - np.asarray(lower)) * 1.001 + 1e-5 for upper, lower in pairs]
 
 
 def equal(got: Any, want: Any) -> None:
-  """Asserts that two trees are the same, bit for bit, NaNs too."""
+  """Asserts that two trees are equal bit for bit, including NaNs."""
   assert jax.tree.structure(got) == jax.tree.structure(want)
   jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def quantized(recipe: Recipe, x: Any, role: Role, dims: Any = DIMS, key: Any = None) -> Any:
-  """The pair of ``QTensor`` that a recipe makes of a tensor of a plain matrix product.
+  """Quantizes a tensor of a plain matrix product. Returns the pair of ``QTensor``.
 
   Args:
-    recipe: whose.
+    recipe: the recipe.
     x: ``[M, K]`` input, ``[K, N]`` kernel or ``[M, N]`` output gradient.
-    role: what it is.
-    dims: of the forward product.
+    role: role of ``x``.
+    dims: dimension numbers of the forward product.
     key: PRNG key, if any.
   """
   shape = np.shape(x)

@@ -1,7 +1,7 @@
-"""The interface of recipes holds for scales that are not per tensor, and for recipes without state.
+"""The recipe interface supports scales that are not per tensor, and recipes without state.
 
-A recipe of the test's own, with a scale per row along each GEMM's contraction, runs through the
-contraction, the modules and the transformations unchanged.
+A recipe defined here, with one scale per row along each GEMM's contraction, works in contractions,
+modules and transformations.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ DIMS = (((1,), (0,)), ((), ()))
 
 @dataclasses.dataclass(frozen=True)
 class PerRow(Recipe):
-  """One scale for all that a GEMM contracts together; nothing remembered."""
+  """One scale for all values that a GEMM sums together, without state."""
 
   needs = Needs(fp8.Format.HYBRID)
 
@@ -51,7 +51,7 @@ class PerRow(Recipe):
 
 
 def outlier_rows():
-  """Rows whose magnitudes differ by 2**20: one scale for all would flush most of them to zero."""
+  """Makes rows with magnitudes that differ by 2**20. One scale would flush most rows to zero."""
   random = np.random.default_rng(0)
   x = random.normal(size=(8, 32)) * 2.0 ** np.linspace(-10, 10, 8)[:, None]
   w = random.normal(size=(32, 16)) * 2.0 ** np.linspace(10, -10, 16)

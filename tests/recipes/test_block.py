@@ -1,7 +1,7 @@
-"""Block scaling against the scalar oracle, as DeepSeek-V3's report defines it.
+"""Block scaling compared with the scalar oracle, as DeepSeek-V3's report defines it.
 
-Section 3.3.2: activations in strips of 1×128 along what a GEMM sums over, weights in tiles of
-128×128, partial sums in float32 after each 128 terms.
+Section 3.3.2: 1×128 blocks of activations along the axis that a GEMM sums over, 128×128 blocks of
+weights, and float32 partial sums after each 128 terms.
 """
 
 import numpy as np
@@ -24,7 +24,7 @@ X[:, :128][5], W[128:, 128:] = 0, 0  # a strip and a tile of zeros
 
 
 def cut(x, rows, columns, power_of_two=True):
-  """Quantises block by block; returns the values, and each value's scale."""
+  """Quantizes block by block. Returns the values, and the scale of each value."""
   data, scale = np.zeros(x.shape), np.zeros(x.shape, np.float32)
   for i in range(0, x.shape[0], rows):
     for j in range(0, x.shape[1], columns):
@@ -34,7 +34,7 @@ def cut(x, rows, columns, power_of_two=True):
 
 
 def flat(q, rows, size):
-  """Our chunks ``[chunks, 1, rows, 128]`` as ``[rows, size]``, padding cut off."""
+  """Reshapes chunks ``[chunks, 1, rows, 128]`` to ``[rows, size]``, without padding."""
   data, scale = np.asarray(q.data, np.float64)[:, 0], np.asarray(q.scale)[:, 0]
   scale = np.repeat(scale[..., None], 128, axis=2)
   lines = [np.moveaxis(t, 0, 1).reshape(rows, -1) for t in (data, scale)]
@@ -45,7 +45,7 @@ def flat(q, rows, size):
 @pytest.mark.parametrize("power_of_two", [True, False], ids=["power of two", ""])
 @pytest.mark.parametrize("role", [Role.INPUT, Role.OUTPUT_GRAD], ids=lambda r: r.value)
 def test_strips(role, power_of_two):
-  """Quantised for each GEMM anew: along features, then along tokens."""
+  """Each GEMM has its own quantized tensor: along features, then along tokens."""
   x = X if role is Role.INPUT else C
   recipe = fp8.Float8BlockScaling(power_of_two=power_of_two)
   for q, matrix in zip(cases.quantized(recipe, x, role), (x, x.T), strict=True):
@@ -54,7 +54,7 @@ def test_strips(role, power_of_two):
 
 @pytest.mark.parametrize("power_of_two", [True, False], ids=["power of two", ""])
 def test_tiles(power_of_two):
-  """The kernel is quantised once; dgrad takes the transpose of what fprop takes."""
+  """The kernel is quantized once. dgrad takes the transpose of fprop's operand."""
   recipe = fp8.Float8BlockScaling(power_of_two=power_of_two)
   fprop, dgrad = cases.quantized(recipe, W, Role.KERNEL)
   data, scale = cut(W, 128, 128, power_of_two)
@@ -62,25 +62,25 @@ def test_tiles(power_of_two):
   cases.equal(flat(dgrad, K, N), (data, scale))
 
 
-def test_products_are_those_of_the_dequantised_operands():
-  dequantised = lambda x, *block: np.multiply(*cut(x, *block))
-  kernel = dequantised(W, 128, 128)
+def test_products_are_those_of_the_dequantized_operands():
+  dequantized = lambda x, *block: np.multiply(*cut(x, *block))
+  kernel = dequantized(W, 128, 128)
   pairs = (
-    (dequantised(X, 1, 128), kernel),
-    (dequantised(C, 1, 128), kernel.T),
-    (dequantised(X, 128, 1).T, dequantised(C, 128, 1)),
+    (dequantized(X, 1, 128), kernel),
+    (dequantized(C, 1, 128), kernel.T),
+    (dequantized(X, 128, 1).T, dequantized(C, 128, 1)),
   )
   for value, (lhs, rhs) in zip(compiled(fp8.Float8BlockScaling(), X, W, C)[:3], pairs, strict=True):
-    # At most 128 additions a block and one more; scaling is exact.
+    # At most 128 additions per block and one more. Scaling is exact.
     tolerance = 129 * np.finfo(np.float32).eps / 2 * (np.abs(lhs) @ np.abs(rhs))
     assert np.all(np.abs(value - lhs @ rhs) <= tolerance)
 
 
 def test_blocks_are_added_in_float32():
-  """Each block's sum is rounded to float32 and scaled, then added: not one long sum."""
+  """Each block's sum is rounded to float32, scaled and added. It is not one long sum."""
   x, w = np.zeros((1, 256), np.float32), np.zeros((256, 1), np.float32)
   x[0, 0], x[0, 128:] = 2.0**24, 1
   w[0], w[128:] = 1, 1
-  # In one float32 sum each 1 after 2**24 would be lost.
+  # One float32 sum would lose each 1 after 2**24.
   got = compiled(fp8.Float8BlockScaling(), x, w, np.ones((1, 1), np.float32))[0]
   assert float(got[0, 0]) == 2.0**24 + 128

@@ -1,4 +1,4 @@
-"""What every recipe must do, whatever its scales: numbers, shapes, dtypes, bad values."""
+"""The contract of every recipe: accuracy, shapes, dtypes, and NaN or infinite values."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def test_all_recipes_take_part():
 
 @by_recipe
 def test_is_near_float64(name):
-  """Each element within what rounding of its terms can do; and not nearer than FP8 can be."""
+  """Each error is within the bound for rounded terms, and not smaller than FP8 allows."""
   recipe = RECIPES[name]
   got = compiled(recipe, X, W, C)[:3]
   bounds = cases.error_bounds(recipe, X, W, C)
@@ -46,13 +46,13 @@ def test_is_near_float64(name):
       assert np.linalg.norm(error) > 2.0**-7 * np.linalg.norm(want)
 
 
-# The others are made of the same operations.
+# The other recipes use the same operations.
 @pytest.mark.parametrize(
   "name", ["delayed", pytest.param("block", marks=pytest.mark.slow), "mxfp8"]
 )
 def test_jit_equals_eager(name):
   recipe = RECIPES[name]
-  x, w, c = (t[:8, :8] for t in (X, W, C))  # of one shape, so that few operations are compiled
+  x, w, c = (t[:8, :8] for t in (X, W, C))  # one shape, so few operations are compiled
   cases.equal(compiled(recipe, x, w, c), cases.step(recipe, x, w, c))
 
 
@@ -74,7 +74,7 @@ def tensors(shape, dims):
 
 @by_class
 def test_shapes(name):
-  """All in one program, which compiles faster. A sum over nothing is zero."""
+  """One program for all shapes compiles faster. A sum over no elements is zero."""
   recipe = RECIPES[name]
   inputs = [tensors((x, w), dims) for x, w, dims in SHAPES.values()]
   all_dims = [dims for *_, dims in SHAPES.values()]
@@ -95,8 +95,8 @@ def test_shapes(name):
 
 @by_class
 def test_einsum_with_exchanged_operands(name):
-  """The output's order makes the kernel the GEMM's left operand; input and kernel stay what they
-  are, so the numbers are those of the plain order."""
+  """The output's order makes the kernel the GEMM's left operand. Roles do not change, so the values
+  equal those of the plain order."""
   recipe = RECIPES[name]
   x, w, c = integers(0, 8, 40), integers(1, 40, 6), integers(2, 8, 6)
   state = ops.init_state(recipe)
@@ -108,7 +108,7 @@ def test_einsum_with_exchanged_operands(name):
 
   here, there = cases.quickly(lambda c: (run("mk,kn->mn", c), run("mk,kn->nm", c.T)))(c)
   cases.equal(there[0].T, here[0])
-  if not recipe.rounds_by_key:  # the gradient is transposed: its elements meet other random bits
+  if not recipe.rounds_by_key:  # the gradient is transposed, so its elements get other random bits
     cases.equal(there[1:], here[1:])
 
 
@@ -118,7 +118,7 @@ PAIRS = (("float16", "float16"), ("bfloat16", "float32"))
 @by_class
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_dtypes(name, pair):
-  """16-bit operands give what their values give in float32, rounded once at the end."""
+  """16-bit operands give the result of their float32 values, rounded once at the end."""
   recipe = RECIPES[name]
   x, w, c = integers(0, 8, 40), integers(1, 40, 6), integers(2, 8, 6)
   want = compiled_quickly(recipe, x, w, c)
@@ -134,7 +134,7 @@ def test_dtypes(name, pair):
 
 @by_class
 def test_preferred_element_type(name):
-  """The result leaves float32 for the dtype that was asked for, once."""
+  """The result is rounded once, from float32 to the requested dtype."""
   x, w = (jnp.asarray(t, jnp.bfloat16) for t in (integers(0, 8, 40), integers(1, 40, 6)))
   got = cases.forward(RECIPES[name], x, w)
   for dtype, value in got.items():
@@ -155,11 +155,11 @@ def test_zeros(name, which):
   assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(got[3]))
 
 
-SPOILED = (40, 50)  # row and column of the value that is NaN or infinite
+SPOILED = (40, 50)  # row and column of the NaN or infinity
 
 
 def shares_a_scale(recipe, role, shape, contracted):
-  """Marks the values of a tensor that share a scale with the one at SPOILED."""
+  """Marks the values of a tensor that share a scale with the value at SPOILED."""
   rows, columns = np.indices(shape)
   along, across = (rows, columns) if contracted == 0 else (columns, rows)
   at, other = SPOILED if contracted == 0 else SPOILED[::-1]
@@ -186,8 +186,8 @@ def test_a_bad_value_spoils_what_shares_its_scale(name, role, bad):
   arrays = [X.copy(), W.copy(), C.copy()]
   arrays[which][SPOILED] = bad
   got = compiled(recipe, *arrays)[:3]
-  # The two GEMMs that take the tensor, the axis that each contracts, and the result's axis that
-  # stems from the tensor's other axis.
+  # The two GEMMs that take the tensor, the axis that each contracts, and the axis of the result
+  # that comes from the tensor's other axis.
   uses = {
     Role.INPUT: (("fprop", 1, 0), ("wgrad", 0, 0)),
     Role.KERNEL: (("fprop", 0, 1), ("dgrad", 1, 1)),
@@ -213,7 +213,7 @@ def test_a_bad_value_spoils_what_shares_its_scale(name, role, bad):
 @pytest.mark.parametrize("role", Role, ids=lambda role: role.value)
 @pytest.mark.parametrize("bad", [np.nan, -np.inf], ids=str)
 def test_state_never_sees_a_bad_value(name, role, bad):
-  """NaN and infinity show as NaN in the products; the history records neither."""
+  """NaN and infinity give NaN in the products, and the history records neither."""
   recipe = RECIPES[name]
   arrays = [X.copy(), W.copy(), C.copy()]
   arrays[list(Role).index(role)][SPOILED] = bad
@@ -227,7 +227,7 @@ def test_state_never_sees_a_bad_value(name, role, bad):
 
 @pytest.mark.parametrize("name", [n for n in STATELESS if n != "mxfp8"])
 def test_small_tensors_whose_scales_have_no_product(name):
-  """1e-18 by 1e-17 with 16 terms: 1.6e-34, where the product of both scales underflows."""
+  """1e-18 times 1e-17 with 16 terms is 1.6e-34, but the product of both scales underflows."""
   x, w = np.full((16, 16), 1e-18, np.float32), np.full((16, 16), 1e-17, np.float32)
   out = compiled(RECIPES[name], x, w, np.zeros((16, 16), np.float32))[0]
   np.testing.assert_allclose(out, 1.6e-34, rtol=0.1)

@@ -1,4 +1,4 @@
-"""Current scaling against the scalar oracle: one scale a tensor, from its own amax."""
+"""Current scaling compared with the scalar oracle: one scale per tensor, from its own amax."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +13,10 @@ from tests.recipes.cases import compiled, normal
 FORMATS = (
   pytest.param(fp8.Format.HYBRID, id="HYBRID"),
   pytest.param(fp8.Format.E4M3, id="E4M3"),
-  # XLA's quick emitters of code for the CPU (conftest.py) are wrong in these formats.
+  # XLA's fast CPU code generation (conftest.py) gives wrong results in these formats.
   pytest.param(fp8.Format.HYBRID_FNUZ, id="FNUZ", marks=pytest.mark.slow),
 )
-# Ordinary values; a wide range, with subnormals and underflow; one value; zeros; extremes.
+# Typical values; a wide range with subnormals and underflow; one value; zeros; extremes.
 TENSORS = {
   "normal": normal(0, 9, 11) * 3.7,
   "wide": normal(1, 9, 11) * 2.0 ** np.linspace(-30, 5, 11, dtype=np.float32),
@@ -48,17 +48,17 @@ def test_largest_value_is_the_formats():
   assert np.abs(np.asarray(q.data, np.float32)).max() == 448
 
 
-def test_products_are_those_of_the_dequantised_operands():
-  """In float64, of what the oracle makes of the operands."""
+def test_products_are_those_of_the_dequantized_operands():
+  """The expected products are in float64, of operands from the oracle."""
   x, w, c = normal(4, 24, 40), normal(5, 40, 12), normal(6, 24, 12)
   recipe = fp8.Float8CurrentScaling()
   names = ("float8_e4m3fn", "float8_e4m3fn", "float8_e5m2")
-  dequantised = [
+  dequantized = [
     q * float(scale)
     for q, scale in (oracle.quantize_by_amax(t, n) for t, n in zip((x, w, c), names, strict=True))
   ]
   got = compiled(recipe, x, w, c)[:3]
-  magnitudes = cases.exact(*map(np.abs, dequantised))
-  for value, want, size in zip(got, cases.exact(*dequantised), magnitudes, strict=True):
+  magnitudes = cases.exact(*map(np.abs, dequantized))
+  for value, want, size in zip(got, cases.exact(*dequantized), magnitudes, strict=True):
     # At most 40 float32 additions, and three roundings of scales.
     assert np.all(np.abs(value - want) <= 43 * np.finfo(np.float32).eps / 2 * size)

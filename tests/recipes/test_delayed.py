@@ -1,4 +1,4 @@
-"""Delayed scaling against the float64 oracle, step by step."""
+"""Delayed scaling compared with the float64 oracle, step by step."""
 
 import copy
 import dataclasses
@@ -27,7 +27,7 @@ AMAXES = [3.0, 0.5, np.nan, 7.0, 0.0, 2.0, np.inf, 1e-3, 9.0, 0.25, 0.25, 0.25]
 
 
 def run(recipe, role=Role.INPUT, amaxes=AMAXES):
-  """Scales and histories that a tensor with these amaxes goes through."""
+  """Returns the scales and histories of a tensor with these amaxes, step by step."""
   state = jax.tree.map(jnp.asarray, recipe.init_state(role))
   seen = []
   for amax in amaxes:
@@ -70,7 +70,7 @@ def test_power_of_two():
 
 
 def test_slots():
-  history = jnp.array([4.0, 1.0, 2.0, 3.0])  # newest 4, then 3, 2, 1 is the oldest
+  history = jnp.array([4.0, 1.0, 2.0, 3.0])  # 4 is the newest, then 3 and 2; 1 is the oldest
   np.testing.assert_array_equal(roll_history(history, jnp.float32(5)), [5.0, 2.0, 3.0, 4.0])
 
 
@@ -85,7 +85,7 @@ class TestConfig:
     assert dataclasses.replace(recipe, margin=2) != recipe
 
   def test_binds_one_class_object_for_equal_recipes(self):
-    """Else equal models would be unequal, and compile again."""
+    """Otherwise equal models would compare unequal and compile again."""
     one, two = (fp8.DelayedScaling(amax_history_len=7) for _ in range(2))
     assert one.dot_general_cls is two.dot_general_cls
     assert one.einsum_cls is two.einsum_cls
@@ -110,7 +110,7 @@ class TestConfig:
 
 
 def due(amaxes, interval):
-  """Steps that make a new scale: the first with a history that is not empty, then each n-th."""
+  """Returns the steps with a new scale: the first with a nonempty history, then each n-th."""
   seen = [i for i, amax in enumerate(amaxes) if np.isfinite(amax) and amax > 0]
   first = seen[0] + 1 if seen else len(amaxes)
   return set(range(first, len(amaxes), interval))
@@ -120,7 +120,7 @@ def due(amaxes, interval):
 @pytest.mark.parametrize("interval", [1, 2, 3, 5, 100])
 @pytest.mark.parametrize("amaxes", [AMAXES, [0.0, np.nan, *AMAXES]], ids=["", "late"])
 def test_interval_and_first_step_follow_the_oracle(amaxes, interval, first_step):
-  """Amaxes are recorded at each step, whatever the interval."""
+  """Amaxes are recorded at each step, for any interval."""
   recipe = fp8.DelayedScaling(amax_history_len=16, interval=interval, first_step=first_step)
   scale, history = 1.0, np.zeros(16)
   steps = due(amaxes, interval)
@@ -149,7 +149,7 @@ OVERFLOWING = [2.0, 1.9, 2.5, np.nan, 300.0, 1.0, np.inf, 299.0, 600.0, 0.0, 0.1
 @pytest.mark.parametrize("interval", [1, 3])
 @pytest.mark.parametrize("length", [2, 8])
 def test_overflow_follows_the_oracle(length, interval, margin):
-  """Where an amax is beyond the range, its own scale; else, and in the history, all as ever."""
+  """An amax out of range sets its own scale. Otherwise scales and histories do not change."""
   fields = {"amax_history_len": length, "interval": interval, "margin": margin}
   seen = run(fp8.DelayedScaling(overflow="current", **fields), amaxes=OVERFLOWING)
   plain = run(fp8.DelayedScaling(**fields), amaxes=OVERFLOWING)
@@ -169,7 +169,7 @@ def test_overflow_follows_the_oracle(length, interval, margin):
 
 @pytest.mark.parametrize("role", Role, ids=lambda r: r.value)
 def test_overflow_gives_what_current_scaling_gives(role):
-  """Bit for bit; and a tensor within the range is left to its history."""
+  """Equal bit for bit. A tensor within the range keeps the scale from its history."""
   recipe = fp8.DelayedScaling(amax_history_len=2, overflow="current")
   state = {"scale": jnp.ones(1), "amax_history": jnp.array([3.0, 2.0])}
   x = cases.normal(0, 8, 16)
@@ -184,7 +184,7 @@ def test_overflow_gives_what_current_scaling_gives(role):
 
 
 class TestOverflowUnderTransformations:
-  """One part of four is beyond the range: all see it, as the whole batch does, bit for bit."""
+  """One part of four is out of range. All parts use its scale, like the whole batch."""
 
   recipe = fp8.DelayedScaling(amax_history_len=4, overflow="current")
   x = cases.integers(0, 4, 8, 16) * np.array([1, 1, 64, 1], np.float32)[:, None, None]
@@ -220,7 +220,7 @@ class TestOverflowUnderTransformations:
     cases.equal(self.new_state(getattr(self, how)), (out, state))
 
   def test_in_a_scan(self):
-    """Each microbatch is quantised by its own; the state is the maximum, scale and history."""
+    """Each microbatch uses its own scale. The new scale and history are the maximum."""
 
     def looped(variables, x):
       state = variables[OWG]
@@ -232,7 +232,7 @@ class TestOverflowUnderTransformations:
 
 
 def test_overflow_costs_nothing_where_it_saturates(monkeypatch):
-  """With the making of that scale taken out, the default traces to the same program."""
+  """The default traces to the same program as without the code for this scale."""
   trace = lambda recipe: str(jax.make_jaxpr(lambda *a: cases.step(recipe, *a))(*ARRAYS))
   before = trace(fp8.DelayedScaling())
   monkeypatch.delattr(fp8.DelayedScaling, "_scale_of")
@@ -246,7 +246,7 @@ def test_frozen_scales_do_not_follow():
 
 
 def flax_steps(inputs):
-  """Output and state of each step of ``flax.linen.fp8_ops``."""
+  """Returns the output and state of each step of ``flax.linen.fp8_ops``."""
   module = reference.Fp8DotGeneral(amax_history_length=4)
   dims = (((1,), (0,)), ((), ()))
   variables = module.init(jax.random.key(0), *inputs[0][:2], dims)
@@ -264,7 +264,7 @@ def flax_steps(inputs):
 
 
 def our_steps(recipe, inputs):
-  """Output and state of each step, the state by Flax's names."""
+  """Returns the output and state of each step, with Flax's names for the state."""
   state, steps = None, []
   for arrays in inputs:
     out, _, _, state = cases.compiled(recipe, *arrays, state)
@@ -274,7 +274,7 @@ def our_steps(recipe, inputs):
 
 
 class TestAgainstFlax:
-  """Bit for bit as ``flax.linen.fp8_ops`` where the fields leave it the same."""
+  """Equal to ``flax.linen.fp8_ops`` bit for bit, if the fields allow it."""
 
   inputs = tuple(
     tuple(cases.normal(3 * i + j, *shape) * np.float32(1.5**-i) for j, shape in enumerate(shapes))
@@ -282,14 +282,14 @@ class TestAgainstFlax:
   )
 
   def test_first_step(self):
-    """After the first step nothing tells them apart."""
+    """After the first step, both are equal."""
     theirs = flax_steps(self.inputs)
     ours = our_steps(fp8.DelayedScaling(amax_history_len=4, first_step="current"), self.inputs)
     assert not np.array_equal(ours[0][0], theirs[0][0])
     cases.equal(ours[1:], theirs[1:])
 
   def test_interval(self):
-    """Scales are Flax's of the last step that made one; histories are Flax's throughout."""
+    """Scales equal Flax's at the last step with a new scale. Histories always equal Flax's."""
     theirs = flax_steps(self.inputs)
     ours = our_steps(fp8.DelayedScaling(amax_history_len=4, interval=2), self.inputs)
     for i, last in enumerate((0, 1, 1, 3, 3, 5)):
@@ -315,7 +315,7 @@ def test_bad_interval_and_first_step(fields, message):
 
 
 class TestResizedHistory:
-  """A resized history goes on as one of the new length that saw what the old one remembers."""
+  """A resized history continues like one of the new length with the same entries."""
 
   def replay(self, length, amaxes):
     history = jnp.zeros(length)
@@ -341,5 +341,5 @@ class TestResizedHistory:
   def test_other_axes_are_left_alone(self, axis):
     rows = np.arange(1.0, 9.0).reshape(2, 4)
     got = resize_history(jnp.asarray(rows.T if axis == 0 else rows), 3, axis)
-    want = [[1, 3, 4], [5, 7, 8]]  # slot 1 held the oldest
+    want = [[1, 3, 4], [5, 7, 8]]  # slot 1 held the oldest entry
     np.testing.assert_array_equal(got.T if axis == 0 else got, want)

@@ -1,4 +1,4 @@
-"""The GEMMs of each recipe in the compiled program: how many, in which types, for which GPU."""
+"""The GEMMs of each recipe in the compiled program: their number and types for each GPU."""
 
 import functools
 from collections import Counter
@@ -13,13 +13,13 @@ import flax_fp8 as fp8
 M, N, K = 512, 256, 384
 HOPPER_AND_BLACKWELL = ("h100", "b200")
 ALL_FP8 = {"fprop": True, "dgrad": True, "wgrad": True}
-# The XLA of JAX 0.12 leaves the kernel for scales of blocks to timings, and so to the GPU itself.
+# The XLA of JAX 0.12 selects the kernel for block scales by timing, which needs the GPU.
 BLACKWELL_SCALES_BLOCKS = jax.__version_info__ < (0, 11)
 
 
 @functools.cache
 def report(recipe, target):
-  """Forward and backward of one Dense in bfloat16."""
+  """Makes the forward and backward pass of one Dense in bfloat16."""
   cls = functools.partial(fp8.Fp8DotGeneral, recipe=recipe)
   layer = nn.Dense(N, use_bias=False, dtype=jnp.bfloat16, dot_general_cls=cls)
   x, g = (jax.ShapeDtypeStruct((M, width), jnp.bfloat16) for width in (K, N))

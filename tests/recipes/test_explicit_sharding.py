@@ -1,7 +1,7 @@
-"""Every recipe on a mesh with explicit axes, where the type of an array says how it is sharded.
+"""Every recipe on a mesh with explicit axes, where the type of an array includes its sharding.
 
-The operands are integers whose products are exact sums, so the sharded program has to agree with
-the one on a single device bit for bit.
+The operands are integers with exact sums of products, so the sharded program must equal the program
+on a single device bit for bit.
 """
 
 import functools
@@ -21,10 +21,10 @@ from flax_fp8.ops.metrics import init_metrics
 from tests.recipes import cases
 from tests.recipes.cases import DIMS, RECIPES
 
-# Sizes that the mesh divides, but whose blocks it does not divide always.
+# The mesh divides these sizes evenly, but not always their blocks.
 M, K, N = 16, 160, 12
 X, W, C = cases.integers(1, M, K), cases.integers(2, K, N), cases.integers(3, M, N)
-OUTSIDE = jnp.asarray(W)  # made where there is no mesh
+OUTSIDE = jnp.asarray(W)  # created outside of the mesh
 EXPERTS = (((2,), (1,)), ((0,), (0,)))
 
 
@@ -44,7 +44,7 @@ def place(x, spec):
 
 
 def step(recipe, x, w, c, state, dims=DIMS, out=None):
-  """The output, both gradients and the new state."""
+  """Computes the output, both gradients and the new state."""
   apply = lambda x, w, state: ops.dot_general(
     x, w, dims, recipe=recipe, state=state, key=cases.KEY, out_sharding=out
   )
@@ -57,20 +57,20 @@ run = cases.quickly(step, static_argnums=0, static_argnames=("dims", "out"))
 
 @functools.cache
 def alone(name):
-  """The same on one device."""
+  """Computes the same on one device."""
   with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))):
     return jax.device_get(cases.compiled_quickly(RECIPES[name], X, W, C))
 
 
 def agree(got, want, like):
-  """Equal values; gradients sharded as their operands, state on every device."""
+  """Asserts equal values, gradients sharded like their operands, and replicated state."""
   cases.equal(jax.device_get(got), want)
   for grad, operand in zip(got[1:3], like, strict=True):
     assert jax.typeof(grad).sharding == jax.typeof(operand).sharding
   assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(got[3]))
 
 
-LAYOUTS = {  # of x and w; what the caller must say of the product, as with lax.dot_general
+LAYOUTS = {  # shardings of x and w, and the required out_sharding, as for lax.dot_general
   "data parallel": (P("data"), P(), None),
   "FSDP, rows": (P("data"), P("data"), None),
   "FSDP, columns": (P("data"), P(None, "data"), P("data")),
@@ -98,7 +98,7 @@ def marked(layout, name):
   ("layout", "name"), [marked(*case) for case in sorted({*OF_EACH_CLASS, *OF_ONE})]
 )
 def test_layouts(name, layout):
-  """Ours needs ``out_sharding`` where ``lax.dot_general`` does, and shards as that does."""
+  """``out_sharding`` is required where ``lax.dot_general`` requires it. Results shard equally."""
   x_spec, w_spec, out = LAYOUTS[layout]
   recipe, x, w = RECIPES[name], place(X, x_spec), place(W, w_spec)
   got = run(recipe, x, w, C, ops.init_state(recipe), out=out)
@@ -118,7 +118,7 @@ BATCHED = (((2,), (1,)), ((0,), (0,)))
 
 
 def experts(recipe, state_axis):
-  """Experts by ``jax.vmap``, with one state or a state each."""
+  """Runs experts with ``jax.vmap``, with one shared state or one state each."""
 
   def run(x, w, c, state):
     apply = lambda x, w, state: ops.dot_general(x, w, DIMS, recipe=recipe, state=state)
@@ -130,7 +130,7 @@ def experts(recipe, state_axis):
 
 @pytest.mark.parametrize("state_axis", [None, 0], ids=["shared", "each"])
 def test_vmap_over_sharded_experts(state_axis):
-  """A state an expert is sharded with its expert; one for all has seen all."""
+  """State per expert is sharded with its expert. Shared state records all experts."""
   recipe, by_expert = RECIPES["delayed"], P("data")
   x, w, c = (place(t, by_expert) for t in (XS, WS, CS))
   state = ops.init_state(recipe)
@@ -152,7 +152,7 @@ def test_vmap_over_sharded_experts(state_axis):
 
 @pytest.mark.parametrize("name", ["delayed", "block", "stochastic"])
 def test_einsum_with_experts(name):
-  """Experts on a batch label, over "data"; the features of one over "model"."""
+  """Experts are a batch label over "data". The features of one expert are over "model"."""
   recipe = RECIPES[name]
   x, w = place(XS, P("data")), place(WS, P("data", None, "model"))
 
@@ -165,7 +165,7 @@ def test_einsum_with_experts(name):
     return (out, *vjp(jax.sharding.reshard(jnp.ones(CS.shape), jax.typeof(out).sharding)))
 
   out, dx, dw = run(x, w)
-  bound = 2.0**-3  # the rounding of E4M3, of E5M2 in products with the gradient; all ones is exact
+  bound = 2.0**-3  # rounding of E4M3, and of E5M2 in products with the gradient; ones are exact
   want = (
     XS @ WS,
     np.ones(CS.shape) @ WS.transpose(0, 2, 1),
@@ -179,7 +179,7 @@ def test_einsum_with_experts(name):
 
 
 def test_metrics_and_calibration():
-  """What they look at is the whole tensor."""
+  """Both cover the whole tensor."""
   recipe = RECIPES["delayed"]
   fresh = {role: leaves | init_metrics() for role, leaves in ops.init_state(recipe).items()}
   x, w = place(X, P("data", "model")), place(W, P("model"))
@@ -193,7 +193,7 @@ def test_metrics_and_calibration():
 
 
 def test_a_layer_is_told_by_its_field():
-  """By ``out_sharding`` of the module, or of the ``lax.dot_general`` of a layer to convert."""
+  """Sets ``out_sharding`` of the module, or of ``lax.dot_general`` in a layer to convert."""
   x, spec = place(X, P("data", "model")), P("data")
   ours = functools.partial(fp8.Fp8DotGeneral, out_sharding=spec)
   layer = nn.Dense(N, use_bias=False, dot_general_cls=ours)
@@ -202,8 +202,8 @@ def test_a_layer_is_told_by_its_field():
   np.testing.assert_array_equal(cases.quickly(layer.apply)(variables, x), X @ W)
   plain = functools.partial(jax.lax.dot_general, out_sharding=spec)
   layer = nn.Dense(N, use_bias=False, dot_general=plain)
-  twin = fp8.fp8_linear_layers(layer, fp8.Fp8Config(multiple_of=1))
-  np.testing.assert_array_equal(cases.quickly(twin.apply)(variables, x), X @ W)
+  converted = fp8.fp8_linear_layers(layer, fp8.Fp8Config(multiple_of=1))
+  np.testing.assert_array_equal(cases.quickly(converted.apply)(variables, x), X @ W)
 
 
 def test_an_ambiguous_product_is_refused():

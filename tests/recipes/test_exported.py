@@ -1,4 +1,4 @@
-"""Every recipe in a program that ``jax.export`` makes for any batch size."""
+"""Every recipe in a program that ``jax.export`` exports for any batch size."""
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,7 @@ KEY = jax.random.key(0)
 
 
 def exported(run, variables, batch):
-  """The program; after it was a file, if only plain types go through it."""
+  """Returns the exported program, serialized and restored if it has only plain types."""
   shape = jax.ShapeDtypeStruct((*jax.export.symbolic_shape(batch), WIDTH), jnp.float32)
   program = jax.export.export(jax.jit(run))(variables, shape)
   return jax.export.deserialize(program.serialize())

@@ -1,4 +1,4 @@
-"""GEMMs that a recipe leaves in the dtype of their operands."""
+"""GEMMs that compute in the dtype of their operands."""
 
 import dataclasses
 import itertools
@@ -15,7 +15,7 @@ from tests.recipes.cases import RECIPES, normal
 
 GEMMS = ("fprop", "dgrad", "wgrad")
 SUBSETS = [s for size in (1, 2) for s in itertools.combinations(GEMMS, size)]
-# Which GEMMs take a tensor.
+# The GEMMs that take each tensor.
 TAKEN_BY = {
   "input": {"fprop", "wgrad"},
   "kernel": {"fprop", "dgrad"},
@@ -26,14 +26,14 @@ by_class = pytest.mark.parametrize("name", cases.ONE_OF_EACH_CLASS)
 
 
 def used_state(recipe):
-  """State with a history, so that an update would show in scale and history."""
+  """Makes state with a history, so an update changes both scale and history."""
   return jax.tree.map(lambda leaf: leaf + 1.5 * (leaf.size > 1), ops.init_state(recipe))
 
 
 @by_class
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_named_gemms_are_plain_and_others_are_as_before(name, dtype):
-  """Bit for bit, for each choice of GEMMs; a tensor without an FP8 GEMM keeps its state."""
+  """Equal bit for bit for each choice of GEMMs. A tensor without an FP8 GEMM keeps its state."""
   x, w, c = (jnp.asarray(t, dtype) for t in (X, W, C))
   recipes = {s: dataclasses.replace(RECIPES[name], high_precision=s) for s in ((), *SUBSETS)}
 
@@ -55,7 +55,7 @@ def test_named_gemms_are_plain_and_others_are_as_before(name, dtype):
 
 
 def test_operands_of_two_dtypes_meet_in_the_wider():
-  """As in a layer with float32 parameters and bfloat16 inputs."""
+  """This happens in a layer with float32 parameters and bfloat16 inputs."""
   recipe = fp8.Float8CurrentScaling(high_precision=("fprop", "wgrad"))
   x = jnp.asarray(X, jnp.bfloat16)
   out, _, dw, _ = cases.compiled(recipe, x, W, C)
@@ -63,7 +63,7 @@ def test_operands_of_two_dtypes_meet_in_the_wider():
   cases.equal(dw, jax.jit(lambda x, c: (c.T @ x).T)(x.astype(jnp.float32), C))
 
 
-def test_a_layer_keeps_the_state_of_a_tensor_that_is_not_quantised():
+def test_a_layer_keeps_the_state_of_a_tensor_that_is_not_quantized():
   recipe = fp8.DelayedScaling(amax_history_len=4, high_precision=("dgrad", "wgrad"))
   layer = fp8.Fp8DotGeneral(recipe=recipe)
   variables = jax.jit(layer.init, static_argnums=3)(jax.random.key(0), X, W, cases.DIMS)

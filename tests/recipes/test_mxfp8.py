@@ -1,4 +1,4 @@
-"""MXFP8 against the OCP specification and against JAX's own MXFP8, bit by bit."""
+"""MXFP8 compared with the OCP specification and with JAX's own MXFP8, bit for bit."""
 
 import functools
 
@@ -26,7 +26,7 @@ X, W, C = (
 
 
 class TestScales:
-  """The codes of E8M0 are biased exponents; 255 is NaN."""
+  """E8M0 codes are biased exponents, and 255 is NaN."""
 
   def codes(self, amax, float8, rounding):
     got = jax.jit(lambda a: microscale(a, float8, rounding))(np.asarray(amax, np.float32))
@@ -36,7 +36,7 @@ class TestScales:
   @pytest.mark.parametrize("rounding", ["up", "down"])
   @pytest.mark.parametrize("float8", ALL, ids=lambda f: f.name)
   def test_every_exponent_around_every_edge(self, float8, rounding):
-    """Powers of two, the mantissa of the format's largest value, and their float32 neighbours."""
+    """Powers of two, the mantissa of the format's largest value, and their float32 neighbors."""
     edges = np.array([1.0, 1.5, 1.75, 1.875, 2.0], np.float32)
     edges = np.concatenate([edges, np.nextafter(edges, np.float32(0)), np.nextafter(edges, 4)])
     amax = (edges * 2.0 ** np.arange(-125, 127)[:, None]).astype(np.float32).ravel()
@@ -49,7 +49,7 @@ class TestScales:
     np.testing.assert_array_equal(codes, [127, 255, 255, 1])
 
   def test_the_two_roundings(self):
-    """448 is the largest value: above it, "up" takes the next scale and "down" saturates."""
+    """Above 448, the largest value, "up" takes the next scale and "down" saturates."""
     amax = [256.0, 448.0, np.nextafter(np.float32(448), 500), 511.0, 512.0]
     np.testing.assert_array_equal(self.codes(amax, formats.E4M3, "up"), [127, 127, 128, 128, 128])
     np.testing.assert_array_equal(self.codes(amax, formats.E4M3, "down"), [127] * 4 + [128])
@@ -60,7 +60,7 @@ class TestScales:
 
 
 def blocks(x, name, rounding="up"):
-  """Values and codes of a matrix whose rows are cut into blocks of 32."""
+  """Returns values and codes of a matrix with rows cut into blocks of 32."""
   data, codes = np.zeros(x.shape), np.zeros((x.shape[0], -(-x.shape[1] // 32)), np.uint8)
   for i, row in enumerate(x):
     for j in range(codes.shape[1]):
@@ -69,7 +69,7 @@ def blocks(x, name, rounding="up"):
   return data, codes
 
 
-def dequantised(x, name, rounding="up"):
+def dequantized(x, name, rounding="up"):
   data, codes = blocks(x, name, rounding)
   return data * np.repeat(2.0 ** (codes.astype(int) - 127), 32, axis=1)[:, : x.shape[1]]
 
@@ -78,7 +78,7 @@ def dequantised(x, name, rounding="up"):
 @pytest.mark.parametrize("fp8_format", [fp8.Format.E4M3, fp8.Format.HYBRID], ids=["E4M3", "HYBRID"])
 @pytest.mark.parametrize("role", Role, ids=lambda r: r.value)
 def test_equals_the_oracle(role, fp8_format, rounding):
-  """Along what each GEMM sums over, with a short block at the end, a zero one and a NaN one."""
+  """Blocks run along each GEMM's contracted axis. One is short, one is zero, one has a NaN."""
   x = normal(0, 33, 70) * sizes(33, 70)
   x[2, 32:64], x[:32, 40], x[3, 5] = 0, 0, np.inf
   recipe = fp8.MXFP8BlockScaling(fp8_format=fp8_format, scale_rounding=rounding)
@@ -90,17 +90,17 @@ def test_equals_the_oracle(role, fp8_format, rounding):
     np.testing.assert_array_equal(np.asarray(q.data[0], np.float64)[:, : data.shape[1]], data)
 
 
-def test_products_are_those_of_the_dequantised_operands():
-  take = functools.partial(dequantised, name="float8_e4m3fn")
+def test_products_are_those_of_the_dequantized_operands():
+  take = functools.partial(dequantized, name="float8_e4m3fn")
   pairs = ((take(X), take(W.T).T), (take(C), take(W).T), (take(X.T), take(C.T).T))
   for value, (lhs, rhs) in zip(compiled(fp8.MXFP8BlockScaling(), X, W, C)[:3], pairs, strict=True):
-    # At most 96 additions; scaling is exact.
+    # At most 96 additions. Scaling is exact.
     tolerance = 96 * np.finfo(np.float32).eps / 2 * (np.abs(lhs) @ np.abs(rhs))
     assert np.all(np.abs(value - lhs @ rhs) <= tolerance)
 
 
 def documented_product(lhs, rhs, lhs_scales, rhs_scales, dtype):
-  """The program that the docstring of ``jax.nn.scaled_matmul`` calls equivalent."""
+  """The equivalent program in the docstring of ``jax.nn.scaled_matmul``."""
   widen = lambda x, scales: (
     x.astype(jnp.float32)
     * jnp.repeat(scales.astype(jnp.float32), x.shape[-1] // scales.shape[-1], axis=-1)
@@ -109,9 +109,9 @@ def documented_product(lhs, rhs, lhs_scales, rhs_scales, dtype):
 
 
 def evaluate(jaxpr, consts, arguments, operands):
-  """Runs a jaxpr; ``jax.nn.scaled_matmul``, which is for GPUs, by its documentation.
+  """Evaluates a jaxpr, with ``jax.nn.scaled_matmul`` replaced by its documented equivalent.
 
-  Appends to ``operands`` what it was called with.
+  ``jax.nn.scaled_matmul`` itself needs a GPU. Appends its operands to ``operands``.
   """
   values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
   read = lambda v: v.val if hasattr(v, "val") else values[v]
@@ -131,7 +131,7 @@ def evaluate(jaxpr, consts, arguments, operands):
 
 
 def by_jax(x, w, c):
-  """``jax.nn.scaled_dot_general``: output and gradients; and the operands of its three GEMMs."""
+  """Runs ``jax.nn.scaled_dot_general``. Returns output, gradients, and its GEMMs' operands."""
   configs = [jax.nn.get_scaled_dot_general_config("mxfp8")] * 3
 
   def run(x, w, c):
@@ -150,10 +150,10 @@ def by_jax(x, w, c):
 
 
 class TestAgainstJax:
-  """``jax.nn.scaled_dot_general`` with its configuration "mxfp8"."""
+  """Equal to ``jax.nn.scaled_dot_general`` with its configuration "mxfp8"."""
 
   def test_operands(self):
-    """Values and scales of all three GEMMs, bit for bit."""
+    """Values and scales of all three GEMMs are equal bit for bit."""
     _, theirs = by_jax(X, W, C)
     recipe = fp8.MXFP8BlockScaling()
     ours = [cases.quantized(recipe, t, role) for t, role in zip((X, W, C), Role, strict=True)]
@@ -168,7 +168,7 @@ class TestAgainstJax:
         np.testing.assert_array_equal(bits(mine), bits(their))
 
   def test_products(self):
-    """Output and both gradients, bit for bit: the sums of these products are exact."""
+    """Output and both gradients are equal bit for bit, since all sums are exact."""
     x, w, c = (cases.integers(i, *s) for i, s in enumerate(((M, K), (K, N), (M, N))))
     (*theirs,), _ = by_jax(x * 1.5, w * 0.1875, c)
     ours = compiled(fp8.MXFP8BlockScaling(), x * 1.5, w * 0.1875, c)[:3]
@@ -176,7 +176,7 @@ class TestAgainstJax:
       np.testing.assert_array_equal(mine, their)
 
   def test_a_block_of_zeros(self):
-    """Its scale is 1 here and 2**-127 there, by which a CPU that has no subnormals makes NaN."""
+    """The scale is 1 here and 2**-127 in JAX, which gives NaN on a CPU without subnormals."""
     x = X.copy()
     x[5, 32:64] = 0
     _, ((data, _, scale, _), *_) = by_jax(x, W, C)
@@ -190,7 +190,7 @@ class TestAgainstJax:
 
   @pytest.mark.skipif(not hasattr(jax.lax, "scaled_dot"), reason="JAX 0.8 has no lax.scaled_dot")
   def test_scaled_dot(self):
-    """``jax.lax.scaled_dot`` of our data and scales gives our product."""
+    """``jax.lax.scaled_dot`` of the same data and scales gives the same product."""
     x, w = cases.integers(0, M, K) * 1.5, cases.integers(1, K, N)
     recipe = fp8.MXFP8BlockScaling()
     (lhs, _), (rhs, _) = (
@@ -208,7 +208,7 @@ class TestAgainstJax:
 
 
 def test_the_largest_of_float32_stay_finite():
-  """Rounded up they would leave float32, and meet a zero as infinity."""
+  """Rounded up, they would overflow to infinity, and infinity times zero is NaN."""
   x = np.zeros((32, 32), np.float32)
   x[0, 0], x[1, 1] = np.finfo(np.float32).max, -3.4e38
   w = np.zeros((32, 32), np.float32)

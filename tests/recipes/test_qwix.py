@@ -1,9 +1,9 @@
-"""Quantised values and scales against Qwix, Google's quantisation library for JAX.
+"""Quantized values and scales compared with Qwix, Google's quantization library for JAX.
 
-Two roundings differ by nature. Qwix divides by a scale, ``x / (amax / max)``, where we multiply by
-its reciprocal, ``x * (max / amax)``, two float32 roundings each: an FP8 value can differ only where
-the quotient is a tie to within that. Our scale is the reciprocal's reciprocal. With power-of-two
-scales, as in MXFP8, nothing is rounded and all is equal.
+Rounding differs in two places. Qwix divides by a scale, ``x / (amax / max)``, and this package
+multiplies by its reciprocal, ``x * (max / amax)``. Each has two float32 roundings, so FP8 values
+differ only if the quotient is a tie to within these roundings. The scale here is the reciprocal of
+this reciprocal. With power-of-two scales, as in MXFP8, nothing is rounded and all values are equal.
 """
 
 import jax.numpy as jnp
@@ -21,11 +21,11 @@ qwix = pytest.importorskip("qwix", reason="Qwix is in the test extra; this Pytho
 SHAPE = 64, 96
 X = normal(0, *SHAPE) * 2.0 ** np.random.default_rng(9).integers(-6, 6, SHAPE).astype(np.float32)
 EPSILON = np.finfo(np.float32).eps
-SCALES = 1.5 * EPSILON  # two roundings of ours, one of theirs
+SCALES = 1.5 * EPSILON  # two roundings here, one in Qwix
 
 
 def assert_near(ours, theirs, name):
-  """Asserts equal values, but for neighbours where the quotient is a tie to float32's precision."""
+  """Asserts equal values. Neighbors are allowed if the quotient is a tie in float32."""
   scale = np.asarray(theirs.scale)
   np.testing.assert_allclose(np.broadcast_to(ours.scale, scale.shape), scale, rtol=SCALES)
   mine, their = (np.asarray(t, np.float64) for t in (ours.data, theirs.qvalue))
@@ -41,7 +41,7 @@ def assert_near(ours, theirs, name):
 
 @pytest.mark.parametrize("role", [Role.INPUT, Role.OUTPUT_GRAD], ids=lambda r: r.value)
 def test_current(role):
-  """One scale a tensor: ``absmax`` over all axes."""
+  """One scale per tensor: ``absmax`` over all axes."""
   recipe = fp8.Float8CurrentScaling()
   name = recipe.float8(role).name
   ours, _ = cases.quantized(recipe, X, role)
@@ -58,7 +58,7 @@ def test_rowwise(role):
 
 
 def test_block():
-  """Tiles of 1×128 and of 128×128; Qwix's scales are not rounded to powers of two."""
+  """Tiles of 1×128 and 128×128. Qwix does not round scales to powers of two."""
   x = jnp.asarray(normal(3, 256, 384))
   recipe = fp8.Float8BlockScaling(power_of_two=False)
   strips, _ = cases.quantized(recipe, x, Role.INPUT)
@@ -72,7 +72,7 @@ def test_block():
 
 
 def test_mxfp8():
-  """Tiles of 32: values and scales bit for bit."""
+  """Tiles of 32: values and scales are equal bit for bit."""
   ours, _ = cases.quantized(fp8.MXFP8BlockScaling(), X, Role.INPUT)
   theirs = qwix.quantize(jnp.asarray(X), "mxfp8", channelwise_axes=(0,), tiled_axes={1: 32})
   np.testing.assert_array_equal(

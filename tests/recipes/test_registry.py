@@ -1,4 +1,4 @@
-"""Recipes by name, and recipes as values: equal, hashable, safe to copy and pickle."""
+"""Recipes by name, and recipes as values: comparable, hashable, copyable and picklable."""
 
 import copy
 import dataclasses
@@ -100,7 +100,7 @@ class TestHighPrecision:
       cls(high_precision=given)
 
   def test_all_three(self, name):
-    with pytest.raises(ValueError, match="all three in high precision, leave the layer out of FP8"):
+    with pytest.raises(ValueError, match="all three in high precision, exclude the layer from FP8"):
       fp8.RECIPES[name](high_precision=("fprop", "dgrad", "wgrad"))
 
 
@@ -120,7 +120,7 @@ def test_fp8_format(name, given):
 
 
 def test_default_formats():
-  """Where scales are fine, gradients need no wider range."""
+  """With fine-grained scales, gradients do not need a wider range."""
   default = {name: fp8.get_recipe(name).fp8_format for name in fp8.RECIPES}
   per_tensor = dict.fromkeys(("delayed", "current"), fp8.Format.HYBRID)
   assert default == per_tensor | dict.fromkeys(("rowwise", "block", "mxfp8"), fp8.Format.E4M3)

@@ -1,4 +1,4 @@
-"""Stochastic rounding of gradients: unbiased, reproducible, and of gradients alone."""
+"""Stochastic rounding: unbiased, reproducible, and only for gradients."""
 
 import dataclasses
 
@@ -40,8 +40,8 @@ class TestCast:
     want = [float8.max, -float8.max, float8.max, -float8.max, float8.max, np.nan]
     np.testing.assert_array_equal(cast(x, float8, KEYS[0]), want)
 
-  def test_gives_a_neighbour(self, float8):
-    """One of the two FP8 values on either side, subnormals included, and each of them sometimes."""
+  def test_gives_a_neighbor(self, float8):
+    """The result is one of the two neighboring FP8 values, and each of them sometimes."""
     values = np.array(oracle.magnitudes(float8.name), np.float64)
     inside = np.concatenate([values[:-1] * (1 - f) + values[1:] * f for f in (0.05, 0.5, 0.95)])
     x = np.concatenate([inside, -inside]).astype(np.float32)
@@ -54,7 +54,7 @@ class TestCast:
     assert np.all(np.any(got == low, axis=0) & np.any(got == high, axis=0) | ~middle | (high == 0))
 
   def test_is_unbiased(self, float8):
-    """The mean over keys is the value, within four standard errors."""
+    """The mean over keys equals the value within four standard errors."""
     values = np.array(oracle.magnitudes(float8.name), np.float64)
     index = np.array([0, 1, 3, 7, 20, 50, 90, len(values) - 2])
     low, step = values[index], np.diff(values)[index]
@@ -69,7 +69,7 @@ class TestCast:
 
 
 def powers_of_two(seed, *shape):
-  """Powers of two of both signs: exact in FP8, whatever the scale that their amax gives."""
+  """Makes powers of two of both signs, which are exact in FP8 with any scale from their amax."""
   random = np.random.default_rng(seed)
   return (2.0 ** random.integers(-1, 3, shape) * random.choice([-1, 1], shape)).astype(np.float32)
 
@@ -84,17 +84,17 @@ def stochastic(name):
 @by_class
 class TestRecipes:
   def test_gradients_are_unbiased_and_the_output_is_as_before(self, name):
-    """Input and kernel are exact here, so the mean over keys is the float64 gradient."""
+    """Input and kernel are exact here, so the mean over keys equals the float64 gradient."""
     recipe, keys = stochastic(name), KEYS[:400]
     run = quickly(jax.vmap(lambda key: cases.step(recipe, X, W, C, key=key)[:3]))
     out, dx, dw = run(keys)
     exact = cases.exact(X, W, C)
-    # The scales alone are rounded: twice each, and their product once.
+    # Only the scales are rounded: twice each, and their product once.
     np.testing.assert_allclose(out, np.broadcast_to(exact[0], out.shape), rtol=5 * 2.0**-24)
     for samples, want in zip((dx, dw), exact[1:], strict=True):
       samples = np.asarray(samples, np.float64)
       standard_error = samples.std(axis=0) / np.sqrt(len(keys))
-      # Some of 800 elements are beyond four standard errors; their mean square is near one.
+      # Some of 800 elements exceed four standard errors. Their mean square is near one.
       z = (samples.mean(axis=0) - want) / np.maximum(standard_error, 1e-5 * np.abs(want) + 1e-6)
       assert np.abs(z).max() < 5
       assert np.mean(z**2) < 1.5
@@ -130,7 +130,7 @@ RNGS = {"sr_rng": jax.random.key(5)}
 
 
 class Parallel(nn.Module):
-  """Two layers, or one called twice, that would have equal gradients if their keys were equal."""
+  """Two layers, or one layer called twice. With equal keys, their gradients would be equal."""
 
   twice: bool = False
 
@@ -163,7 +163,7 @@ def test_each_layer_and_call_rounds_by_a_key_of_its_own(twice):
 
 @pytest.mark.parametrize("split", [True, False], ids=["split", "shared"])
 def test_scan_splits_the_key(split):
-  """Steps of one scan: the same layer on the same values."""
+  """The steps of a scan apply the same layer to the same values."""
   body = nn.scan(
     lambda module, carry, x: (carry, module(x)),
     variable_broadcast="params",
@@ -187,6 +187,6 @@ def test_scan_splits_the_key(split):
 
 
 def test_legacy_keys():
-  """``jax.random.PRNGKey`` makes keys that are plain arrays of uint32."""
+  """``jax.random.PRNGKey`` returns keys that are plain arrays of uint32."""
   got = compiled(RECIPE, integers(0, 4, 8), integers(1, 8, 4), C[:4, :4], key=jax.random.PRNGKey(0))
   assert all(np.all(np.isfinite(value)) for value in got[:3])

@@ -1,4 +1,4 @@
-"""Rowwise scaling against the scalar oracle: a scale for all that a GEMM sums together."""
+"""Rowwise scaling compared with the scalar oracle."""
 
 import numpy as np
 import pytest
@@ -9,16 +9,16 @@ from tests import oracle
 from tests.recipes import cases
 from tests.recipes.cases import compiled, normal
 
-# The axis that each tensor's two GEMMs contract.
+# The axes that each tensor's two GEMMs contract.
 CONTRACTED = {Role.INPUT: (1, 0), Role.KERNEL: (0, 1), Role.OUTPUT_GRAD: (1, 0)}
-# Rows and columns of very different magnitudes, a row and a column of zeros.
+# Rows and columns of very different magnitudes, and a row and a column of zeros.
 X = normal(0, 7, 9) * 2.0 ** np.linspace(-12, 12, 7, dtype=np.float32)[:, None]
 X = X * 2.0 ** np.linspace(9, -9, 9, dtype=np.float32)
 X[3], X[:, 4] = 0, 0
 
 
 def by_row(x, contracted, name, power_of_two):
-  """Values and scales, row by row along what is contracted."""
+  """Returns values and scales, row by row along the contracted axis."""
   lines = [
     oracle.quantize_by_amax(line, name, power_of_two) for line in np.moveaxis(x, contracted, 1)
   ]
@@ -38,14 +38,14 @@ def test_equals_the_oracle(role, fp8_format, power_of_two):
     np.testing.assert_array_equal(np.asarray(q.data, np.float64), data)
 
 
-def test_products_are_those_of_the_dequantised_operands():
-  """Each GEMM has operands of its own."""
+def test_products_are_those_of_the_dequantized_operands():
+  """Each GEMM has its own quantized operands."""
   x, w, c = normal(4, 24, 40), normal(5, 40, 12), normal(6, 24, 12)
-  dequantised = lambda t, contracted: np.multiply(*by_row(t, contracted, "float8_e4m3fn", False))
+  dequantized = lambda t, contracted: np.multiply(*by_row(t, contracted, "float8_e4m3fn", False))
   pairs = (
-    (dequantised(x, 1), dequantised(w, 0)),
-    (dequantised(c, 1), dequantised(w, 1).T),
-    (dequantised(x, 0).T, dequantised(c, 0)),
+    (dequantized(x, 1), dequantized(w, 0)),
+    (dequantized(c, 1), dequantized(w, 1).T),
+    (dequantized(x, 0).T, dequantized(c, 0)),
   )
   got = compiled(fp8.Float8RowwiseScaling(), x, w, c)[:3]
   for value, (lhs, rhs) in zip(got, pairs, strict=True):

@@ -1,4 +1,4 @@
-"""Every recipe under ``TrainState``, saved and restored."""
+"""Every recipe with ``TrainState``, saved and restored."""
 
 import functools
 
@@ -33,7 +33,7 @@ def make(recipe):
 
 @functools.cache
 def trained(name):
-  """State and losses of some steps; and the compiled step."""
+  """Runs some steps. Returns state, losses and the compiled step."""
 
   @cases.quickly
   def step(state):
@@ -51,7 +51,7 @@ def trained(name):
 
 @pytest.mark.parametrize("name", [*cases.ONE_OF_EACH_CLASS, "stochastic"])
 def test_trains(name):
-  """The loss falls tenfold; a recipe without state makes no variables."""
+  """The loss falls tenfold. A recipe without state makes no variables."""
   state, losses, _ = trained(name)
   assert losses[-1] < losses[0] / 10
   assert set(state.params) == ({"params"} if name in STATELESS else {"params", OWG})
@@ -68,7 +68,7 @@ def test_serialization(name):
 
 @one_of_each_kind
 def test_orbax(name, tmp_path):
-  """Saved and restored, training goes on as if nothing had been."""
+  """After saving and restoring, training continues with the same values."""
   state, _, step = trained(name)
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / "state", state)
@@ -79,7 +79,7 @@ def test_orbax(name, tmp_path):
 
 
 def test_another_recipe_takes_over_the_state_that_fits():
-  """State of equal name and shape stays; what is missing is added fresh."""
+  """State with the same name and shape is kept. Missing state is initialized."""
   state, _, _ = trained("delayed")
   old = state.params
   model = nn.Sequential(

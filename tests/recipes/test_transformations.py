@@ -1,7 +1,7 @@
 """Every recipe under vmap, scan, remat, shard_map and jit with shardings.
 
-Sums of the products are exact here (see ``cases.integers``), so equal means equal bit for bit. That
-the state of delayed scaling is right under all of these, ``tests/test_transformations.py`` shows.
+Sums of products are exact here (see ``cases.integers``), so results are equal bit for bit.
+``tests/test_transformations.py`` tests the state of delayed scaling under these transformations.
 """
 
 import functools
@@ -21,7 +21,7 @@ from tests.recipes.cases import RECIPES, STATEFUL, STATELESS, compiled_quickly, 
 
 OWG = fp8.OVERWRITE_WITH_GRADIENT
 COPIES, TOKENS, IN, OUT = 4, 8, 40, 12
-# Each copy's values have another magnitude, so that a scale shared by mistake shows.
+# Each copy has values of another magnitude, so a wrongly shared scale shows.
 SIZES = np.array([1.0, 4.0, 0.5, 2.0], np.float32).reshape(COPIES, 1, 1)
 XS = integers(0, COPIES, TOKENS, IN) * SIZES
 WS = integers(1, COPIES, IN, OUT) * SIZES[::-1]
@@ -34,7 +34,7 @@ by_stateful = pytest.mark.parametrize("name", STATEFUL)
 
 @functools.cache
 def one_by_one(name, shared):
-  """What each copy gives on its own: outputs and gradients, stacked."""
+  """Runs each copy on its own. Stacks outputs and gradients."""
   recipe, keys = RECIPES[name], jax.random.split(cases.KEY, COPIES)
   ws = [WS[0]] * COPIES if shared else WS
   steps = [
@@ -47,7 +47,7 @@ def one_by_one(name, shared):
 @by_stateless
 @pytest.mark.parametrize("shared", [True, False], ids=["shared kernel", "kernel per expert"])
 def test_vmap(name, shared):
-  """Mapped is stacked: no copy sees another's values."""
+  """A mapped run equals stacked runs: no copy depends on another's values."""
   recipe, keys = RECIPES[name], jax.random.split(cases.KEY, COPIES)
   run = lambda x, w, c, key: cases.step(recipe, x, w, c, key=key)[:3]
   mapped = quickly(jax.vmap(run, in_axes=(0, None if shared else 0, 0, 0)))
@@ -77,7 +77,7 @@ def test_vmap_with_shared_state_sees_all_copies(name):
 
 
 class Layers(nn.Module):
-  """Two layers, one after the other: scanned, or spelled out; recomputed backward or not."""
+  """Two layers in sequence: scanned or unrolled, with or without remat."""
 
   recipe: fp8.Recipe
   scan: bool
@@ -105,16 +105,16 @@ def gradients(model, variables):
   return quickly(jax.value_and_grad(loss))(variables)
 
 
-def initialised(model):
+def initialized(model):
   return jax.jit(model.init)(jax.random.key(0), XS[0])
 
 
 @by_class
 def test_scan_over_layers(name):
-  """A stack that is scanned, with remat, computes what its layers do one after the other."""
+  """A scanned stack with remat equals its layers in sequence."""
   recipe = RECIPES[name]
   scanned = Layers(recipe, scan=True, remat=True)
-  variables = initialised(scanned)
+  variables = initialized(scanned)
   assert set(variables) == ({"params", OWG} if name in STATEFUL else {"params"})
   take = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree["layers"])
   spread = lambda tree: {
@@ -122,7 +122,7 @@ def test_scan_over_layers(name):
   }
   loss, grads = gradients(scanned, variables)
   spelled_out = gradients(Layers(recipe, scan=False), spread(variables))
-  # Two programs may round their sums otherwise; then a value may fall on the other side of a tie.
+  # Two programs may round sums differently. Then a value may fall on the other side of a tie.
   for got, want in zip(*map(jax.tree.leaves, (spelled_out, (loss, spread(grads)))), strict=True):
     assert np.linalg.norm(got - want) <= 2.0**-6 * np.linalg.norm(want)
 
@@ -131,14 +131,14 @@ def test_scan_over_layers(name):
 def test_remat_changes_no_bit(name):
   def run(dense):
     layer = dense(OUT, dot_general_cls=RECIPES[name].dot_general_cls)
-    variables = initialised(layer)
+    variables = initialized(layer)
     return gradients(layer, variables)
 
   cases.equal(run(nn.remat(nn.Dense)), run(nn.Dense))
 
 
 class Expert(nn.Module):
-  """One expert's kernel."""
+  """A module with one expert's kernel."""
 
   recipe: fp8.Recipe
 
@@ -178,7 +178,7 @@ def mesh():
 
 
 def shard_mapped(recipe, check_vma):
-  """A step with tokens sharded and kernel and state replicated."""
+  """Runs a step with sharded tokens, and with replicated kernel and state."""
 
   def apply(x, w, state):
     key = jax.random.fold_in(cases.KEY, jax.lax.axis_index("data"))
@@ -202,13 +202,13 @@ def shard_mapped(recipe, check_vma):
 @pytest.mark.parametrize("name", [*cases.ONE_OF_EACH_CLASS, "delayed, first step", "stochastic"])
 @pytest.mark.parametrize("check_vma", [True, False], ids=["check_vma", "unchecked"])
 def test_shard_map(name, check_vma):
-  """Without state each device's part is a tensor of its own. With state all devices have one."""
+  """Without state, each device's part has its own scale. With state, all devices share one."""
   recipe = RECIPES[name]
   x, c = XS.reshape(-1, IN), CS.reshape(-1, OUT)
   out, dx, dw, state = shard_mapped(recipe, check_vma)(x, WS[0], c, ops.init_state(recipe))
   if name in STATEFUL:
     cases.equal(state, compiled_quickly(recipe, x, WS[0], c)[3])
-  if name == "delayed, first step":  # its first scale is that of the whole tensor
+  if name == "delayed, first step":  # its first scale covers the whole tensor
     cases.equal((out, dx, dw), compiled_quickly(recipe, x, WS[0], c)[:3])
     return
   steps = [
@@ -218,7 +218,7 @@ def test_shard_map(name, check_vma):
   cases.equal(out, jnp.concatenate([step[0] for step in steps]))
   cases.equal(dx, jnp.concatenate([step[1] for step in steps]))
   total = np.sum(np.stack([step[2] for step in steps]).astype(np.float64), axis=0)
-  # Four float32 terms; each addition rounds by half an epsilon of the partial sum.
+  # Four float32 terms. Each addition rounds by half an epsilon of the partial sum.
   tolerance = 4 * np.finfo(np.float32).eps * np.abs(np.stack([step[2] for step in steps])).sum(0)
   assert np.all(np.abs(dw - total) <= tolerance)
 
@@ -233,7 +233,7 @@ SHARDINGS = {
 @by_class
 @pytest.mark.parametrize("specs", SHARDINGS.values(), ids=SHARDINGS)
 def test_jit_with_shardings(name, specs):
-  """Sharding changes neither values nor state, not even where a block is cut by it."""
+  """Sharding changes neither values nor state, even if it cuts a block."""
   recipe = RECIPES[name]
   arrays = XS.reshape(-1, IN), WS[1], CS.reshape(-1, OUT)
   placed = [
