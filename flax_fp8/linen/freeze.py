@@ -76,14 +76,14 @@ def freeze_for_inference(
     ``params`` without the kernels, the collection ``fp8_frozen``, and all other collections
     unchanged. Mappings keep their types.
 
-    These kernels stay in ``params`` and are quantized in each run:
+    These kernels stay in ``params``, and each run quantizes them:
 
     - kernels computed from parameters by more than a cast and a transpose;
     - parameters that the model also reads in another way, such as a lookup table;
-    - parameters shared by layers with different scales;
-    - kernels of a recipe with its forward GEMM in high precision.
+    - parameters shared by layers with different scales.
 
-    A module that the model runs by a nested ``apply`` keeps its variables.
+    Kernels of a recipe with its forward GEMM in high precision also stay in ``params``. A module
+    that the model runs by a nested ``apply`` or ``bind`` keeps its variables.
 
     If ``nn.scan`` or ``nn.vmap`` stacks a kernel, ``fp8_frozen`` stacks it along the same axis. If
     that axis is not the first, ``kernel_scale`` has the rank of the kernel.
@@ -143,7 +143,7 @@ class _Survey:
     layers: the contractions.
     stacks: for the path of each contraction, the lifted axes of its kernel's state. None if they
       are unknown.
-    kept: paths of modules with state that a nested ``apply`` reads.
+    kept: paths of modules with state that a nested ``apply`` or ``bind`` reads.
   """
 
   layers: tuple[FrozenLayer, ...]

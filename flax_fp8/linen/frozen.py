@@ -59,7 +59,7 @@ class FrozenLayer:
     order: permutation from the parameter's other axes to those of the kernel.
     in_params: whether the model stores its state among the parameters.
     is_first_step: whether an input or kernel without a nonzero amax is scaled by its own amax.
-    runs_as_is: whether the state is kept, because a nested ``apply`` reads it too.
+    runs_as_is: whether the state is kept, because a nested ``apply`` or ``bind`` reads it too.
   """
 
   path: Path

@@ -42,7 +42,7 @@ def fp8_linear_layers(
   - contractions of the modules named in ``Fp8Config.functions``.
 
   The FP8 state has the same paths as in a model edited by hand: ``Dense_0/Fp8DotGeneral_0``. A
-  module that the model runs by a nested ``apply`` stays in high precision unless
+  module that the model runs by a nested ``apply`` or ``bind`` stays in high precision unless
   ``Fp8Config.functions`` names it. Hugging Face models run tied output heads in this way.
 
   Args:
