@@ -1,79 +1,56 @@
-"""From what size of a kernel on does a layer take no longer in FP8 than in BF16?
+"""From what size of a kernel does a layer take no longer in FP8 than in BF16?
 
     python benchmarks/crossover.py           # needs an H100 or H200; about a minute
 
-Square layers without bias, all in bfloat16, forward and backward, of several numbers of tokens. The
-rule is that of ``fp8.Fp8Config(min_kernel_size=...)``: layers whose kernel has fewer elements stay
-BF16. The smallest size is chosen, of those measured, from which on no layer is slower than BF16 in
-the odd rounds; the even rounds tell the worst speedup with that rule on, where layers below it are
-BF16 itself, at 1. It should be 0.98 at least. ``size_rule.py`` asks the roofline the same.
+Square layers without bias, all in bfloat16, forward and backward, with several numbers of tokens.
+The rule is that of ``fp8.Fp8Config(min_kernel_size=...)``: layers with a smaller kernel stay BF16.
+The smallest measured size is chosen from which no layer is slower than BF16 in the odd rounds. The
+even rounds give the worst speedup with that rule, where layers below it are BF16 itself, at 1. It
+should be at least 0.98. ``compiled.py size_rule`` asks the roofline the same.
 """
 
+import functools
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from rich.console import Console
-from rich.table import Table
-
-from timed import script
-from timed.clock import speedups
-from timed.compiling import prepare_all
-from timed.measure import Deadline, measure, steps
-from timed.options import Options
-from timed.programs import Program
-from timed.variants import BF16, RECIPES, VARIANTS
+from harness import plot, timed
+from harness.clock import in_all, speedups
+from harness.names import BF16
+from harness.options import Options
+from harness.programs import layer_programs
+from harness.sizes import Shape
+from harness.variants import RECIPES
 
 SIDES = (512, 1024, 2048, 4096, 8192)
 TOKENS = (8192, 2048, 16384)
 TINY_SIDES, TINY_TOKENS = (16, 32), (16,)
-BAR = 0.98
 
 
-def programs(tokens: int, side: int, options: Options) -> dict[str, Program]:
-  """A square layer in BF16 and with each recipe."""
-  flops = 6 * tokens * side**2
-  x = jax.ShapeDtypeStruct((tokens, side), jnp.bfloat16)
+def cases(tokens: int, sides: Sequence[int], options: Options) -> dict[str, Any]:
+  """Square layers in BF16 and with each recipe."""
+  names, shapes = options.choose((BF16, *RECIPES)), [Shape(tokens, side, side) for side in sides]
   return {
-    name: VARIANTS[name].program(
-      VARIANTS[name].dense(side), x, repeat=steps(flops, options), flops=flops
-    )
-    for name in options.choose((BF16, *RECIPES))
+    f"{tokens} tokens, {each.width}": layer_programs(each, names, timed.steps(each.flops, options))
+    for each in shapes
   }
 
 
-def measure_all(options: Options, console: Console) -> dict[str, Any]:
-  """All numbers of tokens, the usual one first; JSON is written after each."""
-  deadline = Deadline(options.seconds)
+def groups(options: Options) -> timed.Groups:
+  """All numbers of tokens, the usual one first."""
   sides, counts = (TINY_SIDES, TINY_TOKENS) if options.tiny else (SIDES, TOKENS)
-  results: dict[str, Any] = {"sizes": [], "rules": {}, "left_out": []}
-  for tokens in counts:
-    if deadline.passed():
-      results["left_out"].append(f"{tokens} tokens")
-      continue
-    with console.status(f"{tokens} tokens"):
-      results["sizes"] += measure_tokens(tokens, sides, options)
-    results["rules"] = rules(results["sizes"])
-    script.write_json(options.out, "crossover", script.document(options, **results))
-  return script.document(options, **results)
+  return {f"{n} tokens": functools.partial(cases, n, sides, options) for n in counts}
 
 
-def measure_tokens(tokens: int, sides: Sequence[int], options: Options) -> list[dict[str, Any]]:
-  """Compiles all sizes, then measures one after the other."""
-  made = {
-    (side, name): program
-    for side in sides
-    for name, program in programs(tokens, side, options).items()
-  }
-  ready, found = prepare_all(made, options), []
-  for side in sides:
-    own = {name: each for (of, name), each in ready.items() if of == side}
-    measured = measure(own, options)
-    found.append({"tokens": tokens, "side": side, "variants": measured})
-  return found
+def sizes_of(found: timed.Found) -> list[dict[str, Any]]:
+  """Tokens, side and variants of each case."""
+  numbers = {case: [int(digits) for digits in re.findall(r"\d+", case)] for case in found}
+  return [
+    {"tokens": tokens, "side": side, "variants": found[case]}
+    for case, (tokens, side) in numbers.items()
+  ]
 
 
 def speed(each: Mapping[str, Any], recipe: str, half: slice) -> float:
@@ -83,42 +60,32 @@ def speed(each: Mapping[str, Any], recipe: str, half: slice) -> float:
   return median(ratios[half] or ratios)
 
 
-def rules(sizes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """Of each recipe, the rule that follows and how it does."""
-  return {recipe: rule(sizes, recipe) for recipe in recipes_of(sizes)}
-
-
-def recipes_of(sizes: Sequence[Mapping[str, Any]]) -> list[str]:
-  """The recipes that ran at every size."""
-  return [name for name in RECIPES if all(name in each["variants"] for each in sizes)]
-
-
 def rule(sizes: Sequence[Mapping[str, Any]], recipe: str) -> dict[str, Any]:
-  """Finds the smallest side from which on FP8 is never slower, and judges it by other rounds.
+  """Finds the smallest side from which FP8 is never slower, and judges it by other rounds.
 
   Returns:
     ``min_kernel_size`` for ``fp8.Fp8Config``, None if BF16 is faster at the largest size too; the
-    smallest side of each number of tokens; the worst speedup with the rule on, and without.
+    smallest side of each number of tokens; the worst speedup with the rule, and without.
   """
   odd, even = slice(0, None, 2), slice(1, None, 2)
   smallest = smallest_side(sizes, recipe, odd)
   taken = [each for each in sizes if smallest is not None and each["side"] >= smallest]
-  worst = min([1.0, *(speed(each, recipe, even) for each in taken)])
-  counts = sorted({each["tokens"] for each in sizes})
+  sides = {
+    f"smallest side, {tokens} tokens": smallest_side(
+      [each for each in sizes if each["tokens"] == tokens], recipe, odd
+    )
+    for tokens in sorted({each["tokens"] for each in sizes})
+  }
   return {
     "min_kernel_size": smallest and smallest**2,
-    "smallest_side": {
-      str(tokens): smallest_side([e for e in sizes if e["tokens"] == tokens], recipe, odd)
-      for tokens in counts
-    },
-    "worst_with_rule": worst,
-    "worst_without": min(speed(each, recipe, even) for each in sizes),
-    "holds": worst >= BAR,
+    **sides,
+    "worst speed with it": min([1.0, *(speed(each, recipe, even) for each in taken)]),
+    "worst speed without": min(speed(each, recipe, even) for each in sizes),
   }
 
 
 def smallest_side(sizes: Iterable[Mapping[str, Any]], recipe: str, half: slice) -> int | None:
-  """The smallest side from which on no layer is slower than in BF16."""
+  """The smallest side from which no layer is slower than in BF16."""
   found = None
   in_order = sorted(sizes, key=lambda each: each["side"], reverse=True)
   for side, group in itertools.groupby(in_order, key=lambda each: each["side"]):
@@ -128,69 +95,33 @@ def smallest_side(sizes: Iterable[Mapping[str, Any]], recipe: str, half: slice) 
   return found
 
 
-def table(content: Mapping[str, Any]) -> Table:
-  """One row a size: speedups with quartiles."""
-  sizes = content["sizes"]
-  recipes = recipes_of(sizes)
-  grid = Table(title="Speed of forward and backward, BF16 = 1")
-  for heading in ("tokens", "K = N", "BF16 ms", *recipes):
-    grid.add_column(heading, justify="right")
-  for each in sizes:
-    speeds = [each["variants"][recipe]["speedup"] for recipe in recipes]
-    marks = [" (!)" if each["variants"][recipe]["problems"] else "" for recipe in recipes]
-    cells = [
-      f"{s['median']:.2f} ({s['low']:.2f}-{s['high']:.2f}){mark}"
-      for s, mark in zip(speeds, marks, strict=True)
-    ]
-    bf16 = f"{each['variants'][BF16]['ms']['median']:.3f}"
-    grid.add_row(str(each["tokens"]), str(each["side"]), bf16, *cells)
-  return grid
+def summarize(found: timed.Found) -> dict[str, Any]:
+  """The rules of the recipes that ran at every size."""
+  return {
+    f"{name}: {what}": value
+    for name in in_all(found.values())[1:]
+    for what, value in rule(sizes_of(found), name).items()
+  }
 
 
-def show(content: Mapping[str, Any], console: Console) -> None:
-  """Prints the table and the rules."""
-  script.print_note(content, console)
-  console.print(table(content))
-  for recipe, each in content["rules"].items():
-    size = each["min_kernel_size"]
-    says = f"Fp8Config(min_kernel_size={size})" if size else "BF16 is faster at every size"
-    judged = f"at worst {each['worst_with_rule']:.3f} with it, {each['worst_without']:.3f} without"
-    holds = "holds" if each["holds"] else "DOES NOT HOLD"
-    console.print(f"{recipe}: {says}; {judged}; {BAR} {holds}", highlight=False)
-  for name in content["left_out"]:
-    console.print(f"left out, the time was up: {name}", highlight=False)
-  cases = {f"{e['tokens']} tokens, {e['side']}": e["variants"] for e in content["sizes"]}
-  script.print_problems(content["failures"], cases, console)
-
-
-def draw(figure: Any, content: Mapping[str, Any]) -> None:
-  """Draws speed against the kernel's side, a line for each recipe and number of tokens."""
-  figure.set_size_inches(8, 5)
-  axes, styles = figure.subplots(), ("-", "--", ":", "-.")
-  counts = sorted({each["tokens"] for each in content["sizes"]})
-  for (column, recipe), (row, tokens) in itertools.product(
-    enumerate(content["rules"]), enumerate(counts)
-  ):
-    own = [each for each in content["sizes"] if each["tokens"] == tokens]
-    speeds = [each["variants"][recipe]["speedup"]["median"] for each in own]
-    looks: Any = {"color": f"C{column}", "linestyle": styles[row % len(styles)], "marker": "o"}
-    axes.plot([e["side"] for e in own], speeds, label=f"{recipe}, {tokens} tokens", **looks)
-  axes.axhline(1, color="black", linewidth=0.8)
-  axes.set_xscale("log", base=2)
-  axes.set_xlabel("K = N")
-  axes.set_ylabel("speed, BF16 = 1")
-  axes.legend(fontsize="small")
+def draw(content: Mapping[str, Any]) -> Any:
+  """Draws speed against the kernel's side, a panel for each number of tokens."""
+  sizes, names = sizes_of(content["found"]), in_all(content["found"].values())
+  counts = sorted({each["tokens"] for each in sizes})
+  figure = plot.make_figure("Speed of square layers over BF16", content, (4 * len(counts) + 1, 4))
+  for axes, tokens in zip(figure.subplots(1, len(counts), squeeze=False)[0], counts, strict=True):
+    own = [each for each in sizes if each["tokens"] == tokens]
+    of = lambda name, own=own: [each["variants"][name]["speedup"]["median"] for each in own]
+    named = {"xlabel": "K = N", "ylabel": "speed, BF16 = 1", "title": f"{tokens:,} tokens"}
+    curves = {name: of(name) for name in names}
+    plot.lines(axes, [each["side"] for each in own], curves, log=True, **named)
+  plot.legend(figure)
+  return figure
 
 
 def main() -> None:
   """Runs the benchmark."""
-  options, console = script.read_options(__doc__, "crossover"), script.console()
-  if options.replot:
-    script.replot(options.out, "crossover", draw, console)
-    return
-  content = measure_all(options, console)
-  show(content, console)
-  script.write_plot(options.out, "crossover", draw, content, console)
+  timed.run(__doc__, "crossover", groups, summarize, draw)
 
 
 if __name__ == "__main__":

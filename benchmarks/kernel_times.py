@@ -8,8 +8,7 @@ sets each kernel's time beside the roofline that ``fp8.explain`` gives it:
     ratio = measured seconds / max(FLOPs / peak rate, bytes / memory bandwidth)
 
 Kernels are summed by what they are for (FP8 GEMM, quantize, transpose, ...). ``idle`` is the time
-in which no kernel runs. Command buffers are switched off: the profiler can't name the kernels in
-them.
+in which no kernel runs. Command buffers are switched off: the profiler cannot name kernels in them.
 """
 
 import dataclasses
@@ -17,27 +16,27 @@ import os
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
-from rich.table import Table
 
 import flax_fp8 as fp8
-from block import ALL, TINY, Sizes, has_cudnn, program
+from block import has_cudnn, program
 from flax_fp8.explain.roofline import kernel_seconds
-from timed import script
-from timed.compiling import Kept, on_gpu
-from timed.measure import Deadline
-from timed.options import Options
-from timed.programs import Arrays, Program
-from timed.variants import BF16
+from harness import output, timed
+from harness.clock import Deadline
+from harness.compiling import MIB, Kept
+from harness.options import Options, on_gpu
+from harness.programs import Arrays, Program
+from harness.sizes import TINY_SIZES, Sizes
+from harness.table import Column, print_table
+from harness.variants import VARIANTS
 
 REPEAT = 3
-CHOSEN = (BF16, "delayed", "current", "rowwise", "flax.linen.fp8_ops")
 OTHER = "not in the report"
 LARGEST = 12
 
@@ -60,7 +59,7 @@ class Event:
 
 
 def read_trace(folder: Path) -> list[Event]:
-  """The kernels of a trace, of the first GPU's streams."""
+  """The kernels of a trace, from the first GPU's streams."""
   (path,) = folder.glob("**/*.xplane.pb")
   profile: Any = jax.profiler.ProfileData.from_file(str(path))
   planes = [plane for plane in profile.planes if re.fullmatch(r"/device:GPU:\d+", plane.name)]
@@ -85,7 +84,7 @@ def busy(events: Iterable[Event]) -> tuple[float, float]:
 
 
 def compile_program(name: str, made: Program) -> tuple[fp8.Report, Any]:
-  """What a program is compiled to, and the program; on a CPU the report is of a described GPU."""
+  """The report of a program, and the program; on a CPU the report is for a described GPU."""
   kept: Any = Kept(made.fn)
   if on_gpu():
     return fp8.explain(kept, *made.shapes, name=name), kept
@@ -108,6 +107,7 @@ def trace(compiled: Any, shapes: Any) -> list[Event]:
 def compare(report: fp8.Report, events: Sequence[Event], repeat: int) -> dict[str, Any]:
   """Sets what was measured beside the roofline, in milliseconds of one step."""
   ms = lambda nanoseconds: nanoseconds / 1e6 / repeat
+  target = report.target
   measured: defaultdict[str, float] = defaultdict(float)
   for event in events:
     measured[event.op] += event.duration
@@ -116,25 +116,21 @@ def compare(report: fp8.Report, events: Sequence[Event], repeat: int) -> dict[st
       "name": kernel.name,
       "class": kernel.kind.value,
       "times": kernel.times / repeat,
-      "mib": (kernel.read + kernel.written) / 2**20,
+      "mib": (kernel.read + kernel.written) / MIB,
       "gflop": kernel.flops / 1e9,
       "ms": ms(measured.pop(kernel.name, 0.0)),
-      "roofline_ms": 1e3 * kernel_seconds(kernel, report.target) / repeat
-      if report.target
-      else None,
+      "roofline_ms": 1e3 * kernel_seconds(kernel, target) / repeat if target else None,
     }
     for kernel in report.kernels
   ]
-  others: list[dict[str, Any]] = [
-    {"name": name, "class": OTHER, "ms": ms(time)} for name, time in measured.items()
-  ]
+  kernels += [{"name": op, "class": OTHER, "ms": ms(time)} for op, time in measured.items()]
   working, span = busy(events)
   return {
     "ms": ms(span),
     "idle_ms": ms(span - working),
     "launches": len(events) / repeat,
-    "classes": by_class([*kernels, *others]),
-    "kernels": sorted([*kernels, *others], key=lambda each: -each["ms"]),
+    "classes": by_class(kernels),
+    "kernels": sorted(kernels, key=lambda each: -each["ms"]),
     "symbols": symbols(events, repeat),
   }
 
@@ -150,7 +146,7 @@ def by_class(kernels: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]
 
 
 def symbols(events: Iterable[Event], repeat: int) -> list[dict[str, Any]]:
-  """The kernels that an instruction launched, by their own names: those of libraries, above all."""
+  """The kernels that an instruction launched, by their own names, for those of libraries."""
   times: defaultdict[tuple[str, str], float] = defaultdict(float)
   for event in events:
     times[event.op, event.kernel] += event.duration
@@ -160,58 +156,47 @@ def symbols(events: Iterable[Event], repeat: int) -> list[dict[str, Any]]:
   ]
 
 
-def measure_all(options: Options, console: Console) -> dict[str, Any]:
-  """All variants; JSON is written after each."""
-  deadline, sizes = Deadline(options.seconds), TINY if options.tiny else Sizes()
+def measure_all(options: Options, content: timed.Content, write: Callable[[], None]) -> None:
+  """All variants, compiled together and traced one after the other."""
+  deadline = Deadline(options.seconds)
+  sizes, names = TINY_SIZES if options.tiny else Sizes(), options.choose(VARIANTS)
   cudnn = on_gpu() and has_cudnn(sizes, options)
-  results: dict[str, Any] = {"attention": "cudnn" if cudnn else "xla", "found": {}, "left_out": []}
-  names = [name for name in CHOSEN if name in options.choose(ALL)]
+  content |= {"attention": "cudnn" if cudnn else "xla", "found": {}, "left_out": []}
   programs = {name: program("block", sizes, name, REPEAT, cudnn=cudnn) for name in names}
-  with console.status("compiling"), ThreadPoolExecutor(options.threads) as pool:
+  with ThreadPoolExecutor(options.threads) as pool:
     made = dict(zip(names, pool.map(compile_program, names, programs.values()), strict=True))
   for name, (report, kept) in made.items():
     if deadline.passed():
-      results["left_out"].append(name)
+      content["left_out"].append(name)
       continue
-    with console.status(name):
-      events = trace(kept.compiled, programs[name].shapes)
-      results["found"][name] = compare(report, events, REPEAT)
-    script.write_json(options.out, "kernel_times", script.document(options, **results))
-  return script.document(options, **results)
+    events = trace(kept.compiled, programs[name].shapes)
+    content["found"][name] = compare(report, events, REPEAT)
+    write()
 
 
-def table(name: str, found: Mapping[str, Any]) -> Table:
-  """The classes of a variant's kernels."""
-  title = f"{name}: {found['ms']:.3f} ms a step, {found['idle_ms']:.3f} ms of it idle"
-  grid = Table(title=f"{title}, {found['launches']:.0f} kernels")
-  for heading in ("class", "times", "ms", "roofline ms", "ratio"):
-    grid.add_column(heading, justify="left" if heading == "class" else "right")
-  for kind, each in sorted(found["classes"].items(), key=lambda item: -item[1]["ms"]):
-    ratio = f"{each['ms'] / each['roofline_ms']:.2f}" if each["roofline_ms"] else "-"
-    row = (f"{each['times']:.0f}", f"{each['ms']:.3f}", f"{each['roofline_ms']:.3f}", ratio)
-    grid.add_row(kind, *row)
-  return grid
+COLUMNS = (
+  *(Column("class", "{class}", left=True), Column("times", "{times:.0f}")),
+  *(Column("ms", "{ms:.3f}"), Column("roofline ms", "{roofline_ms:.3f}")),
+  Column("ratio", lambda r: f"{r['ms'] / r['roofline_ms']:.2f}" if r["roofline_ms"] else "-"),
+)
 
 
 def show(content: Mapping[str, Any], console: Console) -> None:
   """Prints each variant's classes and its largest kernels outside of GEMMs."""
-  script.print_note(content, console)
   for name, found in content["found"].items():
-    console.print(table(name, found))
-    others = [each for each in found["kernels"] if "GEMM" not in each["class"]]
-    for each in others[:LARGEST]:
-      line = f"{each['ms']:8.3f} ms  {each.get('mib', 0):8.1f} MiB  {each['class']}  {each['name']}"
-      console.print(line, highlight=False, markup=False)
-  script.print_problems(content["failures"], {}, console)
+    title = f"{name}: {found['ms']:.3f} ms a step, {found['idle_ms']:.3f} ms of it idle"
+    in_order = sorted(found["classes"].items(), key=lambda item: -item[1]["ms"])
+    rows = [{"class": kind, **each} for kind, each in in_order]
+    print_table(console, f"{title}, {found['launches']:.0f} kernels", COLUMNS, rows, None)
+    for each in [each for each in found["kernels"] if "GEMM" not in each["class"]][:LARGEST]:
+      times = f"{each['ms']:8.3f} ms  {each.get('mib', 0):8.1f} MiB"
+      output.say(console, f"{times}  {each['class']}  {each['name']}")
 
 
 def main() -> None:
   """Runs the benchmark."""
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
-  options, console = script.read_options(__doc__, "kernel_times"), script.console()
-  content = measure_all(options, console)
-  script.write_json(options.out, "kernel_times", content)
-  show(content, console)
+  timed.script(__doc__, "kernel_times", measure_all, show)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,16 @@
     python benchmarks/run_all.py --out DIR                    # on an H100 or H200
     python benchmarks/run_all.py --out DIR --only card gemm   # some of it, in the order given
 
-Runs the tests of ``tests/gpu`` and the benchmarks that time a GPU, one after the other, the most
-important first: a run that is cut short has them. Each is a process of its own with a time limit,
-and writes what it finds as it goes. All share what XLA finds out about GEMMs as it tries kernels:
-two programs with the same GEMM run the same kernel. At the end ``summary.json`` and a table have
-the figures; ``run_all.log`` has what all printed.
+Runs the tests of ``tests/gpu`` and the benchmarks that time a GPU, one after the other. The most
+important come first, so a run that is cut short has them. Each is a process of its own with a time
+limit, and writes results as it goes. All share what XLA's autotuning finds: two programs with the
+same GEMM run the same kernel. At the end ``summary.json`` and a table have the figures.
+``run_all.log`` has what all of them printed. The exit code is 1 if one failed.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import json
 import os
 import signal
@@ -25,15 +24,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.table import Table
 
-from lm.files import write_text
+from harness import output
+from harness.table import Column, print_table
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-TOTAL = 840.0  # seconds, of all
+TOTAL = 840.0  # seconds, for all
 MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}  # of the GPU, for one process at a time
-NO_TRITON = "--xla_gpu_enable_triton_gemm=false"  # trying Triton's GEMMs out takes minutes
+NO_TRITON = "--xla_gpu_enable_triton_gemm=false"  # autotuning Triton's GEMMs takes minutes
 SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_PLATFORMS": "cuda,cpu"}
 
 
@@ -69,6 +68,11 @@ def block_with(name: str, flags: str) -> Script:
   return Script(name=name, command=command, seconds=60, flags=flags)
 
 
+BLOCK = ("delayed", "current", "rowwise", "delayed, fused", "flax.linen.fp8_ops")
+PYTEST = "-m pytest -q -n 8 -p no:cacheprovider -p no:benchmark tests/gpu"
+TESTS = Script(
+  name="tests", command=tuple(PYTEST.split()), seconds=90, environment=SHARED, flags=""
+)
 TRAIN = ("--preset", "h200", "--remat", "--steps", "120")  # a billion parameters, for a minute
 TINY_TRAIN = ("--preset", "micro", "--steps", "20", "--explain", "none")
 
@@ -76,29 +80,9 @@ TINY_TRAIN = ("--preset", "micro", "--steps", "20", "--explain", "none")
 def training(*options: str) -> Script:
   """The benchmark that compares losses."""
   fixed = ("--checkpoint-every", "0", "--out", "{out}/train_lm")
-  command = (str(HERE / "train_lm.py"), *options, *fixed)
-  return Script(name="train_lm", command=command, seconds=170)
+  return Script(name="train_lm", command=(str(HERE / "train_lm.py"), *options, *fixed), seconds=170)
 
 
-BLOCK = ("delayed", "current", "rowwise", "delayed, fused", "flax.linen.fp8_ops")
-TESTS = Script(
-  name="tests",
-  command=(
-    "-m",
-    "pytest",
-    "-q",
-    "-n",
-    "8",
-    "-p",
-    "no:cacheprovider",
-    "-p",
-    "no:benchmark",
-    "tests/gpu",
-  ),
-  seconds=90,
-  environment=SHARED,
-  flags="",
-)
 SCRIPTS = (
   benchmark("card", 50),
   TESTS,
@@ -116,10 +100,11 @@ SCRIPTS = (
 
 
 def tiny(script: Script) -> Script:
-  """The same in small, on any device, to test the script; the tests as they are."""
+  """The same in small, on any device, to test the script; the tests stay as they are."""
   if script.name == "train_lm":
     return training(*TINY_TRAIN)
-  added = () if script is TESTS else ("--tiny", "--rounds", "2", "--repeat", "2")
+  rounds = () if script.name == "against_torchao" else ("--rounds", "2", "--repeat", "2")
+  added = () if script is TESTS else ("--tiny", *rounds)
   return dataclasses.replace(script, command=(*script.command, *added), environment={})
 
 
@@ -141,13 +126,8 @@ class Outcome:
 
 
 def gpu_names() -> list[str]:
-  """The GPUs of this machine, by NVIDIA's tool: this process must not start JAX on any."""
-  command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-  try:
-    found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-  except (OSError, subprocess.SubprocessError):
-    return []
-  return found.stdout.split("\n")[:-1]
+  """The GPU of this machine, by NVIDIA's tool: this process must not start JAX on it."""
+  return [name] if (name := output.nvidia_smi().get("name")) else []
 
 
 def environment_of(script: Script, out: Path) -> dict[str, str]:
@@ -217,74 +197,18 @@ def run_all(
   return outcomes
 
 
-def gemm_figures(content: Mapping[str, Any]) -> dict[str, float]:
-  """Means over layers, and each layer's bare GEMMs."""
-  return {
-    f"{group}: {name}": each["geometric_mean"]
-    for group, variants in content["summary"].items()
-    for name, each in variants.items()
-  } | {
-    f"{layer}: bare GEMMs": each["speedup"]["median"]
-    for layer, each in content.get("bare_sums", {}).items()
-  }
-
-
-def block_figures(content: Mapping[str, Any]) -> dict[str, float]:
-  """Speed and peak memory, of the block and of the model."""
-  found = {}
-  for kind, variants in content["found"].items():
-    for name, each in variants.items():
-      found[f"{kind}, {name}: speed"] = each["speedup"]["median"]
-      found[f"{kind}, {name}: peak memory"] = each["peak_to_bf16"]
-  return found
-
-
-def card_figures(content: Mapping[str, Any]) -> dict[str, float]:
-  """Rates of GEMMs and memory."""
-  rates = {name: each["tflops"]["median"] for name, each in content.get("gemms", {}).items()}
-  found = {f"{name}: TFLOP/s": rate for name, rate in rates.items()}
-  if "bandwidth" in content:
-    found["memory: TB/s"] = content["bandwidth"]["bytes_per_second"]["median"] / 1e12
-  return found
-
-
-def crossover_figures(content: Mapping[str, Any]) -> dict[str, float | None]:
-  """The rule of each recipe, and the worst speed with it."""
-  found = {}
-  for recipe, each in content["rules"].items():
-    found[f"{recipe}: min_kernel_size"] = each["min_kernel_size"]
-    found[f"{recipe}: worst speed with it"] = each["worst_with_rule"]
-  return found
-
-
-FIGURES = {
-  "card": card_figures,
-  "gemm": gemm_figures,
-  "block": block_figures,
-  "step": block_figures,
-  "crossover": crossover_figures,
-}
-
-
-def written(name: str, out: Path) -> tuple[Path, str]:
-  """The JSON that a script writes, and what kind of figures it has."""
-  own = out / name / "block.json"
-  return (own, "block") if own.exists() else (out / f"{name}.json", name)
-
-
 def summarize(outcomes: Sequence[Outcome], out: Path, since: float) -> dict[str, Any]:
-  """The figures of all JSON that this run has written, a stopped script's too."""
+  """The figures of all JSON that this run has written, even by a script that was stopped."""
   figures, environments = {}, {}
   for outcome in outcomes:
-    path, kind = written(outcome.name, out)
-    if not path.exists() or path.stat().st_mtime < since:
-      continue
-    content = json.loads(path.read_text())
-    environments[outcome.name] = content.get("environment")
-    if kind in FIGURES:
-      figures[outcome.name] = FIGURES[kind](content)
+    own = out / outcome.name / "block.json"
+    path = own if own.exists() else out / f"{outcome.name}.json"
+    if path.exists() and path.stat().st_mtime >= since:
+      content = json.loads(path.read_text())
+      environments[outcome.name] = content.get("environment")
+      figures[outcome.name] = content.get("summary", {})
   return {
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    **output.host(),
     "gpus": gpu_names(),
     "scripts": [dataclasses.asdict(outcome) for outcome in outcomes],
     "figures": figures,
@@ -292,30 +216,28 @@ def summarize(outcomes: Sequence[Outcome], out: Path, since: float) -> dict[str,
   }
 
 
-def table(summary: Mapping[str, Any]) -> Table:
-  """One row a figure; speeds and memory have BF16 as 1."""
-  grid = Table(title=f"FP8 beside BF16 = 1, {', '.join(summary['gpus']) or 'no GPU'}")
-  grid.add_column("script")
-  grid.add_column("")
-  grid.add_column("figure", justify="right")
-  for name, figures in summary["figures"].items():
-    for index, (label, value) in enumerate(figures.items()):
-      shown = "none" if value is None else f"{value:,.3f}" if value < 100 else f"{value:,.0f}"
-      grid.add_row("" if index else name, label, shown, end_section=index == len(figures) - 1)
-  return grid
+def show(summary: Mapping[str, Any], console: Console) -> None:
+  """Prints one row a figure; speeds and memory have BF16 as 1."""
+  text = lambda value: "none" if value is None else f"{value:,.{3 if value < 100 else 0}f}"
+  rows = [
+    {"case": name, "label": label, "figure": text(value)}
+    for name, figures in summary["figures"].items()
+    for label, value in figures.items()
+  ]
+  left = (Column("script", "{case}", left=True), Column("", "{label}", left=True))
+  title = f"FP8 beside BF16 = 1, {', '.join(summary['gpus']) or 'no GPU'}"
+  print_table(console, title, (*left, Column("figure", "{figure}")), rows)
 
 
 def main() -> None:
-  """Runs the benchmarks; the exit code is 1 if one failed."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("--out", type=Path, required=True, help="folder of JSON and pictures")
+  """Runs the benchmarks."""
+  raw = argparse.RawDescriptionHelpFormatter
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+  parser.add_argument("--out", type=Path, required=True, help="folder of JSON and plots")
   parser.add_argument("--seconds", type=float, default=TOTAL, help="after which all is stopped")
   named = {script.name: script for script in SCRIPTS}
-  parser.add_argument(
-    "--only", nargs="+", choices=named, default=list(named), help="some, in order"
-  )
+  only = "some, in the order given"
+  parser.add_argument("--only", nargs="+", choices=named, default=list(named), help=only)
   parser.add_argument("--tiny", action="store_true", help="small shapes on any device: a test")
   arguments = parser.parse_args()
   if not arguments.tiny and not gpu_names():
@@ -324,9 +246,9 @@ def main() -> None:
   scripts = [tiny(script) for script in scripts] if arguments.tiny else scripts
   outcomes = run_all(scripts, arguments.out.resolve(), arguments.seconds, console)
   summary = summarize(outcomes, arguments.out, since)
-  write_text(arguments.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+  output.write_json(arguments.out, "summary", summary)
   if summary["figures"]:
-    console.print(table(summary))
+    show(summary, console)
   sys.exit(any(outcome.failed for outcome in outcomes))
 
 

@@ -1,6 +1,5 @@
 """The benchmark of torchao, as far as it goes without PyTorch: its shapes, sums and tables."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -9,14 +8,15 @@ import pytest
 from rich.console import Console
 
 import against_torchao
-import block
-import gemm
-from against_torchao import BF16, BLOCK
+from against_torchao import BLOCK
+from harness import clock, output
+from harness.names import BF16
+from harness.sizes import GROUPS, PUBLISHED
 
 
 def variant(ms, baseline):
   """A measured variant."""
-  figures = against_torchao.figures([ms / 1e3] * 3, [baseline / 1e3] * 3, 10**12)
+  figures = clock.figures([ms / 1e3] * 3, [baseline / 1e3] * 3, 10**12)
   return figures | {"peak_mib": None, "difference": 0.05, "compile_seconds": 9.0}
 
 
@@ -30,27 +30,15 @@ def content():
   return {
     "note": "made up",
     "found": {BLOCK: layer(10, tensorwise=8), **layers},
-    "summary": against_torchao.summarize(layers),
+    "summary": clock.summarize(layers, BF16),
     "left_out": ["MLP down"],
     "failures": ["rowwise: no [such] kernel"],
   }
 
 
-def test_shapes_are_those_of_our_own_benchmarks():
-  layers = gemm.GROUPS[against_torchao.PUBLISHED]
-  assert list(against_torchao.SHAPES) == list(layers)
-  for name, shape in against_torchao.SHAPES.items():
-    assert dataclasses.asdict(shape) == dataclasses.asdict(layers[name])
-    assert shape.flops == layers[name].flops
-  theirs, ours = against_torchao.Sizes(), block.Sizes()
-  assert dataclasses.asdict(theirs) | {"layers": ours.layers} == dataclasses.asdict(ours)
-  assert (theirs.flops, theirs.head_dim) == (ours.flops, ours.head_dim)
-  assert len(theirs.projections) == 7
-
-
 def test_it_imports_no_jax():
   code = "import sys, against_torchao; sys.exit('jax' in sys.modules)"
-  folder = against_torchao.RESULTS.parent
+  folder = output.RESULTS.parent
   subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
 
 
@@ -74,21 +62,21 @@ def test_a_summary_has_the_variants_that_ran_everywhere(content):
 
 def test_our_figures_stand_beside_torchaos(content, tmp_path):
   alone = against_torchao.compare(content, tmp_path)
-  assert {library for _, library, *_ in alone} == {"torchao"}
+  assert {row["library"] for row in alone} == {"torchao"}
   ours = {"found": {BLOCK: layer(9, delayed=6)}}
-  means = {"delayed": {"geometric_mean": 1.75, "of_the_sum": 1.7, "ms": 5.0}}
+  layers = {f"{PUBLISHED}: {name}": layer(4, delayed=2) for name in GROUPS[PUBLISHED]}
   (tmp_path / "block.json").write_text(json.dumps(ours))
-  (tmp_path / "gemm.json").write_text(json.dumps({"summary": {against_torchao.PUBLISHED: means}}))
+  (tmp_path / "gemm.json").write_text(json.dumps({"found": layers}))
   rows = against_torchao.compare(content, tmp_path)
-  found = {row[:3]: pytest.approx(row[3:]) for row in rows}
-  assert found[BLOCK, "torchao", "tensorwise"] == (1.25, 8)
-  assert found[BLOCK, "flax_fp8", "delayed"] == (1.5, 6)
-  assert found[against_torchao.LAYERS, "flax_fp8", "delayed"] == (1.75, 5)
+  found = {(row["of"], row["variant"]): (row["speedup"], row["ms"]) for row in rows}
+  assert found[BLOCK, "tensorwise"] == pytest.approx((1.25, 8))
+  assert found[BLOCK, "delayed"] == pytest.approx((1.5, 6))
+  assert found[against_torchao.LAYERS, "delayed"] == pytest.approx((2, 8))
   console = Console(width=120)
   with console.capture() as printed:
     against_torchao.show(content, tmp_path, console)
   text = printed.get()
-  for words in ("made up", "1.750", "left out, the time was up: MLP down", "no [such] kernel"):
+  for words in ("made up", "2.000", "left out, the time was up: MLP down", "no [such] kernel"):
     assert words in text
 
 

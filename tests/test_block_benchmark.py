@@ -1,6 +1,5 @@
 """The benchmark of a Transformer block and a model of them, in small."""
 
-import dataclasses
 import json
 import sys
 
@@ -12,23 +11,25 @@ import pytest
 import block
 import flax_fp8 as fp8
 from flax_fp8.explain.traffic import KernelClass
-from timed import compiling, programs
-from timed.variants import BF16
+from harness import compiling, programs
+from harness.models import ATTENTION, Block, Stack
+from harness.names import BF16
+from harness.sizes import TINY_SIZES, Sizes
 
 REPEAT = 2
-SMALL = block.Sizes(length=256, width=256, heads=4, kv_heads=2, hidden=512, layers=3)
-LLAMA = block.Sizes()
+SMALL = Sizes(length=256, width=256, heads=4, kv_heads=2, hidden=512, layers=3)
+LLAMA = Sizes()
 X = jnp.linspace(-1, 1, 16 * 32, dtype=jnp.bfloat16).reshape(1, 16, 32)
 
 
-def make(kind, name, sizes=block.TINY, repeat=REPEAT):
+def make(kind, name, sizes=TINY_SIZES, repeat=REPEAT):
   return block.program(kind, sizes, name, repeat, cudnn=False)
 
 
 def test_sizes_are_those_of_llama_3_8b():
   """Of 218 million parameters in a block's projections."""
   assert (LLAMA.tokens, LLAMA.head_dim, LLAMA.kv_width) == (8192, 128, 1024)
-  module = block.OneBlock(LLAMA, block.ALL[BF16], cudnn=False)
+  module = Stack(Block, (LLAMA, block.ALL[BF16], "xla"))
   x = jax.ShapeDtypeStruct((1, 8192, 4096), jnp.bfloat16)
   shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
   kernels = [leaf for leaf in jax.tree.leaves(shapes) if leaf.ndim == 2]
@@ -45,7 +46,7 @@ def test_fused_variants_have_as_many_parameters():
 
 @pytest.mark.slow
 def test_attention_is_causal():
-  module = block.OneBlock(block.TINY, block.ALL[BF16], cudnn=False)
+  module = Stack(Block, (TINY_SIZES, block.ALL[BF16], "xla"))
   variables = module.init(jax.random.key(0), X)
   out, other = (module.apply(variables, x) for x in (X, X.at[0, -1].add(1)))
   assert np.array_equal(out[0, :-1], other[0, :-1])
@@ -53,7 +54,7 @@ def test_attention_is_causal():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", block.MODULES)
+@pytest.mark.parametrize("kind", block.KINDS)
 def test_a_loop_computes_gradients_and_moves_state(kind):
   program = make(kind, "delayed")
   arguments = programs.Arrays().fill(program.shapes)
@@ -66,14 +67,14 @@ def test_a_loop_computes_gradients_and_moves_state(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", block.MODULES)
+@pytest.mark.parametrize("kind", block.KINDS)
 @pytest.mark.parametrize("name", [BF16, "BF16, fused", "delayed", "rowwise, fused"])
 def test_projections_of_every_turn_are_of_the_dtype_that_the_row_says(kind, name):
   """All seven, forward and backward, in every layer and turn; only attention's may differ."""
   program = make(kind, name, SMALL)
   report = fp8.explain(program.fn, *program.shapes, target="h100")
   assert compiling.problems(report, program) == []
-  attention = [gemm for gemm in report.gemms if programs.ATTENTION in gemm.path.split("/")]
+  attention = [gemm for gemm in report.gemms if ATTENTION in gemm.path.split("/")]
   others = [gemm for gemm in report.gemms if gemm not in attention]
   layers = SMALL.layers if kind == "model" else 1
   assert sum(gemm.flops for gemm in others) == REPEAT * layers * SMALL.flops
@@ -98,12 +99,11 @@ def test_tiny(monkeypatch, capsys, tmp_path):
   block.main()
   found = json.loads((tmp_path / "block.json").read_text())
   assert found["measurement"] is False
-  assert found["sizes"] == dataclasses.asdict(block.TINY)
   assert list(found["found"]) == ["block", "model"]
   for variants in found["found"].values():
     assert list(variants) == [BF16, "delayed"]
     assert variants[BF16]["peak_to_bf16"] == 1
     assert variants["delayed"]["tokens_per_second"] > 0
     assert variants["delayed"]["peak_mib"] >= variants["delayed"]["temp_mib"] > 0
-  assert "to reach 1.30" in capsys.readouterr().out
+  assert "block, delayed: speed: " in capsys.readouterr().out
   assert (tmp_path / "block.png").exists()

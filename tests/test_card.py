@@ -15,7 +15,7 @@ def test_tiny(monkeypatch, capsys, tmp_path):
   card.main()
   found = json.loads((tmp_path / "card.json").read_text())
   assert found["measurement"] is False
-  assert len(found["gemms"]) == 4
+  assert len(found["found"]["GEMM 32 x 32 x 32"]) == 4
   assert found["bandwidth"]["bytes_per_second"]["median"] > 0
   assert found["launch"]["seconds"]["median"] > 0
   assert found["capabilities"]["delayed"].startswith("yes")

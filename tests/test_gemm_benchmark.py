@@ -1,6 +1,7 @@
 """The benchmark of layers in small, and what it shares with the others that time a GPU."""
 
 import dataclasses
+import itertools
 import json
 import sys
 
@@ -15,19 +16,20 @@ from flax_fp8.explain import roofline
 from flax_fp8.explain.compile import compile_for
 from flax_fp8.explain.target import GpuTarget
 from flax_fp8.explain.traffic import KernelClass
-from timed import clock, compiling, measure, programs, script
-from timed.options import Options
-from timed.variants import BF16, VARIANTS
+from harness import clock, compiling, output, programs, timed
+from harness.models import dense
+from harness.names import BF16
+from harness.options import Options
+from harness.sizes import PUBLISHED, TINY_GROUPS, Shape
+from harness.variants import VARIANTS
 
 REPEAT = 3
-SHAPE = gemm.Shape(512, 256, 768)
+SHAPE = Shape(512, 256, 768)
 X = jax.ShapeDtypeStruct((SHAPE.tokens, SHAPE.width), jnp.bfloat16)
 
 
 def layer(name, repeat=REPEAT, shape=SHAPE):
-  x = jax.ShapeDtypeStruct((shape.tokens, shape.width), jnp.bfloat16)
-  variant = VARIANTS[name]
-  return variant.program(variant.dense(shape.features), x, repeat=repeat, flops=shape.flops)
+  return programs.layer_programs(shape, [name], repeat)[name]
 
 
 class Ticks:
@@ -78,14 +80,14 @@ def test_spread_and_mean():
 
 
 def options(**others):
-  fields = {"out": None, "rounds": 3, "repeat": 10, "tiny": False, "threads": 2, "seconds": 1}
-  return Options(**fields, replot=False, **others)
+  return Options(out=None, rounds=3, threads=2, **others)
 
 
 def test_loops_are_long_beside_their_dispatch():
-  assert measure.steps(10**13, options()) == 10
-  assert measure.steps(10**11, options()) == 160
-  assert measure.steps(10, options()) == measure.MOST_STEPS
+  assert timed.steps(10**13, options()) == 10
+  assert timed.steps(10**11, options()) == 160
+  assert timed.steps(10, options()) == clock.MOST_STEPS
+  assert timed.steps(10, options(tiny=True, repeat=2)) == 2
 
 
 def broken(*, is_fp8):
@@ -99,12 +101,12 @@ def broken(*, is_fp8):
 
 
 def test_what_does_not_compile_is_noted_and_the_others_go_on():
-  tiny = gemm.Shape(16, 16, 32)
+  tiny = Shape(16, 16, 32)
   asked, made = options(), {BF16: layer(BF16, shape=tiny), "delayed": broken(is_fp8=True)}
   ready = compiling.prepare_all(made, asked)
   assert list(ready) == [BF16]
   assert asked.failures == ["delayed: RuntimeError: no such kernel"]
-  assert list(measure.measure(ready, asked)) == [BF16]
+  assert list(timed.measure(ready, asked)) == [BF16]
   with pytest.raises(RuntimeError, match="no such kernel"):
     compiling.prepare_all({BF16: broken(is_fp8=False)}, asked)
 
@@ -113,11 +115,11 @@ def test_what_does_not_run_is_noted_and_the_others_go_on():
   def fails(*args):
     raise ValueError("out of memory")
 
-  program = layer(BF16, shape=gemm.Shape(16, 16, 32))
+  program = layer(BF16, shape=Shape(16, 16, 32))
   ready = compiling.prepare(BF16, program)
   bad = dataclasses.replace(ready, run=fails, program=dataclasses.replace(program, is_fp8=True))
   asked = options()
-  found = measure.measure({BF16: ready, "delayed": bad}, asked)
+  found = timed.measure({BF16: ready, "delayed": bad}, asked)
   assert list(found) == [BF16]
   assert asked.failures == ["delayed: ValueError: out of memory"]
   assert len(found[BF16]["ms_rounds"]) == 3
@@ -130,7 +132,7 @@ def test_a_program_that_is_not_understood_runs_and_is_marked(monkeypatch):
 
   monkeypatch.setattr(fp8, "explain", not_read)
   monkeypatch.setattr(compiling, "on_gpu", lambda: True)
-  ready = compiling.prepare(BF16, layer(BF16, shape=gemm.Shape(16, 16, 32)))
+  ready = compiling.prepare(BF16, layer(BF16, shape=Shape(16, 16, 32)))
   assert ready.figures["problems"] == ["not read: ValueError: what is this?"]
   assert ready.run is not None
 
@@ -142,7 +144,7 @@ def test_variants_that_are_chosen_come_with_bf16():
 
 def test_no_case_begins_after_the_deadline():
   ticks = Ticks()
-  deadline = measure.Deadline(5, now=lambda: ticks.time)
+  deadline = clock.Deadline(5, now=lambda: ticks.time)
   assert not deadline.passed()
   ticks.time = 6
   assert deadline.passed()
@@ -150,7 +152,7 @@ def test_no_case_begins_after_the_deadline():
 
 def test_shapes_are_those_that_transformer_engine_publishes():
   """Hidden 4096, four times that inside, 15872 tokens: twelve GEMMs."""
-  published = gemm.GROUPS[gemm.PUBLISHED].values()
+  published = gemm.GROUPS[PUBLISHED].values()
   assert {shape.tokens for shape in published} == {15872}
   assert sorted((shape.width, shape.features) for shape in published) == [
     (4096, 4096),
@@ -159,33 +161,28 @@ def test_shapes_are_those_that_transformer_engine_publishes():
     (16384, 4096),
   ]
   assert sum(len(shape.gemms) for shape in published) == 12
-  assert gemm.Shape(2, 3, 5).gemms == {"fprop": (2, 5, 3), "dgrad": (2, 3, 5), "wgrad": (3, 5, 2)}
+  assert Shape(2, 3, 5).gemms == {"fprop": (2, 5, 3), "dgrad": (2, 3, 5), "wgrad": (3, 5, 2)}
 
 
-def measured(name):
-  return json.loads((script.RESULTS / f"{name}.json").read_text())
-
-
-def estimated_ms(shape, each, *, is_fp8):
+def estimated_ms(each, *, is_fp8):
   """What ``Report.estimated_seconds`` adds up, from what the JSON says of a program."""
   h100 = roofline.sustained(GpuTarget.named("h100"))
   rate = h100.peak_flops["fp8" if is_fp8 else "bf16"]
   bytes_outside = each["mib_outside_gemms"] * compiling.MIB
   launches = each["kernels"] * roofline.LAUNCH_SECONDS
-  return 1e3 * (shape.flops / rate + bytes_outside / h100.memory_bandwidth + launches)
+  return 1e3 * (each["flops"] / rate + bytes_outside / h100.memory_bandwidth + launches)
 
 
 def test_estimates_are_within_15_percent_of_what_an_h100_took():
-  """The variants of the run that are still there; its Triton kernels are not."""
-  found = measured("gemm")
+  """The variants of that run that are still there; the Triton kernels are not."""
+  found = output.read_json(output.RESULTS, "gemm")
   assert found["measurement"]
   assert found["environment"]["device"] == "NVIDIA H100 80GB HBM3"
-  ratios = {}
-  for layer, variants in found["layers"].items():
-    shape = gemm.Shape(**found["shapes"][layer])
-    for name in (BF16, "current", "rowwise", "flax.linen.fp8_ops", "delayed, kernels off"):
-      each = variants[name]
-      ratios[layer, name] = estimated_ms(shape, each, is_fp8=name != BF16) / each["ms"]["median"]
+  names, ratios = (BF16, "current", "rowwise", "flax.linen.fp8_ops", "delayed"), {}
+  layers = {case: each for case, each in found["found"].items() if "bare" not in case}
+  for (layer, variants), name in itertools.product(layers.items(), names):
+    each = variants[name]
+    ratios[layer, name] = estimated_ms(each, is_fp8=name != BF16) / each["ms"]["median"]
   assert len(ratios) == 40
   assert max(ratios.values()) < 1.15
   assert min(ratios.values()) > 0.85
@@ -202,10 +199,10 @@ def test_it_refuses_a_cpu(monkeypatch, capsys, tmp_path):
 
 def test_each_step_goes_on_from_the_last_ones_state():
   """As many steps by hand: the state is theirs, and the results are not zero."""
-  program = layer("delayed", shape=gemm.Shape(16, 16, 32))
+  program = layer("delayed", shape=Shape(16, 16, 32))
   arguments = programs.Arrays().fill(program.shapes)
   counter, state, results = program.fn(*arguments)
-  module = VARIANTS["delayed"].dense(32)
+  module = dense(32, VARIANTS["delayed"])
   step = jax.jit(programs.forward_and_backward(module, max_grad=True))
   by_hand = arguments[0]
   for _ in range(REPEAT):
@@ -220,7 +217,7 @@ def test_each_step_goes_on_from_the_last_ones_state():
 
 
 def test_what_is_compiled_to_be_read_is_what_runs():
-  program = layer(BF16, shape=gemm.Shape(16, 16, 32))
+  program = layer(BF16, shape=Shape(16, 16, 32))
   kept = compiling.Kept(program.fn)
   compile_for(jax.devices()[0], kept, program.shapes)
   arguments = programs.Arrays().fill(program.shapes)
@@ -257,7 +254,7 @@ def test_every_turn_of_the_loop_has_all_three_gemms(reports, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
-def test_no_tensor_is_quantised_or_transposed_once_for_all_turns(reports, name):
+def test_no_tensor_is_quantized_or_transposed_once_for_all_turns(reports, name):
   """What runs once writes the zeros with which the results begin, and nothing reads a tensor."""
   _, report = reports[name]
   fewest = min(SHAPE.tokens * SHAPE.width, SHAPE.width * SHAPE.features)  # bytes, in FP8
@@ -278,7 +275,7 @@ def test_a_baseline_that_is_not_bf16_ends_the_benchmark(reports):
 @pytest.mark.slow
 def test_bare_gemms_are_of_operands_that_are_ready():
   for kind, formats in gemm.FORMATS.items():
-    sizes = gemm.Shape(2048, 2048, 2048).gemms[kind]
+    sizes = Shape(2048, 2048, 2048).gemms[kind]
     program = gemm.bare_program(sizes, formats, kind == "fprop", REPEAT)
     report = fp8.explain(program.fn, *program.shapes, target="h100")
     assert report.fp8_gemms == report.total_gemms == REPEAT
@@ -295,27 +292,53 @@ def test_tiny(monkeypatch, capsys, tmp_path):
   gemm.main()
   found = json.loads((tmp_path / "gemm.json").read_text())
   assert found["measurement"] is False
-  assert found["note"] == script.NO_MEASUREMENT
+  assert found["note"] == timed.NO_MEASUREMENT
   assert {"date", "device", "jax", "nvidia_smi"} <= found["environment"].keys()
-  names = {f"{group}: {layer}" for group, layers in gemm.TINY.items() for layer in layers}
-  assert found["layers"].keys() == found["bare"].keys() == found["bare_sums"].keys() == names
-  for each in found["layers"].values():
+  layers = {f"{group}: {layer}" for group, layers in TINY_GROUPS.items() for layer in layers}
+  bare = {f"{layer}, bare {kind}" for layer in layers for kind in gemm.FORMATS}
+  assert found["found"].keys() == layers | bare
+  for layer in layers:
+    each = found["found"][layer]
     assert list(each) == [BF16, "delayed", "rowwise"]
     assert each[BF16]["speedup"] == {"median": 1, "low": 1, "high": 1}
     assert all(len(variant["ms_rounds"]) == 3 for variant in each.values())
     assert all(variant["ms"]["median"] > 0 for variant in each.values())
-  assert found["summary"][gemm.PUBLISHED]["delayed"]["bar"] == 1.69
+    assert all(variant["tokens_per_second"] > 0 for variant in each.values())
+  assert found["summary"][f"{PUBLISHED}: {BF16}"] == 1
+  assert {f"{layer}: bare GEMMs" for layer in layers} < found["summary"].keys()
   printed = capsys.readouterr().out
-  assert script.NO_MEASUREMENT in printed
-  assert "to reach 1.69" in printed
+  assert timed.NO_MEASUREMENT in printed
+  assert f"{PUBLISHED}: delayed: " in printed
   (tmp_path / "gemm.png").unlink()
-  monkeypatch.setattr(sys, "argv", ["gemm.py", "--replot", "--out", str(tmp_path)])
+  monkeypatch.setattr(sys, "argv", ["gemm.py", "--redraw", "--out", str(tmp_path)])
   gemm.main()
   assert (tmp_path / "gemm.png").exists()
 
 
+def test_a_group_that_fails_is_noted_and_the_next_one_runs(monkeypatch, tmp_path, capsys):
+  def groups(options):
+    small = {"small": {BF16: layer(BF16, shape=Shape(16, 16, 32))}}
+    broken_group = {"broken": {BF16: broken(is_fp8=False)}}
+    return {"first": lambda: broken_group, "second": lambda: small}
+
+  monkeypatch.setattr(sys, "argv", f"a.py --tiny --rounds 1 --out {tmp_path}".split())
+  timed.run(None, "a", groups, timed.models_summary)
+  found = output.read_json(tmp_path, "a")
+  assert list(found["found"]) == ["small"]
+  assert found["failures"] == ["first: RuntimeError: no such kernel"]
+  assert found["summary"]["small, BF16: speed"] == 1
+  assert "FAILED first" in capsys.readouterr().out
+
+
 def test_without_matplotlib_there_is_a_line_instead(monkeypatch, capsys, tmp_path):
   monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-  script.write_plot(tmp_path, "gemm", gemm.draw, {"note": ""}, script.console())
-  assert "--replot" in capsys.readouterr().out
-  assert not list(tmp_path.iterdir())
+  (tmp_path / "gemm.json").write_text('{"environment": {"device": "cpu", "date": "now"}}')
+  timed.draw_plot(Options(out=tmp_path), "gemm", gemm.draw, output.make_console())
+  assert "--redraw" in capsys.readouterr().out
+  assert not (tmp_path / "gemm.png").exists()
+
+
+def test_the_json_names_the_command_without_folders(monkeypatch):
+  script = str(output.ROOT / "benchmarks" / "gemm.py")
+  monkeypatch.setattr(sys, "argv", [script, "--out", "/a/folder", "--rounds", "3"])
+  assert output.command() == "python benchmarks/gemm.py --rounds 3"

@@ -5,6 +5,7 @@ import sys
 import types
 
 import pytest
+from rich.console import Console
 
 import kernel_times
 from flax_fp8.explain.target import GpuTarget
@@ -49,7 +50,10 @@ def test_each_kernel_stands_beside_its_roofline():
   assert quantize["times"] == 1
   assert found["classes"][kernel_times.OTHER]["ms"] == pytest.approx(0.5)
   assert found["symbols"][0] == {"op": "cast", "kernel": "fusion", "ms": 4.0}
-  assert kernel_times.table("FP8", found).row_count == 3
+  console = Console(width=120)
+  with console.capture() as shown:
+    kernel_times.show({"found": {"FP8": found}}, console)
+  assert "6.500 ms a step, 1.000 ms of it idle" in shown.get()
 
 
 @pytest.mark.slow

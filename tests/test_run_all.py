@@ -125,37 +125,26 @@ def test_some_run_in_the_order_given_and_the_exit_code_tells_of_a_failure(tmp_pa
 
 
 def test_the_summary_has_each_scripts_figures_and_none_of_an_older_run(tmp_path):
-  speed = {"median": 1.5, "low": 1.4, "high": 1.6}
-  found = {"block": {"delayed": {"speedup": speed, "peak_to_bf16": 0.9}}}
   contents = {
-    "card": {
-      "gemms": {"BF16": {"tflops": {"median": 700}}},
-      "bandwidth": {"bytes_per_second": {"median": 2.8e12}},
-    },
-    "gemm": {
-      "environment": {"date": "now"},
-      "summary": {"Transformer Engine": {"delayed": {"geometric_mean": 1.7}}},
-      "bare_sums": {"a layer": {"speedup": speed}},
-    },
-    "block": {"found": found},
-    "other_flags/block": {"found": found},
-    "crossover": {"rules": {"rowwise": {"min_kernel_size": None, "worst_with_rule": 1.0}}},
+    "gemm": {"environment": {"date": "now"}, "summary": {"Llama 3 8B: delayed": 1.7}},
+    "other_flags/block": {"summary": {"block, delayed: speed": 1.5}},
+    "crossover": {"summary": {"rowwise: min_kernel_size": None}},
+    "kernel_times": {},
   }
   for name, content in contents.items():
     path = tmp_path / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content))
-  names = [name.split("/")[0] for name in contents]
-  outcomes = [run_all.Outcome(name, "done") for name in names]
-  figures = run_all.summarize(outcomes, tmp_path, 0)["figures"]
-  assert figures["card"] == {"BF16: TFLOP/s": 700, "memory: TB/s": 2.8}
-  assert figures["gemm"] == {"Transformer Engine: delayed": 1.7, "a layer: bare GEMMs": 1.5}
-  assert figures["block"] == figures["other_flags"]
-  assert figures["block"]["block, delayed: peak memory"] == 0.9
-  assert figures["crossover"]["rowwise: min_kernel_size"] is None
+  outcomes = [run_all.Outcome(name.split("/")[0], "done") for name in contents]
   summary = run_all.summarize(outcomes, tmp_path, 0)
+  assert summary["figures"] == {
+    name.split("/")[0]: each.get("summary", {}) for name, each in contents.items()
+  }
   assert summary["environments"]["gemm"] == {"date": "now"}
-  assert run_all.table(summary).row_count == 10
+  console = Console(width=120)
+  with console.capture() as shown:
+    run_all.show(summary, console)
+  assert shown.get().count("│\n") == 3
   assert run_all.summarize(outcomes, tmp_path, time.time() + 60)["figures"] == {}
 
 

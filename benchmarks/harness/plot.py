@@ -58,6 +58,8 @@ def lines(
   if log:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "23468" else "")
   axes.set(**named)
   check(axes)
 

@@ -1,22 +1,21 @@
-"""Programs whose time on a GPU is that of their steps: many of them in one compiled loop.
+"""Steps of models, and loops of steps whose time on a GPU is that of the steps alone.
 
-A step is forward and backward from an output gradient. The loop costs the host one dispatch. In
-each of its turns
+A loop costs the host one dispatch. In each of its iterations
 
-- parameters, input and gradient pass a barrier with the loop's counter, so that quantising or
-  transposing them is done in every step, as in training, and not once before the loop;
-- they, and all results, have row-major layouts, so that no transposition moves out of the loop;
-- all results are carried, so that nothing is left out; the next step overwrites them;
-- the FP8 state is the last step's.
+- parameters, input and output gradient pass a barrier with the loop's counter. So they are
+  quantized and transposed in every step, as in training, and not once before the loop;
+- they and all results have row-major layouts. So no transposition moves out of the loop;
+- all results are carried. So nothing is left out; the next step overwrites them;
+- the FP8 state is that of the last step.
 
-Handing each step's results to the next as its input would do without the barrier, but not for the
-kernel, and XLA would copy BF16's carried arrays more often than FP8's: that flatters FP8. Results
-begin as zeros, written once a loop, in all variants: they bring ratios nearer to 1, by some tenths
-of a percent with ten steps.
+Without the barrier, a step's results could be the next step's input, but not the kernel, and XLA
+would copy BF16's carried arrays more often than FP8's. Results begin as zeros, which every variant
+writes once per loop. With ten steps this brings ratios nearer to 1 by a few tenths of a percent.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -27,9 +26,11 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 import flax_fp8 as fp8
 from flax_fp8.meta_dtype import to_float32
+from harness.models import ATTENTION, dense
+from harness.sizes import Shape
+from harness.variants import VARIANTS, Variant
 
 Step: TypeAlias = Callable[..., tuple[Any, Any]]
-ATTENTION = "attention"
 KERNEL_SIZE = 1 / 64  # standard deviation: results of thousands of terms are near 1
 
 
@@ -38,11 +39,12 @@ class Program:
   """A loop of steps, to be compiled.
 
   Attributes:
-    fn: jitted; takes state and inputs, gives the counter, the last state and the last results.
+    fn: jitted; takes state and inputs, returns counter, last state and last results.
     shapes: of its arguments.
     repeat: steps in the loop.
-    flops: of one step, of the GEMMs that are asked for in FP8, or in BF16 by the baseline.
-    is_fp8: whether they are to be FP8.
+    flops: of one step's GEMMs that should be FP8, or BF16 in the baseline.
+    is_fp8: whether they should be FP8.
+    tokens: of one step.
     bf16_modules: names of modules whose GEMMs are BF16 in every variant.
   """
 
@@ -51,6 +53,7 @@ class Program:
   repeat: int
   flops: int
   is_fp8: bool
+  tokens: int = 0
   bf16_modules: tuple[str, ...] = (ATTENTION,)
 
 
@@ -61,15 +64,7 @@ def row_major(tree: Any) -> Any:
 
 
 def repeated(step: Step, repeat: int) -> Any:
-  """Jits a loop of steps.
-
-  Args:
-    step: from state and inputs to the next state and results.
-    repeat: how many.
-
-  Returns:
-    A function of state and inputs.
-  """
+  """Jits a loop of steps; a step goes from state and inputs to the next state and results."""
 
   def loop(state: Any, *inputs: Any) -> Any:
     shapes = jax.eval_shape(step, state, *inputs)[1]
@@ -89,15 +84,15 @@ def forward_and_backward(module: nn.Module, *, max_grad: bool) -> Step:
   """A step of a module.
 
   Args:
-    module: from one array to one array.
+    module: from one array to an array, or several.
     max_grad: cast the state, as ``fp8.value_and_grad`` does; Flax's own ops do not know that dtype.
 
   Returns:
-    A function of state, parameters, input and output gradient; its results are the output, and the
-    gradients of input and parameters.
+    A function of state, parameters, input and output gradient. It returns the next state, and as
+    results the output and the gradients of input and parameters.
   """
 
-  def step(state: Any, params: Any, x: jax.Array, grad: jax.Array) -> tuple[Any, Any]:
+  def step(state: Any, params: Any, x: jax.Array, grad: Any) -> tuple[Any, Any]:
     variables = {"params": params, **state}
     variables = fp8.as_max_grad(variables) if max_grad else variables
     out, pull_back = jax.vjp(module.apply, variables, x)
@@ -116,17 +111,35 @@ def argument_shapes(module: nn.Module, x: jax.ShapeDtypeStruct) -> tuple[Any, ..
   return state, variables["params"], x, jax.eval_shape(module.apply, variables, x)
 
 
+def make_program(
+  variant: Variant, module: nn.Module, shape: tuple[int, ...], *, repeat: int, flops: int
+) -> Program:
+  """The loop of forward and backward of a module with a variant's GEMMs; its input has a shape."""
+  step = forward_and_backward(module, max_grad=not variant.flax)
+  shapes = argument_shapes(module, jax.ShapeDtypeStruct(shape, jnp.bfloat16))
+  tokens = math.prod(shape[:-1])
+  return Program(repeated(step, repeat), shapes, repeat, flops, variant.is_fp8, tokens)
+
+
+def layer_programs(shape: Shape, names: Iterable[str], repeat: int) -> dict[str, Program]:
+  """A layer without bias in several variants, by name."""
+  how = {"repeat": repeat, "flops": shape.flops}
+  made = {name: (VARIANTS[name], dense(shape.features, VARIANTS[name])) for name in names}
+  x = (shape.tokens, shape.width)
+  return {name: make_program(*each, x, **how) for name, each in made.items()}
+
+
 @dataclasses.dataclass
 class Arrays:
   """Makes arrays for shapes: scales 1, histories 0, all else normal.
 
-  What has the same name, shape and dtype is the same array: programs share their parameters.
+  Arrays with the same name, shape and dtype are the same array: programs share their parameters.
   """
 
   made: dict[Any, jax.Array] = dataclasses.field(default_factory=dict[Any, jax.Array])
 
   def add(self, tree: Any) -> None:
-    """Takes arrays as they are, for what has their names, shapes and dtypes."""
+    """Takes arrays as they are, for all that has their names, shapes and dtypes."""
     for path, array in jax.tree_util.tree_leaves_with_path(tree):
       self.made[self._key(path, array)] = array
 

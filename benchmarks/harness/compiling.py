@@ -1,16 +1,14 @@
-"""Compiles programs, several at a time, and looks at what became of their GEMMs before any runs."""
+"""Compiles programs, several at a time, and checks their GEMMs before any program runs."""
 
 import dataclasses
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import jax
-
 import flax_fp8 as fp8
 from flax_fp8.explain.gemms import Gemm
-from timed.options import Options
-from timed.programs import Program
+from harness.options import Options, on_gpu
+from harness.programs import Program
 
 Key = TypeVar("Key")
 MIB = 2**20
@@ -21,7 +19,7 @@ class BaselineError(RuntimeError):
 
 
 class Kept:
-  """What ``fp8.explain`` compiles for the attached GPU, kept to be run: compiled once.
+  """Keeps what ``fp8.explain`` compiles for the attached GPU, so that it is compiled once.
 
   It stands for the jitted function, and then for the lowered one.
   """
@@ -46,22 +44,11 @@ class Kept:
 
 @dataclasses.dataclass(frozen=True)
 class Ready:
-  """A compiled program.
-
-  Attributes:
-    run: takes the arguments.
-    program: what it was.
-    figures: what is known of it without running it.
-  """
+  """A compiled program: what runs it, what it was, and what is known without running it."""
 
   run: Any
   program: Program
   figures: dict[str, Any]
-
-
-def on_gpu() -> bool:
-  """Whether programs are compiled for a GPU that is attached."""
-  return jax.default_backend() == "gpu"
 
 
 def prepare(name: object, program: Program) -> Ready:
@@ -80,7 +67,7 @@ def prepare(name: object, program: Program) -> Ready:
 
 
 def read(name: str, kept: Any, program: Program) -> dict[str, Any]:
-  """What ``fp8.explain`` says; a program that it can't read is run all the same, and marked."""
+  """What ``fp8.explain`` says; a program that it cannot read runs all the same, and is marked."""
   try:
     return describe(fp8.explain(kept, *program.shapes, name=name), program)
   except BaselineError:
@@ -94,13 +81,13 @@ def read(name: str, kept: Any, program: Program) -> dict[str, Any]:
 
 
 def prepare_all(programs: Mapping[Key, Program], options: Options) -> dict[Key, Ready]:
-  """Compiles programs in threads, for XLA does not hold Python's lock.
+  """Compiles programs in threads; XLA does not hold Python's lock.
 
   Returns:
-    Those that could be compiled; of FP8's, the others are noted in the options.
+    The programs that compiled. FP8 programs that did not are noted in the options.
 
   Raises:
-    Exception: a baseline could not be compiled; or as ``prepare``.
+    Exception: a baseline did not compile; or as ``prepare``.
   """
 
   def attempt(name: Key, program: Program) -> Ready | None:
@@ -118,7 +105,7 @@ def prepare_all(programs: Mapping[Key, Program], options: Options) -> dict[Key, 
 
 
 def describe(report: fp8.Report, program: Program) -> dict[str, Any]:
-  """What a report says of a program, in numbers of one step."""
+  """What a report says about a program, in numbers of one step."""
   return {
     "fp8_gemms": report.fp8_gemms / program.repeat,
     "gemms": report.total_gemms / program.repeat,
@@ -132,7 +119,7 @@ def describe(report: fp8.Report, program: Program) -> dict[str, Any]:
 
 
 def problems(report: fp8.Report, program: Program) -> list[str]:
-  """What a program's GEMMs are that they should not be.
+  """A program's GEMMs that do not have the dtype that was asked for.
 
   Raises:
     BaselineError: as ``prepare``.
@@ -140,12 +127,16 @@ def problems(report: fp8.Report, program: Program) -> list[str]:
   others = set(program.bf16_modules)
   projections = [gemm for gemm in report.gemms if others.isdisjoint(gemm.path.split("/"))]
   wrong = [gemm for gemm in projections if not is_right(gemm, program)]
+  lines = [
+    f"{gemm.path} {gemm.role.value}: {gemm.lhs} x {gemm.rhs} by {gemm.kernel}; {gemm.reason}"
+    for gemm in wrong
+  ]
   if wrong and not program.is_fp8:
-    raise BaselineError(f"{report.name}: the baseline must be BF16; got {lines(wrong)}")
+    raise BaselineError(f"{report.name}: the baseline must be BF16; got {lines}")
   found = sum(gemm.flops for gemm in projections if is_right(gemm, program))
   wanted = program.flops * program.repeat
   missing = [f"{found:.4g} FLOPs found, {wanted:.4g} asked for"] if found < wanted else []
-  return [*lines(wrong), *missing]
+  return [*lines, *missing]
 
 
 def is_right(gemm: Gemm, program: Program) -> bool:
@@ -153,16 +144,8 @@ def is_right(gemm: Gemm, program: Program) -> bool:
   return gemm.is_fp8 if program.is_fp8 else {gemm.lhs, gemm.rhs} == {"bf16"}
 
 
-def lines(gemms: list[Gemm]) -> list[str]:
-  """One line a GEMM."""
-  return [
-    f"{gemm.path} {gemm.role.value}: {gemm.lhs} x {gemm.rhs} by {gemm.kernel}; {gemm.reason}"
-    for gemm in gemms
-  ]
-
-
 def memory(compiled: Any) -> dict[str, float]:
-  """MiB that a program holds at its peak: arguments, results and temporaries."""
+  """MiB of a program's temporaries, and at its peak: arguments, results and temporaries."""
   sizes = compiled.memory_analysis()
   if sizes is None:
     return {}

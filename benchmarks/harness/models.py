@@ -1,0 +1,192 @@
+"""The models of the benchmarks: a layer, an MLP, a Llama block, stacks of them, a decoder."""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+import flax_fp8 as fp8
+from harness.sizes import Sizes
+from harness.variants import Variant
+from lm import model as lm
+
+# "mix" is elementwise and stands for attention where only the projections are of interest.
+Mixer: TypeAlias = Literal["cudnn", "xla", "mix"]
+ATTENTION = "attention"  # a module's name: its GEMMs are BF16 in every variant
+BF16_PARAMS: dict[str, Any] = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+FLOAT32_PARAMS: dict[str, Any] = {"dtype": jnp.bfloat16, "param_dtype": jnp.float32}
+
+
+def dense(
+  features: int, variant: Variant, name: str | None = None, dtypes: Any = BF16_PARAMS
+) -> nn.Dense:
+  """A layer without bias that computes in bfloat16."""
+  cls = variant.dot_general_cls
+  return nn.Dense(features, use_bias=False, dot_general_cls=cls, name=name, **dtypes)
+
+
+class Heads(nn.Module):
+  """Query, key and value: three layers, or one fused layer."""
+
+  sizes: Sizes
+  variant: Variant
+  float32: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> Any:
+    """Takes ``[..., width]``; fused layers of a recipe return heads ``[..., heads, head_dim]``."""
+    sizes, variant = self.sizes, self.variant
+    dtypes = FLOAT32_PARAMS if self.float32 else BF16_PARAMS
+    widths = {"query": sizes.width, "key": sizes.kv_width, "value": sizes.kv_width}
+    if variant.fused is None:
+      return tuple(dense(width, variant, name, dtypes)(x) for name, width in widths.items())
+    if variant.recipe is None:
+      joint = dense(sum(widths.values()), variant, "qkv", dtypes)(x)
+      return tuple(jnp.split(joint, [sizes.width, sizes.width + sizes.kv_width], axis=-1))
+    counts = {"num_heads": sizes.heads, "num_kv_heads": sizes.kv_heads, "head_dim": sizes.head_dim}
+    options: Any = {"recipe": variant.recipe, "kernel_scales": variant.fused, **dtypes}
+    return fp8.Fp8FusedQKV(**counts, use_bias=False, name="qkv", **options)(x)
+
+
+class SwiGLU(nn.Module):
+  """``down(silu(gate(x)) * up(x))``; ``gate`` and ``up`` are two layers, or one fused layer."""
+
+  sizes: Sizes
+  variant: Variant
+  float32: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Takes and returns ``[..., width]``."""
+    hidden, variant = self.sizes.hidden, self.variant
+    dtypes = FLOAT32_PARAMS if self.float32 else BF16_PARAMS
+    if variant.fused is not None and variant.recipe is not None:
+      options: Any = {"recipe": variant.recipe, "kernel_scales": variant.fused, **dtypes}
+      return fp8.Fp8SwiGLU(hidden_features=hidden, name="mlp", **options)(x)
+    if variant.fused is not None:
+      gate, up = jnp.split(dense(2 * hidden, variant, "gate_up", dtypes)(x), 2, axis=-1)
+    else:
+      gate, up = (dense(hidden, variant, name, dtypes)(x) for name in ("gate", "up"))
+    return dense(self.sizes.width, variant, "down", dtypes)(nn.silu(gate) * up)
+
+
+class Attention(nn.Module):
+  """Causal attention with rotary positions, or ``mix``."""
+
+  sizes: Sizes
+  mixer: Mixer
+
+  def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Takes query, key and value, returns ``[..., width]``."""
+    if self.mixer == "mix":
+      repeats = self.sizes.heads // self.sizes.kv_heads
+      wide = lambda x: jnp.tile(x, (1, repeats))
+      return jnp.tanh(query * wide(key)) * wide(value)
+    shape = (*query.shape[:2], -1, self.sizes.head_dim)
+    query, key, value = (x.reshape(shape) for x in (query, key, value))
+    query, key = lm.rotate(query), lm.rotate(key)
+    out = jax.nn.dot_product_attention(
+      query, key, value, is_causal=True, implementation="cudnn" if self.mixer == "cudnn" else "xla"
+    )
+    return out.reshape(*out.shape[:2], -1)
+
+
+class Block(nn.Module):
+  """A pre-norm Llama block, all in bfloat16, as a step of a scan."""
+
+  sizes: Sizes
+  variant: Variant
+  mixer: Mixer
+
+  @nn.compact
+  def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+    """Takes and returns the residual stream."""
+    norm = lambda name: nn.RMSNorm(name=name, **BF16_PARAMS)
+    heads = Heads(self.sizes, self.variant, name="heads")(norm("before_attention")(x))
+    mixed = Attention(self.sizes, self.mixer, name=ATTENTION)(*heads)
+    x = x + dense(self.sizes.width, self.variant, "out")(mixed)
+    return x + SwiGLU(self.sizes, self.variant, name="swiglu")(norm("before_mlp")(x)), None
+
+
+class Mlp(nn.Module):
+  """``x + down(relu(up(norm(x))))`` of widths 2048 and 8192, as a step of a scan."""
+
+  variant: Variant
+  float32: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+    """Takes and returns the residual stream."""
+    dtypes = FLOAT32_PARAMS if self.float32 else BF16_PARAMS
+    y = nn.relu(dense(8192, self.variant, "up", dtypes)(nn.RMSNorm(**dtypes)(x)))
+    return x + dense(2048, self.variant, "down", dtypes)(y), None
+
+
+class Stack(nn.Module):
+  """Blocks, from one array to one array.
+
+  Attributes:
+    block: their class.
+    arguments: what it takes.
+    length: how many blocks.
+    scan: put them under ``nn.scan``.
+    remat: recompute each block in the backward pass.
+    policy: of ``nn.remat``.
+  """
+
+  block: Any
+  arguments: tuple[Any, ...]
+  length: int = 1
+  scan: bool = False
+  remat: bool = False
+  policy: Callable[..., Any] | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Takes and returns the residual stream."""
+    block = self.block
+    if self.remat:
+      block = nn.remat(block, prevent_cse=not self.scan, policy=self.policy)
+    if self.scan:
+      layers = fp8.scan(block, {"params": 0}, split_rngs={"params": True}, length=self.length)
+      return layers(*self.arguments, name="layers")(x, None)[0]
+    for _ in range(self.length):
+      x, _ = block(*self.arguments)(x, None)
+    return x
+
+
+class SplitBlock(nn.Module):
+  """A block of ``train_lm.py``; with ``split``, its residual stream is sharded along the batch."""
+
+  shape: lm.ModelShape
+  dot_general_cls: Any
+  split: bool
+
+  @nn.compact
+  def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+    """Takes and returns the residual stream."""
+    if self.split:
+      x = jax.lax.with_sharding_constraint(x, PartitionSpec("data"))
+    return lm.Block(self.shape, dot_general_cls=self.dot_general_cls, name="block")(x, None)
+
+
+class Decoder(nn.Module):
+  """The decoder of ``train_lm.py``, its layers under ``nn.scan`` or unrolled, sharded or not."""
+
+  shape: lm.ModelShape
+  dot_general_cls: Any
+  scan: bool
+  split: bool = False
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """Takes tokens ``[B, T]``, returns float32 logits."""
+    shape = self.shape
+    x = nn.Embed(shape.vocabulary, shape.d_model, dtype=jnp.bfloat16, name="embedding")(tokens)
+    arguments = (shape, self.dot_general_cls, self.split)
+    x = Stack(SplitBlock, arguments, shape.layers, self.scan, name="layers")(x)
+    head = nn.Dense(shape.vocabulary, use_bias=False, dtype=jnp.bfloat16, name="head")
+    return head(nn.RMSNorm(dtype=jnp.bfloat16)(x)).astype(jnp.float32)

@@ -1,0 +1,62 @@
+"""What is compared: BF16, ``flax.linen.fp8_ops``, and the recipes of this package."""
+
+import dataclasses
+import functools
+from typing import Any, Literal, TypeAlias
+
+from flax.linen import fp8_ops as flax_fp8_ops
+
+import flax_fp8 as fp8
+from harness.names import BF16, FLAX
+
+Fused: TypeAlias = Literal["joint", "separate"] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+  """How GEMMs are computed; BF16 without ``recipe`` and ``flax``.
+
+  Attributes:
+    recipe: of this package.
+    flax: compute them with ``flax.linen.fp8_ops``.
+    fused: make one layer of query, key and value, and one of gate and up; its kernel's scales.
+    emulate: allow a described GPU that lacks the recipe's formats.
+    history: amaxes that ``flax.linen.fp8_ops`` keeps.
+  """
+
+  recipe: fp8.Recipe | None = None
+  flax: bool = False
+  fused: Fused = None
+  emulate: bool = False
+  history: int = 1024
+
+  @property
+  def is_fp8(self) -> bool:
+    """Whether GEMMs should be FP8."""
+    return self.flax or self.recipe is not None
+
+  @property
+  def dot_general_cls(self) -> Any:
+    """What ``nn.Dense`` takes; None for BF16."""
+    if self.flax:
+      return functools.partial(flax_fp8_ops.Fp8DotGeneral, amax_history_length=self.history)
+    if self.recipe is None:
+      return None
+    return functools.partial(fp8.Fp8DotGeneral, recipe=self.recipe, emulate=self.emulate)
+
+
+RECIPES = {
+  "delayed": Variant(recipe=fp8.DelayedScaling()),
+  "current": Variant(recipe=fp8.Float8CurrentScaling()),
+  "rowwise": Variant(recipe=fp8.Float8RowwiseScaling()),
+}
+# What benchmarks on a GPU time.
+VARIANTS = {BF16: Variant(), **RECIPES, FLAX: Variant(flax=True)}
+# What is too slow to be timed, or needs another GPU.
+OTHERS = {
+  "block": Variant(recipe=fp8.Float8BlockScaling(), emulate=True),
+  "mxfp8": Variant(recipe=fp8.MXFP8BlockScaling(), emulate=True),
+}
+FUSED = {
+  f"{name}, fused": dataclasses.replace(VARIANTS[name], fused="joint") for name in (BF16, *RECIPES)
+}

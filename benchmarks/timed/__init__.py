@@ -1,1 +1,0 @@
-"""What the benchmarks that need a GPU share: programs, their compilation, the clock."""
