@@ -1,5 +1,6 @@
 """The API reference: each public name stands in exactly one page, and no other name in any."""
 
+import pkgutil
 import re
 from collections import Counter
 from pathlib import Path
@@ -50,3 +51,15 @@ def test_reading_a_page():
    :members: x
 """
   assert documented(page) == ["flax_fp8.ops.einsum"]
+
+
+def test_the_design_page_names_functions_that_exist():
+  page = (PAGES.parent / "design.md").read_text()
+  steps = re.findall(r"^\| \d+ \| `([\w.]+)` \| `([\w.]+)` \|$", page, re.MULTILINE)
+  assert len(steps) > 10
+  for function, module in steps:
+    assert callable(pkgutil.resolve_name(f"{module}:{function}"))
+  drawing = (PAGES.parent / "_static" / "data_flow.svg").read_text()
+  assert not [function for function, _ in steps if function not in drawing]
+  paths = re.findall(r"([\w/]+\.py)", drawing)
+  assert not [path for path in paths if not (PAGES.parents[1] / "flax_fp8" / path).exists()]
