@@ -1,6 +1,6 @@
-"""Training steps as users write them: right ones, and wrong ones with what is wrong with them.
+"""Training steps as users write them: correct ones, and wrong ones with the expected findings.
 
-All train the same small model on the same batch: ``BATCH`` has eight examples, the last of which
+All train the same small model on the same batch. ``BATCH`` has eight examples, and the last ones
 are the smallest.
 """
 
@@ -50,7 +50,7 @@ class Model(nn.Module):
 
 
 def init(model: nn.Module, *inputs: Any) -> Any:
-  """Initializes in one compiled function, which is quicker."""
+  """Initializes a model in one compiled function, which is faster."""
   keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
   return jax.jit(model.init)(keys, *(inputs or (BATCH["x"],)))
 
@@ -77,7 +77,7 @@ def grads_of_parts(variables: Any, batch: Any) -> list[Any]:
 
 
 def update(variables: Any, grads: Any, tx: Any = SGD, opt_state: Any = None) -> Any:
-  """One right step on variables, by hand."""
+  """Takes one correct step on variables, without ``TrainState``."""
   overwrite, rest = fp8.partition_for_grad_overwrite(grads)
   params = {"params": variables["params"]}
   updates, opt_state = tx.update(rest, tx.init(params) if opt_state is None else opt_state, params)
@@ -89,10 +89,10 @@ class Loop:
   """A training step.
 
   Attributes:
-    name: of the function that wrote it.
-    make: makes step, state and batch.
-    kinds: what is wrong with it.
-    slow: whether it is one more of a kind, for the long run of the tests.
+    name: name of the function that makes it.
+    make: returns step, state and batch.
+    kinds: kinds of the expected findings.
+    slow: whether it runs only in the slow tests, because other loops cover its kinds.
   """
 
   name: str
@@ -102,7 +102,7 @@ class Loop:
 
   @functools.cached_property
   def report(self) -> fp8.TrainStepReport:
-    """What the check finds in it."""
+    """The report of ``check_train_step``."""
     return fp8.check_train_step(*self.make())
 
 
@@ -110,7 +110,7 @@ LOOPS: list[Loop] = []
 
 
 def loop(*kinds: str, slow: bool = False) -> Callable[[Any], Any]:
-  """Enters a function that returns ``(step, state)``, or those and a batch."""
+  """Registers a function that returns ``(step, state)`` or ``(step, state, batch)``."""
 
   def enter(make: Callable[[], Any]) -> Any:
     @functools.cache
@@ -128,11 +128,11 @@ def our_train_state(variables: Any = VARIABLES, tx: Any = SGD, model: nn.Module 
   return fp8.TrainState.create(apply_fn=model.apply, params=variables, tx=tx)
 
 
-# Right ones.
+# Correct loops.
 
 
 class Shared(nn.Module):
-  """Attention and a gated MLP: query, key and value read one input, and so do gate and up."""
+  """Attention and a gated MLP, so that several layers share one input."""
 
   cls: Any = None
   dtype: Any = jnp.float32
@@ -148,7 +148,7 @@ class Shared(nn.Module):
 
 
 class SharedStack(nn.Module):
-  """Two such blocks, scanned."""
+  """Two scanned ``Shared`` blocks."""
 
   cls: Any = None
   remat: bool = False
@@ -196,7 +196,7 @@ _enter_shared_inputs()
 
 @loop()
 def train_state_and_value_and_grad() -> Any:
-  """The README's; jitted, its state donated."""
+  """The loop of the README, jitted, with donated state."""
 
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state, batch):
@@ -209,7 +209,7 @@ def train_state_and_value_and_grad() -> Any:
 
 @loop()
 def flax_train_state_apart() -> Any:
-  """Flax's class with parameters alone, the state in a field of its own."""
+  """Flax's class with only parameters in ``params``, and FP8 state in another field."""
 
   class State(train_state.TrainState):
     fp8_state: Any
@@ -228,7 +228,7 @@ def flax_train_state_apart() -> Any:
 
 @loop()
 def flax_train_state_whole() -> Any:
-  """Flax's class with the whole variables, and Flax's own layers: the loop of its documentation."""
+  """The loop of Flax's documentation: Flax's class and layers, with all variables."""
 
   @jax.jit
   def step(state, batch):
@@ -240,7 +240,7 @@ def flax_train_state_whole() -> Any:
 
 @loop()
 def optax_by_hand() -> Any:
-  """A tuple of variables and optimizer state, returned beside a loss."""
+  """Returns a tuple of variables and optimizer state, and a loss."""
   tx = optax.adafactor(1e-2)
 
   @jax.jit
@@ -254,7 +254,7 @@ def optax_by_hand() -> Any:
 
 @loop()
 def not_jitted_without_names() -> Any:
-  """State under another key than the collection's, in NumPy."""
+  """Keeps state under a key other than the collection, in NumPy."""
 
   def step(state, batch):
     variables = {"params": state["params"], OWG: state["fp8"]}
@@ -267,7 +267,7 @@ def not_jitted_without_names() -> Any:
 
 @loop()
 def multi_steps() -> Any:
-  """Parameters move at every second step, state at each."""
+  """Updates parameters at every second step, and state at each."""
   tx = optax.MultiSteps(optax.lion(1e-2), 2)
 
   @jax.jit
@@ -279,7 +279,7 @@ def multi_steps() -> Any:
 
 @loop()
 def scan_over_steps() -> Any:
-  """Two steps a call: histories move by two slots."""
+  """Takes two steps per call, so histories shift by two slots."""
 
   @jax.jit
   def step(variables, batch):
@@ -291,7 +291,7 @@ def scan_over_steps() -> Any:
 
 @loop(slow=True)
 def max_over_microbatches() -> Any:
-  """Accumulation in the loss: scanned, differentiated as a whole."""
+  """Scans over microbatches inside the loss, and differentiates the whole loss."""
 
   @jax.jit
   def step(state, batch):
@@ -306,7 +306,7 @@ def max_over_microbatches() -> Any:
 
 @loop()
 def accumulated() -> Any:
-  """Microbatches with PRNG keys of their own, dropout in the model."""
+  """Accumulates gradients with dropout and a PRNG key per microbatch."""
   model = Model(dropout=0.3)
   batch = {**microbatches(BATCH, 4), "key": jax.random.split(jax.random.key(2), 4)}
 
@@ -323,7 +323,7 @@ def accumulated() -> Any:
 
 @loop()
 def ema_over_params() -> Any:
-  """An average of parameters alone beside the variables."""
+  """Keeps a moving average of only the parameters."""
 
   @jax.jit
   def step(state, batch):
@@ -339,7 +339,7 @@ def ema_over_params() -> Any:
 
 @loop()
 def frozen_layers() -> Any:
-  """A layer without updates; its state moves."""
+  """Freezes the parameters of a layer; its state still moves."""
   labels = {"up": "frozen", "down": "trained"}
   tx = optax.multi_transform({"frozen": optax.set_to_zero(), "trained": optax.adam(1e-2)}, labels)
   step, _ = train_state_and_value_and_grad()
@@ -348,7 +348,7 @@ def frozen_layers() -> Any:
 
 @loop()
 def skipped_steps() -> Any:
-  """Float16's usual start: the first steps overflow, and are skipped."""
+  """Skips the first steps, which overflow, as usual in float16."""
 
   @jax.jit
   def step(state, batch):
@@ -365,7 +365,7 @@ def skipped_steps() -> Any:
 
 @loop()
 def float16_with_a_loss_scale() -> Any:
-  """The first steps overflow, and are skipped; metrics move all the same."""
+  """Skips the first steps, which overflow; metrics still change."""
 
   class Half(nn.Module):
     @nn.compact
@@ -404,7 +404,7 @@ def data_mesh(devices: int = 4) -> jax.sharding.Mesh:
 
 
 def sharded_grads(check_vma: bool) -> Callable[[Any, Any], Any]:
-  """Differentiates around a shard_map."""
+  """Differentiates outside a shard_map."""
 
   def loss(variables, batch):
     local = lambda v, b: jax.lax.pmean(loss_fn(v, b), "data")
@@ -435,7 +435,7 @@ def shard_map_unchecked() -> Any:
 
 @loop(slow=True)
 def shard_map_pmax_inside() -> Any:
-  """Differentiated inside, parameters averaged, state by maximum."""
+  """Differentiates inside a shard_map; averages parameters, and takes the maximum of state."""
   return _inside_shard_map(lambda grads: {
     "params": jax.lax.pmean(grads["params"], "data"),
     OWG: jax.tree.map(lambda x: jax.lax.pmax(x, "data"), grads[OWG]),
@@ -458,7 +458,7 @@ def _inside_shard_map(reduce: Callable[[Any], Any]) -> Any:
 
 @loop()
 def scanned_layers_with_metrics() -> Any:
-  """Layers scanned, metrics on."""
+  """Scans layers that have metrics."""
 
   class Block(nn.Module):
     @nn.compact
@@ -484,7 +484,7 @@ def scanned_layers_with_metrics() -> Any:
 
 @loop()
 def converted_with_an_interval() -> Any:
-  """The twin of an unmodified model, of which one layer stays as it is; new scales at times."""
+  """Trains a converted model with an excluded layer, and updates scales at an interval."""
   recipe = fp8.DelayedScaling(amax_history_len=LENGTH, interval=3, margin=1, power_of_two=True)
   model = fp8.fp8_linear_layers(Model(None), fp8.Fp8Config(recipe=recipe, multiple_of=1))
   variables = init(model)
@@ -498,7 +498,7 @@ def converted_with_an_interval() -> Any:
 
 @loop(slow=True)
 def most_recent_after_the_first_step() -> Any:
-  """Another algorithm, output gradients of one layer in high precision, an unused layer."""
+  """Uses other options of the recipe, high-precision dgrad and wgrad, and an unused layer."""
 
   class Partly(nn.Module):
     @nn.compact
@@ -535,7 +535,7 @@ def histories_of_one_slot() -> Any:
 
 @loop()
 def pipeline() -> Any:
-  """Microbatches through two stages, one scan of ticks; each stage has its own state."""
+  """Runs microbatches through two pipeline stages, each with its own state."""
 
   class Stage(nn.Module):
     @nn.compact
@@ -560,7 +560,7 @@ def pipeline() -> Any:
   return jax.jit(step), variables
 
 
-# Wrong ones.
+# Wrong loops.
 
 
 @loop("summed")
@@ -589,7 +589,7 @@ def division_by_the_loss_scale() -> Any:
 
 @loop("scaled", slow=True)
 def division_by_the_number_of_tokens() -> Any:
-  """Sums over microbatches come back right, and then all of the tree is divided."""
+  """Divides the whole tree, including correct state, by the number of tokens."""
 
   def step(variables: Any, batch: Any) -> Any:
     summed = lambda variables, part: loss_fn(variables, part) * part["x"].size
@@ -601,7 +601,7 @@ def division_by_the_number_of_tokens() -> Any:
 
 @loop()
 def weights_of_microbatches() -> Any:
-  """The right way to do the same."""
+  """Does the same correctly, with weights."""
 
   def step(variables: Any, batch: Any) -> Any:
     parts = microbatches(batch)
@@ -614,7 +614,7 @@ def weights_of_microbatches() -> Any:
 
 @loop("averaged")
 def ema_over_state() -> Any:
-  """A second copy of the whole variables, averaged."""
+  """Keeps a moving average of all variables."""
 
   @jax.jit
   def step(state, batch):
@@ -627,7 +627,7 @@ def ema_over_state() -> Any:
 
 @loop("averaged", slow=True)
 def lookahead_over_state() -> Any:
-  """The state that trains is itself an average."""
+  """Trains with averaged state."""
 
   @jax.jit
   def step(variables, batch):
@@ -639,7 +639,7 @@ def lookahead_over_state() -> Any:
 
 @loop("kept")
 def old_state_over_new() -> Any:
-  """The merge is the wrong way round."""
+  """Merges old state over new state."""
 
   @jax.jit
   def step(state, batch):
@@ -662,7 +662,7 @@ def state_dropped() -> Any:
 
 @loop("decayed")
 def weight_decay() -> Any:
-  """Decay is added to the gradients of all variables."""
+  """Adds weight decay to the gradients of all variables."""
   decay = optax.add_decayed_weights(1e-2)
 
   @jax.jit
@@ -715,7 +715,7 @@ def psum_under_shard_map() -> Any:
 
 @loop("psum", slow=True)
 def flax_layers_in_shard_map() -> Any:
-  """Differentiated around a shard_map, which is right but for Flax's layers."""
+  """Differentiates outside a shard_map, which is correct except for Flax's layers."""
 
   @jax.jit
   def step(variables, batch):
@@ -758,7 +758,7 @@ def last_microbatch_wins() -> Any:
 
 @loop("optimizer")
 def state_in_adam() -> Any:
-  """State is written over, but Adam has moments of it."""
+  """Overwrites state correctly, but Adam also keeps moments of it."""
   tx = optax.adam(1e-2)
 
   @jax.jit
@@ -774,7 +774,7 @@ def state_in_adam() -> Any:
 
 @loop("optimizer", "added", slow=True)
 def state_as_parameters() -> Any:
-  """The optimizer gets everything."""
+  """Passes all variables to the optimizer."""
   tx = optax.adamw(1e-2)
 
   @jax.jit
@@ -819,7 +819,7 @@ def gradients_cast_to_bfloat16() -> Any:
 
 @loop("summed")
 def sum_of_histories_of_one_slot() -> Any:
-  """Where a sum of two looks like a margin of one."""
+  """Sums histories of one slot, where a factor of two looks like a margin of one."""
   model, variables = short_model()
 
   @jax.jit

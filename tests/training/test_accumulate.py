@@ -1,4 +1,4 @@
-"""Accumulated gradients are those of the whole batch; the state takes one step."""
+"""Accumulated gradients equal those of the whole batch, and state takes one step."""
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ MICROBATCHES, BATCH, WIDTH = 4, 2, 8
 
 
 class Model(nn.Module):
-  """Two layers; the first is called twice."""
+  """Two layers. The first is called twice."""
 
   @nn.compact
   def __call__(self, x):
@@ -102,21 +102,21 @@ def test_a_microbatch_that_is_not_finite_leaves_the_state_finite(of_the_whole):
   loss, grads = jax.jit(lambda v: fp8.accumulate_gradients(loss_fn, v, broken))(VARIABLES)
   assert jnp.isnan(loss)
   assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads[OWG]))
-  # The largest amax is another microbatch's.
+  # The largest amax is in another microbatch.
   got, want = (g[OWG]["Dense_0"]["Fp8DotGeneral_0"] for g in (grads, of_the_whole[1]))
   np.testing.assert_array_equal(got["input_amax_history"], want["input_amax_history"])
 
 
 def test_sums_are_float32_and_gradients_of_the_parameters_dtype():
   w = jnp.bfloat16(1.0)
-  # 256 + 1 + 1 + ... in bfloat16 stays 256.
+  # In bfloat16, 256 + 1 + 1 + ... stays 256.
   microbatches = jnp.array([256.0] + [1.0] * 64, jnp.bfloat16)
   run = lambda v: fp8.accumulate_gradients(lambda w, x: w * x, v, microbatches, reduction="sum")
   assert run(w)[1] == jnp.bfloat16(320)
   assert run(w)[1].dtype == jnp.bfloat16
 
 
-# Tokens behind masks: of each microbatch another number counts.
+# Masked tokens: each microbatch has another number of tokens.
 MASK = np.zeros((MICROBATCHES, BATCH * WIDTH), np.float32)
 for _row, _tokens in zip(MASK, (2, 8, 4, 2), strict=True):
   _row[:_tokens] = 1
@@ -141,10 +141,12 @@ class TestWeights:
     run = lambda v: fp8.accumulate_gradients(masked_mean, v, batch, weights=TOKENS.astype(dtype))
     got = jax.jit(run)(VARIABLES)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
-    assert_same(got[1], want[1])  # state is equal bit for bit: tokens are powers of two
+    assert_same(
+      got[1], want[1]
+    )  # the numbers of tokens are powers of two, so state is equal bit for bit
 
   def test_any_tokens_in_float64_against_plain_jax(self):
-    """Without FP8, which float64 does not become."""
+    """Uses a model without FP8, because FP8 does not compute in float64."""
     with jax.enable_x64(True):
       layer = nn.Dense(WIDTH, param_dtype=jnp.float64)
       x = jax.random.normal(jax.random.key(3), X.shape, jnp.float64)
@@ -159,7 +161,7 @@ class TestWeights:
     jax.tree.map(close, got, want)
 
   def test_a_microbatch_without_tokens_adds_nothing(self):
-    """Its mean is NaN; but its input goes through the model and counts for amaxes."""
+    """Its mean is NaN, but its input still counts for amaxes."""
     batch = {"x": X, "mask": MASK.at[1].set(0)}
     want = jax.jit(fp8.value_and_grad(masked_mean))(VARIABLES, flattened(batch))
     assert jnp.isnan(masked_mean(VARIABLES, jax.tree.map(lambda x: x[1], batch)))
@@ -199,7 +201,7 @@ def test_under_shard_map(of_the_whole, check_vma):
 
   def local(variables, x):
     loss, grads = fp8.accumulate_gradients(loss_fn, variables, x)
-    if not check_vma:  # a checked shard_map sums the gradients of replicated parameters itself
+    if not check_vma:  # a checked shard_map already sums the gradients of replicated parameters
       grads = {**grads, "params": jax.lax.psum(grads["params"], "data")}
     grads["params"] = jax.tree.map(lambda g: g / BATCH, grads["params"])
     return jax.lax.pmean(loss, "data"), grads
@@ -209,7 +211,7 @@ def test_under_shard_map(of_the_whole, check_vma):
   loss, grads = run(VARIABLES, X)
   want = of_the_whole[1]
   np.testing.assert_allclose(loss, of_the_whole[0], rtol=1e-6)
-  # Each device differentiates the mean of its own part: its output gradients are twice as large.
+  # Each device differentiates the mean of its part: output gradients are twice as large.
   twice = lambda path, leaf: leaf.at[0].mul(BATCH) if "output_grad_amax" in str(path[-1]) else leaf
   want = {**want, OWG: jax.tree_util.tree_map_with_path(twice, want[OWG])}
   assert_same(grads, want)
@@ -234,7 +236,7 @@ def test_with_multi_steps_each_microbatch_is_a_step_of_the_state():
   for x in X:
     before, state = state, step(state, x)
   histories = lambda s: s.params[OWG]["Dense_0"]["Fp8DotGeneral_0"]["kernel_amax_history"]
-  # The kernel was the same in all microbatches: its amax fills the history.
+  # The kernel is the same in all microbatches, so its amax fills the history.
   kernel = jnp.abs(VARIABLES["params"]["Dense_0"]["kernel"]).max()
   np.testing.assert_array_equal(histories(state), jnp.full(4, kernel))
   unchanged = lambda a, b: np.testing.assert_array_equal(a, b)
@@ -243,7 +245,7 @@ def test_with_multi_steps_each_microbatch_is_a_step_of_the_state():
   at_once = create(optax.sgd(1.0))
   grads = jax.jit(lambda v: fp8.accumulate_gradients(loss_fn, v, X)[1])(VARIABLES)
   at_once = at_once.apply_gradients(grads=grads)
-  # Scales move within the accumulation, so that gradients agree to FP8's error only.
+  # Scales change during the accumulation: gradients agree up to the error of FP8.
   leaves = zip(*(jax.tree.leaves(s.params["params"]) for s in (state, at_once)), strict=True)
   for got, want in leaves:
     assert jnp.linalg.norm(got - want) < 0.2 * jnp.linalg.norm(want) + 1e-6

@@ -1,10 +1,9 @@
-"""However a batch is split, its FP8 state is that of the whole batch, bit for bit.
+"""The FP8 state of a split batch equals that of the whole batch, bit for bit.
 
-The reduction is the maximum, which knows neither order nor number. For the tensors themselves to be
-the same bits however they are split, their sums must not be rounded: inputs, kernels and cotangents
-are small multiples of powers of two and scales are powers of two, so that every product of FP8
-values and every partial sum is exact in float32. A state that was summed, averaged, taken from the
-last part or rolled twice then differs.
+The maximum does not depend on order and number of parts. Sums do, if they are rounded. So inputs,
+kernels and cotangents are small multiples of powers of two, and scales are powers of two. Then
+every product of FP8 values and every partial sum is exact in float32. State that is summed,
+averaged, taken from the last part or shifted twice gives other bits.
 """
 
 import dataclasses
@@ -28,7 +27,7 @@ EXAMPLES, WIDTH, HIDDEN = 24, 4, 8
 
 
 class Model(nn.Module):
-  """A layer that is called once, and one that is called twice."""
+  """A layer that is called once, and a layer that is called twice."""
 
   @nn.compact
   def __call__(self, x):
@@ -42,13 +41,13 @@ model = Model()
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """How a batch is cut; what is left over are the examples of one call.
+  """How a batch is split. The rest of the batch axis is the examples of one call.
 
   Attributes:
     loop: "accumulate", or a "scan" or "unrolled" loop inside the loss.
-    microbatches: turns of the loop.
-    mapped: size of an axis under vmap.
-    devices: size of a mesh.
+    microbatches: iterations of the loop.
+    mapped: size of a vmap axis.
+    devices: number of devices in the mesh.
     mesh: "shardings" of jit, or a "checked" or "unchecked" shard_map around or inside the loop.
   """
 
@@ -76,23 +75,23 @@ def jax_maps_sums_over_devices():
 
 @st.composite
 def splits(draw):
-  """Draws a way to cut the batch evenly."""
+  """Draws an even split of the batch."""
   whole, sizes = EXAMPLES, {}
-  # Devices first: there are at most eight, and more than one in half of the draws.
+  # Draw devices first: at most eight, and more than one in half of the draws.
   for name in ("devices", "microbatches", "mapped"):
     largest = len(jax.devices()) if name == "devices" else whole
     divisors = [n for n in range(1, largest + 1) if whole % n == 0]
     sizes[name] = draw(st.sampled_from(divisors))
     whole //= sizes[name]
   loop = draw(st.sampled_from(["accumulate", "scan", "unrolled"]))
-  hypothesis.assume(loop != "unrolled" or sizes["microbatches"] <= 4)  # compiles long
+  hypothesis.assume(loop != "unrolled" or sizes["microbatches"] <= 4)  # compiles slowly
   mesh = draw(st.sampled_from(["shardings", "checked", "unchecked"]))
   hypothesis.assume(mesh != "checked" or sizes["mapped"] == 1 or jax_maps_sums_over_devices())
   return Split(loop, mesh=mesh, **sizes)
 
 
 def loss_of_part(mapped, variables, part):
-  """Sum over examples, each weighted: its cotangents."""
+  """Sums the outputs over examples, weighted by cotangents."""
   x, weights = part
 
   def one(x, weights):
@@ -105,7 +104,7 @@ def loss_of_part(mapped, variables, part):
 
 
 def gradients(split, variables, batch):
-  """Takes the gradients of a batch ``[microbatches, n, ...]``, in the loop of ``split``."""
+  """Computes the gradients of a batch ``[microbatches, n, ...]`` in the loop of ``split``."""
   part = functools.partial(loss_of_part, split.mapped)
   if split.loop == "accumulate":
     return fp8.accumulate_gradients(part, variables, batch, reduction="sum")[1]
@@ -122,7 +121,7 @@ def gradients(split, variables, batch):
 
 @functools.lru_cache(maxsize=16)
 def program(split):
-  """Compiles one way to take the gradients of a batch ``[examples, ...]``."""
+  """Compiles the gradients of a batch ``[examples, ...]`` for one split."""
   mesh = jax.make_mesh((split.devices,), ("data",), axis_types=(AxisType.Auto,))
 
   def local(variables, batch):
@@ -145,12 +144,12 @@ def program(split):
 
 
 def grid(random, shape, largest, step):
-  """Draws multiples of a power of two, so that sums of products are exact."""
+  """Draws multiples of a power of two, which give exact sums of products."""
   return np.float32(step) * random.integers(-largest, largest + 1, shape).astype(np.float32)
 
 
 def draw_variables(random):
-  """Parameters, and the state after some steps, with scales that fit their tensors or don't."""
+  """Draws parameters and state, with scales that may or may not fit their tensors."""
   fresh = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, WIDTH)))
 
   def leaf(path, like):
@@ -164,7 +163,7 @@ def draw_variables(random):
 
 
 def check(split, seed):
-  """Compares a batch that is split, in another order, with the whole batch."""
+  """Compares a split and reordered batch with the whole batch."""
   random = np.random.default_rng(seed)
   variables = draw_variables(random)
   x, weights = (
@@ -177,7 +176,7 @@ def check(split, seed):
     jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
   ):
     np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
-  # It is a step of the state, and the one that the largest example alone implies.
+  # The state takes one step, with the amaxes of the largest example.
   old, new = (t[OWG]["Dense_0"]["Fp8DotGeneral_0"]["input_amax_history"] for t in (variables, got))
   np.testing.assert_array_equal(new, [np.abs(x).max(), old[2], old[0]])
 

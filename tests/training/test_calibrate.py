@@ -1,4 +1,4 @@
-"""Calibration against float64 NumPy: what is recorded, in high precision, and what it saves."""
+"""Calibration records the amaxes of a float64 model, and the first step flushes nothing."""
 
 import re
 
@@ -17,7 +17,7 @@ from tests.recipes import cases
 OWG = fp8.OVERWRITE_WITH_GRADIENT
 ROLES = {"input": "float8_e4m3fn", "kernel": "float8_e4m3fn", "output_grad": "float8_e5m2"}
 RECIPE = fp8.DelayedScaling(amax_history_len=4)
-TINY = 1e-6  # of the loss: output gradients of 1e-7, which at scale 1 are zero in E5M2
+TINY = 1e-6  # factor of the loss: output gradients of 1e-7 are zero in E5M2 at scale 1
 BATCHES = [np.float32(np.random.default_rng(i).normal(size=(4, 8)) * (i + 1)) for i in range(3)]
 
 
@@ -52,7 +52,7 @@ def dot(variables, layer):
 
 
 def met(x):
-  """Every tensor of the model in float64, by layer and role."""
+  """Returns every tensor of the model in float64, by layer and role."""
   inputs = [np.float64(x)]
   for kernel in KERNELS:
     inputs.append(inputs[-1] @ kernel)
@@ -63,7 +63,7 @@ def met(x):
 
 
 def assert_recorded(variables, layer, role, amaxes, margin=0):
-  """The history holds these amaxes, oldest first, and the scale is theirs."""
+  """Checks that the history has these amaxes, oldest first, and that the scale matches."""
   want = np.zeros(4)
   for amax in amaxes:
     want = oracle.roll(want, amax)
@@ -89,7 +89,7 @@ first_step = cases.quickly(fp8.grad(loss_fn))
 
 
 def flushed(variables):
-  """Which parameters' gradients are zero as a whole at the first step in FP8."""
+  """Returns the parameters with gradients of zero at the first step in FP8."""
   grads = first_step(variables, BATCHES[0])["params"]
   return [name for name, leaf in grads.items() if not np.any(leaf["kernel"])]
 
@@ -101,7 +101,7 @@ def test_no_gradient_of_the_first_step_is_flushed(calibrated):
   for i, tensors in enumerate(met(BATCHES[0])):
     want = tensors["input"].T @ tensors["output_grad"]
     error = np.linalg.norm(got[f"layer_{i}"]["kernel"] - want)
-    assert error < 0.15 * np.linalg.norm(want)  # E5M2's epsilon is 0.25
+    assert error < 0.15 * np.linalg.norm(want)  # the epsilon of E5M2 is 0.25
 
 
 def test_changes_nothing_but_state(calibrated):
@@ -119,7 +119,7 @@ def test_goes_on_where_the_history_was(calibrated):
 
 
 def test_forward_only_leaves_output_gradients():
-  """So it does metrics, of which there are those of earlier steps."""
+  """Metrics of output gradients keep their values too."""
   variables = fp8.add_metrics(MODEL, VARIABLES, BATCHES[0])
   old = jax.tree.map(lambda leaf: leaf + 0.5, variables[OWG])
   old = {**variables, OWG: old}
@@ -132,7 +132,7 @@ def test_forward_only_leaves_output_gradients():
   first = rows["layer_0", "input"]
   assert first.amax == dot(new, "layer_0")["input_amax"][0] == np.abs(BATCHES[0]).max()
   assert first.largest == np.abs(BATCHES[1]).max()
-  # What metrics measured, they measured at the new scale.
+  # Metrics are measured at the new scale.
   scale = np.float32(first.largest) / np.float32(448)
   x_hat, x = oracle.qdq(BATCHES[0], scale, "float8_e4m3fn"), np.float64(BATCHES[0])
   assert first.noise == pytest.approx(np.sum((x - x_hat) ** 2) / np.sum(x**2), rel=1e-4)
@@ -140,7 +140,7 @@ def test_forward_only_leaves_output_gradients():
 
 
 def test_percentile(calibrated):
-  """Of all magnitudes of a tensor; 100 is the largest."""
+  """The percentile is taken over all magnitudes of a tensor; 100 is the maximum."""
   spiked = BATCHES[0].copy()
   spiked[0, 0] = 1e4
   new = calibrate(MODEL, VARIABLES, [spiked], loss_fn, percentile=90)
@@ -176,16 +176,18 @@ def test_scales_by_the_recipe(name):
   amaxes = [float(np.abs(batch).max()) for batch in batches]
   np.testing.assert_allclose(state["input_amax_history"][::3], amaxes[::-1], rtol=1e-6)
   np.testing.assert_allclose(state["input_scale"], [reach(amaxes) / 448], rtol=1e-6)
-  # A gradient of ones throughout.
+  # All gradients are one.
   top = 448 if name == "E4M3" else 57344
   factor = {"margin": 4, "power of two": 57344 * oracle.next_power_of_two(1 / 57344)}.get(name, 1)
   np.testing.assert_allclose(state["output_grad_scale"], [factor / top], rtol=1e-6)
-  if name == "interval":  # the scale is due at the first step of training, and then each third
+  if (
+    name == "interval"
+  ):  # the scale is updated at the first step of training, and then at each third
     assert float(state["input_steps_to_update"][0]) == 0
 
 
 class Shared(nn.Module):
-  """One layer called twice: on zeros, then on the input."""
+  """One layer, called on zeros and then on the input."""
 
   @nn.compact
   def __call__(self, x):
@@ -194,7 +196,7 @@ class Shared(nn.Module):
 
 
 def test_a_layer_called_twice_has_the_maximum():
-  """Its scale too, though a call that saw zeros alone implies the old one."""
+  """So does its scale, although the call on zeros alone would keep the old scale."""
   model = Shared()
   variables = jax.jit(model.init)(jax.random.key(0), BATCHES[0])
   tiny = [1e-3 * batch for batch in BATCHES[:2]]
@@ -203,7 +205,7 @@ def test_a_layer_called_twice_has_the_maximum():
 
 
 class Scanned(nn.Module):
-  """Three layers in a scan."""
+  """Three scanned layers."""
 
   @nn.compact
   def __call__(self, x):
@@ -236,7 +238,7 @@ def test_of_batches_on_several_devices(calibrated):
 
 
 class Noisy(nn.Module):
-  """Changes variables, drops out, sows, and takes a flag."""
+  """A model with mutable variables, dropout, sow and a flag."""
 
   @nn.compact
   def __call__(self, x, train):
@@ -268,7 +270,7 @@ def test_a_nan_is_never_recorded(loss):
 
 
 def test_compiles_once_for_each_shape_and_leaves_no_trace():
-  """A loss that is compiled already, or later, is another program than the one calibrated."""
+  """Compiling the loss before or after calibration gives another program."""
   traces = []
 
   @jax.jit
@@ -279,11 +281,11 @@ def test_compiles_once_for_each_shape_and_leaves_no_trace():
   before = compiled(VARIABLES, BATCHES[0])
   traces.clear()
   new = calibrate(MODEL, VARIABLES, [*BATCHES, BATCHES[0][:2], BATCHES[1][:2]], compiled)
-  assert traces == [(4, 8), (2, 8), (2, 8)]  # the last one settles the scales
+  assert traces == [(4, 8), (2, 8), (2, 8)]  # the last call finalizes the scales
   assert float(dot(new, "layer_2")["output_grad_amax_history"][2]) > 0
   assert float(compiled(VARIABLES, BATCHES[0])) == float(before)
   exact = TINY * np.mean(np.float64(Layers(None).apply(VARIABLES, BATCHES[0])) ** 2)
-  assert abs(float(before) - exact) > 1e-4 * exact  # it was in FP8
+  assert abs(float(before) - exact) > 1e-4 * exact  # it computes in FP8
 
 
 def test_without_state_it_returns_statistics(capfd):
@@ -331,7 +333,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("-1", "params 0,
 
 @pytest.mark.parametrize("name", ["1", *SLOW])
 def test_stacks_along_any_axis(name):
-  """As along the first: the same kernels, wherever their axes are."""
+  """Stacks along other axes give the same result as along the first axis."""
   want, got = (lifts.written(each, fp8.DelayedScaling(amax_history_len=3)) for each in ("0", name))
   first = lifts.trained(want, steps=0)
   axis = {"1": 1, "-1": -1}.get(name, 0)

@@ -1,4 +1,4 @@
-"""Variables that are cast as a whole: an error that says what to do, and the way back."""
+"""Casting all variables, including FP8 state, raises an error; upgrade_variables repairs it."""
 
 import contextlib
 
@@ -20,7 +20,7 @@ DTYPES = ("bfloat16", "float16", "float64")
 
 @contextlib.contextmanager
 def cast_as_a_whole(dtype):
-  """Gives all variables in a dtype, as everyone's line for mixed precision does."""
+  """Casts all variables to a dtype, as is common for mixed precision."""
   with jax.enable_x64(dtype == "float64"):
     yield jax.tree.map(lambda x: x.astype(dtype), VARIABLES)
 
@@ -68,7 +68,7 @@ def test_upgrade_variables_casts_it_back(dtype):
       assert leaf.dtype == jnp.float32
       np.testing.assert_allclose(leaf, old, rtol=float(jnp.finfo(dtype).eps))
   mended = jax.tree.map(lambda x: x.astype(jnp.float32), mended)
-  # The scales are within a rounding: outputs differ by a rounding to FP8 at most.
+  # Scales differ by a rounding, so outputs differ at most by a rounding to FP8.
   np.testing.assert_allclose(MODEL.apply(mended, X), MODEL.apply(VARIABLES, X), atol=0.3)
   fp8.grad(loss_fn)(mended)
   fp8.freeze_for_inference(MODEL, mended, X)

@@ -1,4 +1,4 @@
-"""``check_train_step`` on loops that users write: right ones pass, wrong ones are named."""
+"""``check_train_step`` accepts correct training loops and names the errors of wrong ones."""
 
 import functools
 
@@ -36,7 +36,7 @@ def test_a_gradient_tree_that_was_divided_as_a_whole_is_named():
 
 
 def test_figures():
-  """A sum of three, a division by 65536, an average: each with its number."""
+  """Each verdict has a number: a sum of three, a division by 65536, an average."""
   right, old = np.random.default_rng(0).uniform(1, 2, (2, 4, 3)) * np.array([[1], [1], [8], [64]])
   for got, kind, seen in (
     (3 * right, "summed", "3 times the correct value"),
@@ -65,7 +65,7 @@ def test_figures():
 
 
 def test_one_known_slot_is_enough():
-  """Histories of two: of each run one value."""
+  """Histories of two slots have one known value per run."""
   right, old = np.random.default_rng(1).uniform(1, 2, (2, 4, 1)) * np.array([[1], [1], [8], [64]])
   for got, kind in (
     (2 * right, "summed"),
@@ -86,7 +86,7 @@ LIFTED += [("params for all, state 1", 1)]
   [LIFTED[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in LIFTED[1:])],
 )
 def test_stacks_along_any_axis(name, length):
-  """Histories of one slot are judged by the kernels; three is the length of a stack, too."""
+  """Histories of one slot are compared with kernels. Some stacks have the size of a history."""
   model = lifts.written(name, fp8.DelayedScaling(amax_history_len=length))
   variables = lifts.trained(model)
 
@@ -161,7 +161,7 @@ class TestErrors:
       fp8.check_train_step(lambda state, _: (state, 0.0), VARIABLES, BATCH)
 
   def test_step_skips(self):
-    """The first one trains; with planted state it does not."""
+    """The step trains at first, but skips with planted state."""
 
     def step(variables, batch):
       grow = lambda x: jnp.where(

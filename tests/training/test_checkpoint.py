@@ -1,4 +1,4 @@
-"""What was saved comes back, on any mesh; what can't is refused, and the old one is never lost."""
+"""Checkpoints restore exactly, on any mesh, or raise an error; the old one is never lost."""
 
 import shutil
 
@@ -21,7 +21,7 @@ STATE_PATHS = f"*{OWG}/*"
 
 
 def make_state(cls):
-  """A state after one step, so that no leaf is what initialization made it."""
+  """Returns a state after one step, so that no leaf has its initial value."""
   model = nn.Dense(64, dot_general_cls=cls)
   variables = {**model.init(jax.random.key(0), X), "batch_stats": {"none": {}, "mean": jnp.ones(3)}}
   tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
@@ -46,7 +46,7 @@ def equal(a, b):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-  """An FP8 checkpoint, only read."""
+  """An FP8 checkpoint for read-only use."""
   fp8.save_checkpoint(directory := tmp_path_factory.mktemp("fp8") / "new", FP8)
   return directory
 
@@ -91,7 +91,7 @@ class TestRoundTrip:
 
 
 def place(tree, devices):
-  """Shardings over the last axis of all that divides by four: state, parameters and moments."""
+  """Returns shardings over the last axis of each leaf if it divides by four."""
   mesh = Mesh(np.array(jax.devices()[:devices]), ("x",))
   spec = lambda leaf: PartitionSpec(*(None,) * (leaf.ndim - 1), "x")
   divides = lambda leaf: leaf.ndim and leaf.shape[-1] % 4 == 0
@@ -102,7 +102,7 @@ def place(tree, devices):
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
-  """A checkpoint from four devices, only read."""
+  """A checkpoint from four devices for read-only use."""
   state = jax.device_put(FP8, place(FP8, 4))
   (state_leaves,) = state.params[OWG].values()
   moments = state.opt_state[1][0].mu["kernel"]
@@ -113,7 +113,7 @@ def sharded(tmp_path_factory):
 
 
 class TestMeshes:
-  """Saved from four devices, and read by four, two and one."""
+  """Saves from four devices, and restores to four, two and one."""
 
   @pytest.mark.parametrize("devices", [4, 2, 1])
   @pytest.mark.parametrize("concrete", [True, False], ids=["arrays", "shapes"])

@@ -1,4 +1,4 @@
-"""What can't come back is refused before anything is written."""
+"""Leaves that can't be restored raise an error before anything is written."""
 
 import collections
 
@@ -65,7 +65,7 @@ def test_targets_whose_paths_are_the_same(tmp_path):
 
 
 def test_kept(tmp_path):
-  """Keys and containers of all sorts, each leaf with a value of its own."""
+  """Saves all kinds of keys and containers; all leaves have different values."""
   leaf = lambda n: jnp.arange(2.0) + 10 * n
   state = {
     "empty": {"": leaf(0)},

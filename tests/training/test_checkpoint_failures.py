@@ -1,4 +1,4 @@
-"""Damaged checkpoints, killed and competing writers, full disks: refused, and nothing is lost."""
+"""Damaged checkpoints, killed and concurrent writers, and full disks lose no data."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ def equal(a, b):
 
 
 def child(script, directory, *arguments):
-  """The command and environment of a script, which knows ``directory``, in a process of its own."""
+  """Returns the command and environment of a child process; its script has ``directory``."""
   head = "import os, shutil, signal\nfrom pathlib import Path\nimport numpy as np\n"
   head += f"import flax_fp8 as fp8\ndirectory = {str(directory)!r}\n"
   environment = {**os.environ, "PYTHONPATH": str(Path(fp8.__file__).parents[1])}
@@ -36,7 +36,7 @@ def run_child(script, directory, **options):
 
 
 def run_children(script, directory):
-  """Runs two at once, as ``0`` and ``1``; gives what they print."""
+  """Runs two children at once, with arguments ``0`` and ``1``; returns their outputs."""
   pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
   children = [subprocess.Popen(**child(script, directory, f"{i}"), **pipes) for i in (0, 1)]
   try:
@@ -49,12 +49,12 @@ def run_children(script, directory):
 
 
 def noise(seed, size=64):
-  """Bytes that zstd can't compress, so that it stores them as they are, without a checksum."""
+  """Returns bytes that zstd can't compress, so it stores them unchanged, without a checksum."""
   return np.random.default_rng(seed).integers(0, 256, (size, size), np.uint8)
 
 
 def data_file(checkpoint):
-  """The file of the arrays that are too large for the index."""
+  """Returns the file of arrays that are too large for the index."""
   return max(checkpoint.rglob("d/*"), key=lambda path: path.stat().st_size)
 
 
@@ -82,7 +82,7 @@ class TestDamage:
     assert np.count_nonzero(got["noise"] != noise(0)) == 1
 
   def test_half_a_checkpoint(self, tmp_path):
-    """Each file in turn is missing: an error, or no bit is lost without it."""
+    """A missing file gives an error, or does not change the result."""
     script = """
       kernel = np.random.default_rng(0).normal(size=(64, 64))  # too large for the index to hold
       state = {"kernel": kernel, "scale": np.ones(1, np.float32)}
@@ -111,7 +111,7 @@ class TestDamage:
 
 @pytest.mark.skipif(os.name != "posix", reason="limits and locks are POSIX's")
 class TestFailures:
-  """What was there before stays."""
+  """The old checkpoint stays."""
 
   def test_a_full_disk(self, tmp_path):
     state = {"noise": noise(0)}
@@ -140,7 +140,7 @@ class TestFailures:
 
   @pytest.mark.parametrize("overwrite", [True, False])
   def test_another_program_is_saving(self, overwrite, tmp_path, monkeypatch):
-    """In the middle of a save a process of its own tries the same."""
+    """A child process tries to save during a save."""
     script = f"""
       try:
         fp8.save_checkpoint(directory, {{"noise": np.zeros(3)}}, overwrite={overwrite})
@@ -162,7 +162,7 @@ class TestFailures:
 
   @pytest.mark.slow
   def test_two_programs_at_once(self, tmp_path):
-    """They begin at the same moment: one saves, or both do, one after the other."""
+    """If both start at the same time, one saves, or both save one after the other."""
     script = """
       import sys, time
       state = {f"{i}": np.full((512, 512), float(sys.argv[1])) for i in range(8)}
@@ -183,7 +183,7 @@ class TestFailures:
 
   @pytest.mark.slow
   def test_a_program_of_two_processes(self, tmp_path):
-    """Both save, restore, and see a flipped bit in what they hold; one process reads it all."""
+    """Both save, restore, and detect a flipped bit in their shards; one process reads all."""
     with socket.socket() as probe:
       probe.bind(("127.0.0.1", 0))
       address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -231,7 +231,7 @@ class TestFailures:
     ids=["new", "old"],
   )
   def test_killed(self, tmp_path, killed_by, survives):
-    """Before the new checkpoint is renamed into place, and while the old one is deleted."""
+    """Kills before the new checkpoint is renamed, and while the old one is deleted."""
     fp8.save_checkpoint(tmp_path, {"kernel": jnp.zeros((64, 64))})
     script = f"""
       die = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
@@ -240,7 +240,7 @@ class TestFailures:
     """
     child = run_child(script, tmp_path)
     assert child.returncode == -signal.SIGKILL, child.stderr
-    assert len(list(tmp_path.iterdir())) == 2  # the old one, and the new one or what there is of it
+    assert len(list(tmp_path.iterdir())) == 2  # the old checkpoint, and the new one or a part of it
     target = {"kernel": jnp.full((64, 64), 2.0)}
     got, *_ = fp8.restore_checkpoint(tmp_path, target)
     np.testing.assert_array_equal(got["kernel"], np.full((64, 64), survives))

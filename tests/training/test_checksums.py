@@ -1,4 +1,4 @@
-"""Every bit of a leaf counts, and who holds it does not."""
+"""Checksums depend on every bit of a leaf, but not on its sharding."""
 
 import json
 

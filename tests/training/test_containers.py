@@ -1,4 +1,4 @@
-"""Whatever takes variables and returns them keeps the type of every mapping among them."""
+"""Functions that return variables keep the type of every mapping in them."""
 
 import flax.linen as nn
 import flax.linen.fp8_ops as reference
@@ -33,7 +33,7 @@ containers = parametrized(CONTAINERS)
 
 
 def loss_fn(variables, x=X):
-  # Linen takes dict and FrozenDict; what else a user has, he hands it as one of these.
+  # Linen takes dict and FrozenDict only, so users convert other mappings to one of these.
   return jnp.mean(MODEL.apply(plain(variables), x) ** 2)
 
 

@@ -1,4 +1,4 @@
-"""Variables without their FP8 state."""
+"""``downgrade_variables`` removes only FP8 state."""
 
 import flax.core
 import flax.linen as nn

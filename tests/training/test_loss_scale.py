@@ -1,4 +1,4 @@
-"""Loss scaling: Flax's arithmetic, a hand-written oracle's too, and FP8 state left as it is."""
+"""Loss scaling follows Flax and a scalar oracle, and does not divide FP8 state."""
 
 import functools
 
@@ -39,9 +39,9 @@ def equal(a, b):
 
 
 def seed_scaler(finite, *, scale, growth, backoff, interval):
-  """Growth, backoff and interval in scalar Python; yields the scale after each step.
+  """Implements growth, backoff and interval in scalar Python; yields the scale after each step.
 
-  The scale grows with the ``interval``-th finite step in a row.
+  The scale grows at the ``interval``-th consecutive finite step.
   """
   since = 0
   for is_finite in finite:
@@ -67,7 +67,7 @@ FINITE = [1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 1]
   ids=["plain", "factors", "minimum"],
 )
 def test_follows_flax_and_the_oracle(fields):
-  """The oracle grows with the n-th finite step, Flax with the one after its interval."""
+  """The oracle grows at the n-th finite step, and Flax at the step after its interval."""
   ours, theirs = fp8.DynamicScale(**fields), reference.DynamicScale(**fields)
   step = jax.jit(lambda scale, p, finite: scale.value_and_grad(lambda p: p / finite)(p))
   oracle = seed_scaler(
@@ -101,7 +101,7 @@ def scaled(cls, variables=VARIABLES, recipe=RECIPE, scale=SCALE):
 
 
 def test_state_is_that_of_the_scaled_loss():
-  """Its new value, bit for bit; parameters' gradients are divided. Flax's class divides both."""
+  """Only gradients of parameters are divided. Flax's class divides state too."""
   _, finite, loss, grads = scaled(fp8.DynamicScale)
   want, new = jax.jit(fp8.value_and_grad(lambda v: SCALE * loss_fn(v)))(VARIABLES)
   assert bool(finite)
@@ -124,7 +124,7 @@ def test_finite_is_asked_of_parameters_alone():
 
 
 def test_arguments_of_value_and_grad():
-  """Several arguments, an auxiliary output, and a loss of float16, scaled in float32."""
+  """Covers several arguments, an auxiliary output, and a float16 loss scaled in float32."""
   fun = lambda a, b, c: ((a * b * c).astype(jnp.float16), {"seen": c})
   run = fp8.DynamicScale(scale=2.0**10).value_and_grad(fun, argnums=(0, 2), has_aux=True)
   _, finite, (loss, aux), grads = run(jnp.float32(2), jnp.float32(3), jnp.float32(50))
@@ -133,7 +133,7 @@ def test_arguments_of_value_and_grad():
 
 
 def test_over_a_mapped_axis():
-  """Gradients are averaged, state becomes the maximum, and one bad part is bad for all."""
+  """Averages gradients, takes the maximum of state, and is finite only if all parts are."""
   grads = {"params": jnp.array([[2.0, 4.0], [6.0, 8.0]]), OWG: jnp.array([[1.0, 5.0], [3.0, 2.0]])}
   run = jax.vmap(lambda g: fp8.DynamicScale(scale=2.0).unscale(g, "i"), axis_name="i")
   scale, finite, got = run(grads)
@@ -145,7 +145,7 @@ def test_over_a_mapped_axis():
 
 
 def test_on_devices():
-  """Inside an unchecked shard_map: the gradients and amaxes of the whole batch."""
+  """Inside an unchecked shard_map, gradients and amaxes are those of the whole batch."""
 
   def local(variables, x):
     run = fp8.DynamicScale(scale=SCALE).value_and_grad(loss_fn, axis_name="data")
@@ -160,13 +160,13 @@ def test_on_devices():
   for role in ("input", "kernel"):
     name = f"{role}_amax_history"
     equal(*(g[OWG]["Fp8DotGeneral_0"][name] for g in (grads, want)))
-  # E5M2, of output gradients that are four times as large as those of the whole batch.
+  # Output gradients in E5M2 are four times as large as those of the whole batch.
   a, b = (np.ravel(g["params"]["kernel"]) for g in (grads, want))
   assert np.linalg.norm(a - b) < 0.1 * np.linalg.norm(b)
 
 
 class State(fp8.TrainState):
-  """With the loss scale in it, so that checkpoints have it."""
+  """A training state with the loss scale, so that checkpoints contain it."""
 
   dynamic_scale: fp8.DynamicScale
 
@@ -192,7 +192,7 @@ def train_step(state, x):
 
 
 def test_a_run_that_overflows_backs_off_and_grows_again():
-  """float16 overflows in the backward pass of the first steps: they are not taken."""
+  """The first steps overflow in the float16 backward pass and are skipped."""
   state, scales = create(scale=2.0**24), []
   for _ in range(14):
     before = state
@@ -209,7 +209,7 @@ def test_a_run_that_overflows_backs_off_and_grows_again():
 
 
 def test_microbatches_are_unscaled_once():
-  """``unscale`` after ``accumulate_gradients``, as documented: the whole batch's, in both modes."""
+  """``unscale`` after ``accumulate_gradients`` gives the gradients of the whole batch."""
   scale, halves = fp8.DynamicScale(scale=SCALE), X.reshape(2, -1, X.shape[-1])
 
   @jax.jit
@@ -239,7 +239,7 @@ def test_microbatches_are_unscaled_once():
 
 
 def test_round_trips(tmp_path):
-  """State dict and checkpoint: the scale, its steps, and the count of skipped steps."""
+  """A state dict and a checkpoint keep the scale, its steps, and the skipped steps."""
   state = train_step(train_step(create(scale=2.0**24), X)[0], X)[0]
   assert int(state.skipped_steps) == 2
   equal(serialization.from_state_dict(create(), serialization.to_state_dict(state)), state)
@@ -249,7 +249,7 @@ def test_round_trips(tmp_path):
 
 
 def saturated_after_growth(recipe):
-  """Part of the output gradients that saturate in the step after the scale has doubled."""
+  """Returns the fraction of output gradients that saturate after the scale doubled."""
   variables = fp8.add_metrics(layer(recipe), layer(recipe).init(jax.random.key(0), X), X)
   for scale in (SCALE, SCALE, 2 * SCALE, 2 * SCALE):
     grads = scaled(fp8.DynamicScale, variables, recipe, scale).grad
@@ -263,7 +263,7 @@ def saturated_after_growth(recipe):
   ids=["plain", "margin", "overflow"],
 )
 def test_the_step_after_growth(fields, saturates):
-  """For that one step a delayed scale is too small by half, unless something is done."""
+  """For one step, a delayed scale is half of what is needed, unless an option prevents it."""
   _, before, grown, after = saturated_after_growth(fp8.DelayedScaling(amax_history_len=4, **fields))
   assert (before, after) == (0.0, 0.0)
   assert (grown > 0.1) == saturates

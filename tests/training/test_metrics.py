@@ -1,4 +1,4 @@
-"""Metrics of whole models: where they are made, how they travel, how they go away."""
+"""Metrics of whole models: adding, updating and removing them."""
 
 import flax.core
 import flax.linen as nn
@@ -21,7 +21,7 @@ LEAVES = {f"{role}_{name}" for role in ("input", "kernel", "output_grad") for na
 
 
 class Model(nn.Module):
-  """Two scanned layers, then one called twice."""
+  """Two scanned layers, then a layer called twice."""
 
   recipe: fp8.Recipe
   collections: tuple[str, ...] = ("params", OWG)
@@ -59,7 +59,7 @@ def test_added_and_dropped(name, wrap):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_travel_through_a_train_state(name):
-  """A layer called twice has the larger; each of a stack its own."""
+  """A layer called twice has the larger value, and each stacked layer its own."""
   model = Model(RECIPES[name])
   variables = jax.jit(model.init)(jax.random.key(0), X)
   loss_fn = lambda v: jnp.mean(model.apply(v, X) ** 2)

@@ -1,4 +1,4 @@
-"""Kernels are quantized once for all microbatches: the same bits, and not in the loop."""
+"""Kernels are quantized once, outside the loop over microbatches, with equal results."""
 
 import functools
 
@@ -18,7 +18,7 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(MICROBATCHES, 4, 32)), jnp
 
 
 class Block(nn.Module):
-  """An MLP, as a step of a scan."""
+  """An MLP as the body of a scan."""
 
   cls: object
 
@@ -29,7 +29,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-  """Two blocks: alike, scanned, or computed again."""
+  """Two blocks: plain, scanned, or with remat."""
 
   recipe: object
   lift: str = ""
@@ -73,7 +73,7 @@ def step(model, variables):
 
 
 def train(model, steps=2):
-  """Some steps; scales of the second use all of the format's range."""
+  """Runs some steps; from the second step on, scales use the whole range of the format."""
   variables, seen = model.init(jax.random.key(0), X[0]), []
   for _ in range(steps):
     seen.append(jax.jit(functools.partial(step, model))(variables))
@@ -83,7 +83,7 @@ def train(model, steps=2):
 
 
 def each_time(monkeypatch):
-  """Kernels are quantized for each microbatch."""
+  """Disables the optimization: kernels are quantized for each microbatch."""
   as_it_is = lambda fun, variables, _: functools.partial(fun, variables)
   monkeypatch.setattr(accumulate, "kernels_first", as_it_is)
 
@@ -105,7 +105,7 @@ def test_the_bits_of_quantizing_each_time(monkeypatch, model):
 
 
 def casts_of_kernels(jaxpr, in_loop=False):
-  """How often something of a kernel's size is cast to FP8 in the loop over microbatches."""
+  """Counts casts to FP8 of arrays with the size of a kernel in the loop over microbatches."""
   count = 0
   for equation in jaxpr.eqns:
     name, given = equation.primitive.name, equation.params
@@ -120,7 +120,7 @@ def casts_of_kernels(jaxpr, in_loop=False):
   return count
 
 
-PADDED = ("block", "mxfp8")  # what is cast has other sizes than the tensor
+PADDED = ("block", "mxfp8")  # the cast arrays have other sizes than the tensor
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in PADDED])
@@ -145,7 +145,7 @@ def test_a_loss_that_prints(capfd):
 
 
 def test_what_a_loss_closes_over():
-  """Arrays of an enclosing jit, which the loss sees and is not given."""
+  """The loss closes over arrays of an enclosing jit."""
   model = CASES["unrolled"]
   variables = model.init(jax.random.key(0), X[0])
 

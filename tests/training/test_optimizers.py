@@ -1,4 +1,4 @@
-"""Optimizers of Optax that take more than gradients, or wrap others: they see parameters alone."""
+"""Optax optimizers with extra arguments or wrappers see only parameters."""
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ CLS = fp8.DelayedScaling(amax_history_len=4).dot_general_cls
 
 
 class Model(nn.Module):
-  """A layer in float32, which has an optimum, beside one in FP8."""
+  """A float32 layer with a known optimum, and an FP8 layer."""
 
   @nn.compact
   def __call__(self, x):
@@ -29,14 +29,14 @@ VARIABLES = jax.jit(MODEL.init)(jax.random.key(0), X)
 
 
 def loss_fn(variables, apply=MODEL.apply):
-  """Convex: least squares of the one layer; the other's parameters are to be 1."""
+  """A convex loss: least squares of the float32 layer, and FP8 parameters near 1."""
   plain, through_fp8 = apply(variables, X)
   others = sum(jnp.sum((x - 1) ** 2) for x in jax.tree.leaves(variables["params"]["fp8"]))
   return jnp.mean((plain - Y) ** 2) + others + 0.0 * jnp.sum(through_fp8)
 
 
 def best():
-  """The optimum, by NumPy in float64."""
+  """Returns the optimum, computed by NumPy in float64."""
   x = np.concatenate([np.asarray(X, np.float64), np.ones((16, 1))], axis=1)
   solution = np.linalg.lstsq(x, np.asarray(Y, np.float64), rcond=None)[0]
   plain = {"kernel": solution[:-1], "bias": solution[-1]}
@@ -61,7 +61,7 @@ def close(params, expected, atol=2e-3):
 
 
 def moved(state, steps):
-  """FP8 state took one step with each of the parameters, and no more in a line search."""
+  """Checks that FP8 state took one step per update, and none in a line search."""
   history = np.asarray(state.params[OWG]["fp8"]["Fp8DotGeneral_0"]["input_amax_history"])
   assert np.count_nonzero(history) == min(steps, 4)
   assert set(history[history > 0]) == {np.abs(X).max()}

@@ -1,4 +1,4 @@
-"""Paths of leaves, and differences in words."""
+"""Paths of leaves, and texts of differences."""
 
 import flax.core
 import flax.linen as nn

@@ -1,6 +1,6 @@
-"""Averages of parameters, and layers that stay as they are: FP8 state goes on as ever.
+"""FP8 state stays correct with averaged parameters and frozen layers.
 
-What is right comes from a run of the plain loop, and from NumPy.
+Expected values come from NumPy and from a run of the plain loop.
 """
 
 import functools
@@ -22,7 +22,7 @@ DECAY = 0.9
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(tx):
-  """Some steps of the plain loop, an average of parameters beside; every state, stacked."""
+  """Runs some steps with an average of parameters; returns all states, stacked."""
 
   def step(carry, _):
     state, ema = carry
@@ -45,7 +45,7 @@ def last(tree):
 
 
 class TestAverages:
-  """The average is of ``params["params"]``; it is evaluated with the state of now."""
+  """Averages ``params["params"]``, and evaluates the average with the current state."""
 
   def test_incremental_update(self):
     self.check(last(plain()[1]))
@@ -68,7 +68,7 @@ class TestAverages:
     out = MODEL.apply({**last(variables), "params": ema}, BATCH["x"])
     layer = lambda x, name: x @ np.float64(ema[name]["kernel"]) + np.float64(ema[name]["bias"])
     exact = layer(np.tanh(layer(np.float64(BATCH["x"]), "up")), "down")
-    # Parameters below those that the state saw are within its range; what is left is E4M3's error,
+    # Smaller parameters than the recorded ones do not saturate. The rest is the error of E4M3,
     # 2**-4 of each factor of the two products.
     np.testing.assert_allclose(out, exact, atol=4 * 2.0**-4 * np.abs(exact).max())
 
@@ -84,14 +84,14 @@ TRANSFORMS = {
 
 
 class TestFreezing:
-  """A frozen layer's kernel has one amax; its input and output gradient have those of each step."""
+  """The kernel of a frozen layer has one amax; its input and output gradient change."""
 
   @pytest.mark.parametrize("name", TRANSFORMS)
   def test_by_the_optimizer(self, name):
     self.check(run(TRANSFORMS[name])[0])
 
   def test_by_differentiating_a_part(self):
-    """Gradients for some parameters and for the whole state."""
+    """Differentiates some parameters and the whole state."""
     tx = optax.adam(1e-2)
 
     def step(carry, _):
@@ -118,7 +118,7 @@ class TestFreezing:
       np.testing.assert_array_equal(kept, np.broadcast_to(value, kept.shape))
     assert np.all(np.ptp(variables["params"]["down"]["kernel"], axis=0) > 0)
     states = variables[OWG]["up"]["Fp8DotGeneral_0"]
-    # Slot 0 is the newest; the kernel's is that of the kernel that never changes.
+    # Slot 0 is the newest. The kernel never changes, so its amax is constant.
     kernel = np.abs(frozen["kernel"]).max()
     np.testing.assert_array_equal(states["kernel_amax_history"][:, 0], np.full(STEPS, kernel))
     inputs = np.abs(BATCH["x"]).max()
@@ -126,7 +126,7 @@ class TestFreezing:
     np.testing.assert_allclose(states["input_scale"][1:, 0], inputs / 448, rtol=1e-6)
     grads = states["output_grad_amax_history"]
     assert np.all(np.diff(grads[:, 0]) != 0)
-    # Each step, every amax of before is one slot older.
+    # Each step makes every older amax one slot older.
     np.testing.assert_array_equal(
       np.roll(grads, -1, axis=1)[1:, :-1], np.roll(grads, -1, 1)[:-1, 1:]
     )

@@ -1,7 +1,7 @@
-"""Pipelined stages see each microbatch once, and bubbles never: the state is as without pipeline.
+"""FP8 state with a pipeline equals the state without: bubbles do not change it.
 
-Data are multiples of powers of two, as in ``test_algebra.py``: no sum is rounded, so that states
-are compared bit for bit.
+Data are multiples of powers of two, as in ``test_algebra.py``. So no sum is rounded, and states are
+compared bit for bit.
 """
 
 import flax.linen as nn
@@ -20,7 +20,7 @@ STAGES, MICROBATCHES, BATCH, WIDTH = 4, 6, 2, 4
 
 
 class Stage(nn.Module):
-  """Two layers; with biases, so that a bubble's zeros would not stay zeros."""
+  """Two layers with biases, so that the zeros of a bubble would not stay zeros."""
 
   @nn.compact
   def __call__(self, x):
@@ -31,12 +31,12 @@ class Stage(nn.Module):
 
 
 def draw(largest):
-  """Multiples of a half, at most ``largest / 2``; few, so that values stay small."""
+  """Draws multiples of 1/2 up to ``largest / 2``, so that values stay small."""
   return lambda key, shape, dtype: jax.random.randint(key, shape, 0, largest + 1).astype(dtype) / 2
 
 
 class Skipped(nn.Module):
-  """A stage that passes on what it gets where there is no microbatch."""
+  """A stage that returns its input unchanged if there is no microbatch."""
 
   @nn.compact
   def __call__(self, x, busy):
@@ -44,7 +44,7 @@ class Skipped(nn.Module):
 
 
 class Pipeline(nn.Module):
-  """At turn t, stage s has microbatch t - s; every stage passes its output on to the next."""
+  """At turn t, stage s computes microbatch t - s and passes its output to the next stage."""
 
   @nn.compact
   def __call__(self, microbatches):
@@ -66,7 +66,7 @@ class Pipeline(nn.Module):
 
 
 class InOrder(nn.Module):
-  """The same stages one after the other, with the same variables."""
+  """Runs the same stages in sequence, with the same variables."""
 
   @nn.compact
   def __call__(self, x):
@@ -77,7 +77,7 @@ class InOrder(nn.Module):
 
 
 random = np.random.default_rng(0)
-# Negative: what a first layer makes of them is less than its biases, which a bubble's zeros become.
+# Negative inputs give smaller outputs than the biases, which are the outputs of a bubble.
 X = random.integers(-3, 0, (MICROBATCHES, BATCH, WIDTH)).astype(np.float32)
 X *= np.array([1, 1, 2, 0.5, 1, 0.5], np.float32).reshape(-1, 1, 1)
 C = random.integers(-1, 2, X.shape).astype(np.float32) / 2

@@ -1,4 +1,4 @@
-"""Partition, update, differentiate: FP8 state in trees of every shape."""
+"""Partitioning, updating and differentiating trees with FP8 state."""
 
 import flax.core
 import flax.linen as nn
@@ -117,7 +117,7 @@ class TestValueAndGrad:
 
   @pytest.mark.parametrize("check_vma", [True, False])
   def test_inside_shard_map(self, check_vma):
-    """Differentiated inside the mapped function, every device holds the global state."""
+    """Differentiates inside the mapped function; every device has the global state."""
     layer = nn.Dense(8, use_bias=False, dot_general_cls=fp8.Fp8DotGeneral)
     variables = layer.init(jax.random.key(0), X)
 
@@ -143,7 +143,7 @@ class TestValueAndGrad:
         differentiate(variables)
 
   def test_casting_inside_an_unchecked_shard_map(self):
-    """The cure that the error message names."""
+    """Follows the advice of the error message."""
     layer = nn.Dense(8, use_bias=False, dot_general_cls=fp8.Fp8DotGeneral)
     variables = layer.init(jax.random.key(0), X)
 
@@ -239,7 +239,7 @@ class TestApplyUpdates:
 
 
 class Paths(nn.Module):
-  """Layers on one path, on two, on none that has a gradient, and in a loop."""
+  """Layers on one path, on two paths, on a path without gradient, and in a loop."""
 
   @nn.compact
   def __call__(self, x):
@@ -251,7 +251,7 @@ class Paths(nn.Module):
 
 
 class Step(nn.Module):
-  """A layer as the step of a scan."""
+  """A layer as the body of a scan."""
 
   @nn.compact
   def __call__(self, x, _):
@@ -278,7 +278,7 @@ def test_what_no_path_used_stays(differentiate):
 TEACHER = {
   "jax.grad": lambda state, loss: jax.grad(loss(MODEL.apply)),
   "jax.grad of apply_fn": lambda state, loss: jax.grad(loss(state.apply_fn)),
-  # JAX returns arrays of extended dtypes from stop_gradient as they are.
+  # JAX's stop_gradient returns arrays of extended dtypes unchanged.
   "fp8.grad": lambda state, loss: fp8.grad(loss(MODEL.apply)),
 }
 

@@ -1,4 +1,4 @@
-"""The table that state tells: its figures, names, text and picture."""
+"""The table of ``stats``: numbers, names, text and plot."""
 
 import math
 import sys
@@ -16,7 +16,7 @@ OWG = fp8.OVERWRITE_WITH_GRADIENT
 
 
 def tensor(role, amaxes, scale, stack=(), **metrics):
-  """State of a tensor whose amaxes were these, newest first."""
+  """Returns the state of a tensor with the given amaxes, newest first."""
   newest, *older = amaxes
   history = np.array([newest, *reversed(older)], np.float32)
   leaves = {"scale": np.array([scale]), "amax_history": history}
@@ -49,7 +49,7 @@ def test_figures():
   assert first.scale == pytest.approx(1 / 448)
   assert math.isnan(first.sqnr)
   assert second.headroom == pytest.approx(2, abs=1e-6)
-  assert math.isnan(second.jump)  # nothing is older
+  assert math.isnan(second.jump)  # no older amax
   assert second.sqnr == pytest.approx(30)
   by_name = stats.scalars()
   assert by_name["Dense_0/output_grad/saturated"] == 0.25
@@ -64,7 +64,7 @@ def test_the_format_sets_the_range():
 
 
 def test_exact_values_and_unused_state():
-  """No path came: the gradient of a scale is zero, or all of it is -inf."""
+  """Unused state has a scale of zero, or is -inf."""
   exact = tensor("input", [1.0, 1.0], 1.0, noise=0.0, amax=1.0)
   unused = tensor("kernel", [0.0, 0.0], 0.0) | tensor("output_grad", [-np.inf], -np.inf)
   rows = fp8.stats({OWG: {"layer": exact | unused}}).rows
@@ -78,7 +78,7 @@ def test_stacked_layers_have_a_row_each():
   experts = tensor("input", [2.0, 1.0], 1.0, (2, 2))
   kernel = stacked["kernel_amax_history"].at[2, 0].set(7.0)
   tree = {
-    "params": {"twin": {OWG: tensor("input", [1.0], 1.0)}},  # nested: state of a twin
+    "params": {"twin": {OWG: tensor("input", [1.0], 1.0)}},  # nested state
     OWG: {
       "layers": {
         "attention": {"query": {"Fp8DotGeneral_0": {**stacked, "kernel_amax_history": kernel}}},
@@ -101,7 +101,7 @@ def test_stacked_layers_have_a_row_each():
 @pytest.mark.parametrize("length", [1, 3, 4])
 @pytest.mark.parametrize("stack", [(3,), (3, 2), (4, 1), (1, 4)], ids=str)
 def test_stacks_along_any_axis(stack, length):
-  """Scales and histories say together which axis is whose, also where sizes are alike."""
+  """Scales and histories together determine the stacking axes, even if sizes are equal."""
   state = tensor("kernel", range(1, length + 1), 0.5, stack, amax=1.0, noise=0.25)
   index = np.arange(np.prod(stack), dtype=np.float32).reshape(*stack, 1)
   state = {name: leaf + index for name, leaf in state.items()}
@@ -117,7 +117,7 @@ def test_stacks_along_any_axis(stack, length):
 
 @pytest.mark.parametrize("name", ["1", "-1", "-2", "1 in 0", "params 1, state 0", "vmap in scan 1"])
 def test_models_lifted_along_any_axis(name):
-  """Each row has the amax of its own layer's kernel."""
+  """Each row has the amax of the kernel of its own layer."""
   recipe = fp8.DelayedScaling(amax_history_len=5)
   variables = lifts.trained(lifts.written(name, recipe))
   rows = [row for row in fp8.stats(variables).rows if row.role == "kernel" and "up" in row.layer]
@@ -166,7 +166,7 @@ def test_text(monkeypatch):
 
 
 def test_of_the_gradient_of_state_cast_outside():
-  """fp32_max_grad, as differentiating the cast variables themselves gives it."""
+  """The gradient of cast variables is fp32_max_grad."""
   cast = fp8.as_max_grad(VARIABLES)
   assert fp8.stats(cast).scalars() == fp8.stats(VARIABLES).scalars()
 
@@ -179,7 +179,7 @@ def test_plot():
   np.testing.assert_array_equal(line.get_xydata(), [[-3, 1], [-2, 4], [-1, 2], [0, 8]])
   assert limit.get_ydata()[0] == pytest.approx(1)
   assert first.get_yscale() == "log"
-  np.testing.assert_array_equal(second.lines[0].get_xydata(), [[0, 1]])  # what was recorded
+  np.testing.assert_array_equal(second.lines[0].get_xydata(), [[0, 1]])  # the recorded amaxes
   figure.canvas.draw()
 
 

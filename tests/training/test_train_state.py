@@ -1,4 +1,4 @@
-"""The swap-in ``TrainState`` against Flax's, and what it must not touch."""
+"""``TrainState`` against Flax's, and what it must not change."""
 
 import flax.linen as nn
 import jax
@@ -18,7 +18,7 @@ CLS = fp8.DelayedScaling(amax_history_len=4).dot_general_cls
 
 
 class Model(nn.Module):
-  """An FP8 layer, a batch norm, and an ordinary layer."""
+  """An FP8 layer, a batch norm, and a plain layer."""
 
   @nn.compact
   def __call__(self, x, train=False):
@@ -49,7 +49,7 @@ def equal(a, b):
 
 
 def test_two_applies_of_one_model_keep_state_finite():
-  """A discriminator on real and fake, with plain ``jax.grad``: its amax doubled each step."""
+  """A discriminator on real and fake data with ``jax.grad`` must not double its amax."""
   state = create()
 
   @jax.jit
@@ -64,7 +64,7 @@ def test_two_applies_of_one_model_keep_state_finite():
 
 
 def test_variables_of_several_models():
-  """The optimizer gets the parameters of each, and no state; each is trained as if alone."""
+  """The optimizer gets only parameters; each model trains as if it were alone."""
   both = {"one": VARIABLES, "two": {"deep": jax.tree.map(lambda leaf: leaf, VARIABLES)}}
   tx = optax.sgd(0.1)
   state = fp8.TrainState.create(apply_fn=MODEL.apply, params=both, tx=optax.adam(0.1))
@@ -96,7 +96,7 @@ def test_state_that_an_optimizer_would_get_is_refused():
 
 
 def test_parameters_follow_flax_exactly():
-  """Parameters and optimizer state are those that Flax gets from the parameters alone."""
+  """Parameters and optimizer state equal those of Flax with only parameters."""
   ours = create()
   theirs = reference.TrainState.create(apply_fn=None, params=VARIABLES["params"], tx=TX)
   for _ in range(3):
@@ -177,7 +177,7 @@ def test_evaluation_through_apply_fn():
 
 
 def test_updating_batch_statistics():
-  """The usual pattern: mutable statistics come back beside the loss, and go in by ``replace``."""
+  """Mutable statistics are an auxiliary output of the loss, and go in by ``replace``."""
   state = create()
 
   def loss(variables):
@@ -230,7 +230,7 @@ class TestRefusals:
 
 
 class TestSkipNonfinite:
-  """A step with a gradient that is not finite is as if it had not been."""
+  """A step with a nonfinite gradient changes nothing."""
 
   NAN = X.at[0, 0].set(jnp.nan)
 
@@ -248,7 +248,7 @@ class TestSkipNonfinite:
 
   @pytest.mark.parametrize("spoil", ["params", OWG])
   def test_parameters_decide_alone(self, spoil):
-    """An infinity among the gradients of parameters; in state there is none, and none is sought."""
+    """Only gradients of parameters are tested for nonfinite values, not state."""
     grads = jax.tree.map(jnp.ones_like, VARIABLES)
     first = jax.tree.leaves(grads[spoil])[0]
     grads[spoil] = jax.tree.map(
@@ -259,7 +259,7 @@ class TestSkipNonfinite:
     )
 
   def test_in_a_scan_with_donation(self):
-    """Good, bad, good: parameters, optimizer and state of two good steps, bit for bit."""
+    """Good, bad, good steps equal two good steps, bit for bit."""
     other = X[::-1] * 2
     run = jax.jit(
       lambda state, xs: jax.lax.scan(lambda s, x: (self.step(s, x), None), state, xs)[0],
@@ -272,7 +272,7 @@ class TestSkipNonfinite:
     assert (int(got.skipped_steps), int(got.step)) == (1, 3)
 
   def test_metrics_move_on(self):
-    """So that one can see in which tensors it was; the layer's input has a NaN in this step."""
+    """A skipped step with a NaN in the input still writes metrics."""
     state = create(skip_nonfinite=True, params=fp8.add_metrics(MODEL, VARIABLES, X))
     before = self.step(state, X)
     after = self.step(before, self.NAN)
@@ -295,7 +295,7 @@ class TestSkipNonfinite:
     assert int(after.skipped_steps) == 1
 
   def test_off_it_has_no_leaf(self):
-    """Orbax would miss any field, None too, in a checkpoint from before."""
+    """Orbax would miss any new field in older checkpoints, even None."""
     theirs = reference.TrainState.create(apply_fn=None, params=VARIABLES, tx=TX)
     names = lambda state: {
       jax.tree_util.keystr(path[:1]) for path, _ in jax.tree_util.tree_leaves_with_path(state)
@@ -306,7 +306,7 @@ class TestSkipNonfinite:
     assert serialization.to_state_dict(create()).keys() == {"step", "params", "opt_state"}
 
   def test_subclasses(self):
-    """Fields without a default too, as in Flax's examples; equal states are of one class."""
+    """Subclasses may have fields without default; equal states have one class."""
 
     class State(fp8.TrainState):
       rng: jax.Array
@@ -336,7 +336,7 @@ def finite(tree):
 
 
 def test_optax_apply_if_finite():
-  """Parameters stay; the state takes its step, without what was not finite, and stays finite."""
+  """Parameters stay; state takes a step without nonfinite amaxes, and stays finite."""
   tx = optax.apply_if_finite(TX, max_consecutive_errors=5)
   state = fp8.TrainState.create(apply_fn=MODEL.apply, params=VARIABLES, tx=tx)
   before = TestSkipNonfinite.step(state, X)
@@ -352,7 +352,7 @@ def test_optax_apply_if_finite():
 
 
 def test_flax_idiom_of_where():
-  """``where(is_fin, new, old)`` over ``params`` and ``opt_state``, as Flax's examples have it."""
+  """``where(is_fin, new, old)`` over ``params`` and ``opt_state``, as in Flax's examples."""
   before = TestSkipNonfinite.step(create(), X)
   new = TestSkipNonfinite.step(before, TestSkipNonfinite.NAN)
   assert finite(new.params[OWG])

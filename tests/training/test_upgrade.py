@@ -1,4 +1,4 @@
-"""Fresh state for variables that lack it."""
+"""``upgrade_variables`` adds, keeps and drops state."""
 
 import flax.core
 import flax.linen as nn
@@ -69,7 +69,7 @@ def test_models_without_state_get_none(name):
 
 
 class TestChangeOfRecipe:
-  """State is kept, initialized or dropped, and never read as something that it is not."""
+  """State is kept, initialized or dropped, but never reinterpreted."""
 
   def trained(self, recipe):
     variables = model(recipe.dot_general_cls).init(jax.random.key(0), X)
@@ -80,7 +80,7 @@ class TestChangeOfRecipe:
     before = self.trained(fp8.DelayedScaling(amax_history_len=4))
     dropped = fp8.upgrade_variables(model(fp8.get_recipe(name).dot_general_cls), before, X)
     equal(dropped, PLAIN)
-    assert OWG in before  # what was passed is as it was
+    assert OWG in before  # the argument is unchanged
     equal(fp8.upgrade_variables(FP8, dropped, X)[OWG], FP8.init(jax.random.key(0), X)[OWG])
 
   @pytest.mark.parametrize("length", [3, 8])
@@ -137,12 +137,12 @@ def test_histories_of_scanned_layers_are_resized(axis):
 
   before = make(2).init(jax.random.key(0), X)
   state = before[OWG]["layer"]["Fp8DotGeneral_0"]
-  histories = jnp.arange(1.0, 7.0).reshape(3, 2)  # a row a layer: newest, oldest
+  histories = jnp.arange(1.0, 7.0).reshape(3, 2)  # a row per layer: newest, oldest
   state["input_amax_history"] = histories if axis == 0 else histories.T
   (got,) = fp8.upgrade_variables(make(3), before, X)[OWG]["layer"].values()
   want = np.array([[1, 0, 2], [3, 0, 4], [5, 0, 6]])
   np.testing.assert_array_equal(got["input_amax_history"], want if axis == 0 else want.T)
-  # Another number of layers is another model, whose state starts anew.
+  # Another number of layers is another model, with fresh state.
   state["input_amax_history"] = jnp.ones((2, 2))
   state["input_scale"] = jnp.ones((2, 1) if axis == 0 else (1, 2))
   (got,) = fp8.upgrade_variables(make(3), before, X)[OWG]["layer"].values()
@@ -192,7 +192,7 @@ class TestVariablesOfAnotherModel:
 
 @pytest.mark.parametrize("name", ["1", "-2", "1 in 0"])
 def test_histories_of_stacks_along_any_axis(name):
-  """Three slots, as many as there are layers, become five."""
+  """Resizes histories of three slots, the number of layers, to five."""
   models = {n: lifts.written(name, fp8.DelayedScaling(amax_history_len=n)) for n in (3, 5)}
   before = lifts.trained(models[3])
   after = fp8.upgrade_variables(models[5], before, lifts.X)
