@@ -92,7 +92,7 @@ def declaring_metrics() -> Any:
 
 def _read_metrics(module: nn.Module, role: str) -> TensorState:
   fresh = init_metrics()
-  scope, collection = _home(module)
+  scope, collection = _location(module)
   if _declaring.value and not scope.is_mutable_collection(collection):
     raise ValueError(
       f"add_metrics: every FP8 contraction needs the collection {OVERWRITE_WITH_GRADIENT!r} for "
@@ -138,7 +138,7 @@ def is_among_params() -> bool:
 
 def find_state(module: nn.Module) -> dict[str, Any]:
   """Returns the existing state variables of a module, by name, without boxes."""
-  scope, collection = _home(module)
+  scope, collection = _location(module)
   return unbox(dict(scope.variables().get(collection, {})))
 
 
@@ -170,7 +170,7 @@ def state_guard(leaves: Mapping[str, Any]) -> dict[str, Any]:
   return {GUARD: jax.random.wrap_key_data(data, impl=_GUARD_IMPL)}
 
 
-def _home(module: nn.Module) -> tuple[Any, str]:
+def _location(module: nn.Module) -> tuple[Any, str]:
   """Returns the scope and the collection of a module's state."""
   scope: Any = module.scope
   if _among_params.value:
@@ -191,7 +191,7 @@ def _variable(module: nn.Module, name: str, fresh: np.ndarray) -> Any | None:
   Returns:
     The array without its box. None if the variable does not exist and cannot be created.
   """
-  scope, collection = _home(module)
+  scope, collection = _location(module)
   if not scope.has_variable(collection, name):
     if not scope.is_mutable_collection(collection):
       return None

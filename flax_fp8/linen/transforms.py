@@ -239,28 +239,28 @@ def _check_cond(pred: Any, mdl: Any, **branches: Any) -> None:
 
 def _where(taken: Any, fun: Callable[..., Any]) -> Callable[..., Any]:
   """Runs a branch. Its state gets no cotangent if the branch is not taken."""
-  silence = lambda state: jax.tree.map(
-    lambda leaf: _silence(to_max_grad(cast_once(leaf)), taken), state
+  mask = lambda state: jax.tree.map(
+    lambda leaf: _mask_cotangent(to_max_grad(cast_once(leaf)), taken), state
   )
-  return nn.map_variables(fun, OVERWRITE_WITH_GRADIENT, trans_in_fn=silence)
+  return nn.map_variables(fun, OVERWRITE_WITH_GRADIENT, trans_in_fn=mask)
 
 
 @jax.custom_vjp
-def _silence(leaf: jax.Array, taken: jax.Array) -> jax.Array:
+def _mask_cotangent(leaf: jax.Array, taken: jax.Array) -> jax.Array:
   """Returns state unchanged. If the branch is not taken, the cotangent is that of unused state."""
   del taken
   return leaf
 
 
-def _silence_fwd(leaf: jax.Array, taken: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _mask_cotangent_fwd(leaf: jax.Array, taken: jax.Array) -> tuple[jax.Array, jax.Array]:
   return leaf, taken
 
 
-def _silence_bwd(taken: jax.Array, new: jax.Array) -> tuple[jax.Array, None]:
+def _mask_cotangent_bwd(taken: jax.Array, new: jax.Array) -> tuple[jax.Array, None]:
   return to_max_grad(jnp.where(taken, to_float32(new), -jnp.inf)), None
 
 
-_silence.defvjp(_silence_fwd, _silence_bwd)
+_mask_cotangent.defvjp(_mask_cotangent_fwd, _mask_cotangent_bwd)
 
 
 def _follow_params(axes: Mapping[Any, Any]) -> dict[Any, Any]:

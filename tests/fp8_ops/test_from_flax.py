@@ -121,7 +121,7 @@ def state_of(cls, **fields):
   return {**variables, OWG: jax.tree.map(lambda x: x + float(next(leaves)), variables[OWG])}
 
 
-def test_the_einsum_and_the_older_classes():
+def test_deprecated_classes_convert():
   for cls in (
     reference.Fp8DirectDotGeneralOp,
     reference.Fp8DotGeneralOp,
@@ -198,7 +198,7 @@ class TestRefusals:
     with pytest.raises(ValueError, match=f"from_flax_fp8_ops: state.*Dense_0/{name}.*{message}"):
       fp8.from_flax_fp8_ops(broken)
 
-  def test_shapes_alike_but_no_state(self):
+  def test_consistent_shapes_that_are_not_state(self):
     variables = state_of(reference.Fp8DotGeneral)
     ((name, leaves),) = variables[OWG].items()
     for scale, history in [((3,), (4,)), ((1, 3), (4, 2)), ((1,), (0,))]:

@@ -33,7 +33,7 @@ def test_has_every_public_name_of_flax():
 
 
 @pytest.mark.parametrize("name", sorted(fp8_ops.__all__))
-def test_functions_take_what_flaxs_take(name):
+def test_signatures_match_flax(name):
   theirs, ours = getattr(reference, name), getattr(fp8_ops, name)
   if not inspect.isfunction(inspect.unwrap(theirs)) or name.endswith("_fwd"):
     return

@@ -56,7 +56,7 @@ class TestWithItems:
   def test_other_attributes_of_a_mapping_stay(self):
     assert with_items(Tagged({"a": 1}, "mine"), {"a": 2}).tag == "mine"
 
-  def test_a_mapping_of_fixed_keys_becomes_a_dict_without_one(self):
+  def test_a_mapping_with_fixed_keys_becomes_a_dict_if_one_is_missing(self):
     assert with_items(Models(1, 2), {"other": 3, "one": 4}) == Models(4, 3)
     assert with_items(Models(1, 2), {"one": 4}) == {"one": 4}
 

@@ -57,7 +57,7 @@ def test_apply_takes_methods(auto_encoder, method):
   assert 0 < np.abs(got - wanted).max() < 0.2
 
 
-def test_bind_runs_in_fp8_whatever_is_taken_off_it(auto_encoder):
+def test_attributes_of_a_bound_module_run_in_fp8(auto_encoder):
   converted, variables = auto_encoder
   x = CASES["setup"].args[0]
   bound = converted.bind(variables)
@@ -80,7 +80,7 @@ def test_unbind_returns_the_module_and_its_variables(auto_encoder):
   jax.tree.map(np.testing.assert_array_equal, dict(found), variables)
 
 
-def test_mutable_collections_come_back_as_asked_for():
+def test_apply_returns_the_requested_collections():
   case = CASES["convolution"]
   variables = jax.jit(case.converted.init)(KEY, *case.args)
   apply = lambda mutable: case.converted.apply(
@@ -101,7 +101,7 @@ def test_intermediates_are_captured():
   assert "Fp8DotGeneral_0" in seen["intermediates"]["down"]
 
 
-def test_init_makes_the_collections_asked_for():
+def test_init_returns_the_requested_collections():
   case = CASES["compact"]
   assert case.converted.init(KEY, *case.args, mutable=["params"]).keys() == {"params"}
   assert case.converted.init(KEY, *case.args, mutable=OWG).keys() == {OWG}
@@ -117,7 +117,7 @@ def test_tabulate_shows_the_state():
 
 
 @pytest.mark.slow
-def test_decoding_with_a_cache_gives_what_the_whole_gave():
+def test_decoding_with_a_cache_matches_the_full_pass():
   case = CASES["encoder_decoder"]
   variables = jax.jit(case.converted.init)(KEY, *case.args)
   whole = case.converted.apply(variables, TOKENS, TOKENS)
@@ -138,7 +138,7 @@ def test_decoding_with_a_cache_gives_what_the_whole_gave():
     np.testing.assert_allclose(out[:, 0], whole[:, t], atol=0.02)
 
 
-def test_is_right_in_a_thread_beside_the_model_itself():
+def test_threads_with_the_converted_and_the_original_model():
   import concurrent.futures
 
   case = CASES["moe"]
@@ -161,7 +161,7 @@ class Holder(nn.Module):
     return self.inner(x)
 
 
-def test_refuses_to_be_inside_another_module():
+def test_inside_another_module_raises():
   converted = fp8.fp8_linear_layers(AutoEncoder())
   with pytest.raises(ValueError, match=r"must be the outermost module.*AutoEncoder inside Holder"):
     Holder(converted).init(KEY, normal(4, 16))

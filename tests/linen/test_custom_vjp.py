@@ -53,7 +53,7 @@ def gradient(grad, model):
 
 @pytest.mark.parametrize("grad", [jax.grad, fp8.grad], ids=["jax", "fp8"])
 @pytest.mark.parametrize("how", ["both", "converted"])
-def test_state_is_that_of_the_model_without(how, grad):
+def test_custom_vjp_does_not_change_the_state(how, grad):
   got, want = (gradient(grad, of(backward, how)) for backward in (doubled, None))
   jax.tree.map(np.testing.assert_array_equal, got[OWG], want[OWG])
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), got["params"], want["params"])

@@ -192,7 +192,7 @@ class TestRefusals:
   def test_default_precision_is_fine(self):
     self.call(X, precision=jax.lax.Precision.DEFAULT)
 
-  def test_einsum_names_itself(self):
+  def test_errors_name_the_einsum(self):
     with pytest.raises(ValueError, match=r"Fp8Einsum: a label must have one size"):
       fp8.Fp8Einsum().init(KEY, "mk,kn->mn", jnp.ones((2, 3)), jnp.ones((4, 5)))
     with pytest.raises(ValueError, match=r"Fp8Einsum: the recipe chooses"):
@@ -255,18 +255,18 @@ class TestDevices:
     with jax.default_device(described("h100")), pytest.raises(ValueError, match=match):
       jax.eval_shape(MODULES[name](recipe=recipe), SHAPE, SHAPE)
 
-  def test_emulation_changes_nothing_of_the_program(self, described, name):
+  def test_emulation_does_not_change_the_program(self, described, name):
     with jax.default_device(described("a100")):
       emulated = jax.make_jaxpr(MODULES[name](emulate=True))(SHAPE, SHAPE)
     with jax.default_device(described("h100")):
       assert str(jax.make_jaxpr(MODULES[name]())(SHAPE, SHAPE)) == str(emulated)
 
-  def test_cpu_needs_no_leave_to_emulate(self, name):
+  def test_cpu_emulates_by_default(self, name):
     x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 4)), jnp.float32)
-    with_leave = MODULES[name](emulate=True)(x, x)
-    np.testing.assert_array_equal(MODULES[name]()(x, x), with_leave)
+    emulated = MODULES[name](emulate=True)(x, x)
+    np.testing.assert_array_equal(MODULES[name]()(x, x), emulated)
 
-  def test_lowering_for_another_platform_asks_nothing_of_it(self, name):
+  def test_lowering_for_another_platform_does_not_check_it(self, name):
     traced = jax.jit(MODULES[name]()).trace(SHAPE, SHAPE)
     assert "f8E4M3FN" in traced.lower(lowering_platforms=("cuda",)).as_text()
 

@@ -128,7 +128,7 @@ def integers(seed, *shape):
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("delayed", "bfloat16"), ("current", "float32")])
-def test_equal_amaxes_make_the_separate_layers_to_the_bit(name, dtype):
+def test_equal_amaxes_give_the_bits_of_separate_layers(name, dtype):
   """Outputs and kernel gradients are equal. The input's gradient is rounded once, not thrice."""
   recipe = fp8.DelayedScaling(first_step="current") if name == "delayed" else CURRENT
   x = integers(9, TOKENS, D)

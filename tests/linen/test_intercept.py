@@ -42,7 +42,7 @@ def test_ends_with_an_error():
     raise KeyError
 
 
-def test_unrelated_models_stay_as_they_are():
+def test_unrelated_models_do_not_change():
   converted = fp8.fp8_linear_layers(nn.Dense(16))
   variables = converted.init(jax.random.key(0), X)
   served, frozen = fp8.freeze_for_inference(converted, variables, X)

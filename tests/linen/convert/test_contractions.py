@@ -304,7 +304,7 @@ class AutoEncoder(nn.Module):
 
 
 @pytest.mark.parametrize("bound", [False, True], ids=["apply", "bind"])
-def test_a_method_finds_its_state_however_it_is_called(bound):
+def test_a_method_finds_its_state_from_every_caller(bound):
   model = AutoEncoder()
   converted = fp8.fp8_linear_layers(model, fp8.Fp8Config(functions=""))
   variables = jax.jit(converted.init)(KEY, X)
@@ -390,7 +390,7 @@ def test_layers_that_contract_by_themselves(layer, functions):
 
 
 @pytest.mark.parametrize("name", ["einsum", "kernel_is_left_in_the_primitive", "at", "scan"])
-def test_without_jit_it_is_the_same(name):
+def test_disable_jit_gives_the_same_result(name):
   _, converted, variables, _ = convert(SPELLINGS[name])
   with jax.disable_jit():
     got = converted.apply(variables, X)

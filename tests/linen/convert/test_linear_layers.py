@@ -42,7 +42,7 @@ def pair(case):
   return tuple(jax.jit(m.init)(jax.random.key(0), *case.args) for m in (case.model, case.converted))
 
 
-def test_params_are_the_same_and_state_is_all_that_is_added(pair):
+def test_params_are_unchanged_and_only_state_is_added(pair):
   plain, converted = pair
   assert jax.tree.structure(plain) == jax.tree.structure({k: converted[k] for k in plain})
   jax.tree.map(np.testing.assert_array_equal, plain, {k: converted[k] for k in plain})
@@ -104,7 +104,7 @@ class HandEdited(nn.Module):
     return nn.Dense(D, use_bias=False, dot_general_cls=new, name="down")(x)
 
 
-def test_is_the_hand_edited_model():
+def test_equals_the_hand_edited_model():
   """Both models have the same paths and the same bits for three steps."""
   case = CASES["compact"]
   variables = [
