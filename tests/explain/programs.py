@@ -1,7 +1,7 @@
-"""Programs whose GEMMs can be counted by hand, for every transformation that models use.
+"""Programs with known GEMMs, for every transformation that models use.
 
-Each is a function and its arguments, with the GEMMs that one step must have: for each module path,
-role and size, how often.
+Each case is a function, its arguments, and the GEMMs of one step: a count for each module path,
+role and size.
 """
 
 import dataclasses
@@ -43,13 +43,13 @@ def row(path, role, m, n, k, batch=1):
 
 
 def three(path, m, n, k, batch=1, *, dgrad=True):
-  """The GEMMs of ``[m, k] @ [k, n]`` and its gradients."""
+  """Returns the GEMMs of ``[m, k] @ [k, n]`` and its gradients."""
   rows = [row(path, "fprop", m, n, k, batch), row(path, "wgrad", k, n, m, batch)]
   return [*rows, row(path, "dgrad", m, k, n, batch)] if dgrad else rows
 
 
 def mean_square(model):
-  """A loss whose cotangent depends on the data, so that the compiler folds nothing away."""
+  """A loss with a data-dependent cotangent, which the compiler can't constant-fold."""
   return lambda variables, *xs: jnp.mean(model.apply(variables, *xs).astype(jnp.float32) ** 2)
 
 
@@ -58,7 +58,7 @@ def shapes(model, *xs):
 
 
 def inner(dot_general_cls, name):
-  """The path that a contraction's own module adds to its layer's."""
+  """Returns the path that the module of a contraction adds to the path of its layer."""
   return f"{name}/{dot_general_cls.__name__}_0" if dot_general_cls else name
 
 
@@ -71,7 +71,7 @@ def dense(cls, m=512, n=256, k=128):
 
 
 class MLP(nn.Module):
-  """Two Dense layers; the first one's input has no gradient."""
+  """Two Dense layers. The input of the first has no gradient."""
 
   cls: Any = None
   hidden: int = 512
@@ -93,7 +93,7 @@ def mlp(cls, m=1024, k=128):
 
 
 class Residual(nn.Module):
-  """A block in the form that ``nn.scan`` carries."""
+  """A block with the signature for ``nn.scan``."""
 
   cls: Any = None
 
@@ -103,7 +103,7 @@ class Residual(nn.Module):
 
 
 class Stack(nn.Module):
-  """Blocks under scan and remat."""
+  """Blocks with scan and remat."""
 
   cls: Any = None
   layers: int = 3
@@ -129,7 +129,7 @@ EINSUMS = {None: None, fp8.Fp8DotGeneral: fp8.Fp8Einsum, nn.Fp8DirectDotGeneralO
 
 
 class Experts(nn.Module):
-  """A mixture's two products, experts along the batch dimension."""
+  """The two products of a mixture of experts, with experts along the batch dimension."""
 
   cls: Any = None
 
@@ -149,7 +149,7 @@ def moe(cls, experts=4, m=256, n=128, k=64):
 
 
 def transformer(cls, remat=False):
-  """The train step of ``benchmarks/train_lm.py``."""
+  """Returns the train step of ``benchmarks/train_lm.py``."""
   preset = PRESETS["tiny"]
   config = dataclasses.replace(preset, shape=dataclasses.replace(preset.shape, remat=remat))
   state = jax.eval_shape(lambda: create_state(config, "bf16" if cls is None else "delayed"))
@@ -159,7 +159,7 @@ def transformer(cls, remat=False):
 
 
 def transformer_rows(config, cls):
-  """Projections, attention's two products and the head; all is recomputed but ``down``."""
+  """Projections, both attention products and the head; remat recomputes all but ``down``."""
   shape, tokens = config.shape, config.batch_size * config.seq_len
   heads = shape.head_dim * shape.kv_heads
   sizes = dict.fromkeys(("query", "out"), (shape.d_model, shape.d_model))
@@ -178,7 +178,7 @@ def transformer_rows(config, cls):
 
 
 def attention_rows(config):
-  """Scores and values, the queries of a group under each other; the values' heads come first."""
+  """Products of attention, with the queries of a group stacked; heads of values come first."""
   shape, length, batch = config.shape, config.seq_len, config.batch_size * config.shape.kv_heads
   queries = length * shape.heads // shape.kv_heads
   path, products = "Transformer/layers", []
@@ -189,7 +189,7 @@ def attention_rows(config):
 
 
 def sharded(tree, where):
-  """Abstract arrays on eight devices; ``where`` gives a kernel's partition by its module's name."""
+  """Abstract arrays on eight devices; ``where`` maps module names to kernel partitions."""
 
   def place(path, leaf):
     names = [getattr(key, "key", None) for key in path]
@@ -200,7 +200,7 @@ def sharded(tree, where):
 
 
 def fsdp(cls, m=8192, k=128):
-  """Kernels and batch split over eight devices: a device multiplies an eighth of the rows."""
+  """Shards kernels and batch over eight devices; each multiplies an eighth of the rows."""
   case = mlp(cls, m, k)
   x = spec(m, k, sharding=NamedSharding(MESH, P("data")))
   args = (sharded(case.args[0], lambda name: P("data")), x)
@@ -208,7 +208,7 @@ def fsdp(cls, m=8192, k=128):
 
 
 def tensor_parallel(cls, m=1024, k=128):
-  """The hidden dimension split over eight devices."""
+  """Shards the hidden dimension over eight devices."""
   case = mlp(cls, m, k)
   kernels = {"up": P(None, "data"), "down": P("data", None)}
   args = (sharded(case.args[0], kernels.__getitem__), spec(m, k, sharding=NamedSharding(MESH, P())))

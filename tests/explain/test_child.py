@@ -1,4 +1,4 @@
-"""Every way in which the compiler's process can end: one clear error, nothing left behind."""
+"""Each failure of the compiler process gives one clear error and leaves nothing behind."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ def run():
 
 @pytest.fixture
 def replaced(monkeypatch, tmp_path):
-  """Puts another program in the place of the child's."""
+  """Replaces the program of the child."""
 
   def replace(source):
     script = tmp_path / "child.py"
@@ -40,7 +40,7 @@ def replaced(monkeypatch, tmp_path):
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind(monkeypatch, tmp_path):
-  """The folder for temporary files is empty again, and no process of ours is left."""
+  """Checks that no temporary file and no child process is left."""
   folder = tmp_path / "temporary"
   folder.mkdir()
   monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -50,7 +50,7 @@ def nothing_left_behind(monkeypatch, tmp_path):
 
 
 def children():
-  """Processes that this one started and that have not ended."""
+  """Returns the running child processes."""
   listed = subprocess.run(
     ["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())],
     capture_output=True,
@@ -60,7 +60,7 @@ def children():
   return [line for line in listed.stdout.splitlines() if "child.py" in line or "deviceless" in line]
 
 
-def test_a_run_leaves_nothing():
+def test_a_run_leaves_no_files_or_processes():
   assert run().launches == 1
 
 
@@ -133,7 +133,7 @@ def test_timed_out():
 
 
 def test_what_is_printed_does_not_break_the_reply(replaced):
-  """Some of JAX's settings, MOSAIC_GPU_DUMP_PTXAS=1 for one, print to stdout."""
+  """Some JAX settings, such as MOSAIC_GPU_DUMP_PTXAS=1, print to stdout."""
   replaced(f"""
     import os, runpy
     os.write(1, b"registers: 168")
@@ -144,7 +144,7 @@ def test_what_is_printed_does_not_break_the_reply(replaced):
 
 
 def test_standard_streams_may_be_closed():
-  """As those of a daemon: what is opened first then has their numbers."""
+  """Closed standard streams, as in a daemon: the first opened files get their numbers."""
   saved = [os.dup(number) for number in range(3)]
   os.closerange(0, 3)
   try:
@@ -173,7 +173,7 @@ SLOW = f"""
     main.__globals__["answer"] = compile_for_long
     main()
 """
-# Python leaves SIGINT ignored where the tests run in the background of a shell.
+# If the tests run in the background of a shell, Python ignores SIGINT.
 PARENT = f"""
     import runpy
     import signal
@@ -192,7 +192,7 @@ PARENT = f"""
   ids=lambda number: number.name,
 )
 def test_ends_with_its_parent(replaced, tmp_path, number):
-  """A signal to the parent alone: the child does not live on, and no temporary file is left."""
+  """A signal to only the parent also ends the child and removes its temporary files."""
   replaced(SLOW)
   (tmp_path / "parent.py").write_text(textwrap.dedent(PARENT))
   process = subprocess.Popen(

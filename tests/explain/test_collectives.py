@@ -1,4 +1,4 @@
-"""Collectives in every way of writing them, and what a ring sends."""
+"""Collectives in every text form, and the bytes that a ring sends."""
 
 import pytest
 

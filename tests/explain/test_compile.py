@@ -1,4 +1,4 @@
-"""The attached device's program, on the device that every machine has."""
+"""Compilation for the attached device, with the CPU as device."""
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,7 @@ def test_memory_counts_donated_bytes_once():
 
 
 def test_the_program_of_an_attached_device():
-  """A CPU stands in: only the kernels' names differ."""
+  """Uses a CPU, where only the names of kernels differ."""
   mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
   x = jax.device_put(jnp.ones((64, 32)), NamedSharding(mesh, P("data")))
   fn = jax.jit(lambda x, w: jnp.tanh(x @ w))
@@ -59,7 +59,7 @@ CALLBACKS = {
 
 
 class Layer(nn.Module):
-  """An FP8 layer whose result every callback sees."""
+  """An FP8 layer that passes its result to every kind of callback."""
 
   @nn.compact
   def __call__(self, x):
@@ -68,7 +68,7 @@ class Layer(nn.Module):
 
 
 def in_scan(call):
-  """Three times in a loop, under jit."""
+  """Runs three iterations in a jitted loop."""
 
   @jax.jit
   def fn(x, w):
@@ -78,7 +78,7 @@ def in_scan(call):
 
 
 class TestHostCallbacks:
-  """They are compiled as GPUs run them, and never called."""
+  """Host callbacks are compiled as for GPUs, and never called."""
 
   @pytest.mark.parametrize("name", CALLBACKS)
   def test_in_a_loop(self, described, name):

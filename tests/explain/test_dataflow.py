@@ -1,4 +1,4 @@
-"""Where values come from, through every construct that passes them on."""
+"""Tracing values back through every instruction that forwards them."""
 
 import pytest
 
@@ -36,7 +36,7 @@ def test_computed_by(start, expected):
   assert origins(start) == expected
 
 
-def test_ancestors_go_through_what_they_are_told():
+def test_ancestors_follow_the_given_step():
   negations = lambda found: (
     dataflow.operands(MODULE, found) if found.instruction.opcode == "negate" else []
   )

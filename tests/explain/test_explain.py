@@ -1,4 +1,4 @@
-"""Reports of real programs against counts by hand, and what ``assert_fp8`` makes of them."""
+"""Reports of real programs against known counts, and ``assert_fp8`` on them."""
 
 import contextlib
 import dataclasses
@@ -65,7 +65,7 @@ def test_gemms_are_those_counted_by_hand(name, target):
   ("name", "library"),
   [*((name, "bf16") for name in SMALL), *((name, "flax") for name in ON_B200)],
 )
-def test_nothing_is_known_of_our_own_ops(name, library):
+def test_gemms_of_every_library(name, library):
   case = CASES[name](LIBRARIES[library])
   report = explained(case)
   assert counted(report) == case.rows
@@ -80,7 +80,7 @@ def test_the_train_step_of_the_benchmark():
   report = explained(case, target="h200")
   assert counted(report) == case.rows
   high = {gemm.path for gemm in report.gemms if not gemm.is_fp8}
-  assert high == {"Transformer/layers", "Transformer/head"}  # attention's products, and the head
+  assert high == {"Transformer/layers", "Transformer/head"}  # the attention products, and the head
   assert report.memory.alias > 0.9 * report.memory.output  # the state is donated
   assert report.doubts == ()
 
@@ -88,7 +88,7 @@ def test_the_train_step_of_the_benchmark():
 def test_fsdp_gathers_the_weights_in_fp8():
   report = explained(CASES["fsdp"](OURS))
   gathered = {each.dtype: each.bytes for each in report.collectives if each.kind == "all-gather"}
-  # A byte an element, and each kernel once: the backward pass takes what the forward one gathered.
+  # One byte per element, and each kernel once: the backward pass reuses the gathered kernels.
   assert gathered == {"f8e4m3fn": 128 * 512 + 512 * 256}
   assert {each.group for each in report.collectives} == {8}
   assert report.devices == 8
@@ -111,7 +111,7 @@ def test_a_mesh_that_is_larger_than_the_machine():
   assert (gemm.extent.m, gemm.extent.n, gemm.extent.k) == (128, 128, 128)
 
 
-def test_arrays_on_devices_tell_the_mesh():
+def test_sharded_arrays_determine_the_mesh():
   mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
   x = jax.device_put(jnp.ones((256, 128), BF16), NamedSharding(mesh, P("data")))
   w = jax.device_put(jnp.ones((128, 128), BF16), NamedSharding(mesh, P()))
@@ -121,7 +121,7 @@ def test_arrays_on_devices_tell_the_mesh():
 
 
 def over_a_mesh(way):
-  """Explains ``x @ w`` over two by two devices, of which the function learns in one way."""
+  """Explains ``x @ w`` on a 2 x 2 mesh, given to the function in one of several ways."""
   mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
   x, w = jnp.ones((128, 64), BF16), jnp.ones((64, 256), BF16)
   specs, out = (P("data"), P(None, "model")), P("data", "model")
@@ -138,7 +138,7 @@ def over_a_mesh(way):
 
 @pytest.mark.parametrize(
   "way",
-  # A mesh in force is one of this process, which the compiler's own does not see.
+  # An active mesh belongs to this process. The compiler process does not see it.
   [pytest.param("in_force", marks=pytest.mark.child), "given", "shard_map", "in_shardings"],
 )
 def test_every_way_to_name_a_mesh(way):
@@ -148,7 +148,7 @@ def test_every_way_to_name_a_mesh(way):
 
 
 @pytest.mark.filterwarnings("ignore:.*Pallas Triton:DeprecationWarning")
-def test_a_kernel_of_pallas_is_a_kernel_that_nothing_is_known_of():
+def test_a_pallas_kernel_is_unknown():
   def double(x, out):
     out[...] = x[...] * 2
 
@@ -165,7 +165,7 @@ def test_a_kernel_of_pallas_is_a_kernel_that_nothing_is_known_of():
 
 
 @pytest.mark.slow
-def test_what_cannot_be_read_is_reported_and_the_rest_counted():
+def test_unread_lines_are_reported():
   case = CASES["mlp"](OURS)
   program = compile_program(case.fn, case.args, target="h100", mesh=None, timeout=600)
   whole = read_program(program, "whole")
@@ -191,7 +191,7 @@ def test_a_loop_of_unknown_length_is_a_doubt():
   assert doubt in " ".join(str(report).split())
 
 
-def test_what_a_jitted_function_was_told_stays():
+def test_options_of_a_jitted_function_stay():
   @jax.jit
   def step(key, x):
     return x + jax.random.normal(key, x.shape, x.dtype)
@@ -204,7 +204,7 @@ def test_what_a_jitted_function_was_told_stays():
   assert report.memory.alias == 2 * 64 * 64
 
 
-def test_the_caller_is_left_alone():
+def test_the_calling_process_does_not_change():
   before = jax.devices()
   fp8.explain(lambda x: x + 1, spec(64), target="h100")
   assert jax.devices() == before
@@ -225,7 +225,7 @@ def test_errors(options, error, match):
     fp8.explain(lambda x: x, spec(4), **{"target": "h100", **options})
 
 
-def test_a_state_cast_to_max_grad_cannot_be_handed_over():
+def test_fp32_max_grad_arguments_are_refused():
   with pytest.raises(TypeError, match=r"results must be arrays that jax\.export takes; .*fp32_max"):
     fp8.explain(lambda x: x, jnp.ones(4).astype(fp8.fp32_max_grad), target="h100")
 
@@ -268,7 +268,7 @@ def test_assert_fp8_excludes_by_pattern():
     fp8.assert_fp8(loss, *args, target="h100")
 
 
-def test_assert_fp8_refuses_what_matches_nothing():
+def test_assert_fp8_refuses_unmatched_patterns():
   case = CASES["mlp"](PLAIN)
   with pytest.raises(ValueError, match=r"got 'MLP/dwon'. The nearest are \['MLP/down', 'MLP/up'\]"):
     fp8.assert_fp8(case.fn, *case.args, target="h100", exclude=["MLP/dwon"])
@@ -303,7 +303,7 @@ def test_report_in_every_form():
 
 
 class Loops(nn.Module):
-  """Two modules with the same loop inside, which XLA compiles as one and then copies."""
+  """Two modules with equal loops, which XLA compiles once and copies."""
 
   @nn.compact
   def __call__(self, x):

@@ -1,12 +1,12 @@
-"""GEMMs by every kernel that XLA may choose, on text as it prints it."""
+"""GEMMs of every kind of kernel that XLA may choose, from HLO text."""
 
 import pytest
 
 from flax_fp8.explain import asked, gemms, hlo, roles, schedule
 from flax_fp8.explain.gemms import Extent, GemmRole
 
-# What the compiler prints where it has a GPU to try kernels on: Triton, with operands exchanged or
-# K split into batches, and where it does without a library.
+# HLO of a compiler that timed kernels on a GPU: Triton GEMMs, with swapped operands or K split into
+# batches, and a product without a library.
 TEMPLATE = """HloModule m
 
 %inner (ia: bf16[64,32]) -> bf16[64,32] {{
@@ -75,7 +75,7 @@ def test_fp8_needs_matrix_units(name):
   text = TEMPLATE.format(kernel=KERNELS[name][0]).replace("bf16[64,32]", "f8e4m3fn[64,32]")
   module, (site,) = sites(text.replace("bf16[32,16]", "f8e5m2[32,16]"))
   assert gemms.is_fp8(module, site) == (name != "loop")
-  module, (site,) = sites(text)  # one operand alone
+  module, (site,) = sites(text)  # only one operand
   assert not gemms.is_fp8(module, site)
 
 
@@ -84,7 +84,7 @@ def test_a_call_that_is_no_product_is_none():
   assert sites(TEMPLATE.format(kernel=kernel))[1] == []
 
 
-def test_a_lost_name_is_borrowed_from_a_neighbor():
+def test_a_lost_name_is_taken_from_a_neighbor():
   kernel = call("__cublas$gemm").replace(', metadata={op_name="jit(f)/Net/up/dot_general"}', "")
   text = TEMPLATE.format(kernel=kernel).replace("ROOT %out", "%out").removesuffix("}\n")
   name = 'metadata={op_name="Net/up/add"}'
@@ -101,7 +101,7 @@ def dot(name, lhs, rhs, shape, contract, where):
 
 
 def step(m, n, k, body):
-  """A program with x [m, k], w [k, n], g [m, n], and what ``body`` multiplies."""
+  """Returns a program with x [m, k], w [k, n], g [m, n], and the products in ``body``."""
   head = f"x: bf16[{m},{k}], w: bf16[{k},{n}], g: bf16[{m},{n}]"
   lines = "".join(
     f"  %{name} = bf16[{shape}]{{1,0}} parameter({index})\n"
@@ -153,7 +153,7 @@ def test_roles_where_the_compiler_split_k():
   assert found == [GemmRole.FPROP, GemmRole.WGRAD]
 
 
-def test_a_role_that_nothing_tells_is_backward():
+def test_an_undetermined_role_is_backward():
   body = dot("y", "x", "w", "32,32", (1, 0), FORWARD)
   body += dot("dd", "g", "g", "32,32", (0, 0), BACKWARD)
   assert found_roles(step(32, 32, 32, body)) == [GemmRole.FPROP, GemmRole.BACKWARD]

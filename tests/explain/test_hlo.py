@@ -1,4 +1,4 @@
-"""The reader of HLO text, on the forms that XLA prints and on those that it may."""
+"""The parser of HLO text, on forms that XLA prints or may print."""
 
 import pytest
 
@@ -108,13 +108,13 @@ def test_users_callers_and_parameters(module):
     "a line of some new kind",
   ],
 )
-def test_what_cannot_be_read_is_kept(line):
+def test_unread_lines_are_kept(line):
   module = hlo.parse(TEXT.replace("  %zero = f32[] constant(0)\n", f"  {line}\n"))
   assert module.unread == [line]
   assert "out" in entry(module)
 
 
-def test_what_never_ends_takes_nothing_with_it():
+def test_unterminated_instructions():
   begun = "  %zero = f32[] constant({"
   module = hlo.parse(TEXT.replace("  %zero = f32[] constant(0)", begun))
   assert module.unread == [begun.strip()]
@@ -123,7 +123,7 @@ def test_what_never_ends_takes_nothing_with_it():
   assert module.unread == ["ROOT %a = f32[2] constant({"]
 
 
-def test_operands_that_could_not_be_read_have_stand_ins():
+def test_unread_operands_have_placeholders():
   module = hlo.parse(TEXT.replace("%zero = f32[] constant(0)", "%zero = mystery"))
   x, zero = module.operands(entry(module)["out"])
   assert (x.name, zero.name, zero.opcode, zero.array.bytes) == ("x", "zero", "unread", 0)

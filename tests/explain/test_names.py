@@ -1,4 +1,4 @@
-"""Model paths and passes out of JAX's name stacks."""
+"""Module paths and passes from JAX name stacks."""
 
 import pytest
 
@@ -40,5 +40,5 @@ def test_a_body_that_two_loops_share():
   assert names.within_loop(moved, loop) == moved
   for stays in ((name, ""), ("jit(f)/up/dot_general", loop)):
     assert names.within_loop(*stays) == stays[0]
-  unrolled = f"{loop}/body/inner/while/body/dot_general"  # once, and no loop any more
+  unrolled = f"{loop}/body/inner/while/body/dot_general"  # one iteration, so XLA removed the loop
   assert names.within_loop(unrolled, loop) == unrolled

@@ -1,4 +1,4 @@
-"""Pictures of totals."""
+"""Plots of reports."""
 
 import pkgutil
 

@@ -1,4 +1,4 @@
-"""A compiler that is missing, or of another version, is an error with the line that mends it."""
+"""A missing or mismatched compiler gives an error with the install command."""
 
 import os
 import re
@@ -21,7 +21,7 @@ fp8.explain(lambda x: x, jnp.ones(4), target="h100")
 
 
 def explain_with(folder):
-  """Runs ``explain`` in another process, the folder's packages before all others."""
+  """Runs ``explain`` in a child process that finds the packages of a folder first."""
   path = os.pathsep.join([str(folder), str(ROOT)])
   return subprocess.run(
     [sys.executable, "-c", SCRIPT],

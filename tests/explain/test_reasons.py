@@ -1,4 +1,4 @@
-"""A GEMM made to fall back in each way gives that way as its reason."""
+"""Each cause of a GEMM that is not FP8 gives its own reason."""
 
 import re
 
@@ -25,7 +25,7 @@ def product(lhs, rhs):
 
 
 def values(x):
-  """FP8 values in BF16, as before a GEMM that XLA is to make FP8."""
+  """Returns FP8 values in BF16, the operands of a GEMM that XLA can convert to FP8."""
   return quantize(x).astype(BF16)
 
 
@@ -96,8 +96,8 @@ def test_a_gpu_without_fp8_units():
   assert "the GPU has no FP8 matrix units" in report.gemms[0].reason
 
 
-def test_a_description_that_hides_fp8_is_no_rule_known_here():
-  """Without the toolkit's version XLA takes cuBLASLt for one without FP8."""
+def test_an_unknown_reason():
+  """Without the version of the toolkit, XLA assumes that cuBLASLt has no FP8."""
   h100 = fp8.GpuTarget.named("h100")
   description = h100.description.replace("runtime_version { major: 13 }", "")
   target = fp8.GpuTarget(
@@ -115,7 +115,7 @@ def test_a_description_that_hides_fp8_is_no_rule_known_here():
 
 
 def test_a_product_that_names_no_algorithm_is_left_to_triton(monkeypatch):
-  """As on a GPU with XLA's default flags."""
+  """Compiles as on a GPU with the default flags of XLA."""
   options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": True}
   monkeypatch.setattr(deviceless, "OPTIONS", options)
   scaled = lambda a, b, s: product(values(quantize(a)) * s, values(quantize(b)))
@@ -147,21 +147,21 @@ TAKEN = {
 
 @pytest.mark.parametrize(("fn", "args"), TAKEN.values(), ids=TAKEN)
 @pytest.mark.parametrize("target", ["h100", "b200"])
-def test_what_people_fear_but_xla_takes(fn, args, target):
+def test_operations_that_keep_fp8(fn, args, target):
   report = fp8.explain(fn, *args, target=target)
   assert [gemm.is_fp8 for gemm in report.gemms] == [True]
   assert report.gemms[0].reason == ""
 
 
 def scaled(lhs, rhs):
-  """MXFP8 by JAX alone."""
+  """MXFP8 with JAX's own function."""
   one = lambda x: jnp.ones((*x.shape[:2], x.shape[2] // 32), jnp.float8_e8m0fnu)
   return jax.nn.scaled_matmul(
     lhs.astype(E4M3), rhs.astype(E4M3), one(lhs), one(rhs), preferred_element_type=BF16
   )
 
 
-# The XLA of JAX 0.12 leaves this choice to timings, and so to the GPU itself.
+# In JAX 0.12, XLA makes this choice by timing on a GPU.
 CHOOSES_BLOCK_SCALES = jax.__version_info__ < (0, 11)
 
 
@@ -189,7 +189,7 @@ def test_sizes_that_are_no_multiples_of_16_are_padded():
 
 
 def test_raw_autodiff_of_an_fp8_dot_leaves_backward_out():
-  """Autodiff multiplies the float32 gradient with the FP8 operand: no FP8 product."""
+  """Autodiff multiplies a float32 gradient by an FP8 operand, which is not an FP8 product."""
   loss = lambda a, b: jnp.mean(product(quantize(a), quantize(b)) ** 2)
   report = fp8.explain(jax.value_and_grad(loss, argnums=(0, 1)), MATRIX, MATRIX, target="h100")
   reasons = [gemm.reason for gemm in report.gemms]

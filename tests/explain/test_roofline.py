@@ -1,4 +1,4 @@
-"""The roofline against the same sum by hand."""
+"""The roofline against sums by hand."""
 
 import pytest
 
@@ -50,7 +50,7 @@ def test_the_estimate_has_sustained_rates_and_launches():
   assert roofline.estimate(kernels, sent, GPU) == pytest.approx(want)
 
 
-def test_what_is_sustained_is_less_than_the_data_sheet():
+def test_sustained_rates_are_below_the_data_sheet():
   likely = roofline.sustained(A100)
   assert likely.peak_flops["bf16"] < A100.peak_flops["bf16"]
   assert likely.memory_bandwidth < A100.memory_bandwidth

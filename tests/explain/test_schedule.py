@@ -1,4 +1,4 @@
-"""What runs, and how often: loops, branches, calls and asynchronous pairs."""
+"""Launches and their counts with loops, branches, calls and asynchronous pairs."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""The described GPUs."""
+"""Descriptions and rates of GPU targets."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""Kernels and bytes of whole programs, each added up by hand."""
+"""Kernels and bytes of whole programs against sums by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def totals(report):
 
 
 def test_one_fused_kernel():
-  """Two inputs are read, one result written, nothing in between."""
+  """Reads two inputs and writes one result, without temporaries."""
   x = spec(512, 256, dtype=jnp.float32)
   report = fp8.explain(lambda x, y: jnp.tanh(x) * y + 1, x, x, target="h100")
   assert totals(report) == {KernelClass.ELEMENTWISE: (1, 3 * 4 * MATRIX)}
@@ -34,11 +34,11 @@ def test_one_fused_kernel():
 def test_a_scan_counts_once_a_layer(layers):
   """Each iteration multiplies by its kernel and applies tanh.
 
-  Older XLA copies the kernel out of the stack first; newer XLA lets cuBLAS read it there.
+  Older XLA first copies the kernel from the stack. In newer XLA, cuBLAS reads the stack.
   """
   fn = lambda x, w: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
   report = fp8.explain(fn, spec(512, 256), spec(layers, 256, 256), target="h100")
-  x, kernel, index = 2 * MATRIX, 2 * 256 * 256, 16 * layers  # bytes; at most that of indices
+  x, kernel, index = 2 * MATRIX, 2 * 256 * 256, 16 * layers  # bytes; at most the size of indices
   found = {kind: moved for kind, (_, moved) in totals(report).items()}
   assert found[KernelClass.GEMM] - layers * (x + kernel + x) in range(index)
   assert found[KernelClass.ELEMENTWISE] - layers * (x + x) in range(index)
@@ -51,7 +51,7 @@ def test_a_scan_counts_once_a_layer(layers):
 
 
 def test_a_quantization_in_both_layouts():
-  """XLA reads x twice: once a layout; each is written in one byte an element."""
+  """XLA reads x once per layout, and writes each layout with one byte per element."""
   q = lambda x: jnp.clip(x.astype(jnp.float32) * 2, -448, 448).astype(jnp.float8_e4m3fn)
   report = fp8.explain(lambda x: (q(x), q(x.T)), spec(512, 256), target="h100")
   kinds = {kernel.kind for kernel in report.kernels}
@@ -63,11 +63,11 @@ def test_a_quantization_in_both_layouts():
 
 
 def test_a_layer_forward_and_backward():
-  """A Dense in BF16: three GEMMs, their operands and results, and the loss around them."""
+  """A BF16 Dense layer: the operands and results of three GEMMs, and the loss."""
   m, n, k = 512, 256, 128
   loss = lambda w, x: jnp.mean((x @ w).astype(jnp.float32) ** 2)
   report = fp8.explain(jax.grad(loss), spec(k, n), spec(m, k), target="h100")
-  operands = m * k + k * n + m * n  # of fprop; wgrad: x, the output's gradient, w's gradient
+  operands = m * k + k * n + m * n  # fprop; wgrad: x, the output gradient, the kernel gradient
   assert totals(report)[KernelClass.GEMM] == (2, 2 * 2 * operands)
 
 
@@ -84,7 +84,7 @@ def test_a_fusion_reads_only_its_slice():
   ids=["two slices", "one slice", "slice and whole"],
 )  # fmt: skip
 def test_arithmetic_before_a_slice_reads_only_the_slice(other, read):
-  """Of what a fusion computes element by element, it computes what is used."""
+  """A fusion computes only the used elements of elementwise operations."""
   text = f"""HloModule m
 
 %body (p: bf16[2,1024]) -> f32[1,1024] {{
@@ -108,12 +108,12 @@ ENTRY %main (p: bf16[2,1024]) -> f32[1,1024] {{
 
 
 def test_a_product_written_into_a_stack_writes_its_slice():
-  """Newer XLA lets cuBLAS write where the result is stacked; older XLA copies it there."""
+  """In newer XLA, cuBLAS writes to the stack. Older XLA copies the result there."""
   fn = lambda x, w: lax.scan(lambda x, w: (x, x @ w), x, w)[1]
   report = fp8.explain(fn, spec(512, 256), spec(5, 256, 256), target="h100")
   written = {k.name: k.written for k in report.kernels if k.kind is KernelClass.GEMM}
   (gemm,) = report.gemms
-  # one launch for all, where XLA makes a batch of the loop, or one an iteration
+  # one batched launch, or one launch per iteration
   assert gemm.times * sum(written.values()) == 5 * 2 * MATRIX
 
 

@@ -145,7 +145,7 @@ class TestWeights:
       got[1], want[1]
     )  # the numbers of tokens are powers of two, so state is equal bit for bit
 
-  def test_any_tokens_in_float64_against_plain_jax(self):
+  def test_weights_in_float64_against_plain_jax(self):
     """Uses a model without FP8, because FP8 does not compute in float64."""
     with jax.enable_x64(True):
       layer = nn.Dense(WIDTH, param_dtype=jnp.float64)

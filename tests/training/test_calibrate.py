@@ -112,7 +112,7 @@ def test_changes_nothing_but_state(calibrated):
   assert isinstance(frozen, flax.core.FrozenDict)
 
 
-def test_goes_on_where_the_history_was(calibrated):
+def test_continues_a_history(calibrated):
   more = calibrate(MODEL, calibrated, BATCHES[:1], loss_fn)
   amaxes = [np.abs(met(BATCHES[i])[0]["input"]).max() for i in (0, 1, 2, 0)]
   assert_recorded(more, "layer_0", "input", amaxes)

@@ -126,7 +126,7 @@ class TestReport:
     assert all(f'"{kind}"' in listed for kind in _ADVICE)
 
   @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
-  def test_nothing_of_the_callers_changes(self):
+  def test_arguments_do_not_change(self):
     state = loops.our_train_state()
     before = jax.tree.map(np.array, (state, BATCH))
     assert fp8.check_train_step(jax.jit(right_step, donate_argnums=(0, 1)), state, BATCH).ok

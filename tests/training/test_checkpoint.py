@@ -82,7 +82,7 @@ class TestRoundTrip:
     assert type(got["count"]) is int
     equal(got, variables)
 
-  def test_what_orbax_itself_wrote(self, tmp_path):
+  def test_checkpoints_of_orbax(self, tmp_path):
     with ocp.CheckpointManager(tmp_path) as manager:
       for step, state in ((10, BF16), (20, FP8)):
         manager.save(step, args=ocp.args.StandardSave(state))
@@ -187,7 +187,7 @@ class TestParts:
     with pytest.raises(ValueError, match=r"kernel float32\(.*\) for bfloat16\(16, 64\)'\]\. Pass"):
       fp8.restore_checkpoint(saved, target)
 
-  def test_patterns_are_no_string(self, saved):
+  def test_patterns_must_not_be_a_string(self, saved):
     with pytest.raises(TypeError, match=r"restore_checkpoint: .*string 'params/\*'. Pass \['"):
       fp8.restore_checkpoint(saved, FP8, allow_extra="params/*")
 

@@ -48,6 +48,6 @@ def test_without_state_nothing_changes():
   [(VARIABLES["params"], r"\['bias', 'kernel'\]"), (X, "ArrayImpl"), (None, "NoneType")],
   ids=["bare", "array", "None"],
 )
-def test_what_is_no_variables_dict(variables, got):
+def test_other_arguments_are_refused(variables, got):
   with pytest.raises(ValueError, match=f"downgrade_variables: .*'params'; got .*{got}.*Wrap bare"):
     fp8.downgrade_variables(variables)

@@ -112,7 +112,7 @@ def test_state_is_that_of_the_scaled_loss():
   equal(theirs[OWG], jax.tree.map(lambda leaf: leaf / SCALE, new[OWG]))
 
 
-def test_finite_is_asked_of_parameters_alone():
+def test_finite_depends_on_parameters_only():
   grads = {"params": {"w": jnp.ones(2)}, OWG: {"dot": {"input_scale": jnp.array([jnp.inf])}}}
   _, finite, same = fp8.DynamicScale(scale=2.0).unscale(grads)
   assert bool(finite)

@@ -26,7 +26,7 @@ def test_keys_fields_and_indices():
   ]
 
 
-def test_a_box_is_a_leaf_where_asked():
+def test_a_box_may_be_a_leaf():
   box = nn.Partitioned(jnp.ones(2), ("x",))
   assert list(leaves_by_path({"a": box})) == ["a/value"]
   assert leaves_by_path({"a": box}, is_leaf=lambda x: x is box) == {"a": box}

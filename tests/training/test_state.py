@@ -43,7 +43,7 @@ class TestAsMaxGrad:
     [dict, flax.core.freeze, lambda t: {"model": t}, lambda t: (t, 1)],
     ids=["dict", "FrozenDict", "nested", "tuple"],
   )
-  def test_casts_state_wherever_it_lies(self, wrap):
+  def test_casts_state_at_any_depth(self, wrap):
     cast = fp8.as_max_grad(wrap(TREE))
     assert jax.tree.structure(cast) == jax.tree.structure(wrap(TREE))
     for path, leaf in jax.tree_util.tree_leaves_with_path(cast):
@@ -259,7 +259,7 @@ class Step(nn.Module):
 
 
 @pytest.mark.parametrize("differentiate", [jax.grad, fp8.grad], ids=["jax", "fp8"])
-def test_what_no_path_used_stays(differentiate):
+def test_unused_state_keeps_its_value(differentiate):
   model, x = Paths(), jnp.asarray(np.random.default_rng(0).normal(size=(4, 16)), jnp.float32)
   variables = model.init(jax.random.key(0), x)
 

@@ -240,7 +240,7 @@ class TestSkipNonfinite:
     loss = lambda variables: jnp.mean(jnp.sin(state.apply_fn(variables, x)))
     return state.apply_gradients(grads=fp8.grad(loss)(state.params))
 
-  def test_leaves_all_as_it_was(self):
+  def test_a_nonfinite_step_changes_nothing(self):
     before = self.step(create(skip_nonfinite=True), X)
     after = self.step(before, self.NAN)
     equal((after.params, after.opt_state), (before.params, before.opt_state))
@@ -294,7 +294,7 @@ class TestSkipNonfinite:
     equal((after.params, after.opt_state), (state.params, state.opt_state))
     assert int(after.skipped_steps) == 1
 
-  def test_off_it_has_no_leaf(self):
+  def test_without_the_option_there_is_no_leaf(self):
     """Orbax would miss any new field in older checkpoints, even None."""
     theirs = reference.TrainState.create(apply_fn=None, params=VARIABLES, tx=TX)
     names = lambda state: {

@@ -102,7 +102,7 @@ class TestChangeOfRecipe:
     np.testing.assert_array_equal(got["input_steps_to_update"], [0.0])
     equal(fp8.upgrade_variables(FP8, there, X), before)
 
-  def test_without_it_the_error_says_what_to_do(self):
+  def test_the_error_without_upgrade_gives_advice(self):
     before = self.trained(fp8.DelayedScaling(amax_history_len=8))
     with pytest.raises(ValueError, match=r"must have shape \(4,\).*upgrade_variables"):
       FP8.apply(before, X)
@@ -202,7 +202,7 @@ def test_histories_of_stacks_along_any_axis(name):
   equal(fp8.upgrade_variables(models[3], after, lifts.X), before)
 
 
-def test_a_history_whose_slots_lie_along_another_axis_is_made_anew():
+def test_a_history_with_slots_along_another_axis_is_reset():
   recipe = fp8.DelayedScaling(amax_history_len=3)
   before = lifts.trained(lifts.written("params 0, state 1", recipe))
   after = fp8.upgrade_variables(lifts.written("0", recipe), before, lifts.X)
