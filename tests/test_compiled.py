@@ -7,13 +7,13 @@ import pytest
 from rich.console import Console
 
 import compiled
-from compiled import QUESTIONS
 from flax_fp8.ops import metrics
 from harness import output, plot
 from harness.names import BF16, FLAX
 from harness.sizes import Shape
 from harness.variants import RECIPES
 from lm.model import ModelShape
+from questions import QUESTIONS, layers, steps
 
 SMALL = Shape(256, 128, 128)
 COMMITTED = {name: output.read_json(output.RESULTS, name) for name in QUESTIONS}
@@ -28,7 +28,7 @@ def main(monkeypatch, tmp_path, *words):
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_committed_results_are_the_answers_of_todays_cases(name):
   rows = COMMITTED[name]["rows"]
-  asked = {(each.case, each.variant) for each in QUESTIONS[name].cases()}
+  asked = {each[:2] for each in QUESTIONS[name].cases()}
   assert {(row["case"], row["variant"]) for row in rows} == asked
   assert COMMITTED[name]["environment"]["command"] == f"python benchmarks/compiled.py {name}"
   assert COMMITTED[name]["note"] == QUESTIONS[name].note
@@ -70,19 +70,19 @@ def test_a_panel_has_at_most_five_lines():
 
 
 def test_cases_and_variants_are_chosen_by_name():
-  chosen = compiled.choose(QUESTIONS["traffic"], ["Dense*"], ["delayed"])
-  assert [(each.case, each.variant) for each in chosen] == [
+  chosen = compiled.choose(QUESTIONS["traffic"].cases(), ["Dense*"], ["delayed"])
+  assert [each[:2] for each in chosen] == [
     (f"Dense 4096 x {features}", name) for features in (4096, 16384) for name in (BF16, "delayed")
   ]
 
 
 def test_the_floor_of_a_layer():
   """320 MiB for 4096 by 4096 and 8192 tokens."""
-  assert compiled.layer_floor(compiled.LAYER) == 320
+  assert layers.floor_mib(layers.LAYER) == 320
 
 
 def test_a_baseline_that_is_not_bf16_ends_the_benchmark():
-  case = compiled.Case("a layer", BF16, lambda target: {"operands": ["f8e4m3fn"]})
+  case = "a layer", BF16, lambda target: {"operands": ["f8e4m3fn"]}, {}
   with pytest.raises(ValueError, match="baseline must be BF16"):
     compiled.measure([case], ["h100"], output.make_console())
 
@@ -101,9 +101,7 @@ def test_a_command(monkeypatch, tmp_path, capsys):
 @pytest.mark.slow
 def test_layers_move_more_than_bf16_and_less_than_flax():
   names = (BF16, FLAX, "delayed")
-  bf16, flax, ours = (
-    compiled.layer(Shape(2048, 1024, 2048), compiled.ASKED[n], "h100") for n in names
-  )
+  bf16, flax, ours = (layers.layer(Shape(2048, 1024, 2048), layers.ASKED[n], "h100") for n in names)
   assert [each["fp8_gemms"] for each in (bf16, flax, ours)] == [0, 3, 3]
   assert bf16["operands"] == ["bf16"]
   assert bf16["mib_outside_gemms"] < ours["mib_outside_gemms"] < flax["mib_outside_gemms"]
@@ -114,24 +112,22 @@ def test_layers_move_more_than_bf16_and_less_than_flax():
 def test_metrics_cost_nothing_where_they_are_absent(monkeypatch):
   """Compiled with the measuring taken out: the same kernels, bytes and memory."""
   delayed = RECIPES["delayed"]
-  without = compiled.layer(SMALL, delayed, "h100")
-  measured = compiled.layer(SMALL, delayed, "h100", metrics=True)
+  without = layers.layer(SMALL, delayed, "h100")
+  measured = layers.layer(SMALL, delayed, "h100", metrics=True)
   assert without["fp8_gemms"] == measured["fp8_gemms"] == 3
   assert measured["kernels"] > without["kernels"]
   calls = []
   monkeypatch.setattr(metrics, "split", lambda state: calls.append(1) or (dict(state), {}))
   monkeypatch.delattr(metrics, "measure")
-  assert compiled.layer(SMALL, delayed, "h100") == without
+  assert layers.layer(SMALL, delayed, "h100") == without
   assert calls
 
 
 @pytest.mark.slow
 def test_fused_projections_launch_less():
-  cases = {(each.case, each.variant): each for each in compiled.fused_cost()}
+  cases = {each[:2]: each[2] for each in layers.fused_cost()}
   for case, gemms in (("query, key, value", 3), ("SwiGLU", 6)):
-    three, fused = (
-      cases[case, f"current, {how}"].measure("h100") for how in ("three layers", "fused")
-    )
+    three, fused = (cases[case, f"current, {how}"]("h100") for how in ("three layers", "fused"))
     assert gemms <= three["fp8_gemms"] == three["gemms"] <= 9
     assert fused["fp8_gemms"] == fused["gemms"] == gemms
     assert fused["kernels"] < three["kernels"]
@@ -140,16 +136,15 @@ def test_fused_projections_launch_less():
 @pytest.mark.slow
 @pytest.mark.parametrize(("policy", "again"), [("save_fp8_inputs", 1), ("dots_saveable", 0)])
 def test_policies_of_recomputation(policy, again):
-  ours = {each.case: each for each in compiled.memory() if each.variant == "delayed"}
-  found = ours[policy].measure("h100")
+  ours = {each[0]: each[2] for each in steps.memory() if each[1] == "delayed"}
+  found = ours[policy]("h100")
   assert found["fp8_gemms"] == found["gemms"] == (6 + again) * 8
-  assert compiled.again(found) == str(again)
 
 
 @pytest.mark.slow
 def test_microbatches_move_less_than_with_flax():
   bf16, flax, ours = (
-    each.measure("h100") for each in compiled.microbatches() if each.case == "4,096"
+    measure("h100") for case, _, measure, _ in steps.microbatches() if case == "4,096"
   )
   assert ours["mib_outside_gemms"] < flax["mib_outside_gemms"]
   assert ours["roofline_ms"] < bf16["roofline_ms"]
@@ -158,18 +153,18 @@ def test_microbatches_move_less_than_with_flax():
 
 @pytest.mark.slow
 def test_time_and_memory_grow():
-  small, large = (compiled.grown("layers", layers, "delayed", "h100") for layers in (1, 2))
+  small, large = (layers.grown("layers", count, "delayed", "h100") for count in (1, 2))
   assert large["roofline_ms"] > small["roofline_ms"]
   assert large["temp_mib"] >= small["temp_mib"]
-  assert compiled.grown("history", 16, FLAX, "h100")["fp8_gemms"] == 3
+  assert layers.grown("history", 16, FLAX, "h100")["fp8_gemms"] == 3
 
 
 @pytest.mark.slow
 def test_two_small_all_reduces_for_all_amaxes():
   """Of 3 tensors of 7 layers of 2 blocks, once merged; the kernels travel in FP8."""
   shape = ModelShape(d_model=256, d_ff=512, layers=2, heads=4, kv_heads=4)
-  cases = {(each.case, each.variant): each for each in compiled.collectives(shape, 32)}
-  found = cases["unrolled, FSDP and tensor parallel", "delayed"].measure("h100")
+  cases = {each[:2]: each[2] for each in steps.collectives(shape, 32)}
+  found = cases["unrolled, FSDP and tensor parallel", "delayed"]("h100")
   assert 1 <= found["amax"] <= 2
   assert found["amax_bytes"] <= 2 * 7 * 3 * 4
   assert found["fp8_gemms"] == 2 * 7 * 3
@@ -182,7 +177,7 @@ def test_two_small_all_reduces_for_all_amaxes():
 @pytest.mark.slow
 @pytest.mark.child
 def test_explain_cost():
-  found = compiled.in_child(1, scan=False, target="h200")
+  found = steps.in_child(1, scan=False, target="h200")
   assert found["gemms"] == 3 * 7 + 6 + 3  # projections, attention's two products, the head
   assert found["kernels"] > found["gemms"]
   assert 0.1 < found["gib"] < 8
