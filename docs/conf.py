@@ -104,13 +104,14 @@ def short(default: Any) -> str:
     return next(f"Format.{name}" for name, it in vars(flax_fp8.Format).items() if it == default)
   if isinstance(default, type) or inspect.isfunction(default):
     return default.__qualname__.removesuffix(".<locals>.init")
-  return re.sub(r"^np\.\w+\((.+)\)$", r"\1", repr(default))
+  text = re.sub(r"^np\.\w+\((.+)\)$", r"\1", repr(default))
+  return text if len(text) < 80 else "..."
 
 
 def with_types_and_links(
   app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]
 ) -> None:
-  """Prepares a docstring for napoleon: types of attributes, headings with conditions, links."""
+  """Prepares a docstring for napoleon: types of attributes, links."""
   del app, name, options
   fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
   types = {field.name: field.type for field in fields} if what == "class" else {}
@@ -118,11 +119,8 @@ def with_types_and_links(
   section = ""
   for line in lines:
     line = re.sub(r"``(flax_fp8(?:\.\w+)+)``", r":py:obj:`\1`", line)
-    if heading := re.match(r"(\w[\w ]*?)(?: \((.+)\))?:$", line):
-      section, condition = heading.groups()
-      if condition and section in ("Variables", "PRNG keys"):
-        found += [f"{section}:", f"  {condition[0].upper()}{condition[1:]}.", ""]
-        continue
+    if heading := re.match(r"(\w[\w ]*):$", line):
+      section = heading[1]
     attribute = re.match(r"  (\w+): ", line)
     if section == "Attributes" and attribute and isinstance(types.get(attribute[1]), str):
       line = line.replace(":", f" ({types[attribute[1]]}):", 1)
