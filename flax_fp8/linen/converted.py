@@ -64,7 +64,7 @@ class Run:
 Conversions: TypeAlias = tuple[Conversion, ...]
 
 # A flag in the scopes of one run. Lifted transformations copy it to the scopes that they make. The
-# scopes of a nested `apply` do not have it.
+# scopes of a nested `apply` or `bind` do not have it.
 RUN_FLAG = "fp8_run"
 
 
