@@ -1,4 +1,4 @@
-"""Every test runs strictly: eight CPU devices, no implicit broadcasting of ranks."""
+"""Configures all tests: eight CPU devices, no implicit rank promotion."""
 
 import functools
 import gc
@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# JAX's CUDA plugin describes GPUs, and compiles for them, without the CUDA libraries.
+# JAX's CUDA plugin can describe GPUs and compile for them without the CUDA libraries.
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-# Compiling is most of what a test does, and most of compiling is LLVM optimizing what then runs for
-# a millisecond. XLA's own passes, in which all arithmetic is decided, are as ever; scripts that are
-# tested in a process of their own run without these flags, as users run them.
+# Tests spend most of their time compiling, mostly in LLVM's optimizations, for programs that run a
+# millisecond. XLA's own passes decide all arithmetic, and they do not change. Scripts that are
+# tested in a separate process run without these flags, as for users.
 if os.environ["JAX_PLATFORMS"] == "cpu":
   os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
@@ -30,15 +30,15 @@ from flax_fp8.explain import deviceless
 from flax_fp8.explain.target import GpuTarget
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# What JAX keeps of programs lives on: going through all of it often finds nothing.
+# JAX keeps its programs alive, so frequent garbage collection finds nothing.
 gc.set_threshold(100_000, 50, 50)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-  """Has XLA emit code for the CPU in its older way, where that is right, unless slow tests run too.
+  """Selects XLA's older CPU emitters, where they are correct, unless slow tests run too.
 
-  It takes half the time to compile. Before JAX 0.10 it is wrong in FP8 and after 0.11.0 it is gone;
-  between, it differs in FNUZ formats and float32 subnormals alone: what tests them is marked slow.
+  They compile in half the time. They are wrong for FP8 before JAX 0.10, and removed after 0.11.0.
+  In between, they differ only in FNUZ formats and float32 subnormals. Their tests are marked slow.
   """
   is_right = (0, 10) <= jax.__version_info__ < (0, 11, 1) and os.environ["JAX_PLATFORMS"] == "cpu"
   if is_right and config.getoption("markexpr") == "not slow":
@@ -47,8 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def described() -> Callable[[str], jax.Device]:
-  """JAX's devices of GPUs that are not there, by ``GpuTarget``'s names."""
-  pytest.importorskip("jax_plugins.xla_cuda13", reason="the CUDA plugin exists for Linux alone")
+  """Returns JAX devices for GPUs that are not attached, by ``GpuTarget``'s names."""
+  pytest.importorskip("jax_plugins.xla_cuda13", reason="the CUDA plugin supports only Linux")
 
   @functools.cache
   def describe(name: str) -> jax.Device:
@@ -61,9 +61,9 @@ def described() -> Callable[[str], jax.Device]:
 
 @pytest.fixture(autouse=True)
 def compiled_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-  """Has ``explain`` compile in this process: most of what a small program takes is to start one.
+  """Makes ``explain`` compile in this process, since starting a process takes most of the time.
 
-  Not so where a test is marked ``child``.
+  Tests marked ``child`` use a separate process.
   """
   if request.node.get_closest_marker("child") is None:
     compiling = importlib.import_module("flax_fp8.explain.compile")

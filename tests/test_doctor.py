@@ -103,7 +103,7 @@ class TestTheCommand:
 
 class TestTrial:
   def test_compiles_fp8(self):
-    pytest.importorskip("jax_plugins.xla_cuda13", reason="the CUDA plugin exists for Linux alone")
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="the CUDA plugin supports only Linux")
     line = doctor.trial()
     assert re.fullmatch(
       r"compiled a 256 x 256 E4M3 product for an H100 in [\d.]+ s; it is FP8", line.text
@@ -131,7 +131,7 @@ class TestTrial:
 
 class TestCompiler:
   def test_installed(self):
-    pytest.importorskip("jax_plugins.xla_cuda13", reason="the CUDA plugin exists for Linux alone")
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="the CUDA plugin supports only Linux")
     found = metadata.version("jax-cuda13-plugin")
     assert doctor.plugin() == Line("GPU compiler", f"jax-cuda13-plugin {found}")
 

@@ -25,7 +25,7 @@ def hard_values(name: str) -> np.ndarray:
   return np.concatenate([all_points, -all_points, [np.nan]]).astype(np.float32)
 
 
-# XLA's fast CPU code generation (conftest.py) gives wrong results in these formats.
+# XLA's older CPU emitters (conftest.py) give wrong results in these formats.
 CASTS = [
   pytest.param(fmt, marks=[pytest.mark.slow] if fmt.name.endswith("fnuz") else [], id=fmt.name)
   for fmt in ALL

@@ -1,10 +1,10 @@
-"""Is FP8 state right under JAX's transformations? ``python -m tests.transformations`` prints it.
+"""Tests FP8 state under JAX's transformations. ``python -m tests.transformations`` prints a table.
 
 Rows are programs that use one FP8 layer under a transformation. Columns are ways to differentiate:
-plain ``jax.grad``; ``fp8.value_and_grad``; and ``TrainState``, that is, plain ``jax.grad`` around
-``state.apply_fn`` (the looped function, where the loop lies outside of the model) followed by
-``apply_gradients``. A cell is right when scales and histories of all three tensors equal those of
-the float64 oracle, which is told every tensor that the layer met.
+plain ``jax.grad``, ``fp8.value_and_grad``, and ``TrainState``. The last is plain ``jax.grad`` of
+``state.apply_fn`` followed by ``apply_gradients``. If the loop is outside of the model,
+``state.apply_fn`` is the looped function. A cell is right if the scales and histories of all three
+tensors equal those of the float64 oracle, which gets every tensor of the layer.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ STEPS, BATCH, WIDTH = 4, 4, 8  # four microbatches, calls, experts or layers
 
 _random = np.random.default_rng(0)
 X = _random.normal(size=(STEPS, BATCH, WIDTH)).astype(np.float32)
-# Cotangents of the outputs: the loss is sum(out * C). Magnitudes differ a step, so a sum shows.
+# Cotangents of the outputs: the loss is sum(out * C). Magnitudes differ by step, so a sum shows.
 C = (_random.normal(size=X.shape) * np.array([1, 3, 2, 0.5]).reshape(STEPS, 1, 1)).astype(
   np.float32
 )
 KERNELS = _random.normal(size=(STEPS, WIDTH, WIDTH)).astype(np.float32) / 3
 
 
-# The last one is in use: Flax's joins for the last column of the printed table.
+# The last one is in use. Flax's is appended for the last column of the printed table.
 DOT_GENERAL: list[Any] = [RECIPE.dot_general_cls]
 
 
 class Layer(nn.Module):
-  """The FP8 layer, with a kernel of its own that tests can set."""
+  """The FP8 layer, with a kernel that tests can set."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -103,7 +103,7 @@ class Step(nn.Module):
 
 
 class Scanned(nn.Module):
-  """Scans the layer over calls: one state for all, or one a step."""
+  """Scans the layer over calls, with one state for all steps or one per step."""
 
   per_layer: bool
 
@@ -116,7 +116,7 @@ class Scanned(nn.Module):
 
 
 class Recurrent(nn.Module):
-  """A linear recurrence ``h = layer(h) + x``, the state shared by all steps."""
+  """A linear recurrence ``h = layer(h) + x``. All steps share the state."""
 
   @nn.compact
   def __call__(self, xs: jax.Array, cs: jax.Array) -> jax.Array:
@@ -131,7 +131,7 @@ class Recurrent(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-  """All that one state met."""
+  """All tensors that one state observed."""
 
   inputs: Any = dataclasses.field(default_factory=lambda: X)
   kernel: Any = dataclasses.field(default_factory=lambda: KERNELS[0])
@@ -146,17 +146,18 @@ class Case:
   """A row.
 
   Attributes:
-    name: what is transformed how.
-    model: initialized for its variables.
-    program: makes the loss of the variables from an ``apply``.
-    seen: what the state met; a list for a state with a leading axis.
+    name: the transformation and its target.
+    model: the model that makes the variables.
+    program: makes the loss, a function of the variables, from an ``apply``.
+    seen: the tensors that the state observed; a list for state with a leading axis.
     jit: whether the gradient is compiled.
-    outside: whether the loop lies outside of the model.
-    inside: "pmap" or "shard_map", where each device takes the gradient of a scan over two halves
-      of its part, and gradients are averaged; or "closure", a shard_map that closes over variables.
-    nested: whether the variables are those of one of several models.
-    expect: outcome by column where it is not "right".
-    inputs: what the model is initialized with.
+    outside: whether the loop is outside of the model.
+    inside: "pmap", "shard_map" or "closure". With the first two, each device computes the gradient
+      of a scan over two halves of its part, and gradients are averaged. "closure" is a shard_map
+      that closes over variables.
+    nested: whether the variables belong to one of several models.
+    expect: the outcome by column, if it is not "right".
+    inputs: arguments of ``model.init``.
   """
 
   name: str
@@ -172,7 +173,7 @@ class Case:
 
 
 def whole(apply: Callable[..., Any]) -> Loss:
-  """The model's own loss."""
+  """Returns the model's own loss."""
   return lambda variables: apply(variables, X, C)
 
 
@@ -181,7 +182,7 @@ def _loss(apply: Callable[..., Any], variables: Any, x: Any, c: Any) -> jax.Arra
 
 
 def vmapped(apply: Callable[..., Any]) -> Loss:
-  """``jax.vmap`` of the layer, its variables shared."""
+  """``jax.vmap`` of the layer with shared variables."""
   return lambda v: jnp.sum(jax.vmap(apply, in_axes=(None, 0))(v, X) * C)
 
 
@@ -191,7 +192,7 @@ def applied_again(apply: Callable[..., Any]) -> Loss:
 
 
 def microbatches(apply: Callable[..., Any], x: Any = X, c: Any = C) -> Loss:
-  """``lax.scan`` over microbatches, the variables shared."""
+  """``lax.scan`` over microbatches with shared variables."""
 
   def loss(variables: Any) -> jax.Array:
     step = lambda total, xc: (total + _loss(apply, variables, *xc), None)
@@ -206,7 +207,7 @@ def scan_of_vmap(apply: Callable[..., Any]) -> Loss:
 
 
 def vmap_of_scan(apply: Callable[..., Any]) -> Loss:
-  """Maps over examples a scan over microbatches."""
+  """Maps a scan over microbatches over examples."""
 
   def loss(variables: Any) -> jax.Array:
     one = lambda x, c: microbatches(apply, x[:, None], c[:, None])(variables)
@@ -226,7 +227,7 @@ def cond(apply: Callable[..., Any]) -> Loss:
 
 
 def not_taken(apply: Callable[..., Any]) -> Loss:
-  """The branch that uses the layer is not taken: the state stays as it is."""
+  """The branch that uses the layer is not taken, so the state does not change."""
 
   def loss(variables: Any) -> jax.Array:
     use = lambda v: _loss(apply, v, X[0], C[0])
@@ -248,12 +249,12 @@ def fori_loop(apply: Callable[..., Any]) -> Loss:
 
 @functools.cache
 def mesh() -> jax.sharding.Mesh:
-  """Four devices in a row."""
+  """Makes a mesh of four devices."""
   return jax.make_mesh((STEPS,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 def sharded(check_vma: bool) -> Callable[[Callable[..., Any]], Loss]:
-  """``shard_map`` over the batch, the variables replicated."""
+  """``shard_map`` over the batch with replicated variables."""
 
   def program(apply: Callable[..., Any]) -> Loss:
     def local(variables: Any, x: jax.Array, c: jax.Array) -> jax.Array:
@@ -268,7 +269,7 @@ def sharded(check_vma: bool) -> Callable[[Callable[..., Any]], Loss]:
 
 
 def closed_over(apply: Callable[..., Any]) -> Loss:
-  """``shard_map(check_vma=False)`` whose body closes over the variables: in a loop and outside."""
+  """``shard_map(check_vma=False)`` that closes over the variables, inside and outside of a loop."""
 
   def loss(variables: Any) -> jax.Array:
     def local(x: jax.Array, c: jax.Array) -> jax.Array:
@@ -293,14 +294,14 @@ def switch(apply: Callable[..., Any]) -> Loss:
 
 
 class Bound:
-  """What ``bind`` gives, called like ``apply``."""
+  """A bound module that is called like ``apply``."""
 
   def __init__(self, model: nn.Module) -> None:
     """Takes the model to bind."""
     self.model = model
 
   def __call__(self, variables: Any) -> jax.Array:
-    """Uses one bound module in a loop, and then behind it."""
+    """Uses one bound module in a loop and after it."""
     layer, xs, cs = self.model.bind(variables), jnp.asarray(X), jnp.asarray(C)
     body = lambda i, total: total + jnp.sum(layer(xs[i]) * cs[i])
     total = jax.lax.fori_loop(0, STEPS - 1, body, jnp.float32(0))
@@ -308,23 +309,23 @@ class Bound:
 
 
 def bound(apply: Callable[..., Any]) -> Loss:
-  """A bound module in a loop and behind it; where an ``apply_fn`` is given, that."""
+  """A bound module, or the given ``apply_fn``, in a loop and after it."""
   model = getattr(apply, "__self__", None)
   return applied_again(apply) if model is None else Bound(model)
 
 
 def in_scan_and_out(apply: Callable[..., Any]) -> Loss:
-  """Microbatches in a scan, and one more apply behind it."""
+  """A scan over microbatches, and one more apply after it."""
   return lambda v: microbatches(apply, X[1:], C[1:])(v) + _loss(apply, v, X[0], C[0])
 
 
 def nested(apply: Callable[..., Any]) -> Loss:
-  """The variables of one of two models; the other one is not used."""
+  """The variables of one of two models. The other model is not used."""
   return lambda v: applied_again(apply)(v["one"])
 
 
 def pjit(apply: Callable[..., Any]) -> Loss:
-  """A sharded batch under jit, the variables replicated."""
+  """A sharded batch under jit with replicated variables."""
   batch = NamedSharding(mesh(), P("data"))
 
   def loss(variables: Any) -> jax.Array:
@@ -340,7 +341,7 @@ def jitted_inside(apply: Callable[..., Any]) -> Loss:
 
 
 def recurrence() -> Seen:
-  """What the state of ``Recurrent`` meets: forward values and backpropagated gradients."""
+  """Computes the tensors of ``Recurrent``: forward values and backpropagated gradients."""
   s = {role: oracle.scale(HISTORY[role], 1.0, name) for role, name in ROLES.items()}
   kernel = oracle.qdq(KERNELS[0], s["kernel"], ROLES["kernel"])
   h, inputs = np.zeros_like(X[0]), []
@@ -405,7 +406,7 @@ CASES = [
 
 
 def make_variables(case: Case) -> Any:
-  """Variables with the known kernel and the known history."""
+  """Makes variables with the known kernel and history."""
   fresh = jax.eval_shape(case.model.init, jax.random.key(0), *case.inputs)
 
   def fill(path: Any, leaf: Any) -> jax.Array:
@@ -423,7 +424,7 @@ def make_variables(case: Case) -> Any:
 def gradient_of(
   case: Case, gradient: Any, program: Callable[..., Loss], apply: Callable[..., Any]
 ) -> Callable[[Any], Any]:
-  """Makes the function that gives the gradient with respect to variables."""
+  """Makes the function that computes the gradient with respect to variables."""
   if not case.inside:
     return gradient(program(apply))
 
@@ -445,7 +446,7 @@ def gradient_of(
 
 
 def new_state(case: Case, column: str) -> dict[str, np.ndarray]:
-  """State after one step, by variable name."""
+  """Returns the state after one step, by variable name."""
   variables = make_variables(case)
   wrap = jax.jit if case.jit and case.inside != "pmap" else (lambda f: f)
   if column == "TrainState":
@@ -463,7 +464,7 @@ def new_state(case: Case, column: str) -> dict[str, np.ndarray]:
 
 
 def expected_state(seen: Seen) -> dict[str, np.ndarray]:
-  """State after one step by the oracle."""
+  """Returns the oracle's state after one step."""
   met = {"input": seen.inputs, "kernel": seen.kernel, "output_grad": seen.grads}
   state = {}
   for role, name in ROLES.items():
@@ -473,7 +474,7 @@ def expected_state(seen: Seen) -> dict[str, np.ndarray]:
 
 
 def outcome(case: Case, column: str) -> str:
-  """What a cell shows: "right", "sums", "clear error", or what else happened."""
+  """Returns the text of a cell: "right", "sums", "clear error", or another outcome."""
   per_index = isinstance(case.seen, list)
   all_seen = case.seen if per_index else [case.seen]
   try:
@@ -490,11 +491,11 @@ def outcome(case: Case, column: str) -> str:
 
 
 def flaxs_outcome(case: Case) -> str:
-  """What ``flax.linen.fp8_ops`` shows under plain ``jax.grad``."""
+  """Returns the text for ``flax.linen.fp8_ops`` under plain ``jax.grad``."""
   DOT_GENERAL.append(lambda name: reference.Fp8DotGeneral(amax_history_length=4, name=name))
   try:
     return outcome(case, "jax.grad")
-  except Exception as error:  # whatever it is, it is the cell's content
+  except Exception as error:  # any error is the content of the cell
     return type(error).__name__
   finally:
     DOT_GENERAL.pop()
@@ -508,7 +509,7 @@ clear error: JAX cannot take a maximum at that boundary; the message names the w
 
 
 def main() -> int:
-  """Prints the table; returns the number of cells that are not as documented."""
+  """Prints the table. Returns the number of cells that differ from the documented outcome."""
   surprises = flax = 0
   print(f"| case | {' | '.join(COLUMNS)} | Flax's ops, jax.grad |\n|---|---|---|---|---|")
   for case in CASES:

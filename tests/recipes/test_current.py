@@ -13,7 +13,7 @@ from tests.recipes.cases import compiled, normal
 FORMATS = (
   pytest.param(fp8.Format.HYBRID, id="HYBRID"),
   pytest.param(fp8.Format.E4M3, id="E4M3"),
-  # XLA's fast CPU code generation (conftest.py) gives wrong results in these formats.
+  # XLA's older CPU emitters (conftest.py) give wrong results in these formats.
   pytest.param(fp8.Format.HYBRID_FNUZ, id="FNUZ", marks=pytest.mark.slow),
 )
 # Typical values; a wide range with subnormals and underflow; one value; zeros; extremes.
