@@ -1,1 +1,1 @@
-"""Public Linen models that ``corpus.py`` converts: small configurations, one file a source."""
+"""Public Linen models that ``corpus.py`` converts, as data, and what it asks of each."""

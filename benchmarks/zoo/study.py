@@ -1,4 +1,4 @@
-"""What is asked of one model; each question is a stage, and one that fails stops no other."""
+"""What is asked of one model. Each question is a stage, and a failing stage stops no other."""
 
 import contextlib
 import functools
@@ -14,43 +14,39 @@ import numpy as np
 import optax
 
 import flax_fp8 as fp8
-from zoo.model import Case, Model
+from zoo.models import Case, Model
 
 STEPS, LEARNING_RATE = 8, 1e-3
 Tree = Any
 
 
 class Study:
-  """One model beside itself in FP8."""
+  """One model, plain and converted with the defaults alone."""
 
   def __init__(self, model: Model, target: str | None, timeout: float) -> None:
-    """Converts the model with the defaults alone."""
     self.model, self.target, self.timeout = model, target, timeout
     self.converted = fp8.fp8_linear_layers(model.module)
     self.modules = {"plain": model.module, "fp8": self.converted}
-    is_array = {name: hasattr(value, "dtype") for name, value in model.kwargs.items()}
-    self.static = {name: value for name, value in model.kwargs.items() if not is_array[name]}
-    arrays = {name: value for name, value in model.kwargs.items() if is_array[name]}
+    arrays = {name: value for name, value in model.kwargs.items() if hasattr(value, "dtype")}
+    self.static = {name: value for name, value in model.kwargs.items() if name not in arrays}
     self.inputs: tuple[Tree, Tree] = (model.args, arrays)
 
   @functools.cached_property
   def plain_variables(self) -> Tree:
-    """The initial variables of the model as it is."""
     return self._init(self.model.module)
 
   @functools.cached_property
   def variables(self) -> dict[str, Tree]:
-    """The initial variables of both."""
     return {"plain": self.plain_variables, "fp8": self._init(self.converted)}
 
   @functools.cached_property
-  def target_values(self) -> jax.Array:
-    """What the loss wants: labels, or normal values."""
+  def batch(self) -> Tree:
+    """The inputs, and what the loss wants: labels, or normal values."""
     out = jax.eval_shape(functools.partial(self.run, "plain"), self.plain_variables, self.inputs)
     key = jax.random.key(7)
     if self.model.labels:
-      return jax.random.randint(key, out.shape[:-1], 0, out.shape[-1])
-    return jax.random.normal(key, out.shape)
+      return self.inputs, jax.random.randint(key, out.shape[:-1], 0, out.shape[-1])
+    return self.inputs, jax.random.normal(key, out.shape)
 
   def _keys(self, *names: str) -> dict[str, jax.Array]:
     return {name: jax.random.key(number) for number, name in enumerate((*names, *self.model.rngs))}
@@ -61,46 +57,58 @@ class Study:
     return jax.jit(init)(self._keys("params"), args, arrays)
 
   def run(self, which: str, variables: Tree, inputs: tuple[Tree, Tree], apply: Any = None) -> Any:
-    """Runs a model, and returns the array that the loss is of."""
+    """Runs a model, and returns the array that the loss reads."""
     args, arrays = inputs
     apply = apply or self.modules[which].apply
     mutable = list(self.model.mutable)
     options = {"rngs": self._keys() or None, "mutable": mutable or False}
     out = apply(variables, *args, **arrays, **self.static, **options)
-    return self.model.read(out[0] if mutable else out)
+    return self.model.output(out[0] if mutable else out)
 
-  def loss(self, which: str, variables: Tree, batch: Tree) -> jax.Array:
-    """Is the loss of a model, of its variables and of inputs and what is wanted."""
-    return self._loss_and_output(which, variables, batch)[0]
-
-  def _loss_and_output(
-    self, which: str, variables: Tree, batch: Tree
-  ) -> tuple[jax.Array, jax.Array]:
+  def loss_and_output(self, which: str, variables: Tree, batch: Tree) -> tuple[Tree, jax.Array]:
     inputs, wanted = batch
     out = self.run(which, variables, inputs)
     if self.model.labels:
       return optax.softmax_cross_entropy_with_integer_labels(out, wanted).mean(), out
     return jnp.mean(jnp.square(out - wanted)), out
 
-  @property
-  def batch(self) -> Tree:
-    """The one batch."""
-    return self.inputs, self.target_values
+  def loss(self, variables: Tree, batch: Tree) -> jax.Array:
+    return self.loss_and_output("fp8", variables, batch)[0]
+
+  @functools.cached_property
+  def differentiated(self) -> dict[str, Callable[..., Any]]:
+    """Loss, output and gradients of both, compiled."""
+    made: dict[str, Callable[..., Any]] = {}
+    for name, differentiate in {"plain": jax.value_and_grad, "fp8": fp8.value_and_grad}.items():
+      loss = functools.partial(self.loss_and_output, name)
+      made[name] = jax.jit(differentiate(loss, has_aux=True, allow_int=True))
+    return made
+
+  def _train(self, which: str) -> tuple[Tree, float]:
+    """The variables, and the loss after the last step."""
+    made: dict[str, Any] = {"params": self.variables[which], "tx": optax.adam(LEARNING_RATE)}
+    state = fp8.TrainState.create(apply_fn=self.modules[which].apply, **made)
+    update = jax.jit(lambda state, gradients: state.apply_gradients(grads=gradients))
+    differentiated = self.differentiated[which]
+    for _ in range(STEPS):
+      _, gradients = differentiated(state.params, self.batch)
+      state = update(state, gradients)
+    (loss, _), _ = differentiated(state.params, self.batch)
+    return state.params, float(loss)
 
   # The stages.
 
   def plain(self) -> dict[str, Any]:
-    """Runs the model as it is: what fails here is no matter of conversion."""
-    return {
-      "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.plain_variables["params"]))
-    }
+    """Runs the plain model: a failure here has nothing to do with conversion."""
+    params = jax.tree.leaves(self.plain_variables["params"])
+    return {"parameters": sum(leaf.size for leaf in params)}
 
   def layers(self) -> dict[str, Any]:
-    """Counts layers that become FP8, and the rules that left out the others."""
+    """Counts the layers that become FP8, and the rules that leave out the others."""
     args, arrays = self.inputs
     report = fp8.Fp8Config().report(self.model.module, *args, **arrays, **self.static)
-    left: Counter[str] = Counter()
     contractions = [row for row in report.rows if row.contracts]
+    left: Counter[str] = Counter()
     for row in contractions:
       left[row.rule] += 0 if row.taken else row.stacked
     return {
@@ -113,18 +121,13 @@ class Study:
     """Compares the parameters of both."""
     plain, ours = (self.variables[name]["params"] for name in ("plain", "fp8"))
     same = jax.tree.structure(plain) == jax.tree.structure(ours)
-    return {
-      "params_equal": same
-      and all(
-        np.array_equal(*both) for both in zip(*map(jax.tree.leaves, (plain, ours)), strict=True)
-      )
-    }
+    pairs = zip(*map(jax.tree.leaves, (plain, ours)), strict=False)
+    return {"params_equal": same and all(np.array_equal(*pair) for pair in pairs)}
 
   def errors(self) -> dict[str, Any]:
     """Compares outputs and gradients, at scale 1 and after calibration."""
     started = self.variables["fp8"]
-    loss = functools.partial(self.loss, "fp8")
-    calibrated = fp8.calibrate(self.converted, started, [self.batch], loss, progress=False)
+    calibrated = fp8.calibrate(self.converted, started, [self.batch], self.loss, progress=False)
     (_, out), gradients = self.differentiated["plain"](self.variables["plain"], self.batch)
     found: dict[str, Any] = {}
     for name, variables in {"fresh": started, "calibrated": calibrated}.items():
@@ -134,37 +137,8 @@ class Study:
     return found
 
   @functools.cached_property
-  def run_fp8(self) -> Callable[..., Any]:
-    """The output in FP8, compiled."""
-    return jax.jit(functools.partial(self.run, "fp8"))
-
-  @functools.cached_property
-  def differentiated(self) -> dict[str, Callable[..., Any]]:
-    """Loss, output and gradients of both, compiled."""
-    made: dict[str, Callable[..., Any]] = {}
-    for name, differentiate in {"plain": jax.value_and_grad, "fp8": fp8.value_and_grad}.items():
-      loss = functools.partial(self._loss_and_output, name)
-      made[name] = jax.jit(differentiate(loss, has_aux=True, allow_int=True))
-    return made
-
-  @functools.cached_property
   def trained(self) -> dict[str, tuple[Tree, float]]:
-    """Trains both: the variables, and the loss after the last step."""
     return {name: self._train(name) for name in self.modules}
-
-  def _train(self, which: str) -> tuple[Tree, float]:
-    state = fp8.TrainState.create(
-      apply_fn=self.modules[which].apply,
-      params=self.variables[which],
-      tx=optax.adam(LEARNING_RATE),
-    )
-    update = jax.jit(lambda state, gradients: state.apply_gradients(grads=gradients))
-    differentiated = self.differentiated[which]
-    for _ in range(STEPS):
-      _, gradients = differentiated(state.params, self.batch)
-      state = update(state, gradients)
-    (loss, _), _ = differentiated(state.params, self.batch)
-    return state.params, float(loss)
 
   def training(self) -> dict[str, Any]:
     """Compares the losses after some steps."""
@@ -173,11 +147,9 @@ class Study:
   def frozen(self) -> dict[str, Any]:
     """Compares outputs of the frozen model with those of the trained one."""
     variables, _ = self.trained["fp8"]
-    args, arrays = self.inputs
-    served, frozen = fp8.freeze_for_inference(
-      self.converted, variables, *args, **arrays, **self.static
-    )
-    want = self.run_fp8(variables, self.inputs)
+    (args, arrays), static = self.inputs, self.static
+    served, frozen = fp8.freeze_for_inference(self.converted, variables, *args, **arrays, **static)
+    want = jax.jit(functools.partial(self.run, "fp8"))(variables, self.inputs)
     run = lambda frozen, inputs: self.run("fp8", frozen, inputs, served.apply)
     got = jax.jit(run)(frozen, self.inputs)
     return {"frozen_difference": float(jnp.max(jnp.abs(got - want)))}
@@ -186,7 +158,7 @@ class Study:
     """Counts GEMMs of loss and gradients, as compiled for a GPU."""
     if self.target is None:
       return {}
-    step = fp8.value_and_grad(functools.partial(self.loss, "fp8"), allow_int=True)
+    step = fp8.value_and_grad(self.loss, allow_int=True)
     shapes = jax.eval_shape(lambda tree: tree, (self.variables["fp8"], self.batch))
     try:
       report = fp8.explain(step, *shapes, target=self.target, timeout=self.timeout)
@@ -207,14 +179,14 @@ STAGES: tuple[Callable[[Study], dict[str, Any]], ...] = (
 
 
 def relative(got: Tree, want: Tree) -> float:
-  """The norm of the difference of two trees, over the norm of the second if that is not zero."""
+  """The norm of the difference of two trees, over the norm of the second unless that is zero."""
   square = lambda tree: sum(float(jnp.sum(jnp.square(leaf))) for leaf in jax.tree.leaves(tree))
   difference = jax.tree.map(lambda a, b: a.astype(jnp.float32) - b, got, want)
   return (square(difference) / (square(want) or 1.0)) ** 0.5
 
 
 def study(case: Case, target: str | None, timeout: float) -> dict[str, Any]:
-  """Asks everything of one model."""
+  """Runs every stage for one model."""
   row: dict[str, Any] = {"package": case.package, "name": case.name, "failures": {}}
   try:
     row["version"] = metadata.version(case.package)
@@ -235,9 +207,9 @@ def study(case: Case, target: str | None, timeout: float) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _noting(row: Mapping[str, Any], stage: str) -> Generator[None]:
-  """Writes down why a stage failed."""
+  """Records why a stage failed."""
   try:
     yield
-  except Exception as error:  # whatever it is, the other models go on
+  except Exception as error:  # the other stages and models continue
     first = (str(error).splitlines() or [""])[0]
     row["failures"][stage] = f"{type(error).__name__}: {first}"
