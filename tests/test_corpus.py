@@ -1,6 +1,7 @@
 """The benchmark of public models on one that needs no other package."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,9 @@ import pytest
 from rich.console import Console
 
 import corpus
-from zoo import flax_modules, study
-from zoo.model import Case, Model
+from harness.output import RESULTS
+from zoo import models, study
+from zoo.models import Case, Model
 
 ROW = {"package": "flax", "version": "1", "name": "Model", "failures": {}}
 
@@ -33,22 +35,23 @@ def test_tiny(tmp_path):
   assert "| 8/8 |" in text
 
 
-def test_a_failing_model_stops_no_other(monkeypatch, tmp_path):
+def test_a_failing_model_stops_no_other(tmp_path):
   def fails() -> Model:
     raise RuntimeError("of its own\nand more")
 
   cases = (Case("flax", "Broken", fails), Case("no-such-package", "Absent", fails))
-  monkeypatch.setattr(corpus, "CASES", cases)
   console = Console(record=True, width=200)
-  arguments = corpus.parse(["--target", "none", "--out", str(tmp_path)])
-  (row,) = corpus.measure(cases, arguments, console)
+  (tmp_path / "corpus.json").write_text(json.dumps({"found": [ROW]}))
+  arguments = SimpleNamespace(target="none", out=tmp_path, timeout=1.0)
+  earlier, row = corpus.measure(cases, arguments, console)
+  assert earlier == ROW
   assert row["failures"] == {"make": "RuntimeError: of its own"}
   assert "Not installed: no-such-package." in console.export_text()
-  assert "0 of 1" in (tmp_path / "corpus.md").read_text()
+  assert "| RuntimeError" not in (tmp_path / "corpus.md").read_text()
 
 
 def test_a_failing_stage_stops_no_other():
-  model = Model(flax_modules.AttentionStack(), (jnp.ones((1, 4, 24)),))  # 24 is no multiple of 16
+  model = Model(models.AttentionStack(), (jnp.ones((1, 4, 24)),), {})  # 16 does not divide 24
   row = study.study(Case("flax", "Unfit", lambda: model), None, 1.0)
   assert row["converted"] == 0
   assert sum(row["left"].values()) == 8
@@ -56,15 +59,26 @@ def test_a_failing_stage_stops_no_other():
   assert "loss_fp8" not in row
 
 
-def test_rows_of_earlier_runs_stay(tmp_path):
-  (tmp_path / "corpus.json").write_text(json.dumps({"found": [ROW]}))
-  assert corpus.earlier(tmp_path / "corpus.json") == {("flax", "Model"): ROW}
-  assert corpus.earlier(tmp_path / "none.json") == {}
+def test_the_recorded_table_is_that_of_the_recorded_numbers():
+  found = json.loads((RESULTS / "corpus.json").read_text())["found"]
+  assert corpus.table(found) == (RESULTS / "corpus.md").read_text()
+  assert {(row["package"], row["name"]) for row in found} <= {
+    (case.package, case.name) for case in corpus.CASES
+  }
+
+
+@pytest.mark.parametrize(
+  "case", [case for case in corpus.CASES if case.package == "flax"], ids=lambda case: case.name
+)
+def test_models_of_flax_are_made(case):
+  model = case.make()
+  out = jax.eval_shape(model.module.init_with_output, jax.random.key(0), *model.args)[0]
+  assert out.ndim == 3
 
 
 def test_models_are_chosen_by_package_or_name():
   names = lambda *only: [f"{case.package}/{case.name}" for case in corpus.chosen(only)]
-  assert names("flax") == [f"flax/{case.name}" for case in flax_modules.CASES]
+  assert len(names("flax")) == 4
   assert names("brax/MLP") == ["brax/MLP"]
   assert len(names()) == len(set(names())) == len(corpus.CASES) >= 25
   with pytest.raises(SystemExit, match="no package or model is called 'nothing'"):
