@@ -32,7 +32,7 @@ from rich.console import Console
 from harness import clock, output
 from harness.names import BF16
 from harness.sizes import GROUPS, PUBLISHED, TINY_GROUPS, Shape, Sizes
-from harness.table import Column, print_table
+from harness.table import CASE, TIMES, Column, print_table, rows_of
 
 missing = ""
 try:
@@ -55,42 +55,30 @@ TINY_SIZES = Sizes(length=16, width=64, heads=4, kv_heads=2, hidden=96)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """What all variants compute.
+  """What all variants compute."""
 
-  Attributes:
-    flops: of its projections in a step.
-    x: the shape of its input.
-    out: the shape of its output.
-    parts: its modules, in BF16.
-    apply: from such modules and the input to the output.
-  """
-
-  flops: int
-  x: tuple[int, ...]
-  out: tuple[int, ...]
-  parts: dict[str, Any]
-  apply: Callable[[Any, Any], Any]
+  flops: int  # of its projections in a step
+  x: tuple[int, ...]  # the shape of its input
+  out: tuple[int, ...]  # the shape of its output
+  parts: dict[str, Any]  # its modules, in BF16
+  apply: Callable[[Any, Any], Any]  # from such modules and the input to the output
 
 
 def device() -> str:
-  """Where everything is computed."""
   return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def normal(*shape: int, size: float = 1.0) -> Any:
-  """Random numbers."""
   return size * torch.randn(shape, device=device(), dtype=torch.bfloat16)
 
 
 def linear(width: int, features: int) -> Any:
-  """A layer of random weights."""
   layer = torch.nn.Linear(width, features, bias=False, device="meta")
   layer.weight = torch.nn.Parameter(normal(features, width, size=KERNEL_SIZE))
   return layer
 
 
 def layer_case(shape: Shape) -> Case:
-  """One layer."""
   parts = {"layer": linear(shape.width, shape.features)}
   x, out = (shape.tokens, shape.width), (shape.tokens, shape.features)
   return Case(shape.flops, x, out, parts, lambda parts, x: parts["layer"](x))
@@ -152,14 +140,11 @@ def make_step(case: Case, recipe: str | None, x: Any, grad: Any, tiny: bool) -> 
 
 
 def synchronize() -> None:
-  """Waits for the GPU, if there is one."""
   if device() == "cuda":
     torch.cuda.synchronize()
 
 
 def several(step: Step, repeat: int) -> Callable[[], None]:
-  """A run for the clock."""
-
   def run() -> None:
     for _ in range(repeat):
       step()
@@ -231,7 +216,7 @@ def document(tiny: bool, shapes: Mapping[str, Any]) -> dict[str, Any]:
   }
   return {
     "measurement": not tiny,
-    "note": "no measurement: small shapes, to test the script" if tiny else "",
+    "note": output.NO_MEASUREMENT if tiny else "",
     "environment": output.host()
     | {
       "device": torch.cuda.get_device_name() if device() == "cuda" else "cpu",
@@ -247,7 +232,6 @@ def document(tiny: bool, shapes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe(error: Exception) -> str:
-  """An error, cut."""
   return f"{type(error).__name__}: {str(error)[:1000]}"
 
 
@@ -287,12 +271,8 @@ def measure_all(out: Path, seconds: float, tiny: bool, console: Console) -> None
 
 
 COLUMNS = (
-  *(Column("", "{case}", left=True), Column("", "{variant}", left=True)),
-  *(Column("ms", "{ms[median]:.3f}"), Column("TFLOP/s", "{tflops[median]:,.0f}")),
-  Column("speedup", "{speedup[median]:.3f}"),
-  Column("quartiles", "{speedup[low]:.3f}-{speedup[high]:.3f}"),
-  *(Column("peak MiB", "{peak_mib:,.0f}"), Column("difference", "{difference:.3f}")),
-  Column("compile s", "{compile_seconds:.1f}"),
+  *(CASE, Column("", "{variant}", left=True), *TIMES),
+  *(Column("difference", "{difference:.3f}"), Column("compile s", "{compile_seconds:.1f}")),
 )
 BOTH = (
   *(Column("", "{of}", left=True), Column("", "{library}", left=True)),
@@ -325,12 +305,8 @@ def compare(content: Mapping[str, Any], out: Path) -> list[dict[str, Any]]:
 def show(content: Mapping[str, Any], out: Path, console: Console) -> None:
   """Prints the tables, and what did not run."""
   output.say(console, *filter(None, [content["note"]]))
-  rows = [
-    {"case": case, "variant": name, **each}
-    for case, variants in content["found"].items()
-    for name, each in variants.items()
-  ]
-  print_table(console, "torchao's float8 training, forward and backward", COLUMNS, rows)
+  title = "torchao's float8 training, forward and backward"
+  print_table(console, title, COLUMNS, rows_of(content["found"]))
   title = "Each over the BF16 of its own framework"
   print_table(console, title, BOTH, compare(content, out), "of")
   output.say(console, *(f"left out, the time was up: {name}" for name in content["left_out"]))
@@ -349,7 +325,6 @@ def refusal(tiny: bool) -> str:
 
 
 def main() -> None:
-  """Runs the benchmark."""
   parser = output.make_parser(__doc__)
   parser.add_argument("--seconds", type=float, default=100, help="then nothing new begins")
   parser.add_argument("--tiny", action="store_true", help="small shapes, not compiled: a test")

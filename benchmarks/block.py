@@ -86,7 +86,6 @@ def draw(content: Mapping[str, Any]) -> Any:
 
 
 def main() -> None:
-  """Runs the benchmark."""
   timed.run(__doc__, "block", groups, timed.models_summary, draw)
 
 

@@ -23,6 +23,7 @@ from harness import clock, output, timed
 from harness.names import BF16
 from harness.options import Options
 from harness.programs import Program
+from harness.table import rows_of
 
 SIDE, TINY_SIDE = 8192, 32
 GIBIBYTE = 2**30
@@ -87,7 +88,7 @@ def others(options: Options) -> dict[str, Any]:
 
 def summarize(found: timed.Found) -> dict[str, float]:
   """TFLOP/s of each GEMM."""
-  return {f"{r['variant']}: TFLOP/s": r["tflops"]["median"] for r in timed.rows_of(found)}
+  return {f"{r['variant']}: TFLOP/s": r["tflops"]["median"] for r in rows_of(found)}
 
 
 def show(content: dict[str, Any], console: Console) -> None:
@@ -100,7 +101,6 @@ def show(content: dict[str, Any], console: Console) -> None:
 
 
 def main() -> None:
-  """Runs the benchmark."""
   groups = lambda options: {"gemms": lambda: gemm_rates(options)}
   timed.run(__doc__, "card", groups, summarize, others=others, show=show)
 

@@ -120,7 +120,6 @@ def draw(content: Mapping[str, Any]) -> Any:
 
 
 def main() -> None:
-  """Runs the benchmark."""
   timed.run(__doc__, "crossover", groups, summarize, draw)
 
 

@@ -129,7 +129,6 @@ def draw(content: Mapping[str, Any]) -> Any:
 
 
 def main() -> None:
-  """Runs the benchmark."""
   timed.run(__doc__, "gemm", groups, summarize, draw)
 
 

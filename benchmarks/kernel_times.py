@@ -43,19 +43,12 @@ LARGEST = 12
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-  """One run of a kernel on the GPU.
+  """One run of a kernel on the GPU."""
 
-  Attributes:
-    op: the instruction of the compiled program that launched it; empty if the trace has none.
-    kernel: its own name.
-    start: nanoseconds.
-    duration: nanoseconds.
-  """
-
-  op: str
-  kernel: str
-  start: float
-  duration: float
+  op: str  # the instruction of the compiled program that launched it; empty if the trace has none
+  kernel: str  # its own name
+  start: float  # nanoseconds
+  duration: float  # nanoseconds
 
 
 def read_trace(folder: Path) -> list[Event]:
@@ -68,7 +61,6 @@ def read_trace(folder: Path) -> list[Event]:
 
 
 def read_event(event: Any) -> Event:
-  """One event of the profiler."""
   stats = {key: value for key, value in event.stats if key}
   return Event(str(stats.get("hlo_op", "")), event.name, event.start_ns, event.duration_ns)
 
@@ -194,7 +186,6 @@ def show(content: Mapping[str, Any], console: Console) -> None:
 
 
 def main() -> None:
-  """Runs the benchmark."""
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
   timed.script(__doc__, "kernel_times", measure_all, show)
 

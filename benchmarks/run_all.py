@@ -38,21 +38,14 @@ SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_PLATFORMS": "cuda,cpu"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Script:
-  """A benchmark, or the tests.
+  """A benchmark, or the tests."""
 
-  Attributes:
-    name: of its JSON, or of its folder in ``--out`` where another has the same JSON.
-    command: of Python; ``{out}`` is where results go.
-    seconds: after which it is stopped.
-    environment: besides this process's own.
-    flags: of XLA, besides this process's own.
-  """
-
-  name: str
-  command: tuple[str, ...]
-  seconds: float
+  name: str  # of its JSON, or of its folder in ``--out`` where another has the same JSON
+  command: tuple[str, ...]  # of Python; ``{out}`` is where results go
+  seconds: float  # after which it is stopped
+  # besides this process's own
   environment: Mapping[str, str] = dataclasses.field(default_factory=lambda: MEMORY)
-  flags: str = NO_TRITON
+  flags: str = NO_TRITON  # of XLA, besides this process's own
 
 
 def benchmark(name: str, seconds: float, *options: str) -> Script:
@@ -110,19 +103,12 @@ def tiny(script: Script) -> Script:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """How a script ended.
+  """How a script ended."""
 
-  Attributes:
-    name: of the script.
-    status: ``"done"``, or why not.
-    seconds: that it took.
-    failed: whether it should have ended otherwise.
-  """
-
-  name: str
-  status: str
-  seconds: float = 0.0
-  failed: bool = False
+  name: str  # of the script
+  status: str  # ``"done"``, or why not
+  seconds: float = 0.0  # that it took
+  failed: bool = False  # whether it should have ended otherwise
 
 
 def gpu_names() -> list[str]:
@@ -230,7 +216,6 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
 
 
 def main() -> None:
-  """Runs the benchmarks."""
   raw = argparse.RawDescriptionHelpFormatter
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
   parser.add_argument("--out", type=Path, required=True, help="folder of JSON and plots")

@@ -117,7 +117,6 @@ def draw(content: Mapping[str, Any]) -> Any:
 
 
 def main() -> None:
-  """Runs the benchmark."""
   arrays = lambda options: arguments(*sizes(options))
   timed.run(__doc__, "step", groups, timed.models_summary, draw, arrays=arrays)
 

@@ -2,7 +2,7 @@
 
 No recipe has a hand-written kernel at present. Triton kernels for the scales and casts of delayed
 scaling were measured on an H100 and removed: with them, a Transformer block was 0.8 % slower.
-``benchmarks/README.md`` has the figures.
+``docs/results.md`` has the figures.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def use_kernels(which: Kernels) -> contextlib.AbstractContextManager[Any]:
     ...   pass  # trace, or call a compiled function for the first time
 
   References:
-    benchmarks/README.md, "Measured on an H100".
+    docs/results.md, "Timed on an H100".
   """
   fields.choice("use_kernels", "which", which, get_args(Kernels))
   return contextlib.nullcontext()

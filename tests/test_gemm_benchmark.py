@@ -292,7 +292,7 @@ def test_tiny(monkeypatch, capsys, tmp_path):
   gemm.main()
   found = json.loads((tmp_path / "gemm.json").read_text())
   assert found["measurement"] is False
-  assert found["note"] == timed.NO_MEASUREMENT
+  assert found["note"] == output.NO_MEASUREMENT
   assert {"date", "device", "jax", "nvidia_smi"} <= found["environment"].keys()
   layers = {f"{group}: {layer}" for group, layers in TINY_GROUPS.items() for layer in layers}
   bare = {f"{layer}, bare {kind}" for layer in layers for kind in gemm.FORMATS}
@@ -307,7 +307,7 @@ def test_tiny(monkeypatch, capsys, tmp_path):
   assert found["summary"][f"{PUBLISHED}: {BF16}"] == 1
   assert {f"{layer}: bare GEMMs" for layer in layers} < found["summary"].keys()
   printed = capsys.readouterr().out
-  assert timed.NO_MEASUREMENT in printed
+  assert output.NO_MEASUREMENT in printed
   assert f"{PUBLISHED}: delayed: " in printed
   (tmp_path / "gemm.png").unlink()
   monkeypatch.setattr(sys, "argv", ["gemm.py", "--redraw", "--out", str(tmp_path)])

@@ -18,8 +18,6 @@ MOST_STEPS = 2000
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-  """Median and quartiles."""
-
   median: float
   low: float
   high: float
@@ -71,7 +69,6 @@ def speedups(baseline: Sequence[float], times: Sequence[float]) -> list[float]:
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-  """Of positive numbers."""
   return math.exp(statistics.fmean(math.log(value) for value in values))
 
 

@@ -60,7 +60,6 @@ class SwiGLU(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Takes and returns ``[..., width]``."""
     hidden, variant = self.sizes.hidden, self.variant
     dtypes = FLOAT32_PARAMS if self.float32 else BF16_PARAMS
     if variant.fused is not None and variant.recipe is not None:
@@ -80,7 +79,6 @@ class Attention(nn.Module):
   mixer: Mixer
 
   def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Takes query, key and value, returns ``[..., width]``."""
     if self.mixer == "mix":
       repeats = self.sizes.heads // self.sizes.kv_heads
       wide = lambda x: jnp.tile(x, (1, repeats))
@@ -103,7 +101,6 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
-    """Takes and returns the residual stream."""
     norm = lambda name: nn.RMSNorm(name=name, **BF16_PARAMS)
     heads = Heads(self.sizes, self.variant, name="heads")(norm("before_attention")(x))
     mixed = Attention(self.sizes, self.mixer, name=ATTENTION)(*heads)
@@ -119,26 +116,16 @@ class Mlp(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
-    """Takes and returns the residual stream."""
     dtypes = FLOAT32_PARAMS if self.float32 else BF16_PARAMS
     y = nn.relu(dense(8192, self.variant, "up", dtypes)(nn.RMSNorm(**dtypes)(x)))
     return x + dense(2048, self.variant, "down", dtypes)(y), None
 
 
 class Stack(nn.Module):
-  """Blocks, from one array to one array.
-
-  Attributes:
-    block: their class.
-    arguments: what it takes.
-    length: how many blocks.
-    scan: put them under ``nn.scan``.
-    remat: recompute each block in the backward pass.
-    policy: of ``nn.remat``.
-  """
+  """Blocks of a class, unrolled or under ``nn.scan``, from one array to one array."""
 
   block: Any
-  arguments: tuple[Any, ...]
+  arguments: tuple[Any, ...]  # of the class
   length: int = 1
   scan: bool = False
   remat: bool = False
@@ -146,7 +133,6 @@ class Stack(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Takes and returns the residual stream."""
     block = self.block
     if self.remat:
       block = nn.remat(block, prevent_cse=not self.scan, policy=self.policy)
@@ -167,14 +153,13 @@ class SplitBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-    """Takes and returns the residual stream."""
     if self.split:
       x = jax.lax.with_sharding_constraint(x, PartitionSpec("data"))
     return lm.Block(self.shape, dot_general_cls=self.dot_general_cls, name="block")(x, None)
 
 
 class Decoder(nn.Module):
-  """The decoder of ``train_lm.py``, its layers under ``nn.scan`` or unrolled, sharded or not."""
+  """The decoder of ``train_lm.py``, from tokens ``[B, T]`` to float32 logits."""
 
   shape: lm.ModelShape
   dot_general_cls: Any
@@ -183,7 +168,6 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
-    """Takes tokens ``[B, T]``, returns float32 logits."""
     shape = self.shape
     x = nn.Embed(shape.vocabulary, shape.d_model, dtype=jnp.bfloat16, name="embedding")(tokens)
     arguments = (shape, self.dot_general_cls, self.split)

@@ -35,10 +35,8 @@ def label(name: str) -> str:
 
 
 def color(name: str) -> str:
-  """The color of a variant, and of everything that is derived from it."""
   return COLORS[base(name)]
 
 
 def marker(name: str) -> str:
-  """The marker of a variant's points."""
   return MARKERS[base(name)]

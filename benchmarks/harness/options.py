@@ -14,28 +14,17 @@ from harness.output import make_parser, positive
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-  """What the command line says.
+  """What the command line says."""
 
-  Attributes:
-    out: folder of JSON and plot.
-    rounds: each runs every variant once.
-    repeat: steps in a run, at least.
-    tiny: small shapes on any device, to test the script.
-    threads: that compile.
-    seconds: after these nothing new begins.
-    redraw: draw the JSON in ``out``, measure nothing.
-    variants: which to measure besides BF16; empty for all.
-    failures: programs that did not compile or run, so far.
-  """
-
-  out: Path
-  rounds: int = 10
-  repeat: int = 10
-  tiny: bool = False
-  threads: int = 1
-  seconds: float = 3600
-  redraw: bool = False
-  variants: Sequence[str] = ()
+  out: Path  # folder of JSON and plot
+  rounds: int = 10  # each runs every variant once
+  repeat: int = 10  # steps in a run, at least
+  tiny: bool = False  # small shapes on any device, to test the script
+  threads: int = 1  # that compile
+  seconds: float = 3600  # after these nothing new begins
+  redraw: bool = False  # draw the JSON in ``out``, measure nothing
+  variants: Sequence[str] = ()  # which to measure besides BF16; empty for all
+  # programs that did not compile or run, so far
   failures: list[str] = dataclasses.field(default_factory=list[str])
 
   def choose(self, names: Iterable[str]) -> list[str]:
@@ -65,7 +54,6 @@ def read_options(doc: str | None, name: str) -> Options:
 
 
 def on_gpu() -> bool:
-  """Whether programs are compiled for an attached GPU."""
   return jax.default_backend() == "gpu"
 
 

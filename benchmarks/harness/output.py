@@ -17,6 +17,7 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 COMPILED = "compiled, not timed"
+NO_MEASUREMENT = "no measurement: small shapes, to test the script"
 NVIDIA_SMI = "name,driver_version,power.limit,clocks.max.sm,memory.total"
 
 
@@ -59,18 +60,15 @@ def whole_file(path: Path) -> Generator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-  """Writes a text file."""
   with whole_file(path) as beside:
     beside.write_text(text)
 
 
 def write_json(folder: Path, name: str, content: Mapping[str, Any]) -> None:
-  """Writes ``NAME.json``."""
   write_text(folder / f"{name}.json", json.dumps(content, indent=1) + "\n")
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-  """Reads ``NAME.json``."""
   return json.loads((folder / f"{name}.json").read_text())
 
 
@@ -80,7 +78,6 @@ def redraw(folder: Path, name: str, draw: Callable[[Any], Any]) -> None:
 
 
 def save(figure: Any, folder: Path, name: str) -> None:
-  """Writes ``NAME.png``."""
   with whole_file(folder / f"{name}.png") as beside:
     figure.savefig(beside, dpi=120)
 

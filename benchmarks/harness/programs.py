@@ -36,24 +36,15 @@ KERNEL_SIZE = 1 / 64  # standard deviation: results of thousands of terms are ne
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A loop of steps, to be compiled.
+  """A loop of steps, to be compiled."""
 
-  Attributes:
-    fn: jitted; takes state and inputs, returns counter, last state and last results.
-    shapes: of its arguments.
-    repeat: steps in the loop.
-    flops: of one step's GEMMs that should be FP8, or BF16 in the baseline.
-    is_fp8: whether they should be FP8.
-    tokens: of one step.
-    bf16_modules: names of modules whose GEMMs are BF16 in every variant.
-  """
-
-  fn: Any
-  shapes: tuple[Any, ...]
-  repeat: int
-  flops: int
-  is_fp8: bool
-  tokens: int = 0
+  fn: Any  # jitted; takes state and inputs, returns counter, last state and last results
+  shapes: tuple[Any, ...]  # of its arguments
+  repeat: int  # steps in the loop
+  flops: int  # of one step's GEMMs that should be FP8, or BF16 in the baseline
+  is_fp8: bool  # whether they should be FP8
+  tokens: int = 0  # of one step
+  # names of modules whose GEMMs are BF16 in every variant
   bf16_modules: tuple[str, ...] = (ATTENTION,)
 
 

@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """A layer: ``[tokens, width] @ [width, features]``."""
+  """A layer: ``[tokens, width] @ [width, features]``; ``flops`` are those of its three GEMMs."""
 
   tokens: int
   width: int
@@ -13,7 +13,6 @@ class Shape:
 
   @property
   def flops(self) -> int:
-    """Of its three GEMMs."""
     return 6 * self.tokens * self.width * self.features
 
   @property
@@ -37,17 +36,14 @@ class Sizes:
 
   @property
   def tokens(self) -> int:
-    """In a step."""
     return self.sequences * self.length
 
   @property
   def head_dim(self) -> int:
-    """Width of a head."""
     return self.width // self.heads
 
   @property
   def kv_width(self) -> int:
-    """Features of key, and of value."""
     return self.kv_heads * self.head_dim
 
   @property

@@ -16,17 +16,12 @@ Row: TypeAlias = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-  """A column.
+  """A column."""
 
-  Attributes:
-    heading: its name.
-    cell: a format string over the row's keys, or a function from the row to its text.
-    left: align to the left.
-  """
-
-  heading: str
+  heading: str  # its name
+  # a format string over the row's keys, or a function from the row to its text
   cell: str | Callable[[Row], str]
-  left: bool = False
+  left: bool = False  # align to the left
 
   def text(self, row: Row) -> str:
     """The cell of a row; empty where the row lacks a value of the format string."""
@@ -36,6 +31,21 @@ class Column:
       return self.cell.format_map(row)
     except (KeyError, TypeError):
       return ""
+
+
+CASE = Column("", "{case}", left=True)
+TIMES = (
+  *(Column("ms", "{ms[median]:.3f}"), Column("TFLOP/s", "{tflops[median]:,.0f}")),
+  Column("speedup", "{speedup[median]:.3f}"),
+  Column("quartiles", "{speedup[low]:.3f}-{speedup[high]:.3f}"),
+  Column("peak MiB", "{peak_mib:,.0f}"),
+)
+
+
+def rows_of(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """A row for each variant of each case, from figures by case and variant."""
+  cases = found.items()
+  return [{"case": case, "variant": name, **own[name]} for case, own in cases for name in own]
 
 
 def print_table(

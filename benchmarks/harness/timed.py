@@ -6,9 +6,10 @@
 JSON has ``found``, figures by case and variant, and ``summary``, a label and a number each.
 """
 
+import functools
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -20,14 +21,13 @@ from harness.environment import environment
 from harness.names import BF16, base, label
 from harness.options import Options, on_gpu, read_options
 from harness.programs import Arrays, Program
-from harness.table import Column, Row, print_table
+from harness.table import CASE, TIMES, Column, Row, print_table, rows_of
 
 Content: TypeAlias = dict[str, Any]
 Found: TypeAlias = Mapping[str, Mapping[str, Any]]  # figures by case and variant
 Draw: TypeAlias = Callable[[Mapping[str, Any]], Any]
 # Names of groups, and what makes their programs by case and variant: compiled together.
 Groups: TypeAlias = Mapping[str, Callable[[], Mapping[str, Mapping[str, Program]]]]
-NO_MEASUREMENT = "no measurement: small shapes, to test the script"
 
 
 def run(
@@ -37,7 +37,7 @@ def run(
   summarize: Callable[[Found], Mapping[str, Any]],
   draw: Draw | None = None,
   *,
-  arrays: Callable[[Options], Arrays] = lambda options: Arrays(),
+  arrays: Callable[[Options], Arrays] | None = None,
   others: Callable[[Options], Content] = lambda options: {},
   show: Callable[[Content, Console], None] | None = None,
 ) -> None:
@@ -49,7 +49,7 @@ def run(
     groups: its programs; the most important first.
     summarize: what follows from the figures so far.
     draw: draws the JSON.
-    arrays: makes the programs' arguments, in each group.
+    arrays: makes the arguments of a group's programs; None makes new ones for each case.
     others: what else the JSON has.
     show: prints the JSON; None for ``show_found``.
   """
@@ -62,7 +62,8 @@ def run(
         content["left_out"].append(group)
         continue
       try:
-        for case, found in measure_group(make(), options, arrays(options)):
+        shared = arrays(options) if arrays else None
+        for case, found in measure_group(make(), options, shared):
           content["found"][case] = found
           content["summary"] = summarize(content["found"])
           write()
@@ -107,7 +108,7 @@ def describe(options: Options) -> Content:
   kept = " ".join(flag for flag in flags if "autotune_cache_dir" not in flag)  # a folder here
   return {
     "measurement": measured,
-    "note": "" if measured else NO_MEASUREMENT,
+    "note": "" if measured else output.NO_MEASUREMENT,
     "environment": environment() | {"nvidia_smi": output.nvidia_smi(), "xla_flags": kept},
     "method": {"rounds": options.rounds, "repeat": options.repeat},
     "failures": options.failures,
@@ -124,8 +125,8 @@ def draw_plot(options: Options, name: str, draw: Draw, console: Console) -> None
 
 
 def measure_group(
-  cases: Mapping[str, Mapping[str, Program]], options: Options, arrays: Arrays
-) -> Any:
+  cases: Mapping[str, Mapping[str, Program]], options: Options, arrays: Arrays | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
   """Compiles all programs of a group, then yields each case and its figures."""
   programs = {(case, name): each for case, own in cases.items() for name, each in own.items()}
   ready = prepare_all(programs, options)
@@ -149,7 +150,11 @@ def measure(
     of each round, and what is known without running it.
   """
   arrays = arrays or Arrays()
-  runs = {name: _run(each, arrays.fill(each.program.shapes)) for name, each in ready.items()}
+  given = {name: arrays.fill(each.program.shapes) for name, each in ready.items()}
+  runs = {
+    name: functools.partial(lambda name: jax.block_until_ready(ready[name].run(*given[name])), name)
+    for name in ready
+  }
   in_order = sorted(runs, key=lambda name: ready[name].figures.get("temp_mib", 0.0))
   allocated = {name: _allocated(name, runs[name], ready[name], options) for name in in_order}
   able = {name: run for name, run in runs.items() if allocated[name] is not None}
@@ -167,10 +172,6 @@ def measure(
     if "peak_mib" in each:
       each["peak_to_bf16"] = each["peak_mib"] / found[BF16]["peak_mib"]
   return found
-
-
-def _run(ready: Ready, arguments: Any) -> Callable[[], object]:
-  return lambda: jax.block_until_ready(ready.run(*arguments))
 
 
 def _allocated(
@@ -201,7 +202,6 @@ def _allocator() -> dict[str, int]:
 
 
 def steps(flops: int, options: Options) -> int:
-  """How many steps a loop has."""
   return options.repeat if options.tiny else clock.steps(flops, options.repeat)
 
 
@@ -211,19 +211,8 @@ def gemms(row: Row) -> str:
   return count + (" (!)" if row.get("problems") else "")
 
 
-COLUMNS = (
-  *(Column("", "{case}", left=True), Column("", lambda row: label(row["variant"]), left=True)),
-  *(Column("ms", "{ms[median]:.3f}"), Column("TFLOP/s", "{tflops[median]:,.0f}")),
-  Column("speedup", "{speedup[median]:.3f}"),
-  Column("quartiles", "{speedup[low]:.3f}-{speedup[high]:.3f}"),
-  *(Column("FP8 GEMMs", gemms), Column("peak MiB", "{peak_mib:,.0f}")),
-)
-
-
-def rows_of(found: Found) -> list[dict[str, Any]]:
-  """A row for each program of each case."""
-  cases = found.items()
-  return [{"case": case, "variant": name, **own[name]} for case, own in cases for name in own]
+VARIANT = Column("", lambda row: label(row["variant"]), left=True)
+COLUMNS = (CASE, VARIANT, *TIMES, Column("FP8 GEMMs", gemms))
 
 
 def show_found(content: Content, console: Console) -> None:

@@ -14,25 +14,17 @@ Fused: TypeAlias = Literal["joint", "separate"] | None
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Variant:
-  """How GEMMs are computed; BF16 without ``recipe`` and ``flax``.
+  """How GEMMs are computed; BF16 without ``recipe`` and ``flax``."""
 
-  Attributes:
-    recipe: of this package.
-    flax: compute them with ``flax.linen.fp8_ops``.
-    fused: make one layer of query, key and value, and one of gate and up; its kernel's scales.
-    emulate: allow a described GPU that lacks the recipe's formats.
-    history: amaxes that ``flax.linen.fp8_ops`` keeps.
-  """
-
-  recipe: fp8.Recipe | None = None
-  flax: bool = False
+  recipe: fp8.Recipe | None = None  # of this package
+  flax: bool = False  # compute them with ``flax.linen.fp8_ops``
+  # make one layer of query, key and value, and one of gate and up; its kernel's scales
   fused: Fused = None
-  emulate: bool = False
-  history: int = 1024
+  emulate: bool = False  # allow a described GPU that lacks the recipe's formats
+  history: int = 1024  # amaxes that ``flax.linen.fp8_ops`` keeps
 
   @property
   def is_fp8(self) -> bool:
-    """Whether GEMMs should be FP8."""
     return self.flax or self.recipe is not None
 
   @property

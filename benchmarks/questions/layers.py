@@ -17,23 +17,8 @@ from harness.names import BF16, FLAX
 from harness.sizes import Shape, Sizes
 from harness.table import Column
 from harness.variants import OTHERS, RECIPES, VARIANTS, Variant
-from questions.base import (
-  GEMMS,
-  KERNELS,
-  MIB,
-  MOVED,
-  MS,
-  MS_OF_BF16,
-  TEMP,
-  TEMP_OF_BF16,
-  THREE,
-  Case,
-  Figures,
-  array,
-  extra,
-  figures,
-  question,
-)
+from questions import base
+from questions.base import Case, Figures, array, extra, figures, question
 
 LAYER = Shape(8192, 4096, 4096)
 
@@ -83,12 +68,12 @@ def layer(shape: Shape, variant: Variant, target: str, *, metrics: bool = False)
 def floor_mib(shape: Shape) -> float:
   """MiB that quantizing a layer's three tensors must move: bfloat16 in, two FP8 layouts out."""
   tokens, width, features = shape.tokens, shape.width, shape.features
-  return 4 * (tokens * width + width * features + tokens * features) / MIB
+  return 4 * (tokens * width + width * features + tokens * features) / base.MIB
 
 
 @question(
-  *(GEMMS, KERNELS, MOVED, extra("over BF16", "mib_outside_gemms")),
-  *(Column("floor", "{floor_mib:,.0f}"), TEMP, TEMP_OF_BF16),
+  *(base.GEMMS, base.KERNELS, base.MOVED, extra("over BF16", "mib_outside_gemms")),
+  *(Column("floor", "{floor_mib:,.0f}"), base.TEMP, base.TEMP_OF_BF16),
 )
 def traffic() -> Iterator[Case]:
   """What moves besides GEMMs, in a layer, a Llama block without attention, and stacks of MLPs?
@@ -97,7 +82,7 @@ def traffic() -> Iterator[Case]:
   FP8 layouts once.
   """
   for shape in (LAYER, Shape(15872, 4096, 16384)):
-    for name, variant in THREE.items():
+    for name, variant in base.THREE.items():
       known = {"floor_mib": floor_mib(shape)} if variant.is_fp8 else {}
       module, x = dense(shape.features, variant), array(shape.tokens, shape.width)
       measure = functools.partial(explain_step, module, x, max_grad=name == "delayed")
@@ -109,7 +94,7 @@ def traffic() -> Iterator[Case]:
     "8 MLPs, nn.scan, remat": (Mlp, 8, {"scan": True, "remat": True}),
   }
   for case, (block, length, how) in stacks.items():
-    for name, variant in THREE.items():
+    for name, variant in base.THREE.items():
       arguments = (Sizes(), variant, "mix") if block is Block else (variant,)
       module, x = Stack(block, arguments, length, **how), array(8192, 4096 if length == 1 else 2048)
       yield case, name, functools.partial(explain_step, module, x, max_grad=name == "delayed"), {}
@@ -129,7 +114,8 @@ ASKED: dict[str, Variant] = {
 
 
 @question(
-  *(GEMMS, KERNELS, MOVED, extra("extra MiB", "mib_outside_gemms"), TEMP, MS),
+  *(base.GEMMS, base.KERNELS, base.MOVED, extra("extra MiB", "mib_outside_gemms")),
+  *(base.TEMP, base.MS),
   targets=("h100", "b200"),
 )
 def recipe_cost() -> Iterator[Case]:
@@ -142,8 +128,8 @@ def recipe_cost() -> Iterator[Case]:
 
 
 @question(
-  *(KERNELS, extra("extra", "kernels"), MOVED, extra("extra", "mib_outside_gemms")),
-  *(TEMP, extra("extra", "temp_mib"), MS, extra("extra", "roofline_ms", "+.2f")),
+  *(base.KERNELS, extra("extra", "kernels"), base.MOVED, extra("extra", "mib_outside_gemms")),
+  *(base.TEMP, extra("extra", "temp_mib"), base.MS, extra("extra", "roofline_ms", "+.2f")),
 )
 def metrics_cost() -> Iterator[Case]:
   """What do the metrics of ``fp8.add_metrics`` cost?
@@ -155,7 +141,7 @@ def metrics_cost() -> Iterator[Case]:
     yield name, f"{name}, metrics" if metrics else name, measure, {}
 
 
-@question(GEMMS, KERNELS, MOVED, TEMP, MS)
+@question(base.GEMMS, base.KERNELS, base.MOVED, base.TEMP, base.MS)
 def fused_cost() -> Iterator[Case]:
   """What do fused projections save?
 
@@ -194,14 +180,14 @@ def draw_growth(content: Mapping[str, Any]) -> Any:
   ):
     rows = [row for row in content["rows"] if row["sweep"] == sweep]
     sizes = list(dict.fromkeys(row["size"] for row in rows))
-    curves = {name: [r[key] for r in rows if r["variant"] == name] for name in THREE}
+    curves = {name: [r[key] for r in rows if r["variant"] == name] for name in base.THREE}
     names = {"xlabel": sweep, "ylabel": "" if column else unit}
     plot.lines(axes[line][column], sizes, curves, log=True, **names)
   plot.legend(figure)
   return figure
 
 
-@question(MS, MS_OF_BF16, TEMP, TEMP_OF_BF16, draw=draw_growth)
+@question(base.MS, base.MS_OF_BF16, base.TEMP, base.TEMP_OF_BF16, draw=draw_growth)
 def growth() -> Iterator[Case]:
   """How do time and memory grow with tokens, widths, layers and the length of the history?
 
@@ -209,14 +195,14 @@ def growth() -> Iterator[Case]:
   ``nn.scan``; all in bfloat16, forward and backward.
   """
   for sweep, values in SWEEPS.items():
-    for size, name in itertools.product(values, THREE):
+    for size, name in itertools.product(values, base.THREE):
       measure = functools.partial(grown, sweep, size, name)
       yield f"{sweep} {size:,}", name, measure, {"sweep": sweep, "size": size}
 
 
 def grown(sweep: str, size: int, name: str, target: str) -> Figures:
   """A layer, or a stack, with one size changed."""
-  variant = THREE[name]
+  variant = base.THREE[name]
   if sweep == "history" and name == "delayed":
     variant = Variant(recipe=fp8.DelayedScaling(amax_history_len=size))
   if sweep == "history" and name == FLAX:
@@ -229,7 +215,7 @@ def grown(sweep: str, size: int, name: str, target: str) -> Figures:
   return explain_step(module, x, target, max_grad=name == "delayed")
 
 
-@question(MS_OF_BF16, extra("launches", "kernels"))
+@question(base.MS_OF_BF16, extra("launches", "kernels"))
 def size_rule() -> Iterator[Case]:
   """From what size of a kernel does FP8 pay?
 

@@ -30,21 +30,8 @@ from harness.variants import VARIANTS, Variant
 from lm.config import PRESETS
 from lm.model import ModelShape
 from lm.step import optimizer, train_step
-from questions.base import (
-  KERNELS,
-  MIB,
-  MOVED,
-  MS,
-  MS_OF_BF16,
-  TEMP,
-  TEMP_OF_BF16,
-  THREE,
-  Case,
-  Figures,
-  array,
-  figures,
-  question,
-)
+from questions import base
+from questions.base import Case, Figures, array, figures, question
 
 GIB = 2**30
 KEPT = "all kept"
@@ -65,8 +52,8 @@ def of_kept(row: Row) -> str:
 
 
 @question(
-  *(TEMP, TEMP_OF_BF16, Column(f"of BF16, {KEPT}", of_kept)),
-  *(Column("again", lambda row: f"{(row['gemms'] - 6 * 8) / 8:.0f}"), MOVED),
+  *(base.TEMP, base.TEMP_OF_BF16, Column(f"of BF16, {KEPT}", of_kept)),
+  *(Column("again", lambda row: f"{(row['gemms'] - 6 * 8) / 8:.0f}"), base.MOVED),
 )
 def memory() -> Iterator[Case]:
   """How much temporary memory does a step take, by policy of recomputation?
@@ -78,7 +65,7 @@ def memory() -> Iterator[Case]:
     name: tuple(policy and {"scan": True, "remat": True, "policy": policy} for policy in both)
     for name, both in POLICIES.items()
   }
-  for (case, hows), (name, variant) in itertools.product(stacks.items(), THREE.items()):
+  for (case, hows), (name, variant) in itertools.product(stacks.items(), base.THREE.items()):
     how = hows[name == "delayed"]
     if how is not None:
       yield case, name, functools.partial(gradients, variant, how), {}
@@ -102,7 +89,7 @@ def loss_of(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
   return loss
 
 
-@question(MS, MS_OF_BF16, MOVED, TEMP)
+@question(base.MS, base.MS_OF_BF16, base.MOVED, base.TEMP)
 def microbatches() -> Iterator[Case]:
   """What does it cost to split a batch into microbatches?
 
@@ -110,7 +97,7 @@ def microbatches() -> Iterator[Case]:
   number of tokens of a microbatch.
   """
   sizes = (1024, 2048, 4096, 8192, 16384)
-  for tokens, (name, variant) in itertools.product(sizes, THREE.items()):
+  for tokens, (name, variant) in itertools.product(sizes, base.THREE.items()):
     yield f"{tokens:,}", name, functools.partial(accumulate, tokens, variant), {}
 
 
@@ -243,7 +230,7 @@ def draw_explain_cost(content: Mapping[str, Any]) -> Any:
 
 
 @question(
-  *(Column("GEMMs", "{gemms:,}"), KERNELS),
+  *(Column("GEMMs", "{gemms:,}"), base.KERNELS),
   *(Column("seconds", "{seconds:.1f}"), Column("GiB", "{gib:.2f}")),
   targets=("h200",),
   note="explained on two CPU cores",
@@ -282,6 +269,6 @@ def explain_here(layers: int, scan: bool, target: str) -> None:
   seconds = time.perf_counter() - begun
   assert report.fp8_gemms == 21 * layers, text  # seven projections, three GEMMs each
   who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-  gib = sum(resource.getrusage(each).ru_maxrss for each in who) / MIB  # Linux counts KiB
+  gib = sum(resource.getrusage(each).ru_maxrss for each in who) / base.MIB  # Linux counts KiB
   counts = {"gemms": report.total_gemms, "kernels": report.launches}
   print(json.dumps({"seconds": seconds, "gib": gib, **counts}))
