@@ -1,12 +1,10 @@
 """Computes the roofline and the estimated time of a program.
 
-The time is a sum over kernels and collectives::
-
-    seconds = sum over kernels of times * max(flops / peak_flops, bytes / memory_bandwidth)
-              + sum over collectives of bytes sent / link_bandwidth
-
-With data-sheet rates, this is the roofline: a lower bound without launch costs, overlap and caches.
-The estimate uses the rates that an H100 sustained, and adds the cost of each launch.
+The seconds are a sum over kernels plus a sum over collectives. The term of a kernel is
+``times * max(flops / peak_flops, bytes / memory_bandwidth)``, and the term of a collective is
+``bytes sent / link_bandwidth``. With data-sheet rates, the sum is the roofline: a lower bound
+without launch costs, overlap and caches. The estimate uses the rates that an H100 sustained, and
+adds the cost of each launch.
 """
 
 from __future__ import annotations

@@ -93,7 +93,8 @@ def test_frozen_variables(dtype):
   cast = jax.tree.map(lambda x: x.astype(dtype), frozen)
   message = (
     rf"^freeze_for_inference: FP8 kernels must stay FP8, .*got 'Fp8.*' of dtype {dtype}. "
-    "Keep the collection 'fp8_frozen' out of casts of variables"
+    "Pass the variables that freeze_for_inference returned, and do not cast the collection "
+    "'fp8_frozen'"
   )
   with pytest.raises(TypeError, match=message):
     served.apply(cast, X)
