@@ -68,6 +68,7 @@ html_theme_options = {
   "show_toc_level": 2,
   "use_fullscreen_button": False,
   "use_download_button": False,
+  "navbar_persistent": [],
 }
 
 
