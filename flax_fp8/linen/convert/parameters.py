@@ -23,20 +23,22 @@ CONVOLUTION, LOOKUP = "convolution", "lookup"
 CONTRACTED = "contracted by lax.ragged_dot or in a custom_jvp or custom_vjp function"
 
 
-def uses(fun: Callable[[Any], Any], params: Any) -> dict[Hashable, set[Path]]:
+def uses(fun: Callable[..., Any], params: Any, arrays: Any) -> dict[Hashable, set[Path]]:
   """Traces a function and finds the parameters from which each marked value derives.
 
   Args:
-    fun: a function of the parameters that marks values with ``provenance.mark``.
+    fun: a function of parameters and arrays that marks values with ``provenance.mark``.
     params: nested dict of ShapeDtypeStructs.
+    arrays: pytree of the other arguments, as ShapeDtypeStructs.
 
   Returns:
     Paths of parameters by mark. The keys ``CONVOLUTION``, ``LOOKUP`` and ``CONTRACTED`` hold the
     parameters that convolutions, lookups and any contractions use.
   """
-  jaxpr = jax.make_jaxpr(fun)(params).jaxpr
+  jaxpr = jax.make_jaxpr(fun)(params, arrays).jaxpr
   leaves = jax.tree_util.tree_leaves_with_path(params)
-  inputs = [frozenset({path_of(path)}) for path, _ in leaves]
+  made = [frozenset({path_of(path)}) for path, _ in leaves]
+  inputs = [*made, *(None for _ in jax.tree.leaves(arrays))]
   found: dict[Hashable, set[Path]] = {}
   _walk(jaxpr, inputs, found)
   return found

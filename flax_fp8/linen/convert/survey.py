@@ -50,17 +50,21 @@ def survey(
     for each module with matrices that none of these contractions uses.
   """
   visitor = _Survey()
+  arguments, treedef = jax.tree.flatten((args, dict(kwargs)))
+  is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
   params = init_shapes(module, args, kwargs).get("params", {})
   outputs: list[tuple[int, ...]] = []
 
-  def run(params: Any) -> None:
+  def run(params: Any, arrays: list[Any]) -> None:
+    given = iter(arrays)
+    full_args, full_kwargs = treedef.unflatten(next(given) if is_shape(x) else x for x in arguments)
     walk = Walk(visitor, functions, model=type(module).__name__, everything=True)
     with intercept_methods(walk.intercept):
-      out = _initialize(module, params, args, kwargs)
+      out = _initialize(module, params, full_args, full_kwargs)
       outputs.extend(map(np.shape, jax.tree.leaves(out)))
       visitor.close()
 
-  used = uses(run, flax.core.unfreeze(params))
+  used = uses(run, flax.core.unfreeze(params), [x for x in arguments if is_shape(x)])
   leaves = jax.tree_util.tree_leaves_with_path(flax.core.unfreeze(params))
   flat = {path_of(path): leaf for path, leaf in leaves}
   rows = [
@@ -86,7 +90,6 @@ def init_shapes(module: nn.Module, args: Any, kwargs: Any) -> Any:
 
 def _initialize(module: nn.Module, params: Any, args: Any, kwargs: Any) -> Any:
   """Runs a model as ``init`` does, but with given parameters. Returns its output."""
-  args, kwargs = fill((args, dict(kwargs)))
   method = kwargs.pop("method", None) or "__call__"
   for name in ("mutable", "capture_intermediates"):
     kwargs.pop(name, None)

@@ -30,8 +30,8 @@ def error(got, wanted):
   return np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
 
 
-def rules(model, *args, config=None):
-  report = (config or fp8.Fp8Config()).report(model, *args)
+def rules(model, *args, config=None, **kwargs):
+  report = (config or fp8.Fp8Config()).report(model, *args, **kwargs)
   return {row.layer.path: row.rule for row in report.rows}
 
 
@@ -165,6 +165,26 @@ class Many(nn.Module):
     x = nn.RNN(nn.OptimizedLSTMCell(32), name="rnn")(x)
     x = Own(name="own")(nn.Conv(32, (3,), name="conv")(x))
     return nn.Dense(64, name="out")(nn.LayerNorm()(x))
+
+
+class Embedded(nn.Module):
+  """Attention over embedded tokens and over images, for a report from shapes."""
+
+  @nn.compact
+  def __call__(self, ids, images, scale=1.0):
+    images = nn.Conv(32, (3, 3), name="conv")(images).mean(1)
+    x = scale * nn.Embed(64, 32, name="embed")(ids) + images
+    return nn.Dense(64, name="up")(nn.softmax(jnp.einsum("btd,bsd->bts", x, x)) @ x)
+
+
+def test_the_report_from_shapes_equals_that_from_arrays():
+  images = jnp.ones((2, 5, 4, 3))
+  shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+  ids = IDS.astype(np.int32)
+  said = rules(Embedded(), ids, images)
+  assert said["embed"] == "lookup"
+  assert rules(Embedded(), shape(ids), shape(images)) == said
+  assert rules(Embedded(), shape(ids), images, scale=2.0) == said
 
 
 def test_the_report_says_how_to_include_other_modules():
