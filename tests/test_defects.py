@@ -1,7 +1,7 @@
 """What ``flax.linen.fp8_ops`` gets wrong: each check passes on ours and fails on Flax's.
 
-These are the rows of the table in README. A check that starts to pass on Flax's means that Flax has
-mended it: then take the row out of README, and its check out of here.
+The table in docs/coming_from/flax_fp8_ops.md lists the same checks. If a check starts to pass on
+Flax's, Flax has fixed the bug. Then remove the row and the check.
 """
 
 from __future__ import annotations
@@ -342,6 +342,6 @@ def test_other_collections_survive_a_step():
 
 @pytest.mark.slow
 def test_gain_errors_side_by_side():
-  """The figures that README quotes."""
+  """The figures that the table in docs/coming_from/flax_fp8_ops.md quotes."""
   ours, theirs = gain_error(fp8_ops), gain_error(reference)
   assert ours < 0.0005 < 0.003 < theirs

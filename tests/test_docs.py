@@ -1,4 +1,4 @@
-"""The API reference: each public name stands in exactly one page, and no other name in any."""
+"""The API reference has each public name in exactly one page. Tables of pages match the code."""
 
 import pkgutil
 import re
@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 import flax_fp8 as fp8
+from tests import test_defects
 
-PAGES = Path(__file__).parents[1] / "docs" / "api"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = DOCS / "api"
 NAMESPACES = (fp8, fp8.ops, fp8.fp8_ops, fp8.remat_policies)
 DIRECTIVE = re.compile(r"^\.\. (?P<kind>\w+):: (?P<name>[\w.]+)$", re.MULTILINE)
 OBJECTS = ("autoclass", "autofunction", "autodata", "class", "function", "data")
@@ -63,3 +65,9 @@ def test_the_design_page_names_functions_that_exist():
   assert not [function for function, _ in steps if function not in drawing]
   paths = re.findall(r"([\w/]+\.py)", drawing)
   assert not [path for path in paths if not (PAGES.parents[1] / "flax_fp8" / path).exists()]
+
+
+def test_the_table_of_defects_lists_the_checks():
+  page = (DOCS / "coming_from" / "flax_fp8_ops.md").read_text()
+  rows = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+  assert rows == [check.__name__ for check in test_defects.CHECKS]
