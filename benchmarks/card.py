@@ -77,9 +77,14 @@ def launch(options: Options) -> clock.Spread:
 def others(options: Options) -> dict[str, Any]:
   """What needs no GEMM, and what JAX says about the device."""
   answers = {name: fp8.capability(recipe=fp8.get_recipe(name)) for name in fp8.RECIPES}
+  rates, seconds = bandwidth(options), launch(options)
   return {
-    "bandwidth": {"bytes_per_second": dataclasses.asdict(bandwidth(options))},
-    "launch": {"seconds": dataclasses.asdict(launch(options))},
+    "summary": {
+      "memory, read and written: TB/s": rates.median / 1e12,
+      "a kernel that does nothing: µs": 1e6 * seconds.median,
+    },
+    "bandwidth": {"bytes_per_second": dataclasses.asdict(rates)},
+    "launch": {"seconds": dataclasses.asdict(seconds)},
     "capabilities": {n: f"{'yes' if able else 'no'}; {why}" for n, (able, why) in answers.items()},
     "allocator": jax.devices()[0].memory_stats() or {},
     "doctor": doctor.render(doctor.examine()).splitlines(),
@@ -87,17 +92,13 @@ def others(options: Options) -> dict[str, Any]:
 
 
 def summarize(found: timed.Found) -> dict[str, float]:
-  """TFLOP/s of each GEMM."""
-  return {f"{r['variant']}: TFLOP/s": r["tflops"]["median"] for r in rows_of(found)}
+  return {f"{row['variant']}: TFLOP/s": row["tflops"]["median"] for row in rows_of(found)}
 
 
 def show(content: dict[str, Any], console: Console) -> None:
   """Prints the rates, then what the doctor says."""
   timed.show_found(content, console)
-  rate = content["bandwidth"]["bytes_per_second"]["median"] / 1e12
-  each = content["launch"]["seconds"]["median"] * 1e6
-  line = f"memory {rate:.2f} TB/s, read and written; a kernel that does nothing {each:.2f} µs"
-  output.say(console, line, *content["doctor"])
+  output.say(console, *content["doctor"])
 
 
 def main() -> None:

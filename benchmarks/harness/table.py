@@ -33,7 +33,7 @@ class Column:
       return ""
 
 
-CASE = Column("", "{case}", left=True)
+CASE = Column("", "{title}", left=True)
 TIMES = (
   *(Column("ms", "{ms[median]:.3f}"), Column("TFLOP/s", "{tflops[median]:,.0f}")),
   Column("speedup", "{speedup[median]:.3f}"),
@@ -44,8 +44,11 @@ TIMES = (
 
 def rows_of(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
   """A row for each variant of each case, from figures by case and variant."""
-  cases = found.items()
-  return [{"case": case, "variant": name, **own[name]} for case, own in cases for name in own]
+  return [
+    {"case": case, "title": "" if index else case, "variant": name, **own[name]}
+    for case, own in found.items()
+    for index, name in enumerate(own)
+  ]
 
 
 def print_table(

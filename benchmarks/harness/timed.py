@@ -50,7 +50,7 @@ def run(
     summarize: what follows from the figures so far.
     draw: draws the JSON.
     arrays: makes the arguments of a group's programs; None makes new ones for each case.
-    others: what else the JSON has.
+    others: what else the JSON has, perhaps with a ``summary`` of its own.
     show: prints the JSON; None for ``show_found``.
   """
 
@@ -65,7 +65,7 @@ def run(
         shared = arrays(options) if arrays else None
         for case, found in measure_group(make(), options, shared):
           content["found"][case] = found
-          content["summary"] = summarize(content["found"])
+          content["summary"] |= summarize(content["found"])
           write()
       except BaselineError:
         raise
