@@ -65,9 +65,9 @@ def check_train_step(step_fn: Callable[..., Any], state: Any, batch: Any) -> Tra
     The step is called about 15 times. Only the state of delayed scaling is checked, from this
     package or from ``flax.linen.fp8_ops``. A recipe without state has nothing to check.
 
-    The check can't detect every error. In histories of one slot, it does not detect a factor that
-    is a power of two, because a margin gives such a factor too. It does detect it if the kernels
-    are parameters ``kernel`` beside the state. It does not detect means over parts of the batch
+    The check can't detect every error. In histories of one slot, a factor that is a power of two
+    looks like a margin. The check detects it only if it finds the kernel parameters, which must be
+    named ``kernel`` and belong to the same layers. It does not detect means over parts of the batch
     that overlap its halves, thirds and fifths.
 
     If only some tensors do not move, the report has a note instead of a finding, because the step
@@ -263,7 +263,7 @@ def _in_optimizer(step: Step, base: Any, outcomes: Sequence[Outcome]) -> list[Fi
 
 
 def _name_psum(findings: Sequence[Finding], sizes: Sequence[int]) -> list[Finding]:
-  """Renames sums whose factor is a product of mesh axis sizes of a shard_map to psums."""
+  """Renames a sum to a psum if its factor is a product of mesh axis sizes of a shard_map."""
   counts = {math.prod(s) for n in range(1, 4) for s in itertools.combinations(sizes, n)}
   texts = {f"{count} times the correct value" for count in counts}
   return [
