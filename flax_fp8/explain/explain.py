@@ -199,6 +199,9 @@ def assert_fp8(
     ValueError: a pattern of ``exclude`` matches no GEMM.
     Exception: any error of ``explain``.
 
+  Numerics:
+    As for ``explain``.
+
   Example:
     A test that runs on any machine:
 

@@ -99,6 +99,9 @@ def drop_metrics(variables: Any) -> Any:
   Raises:
     ValueError: ``variables`` is not a variables dict.
 
+  Numerics:
+    No other value changes.
+
   Example:
     >>> import flax_fp8 as fp8
     >>> state = {"layer": {"input_amax": 0.0, "input_noise": 0.0, "input_scale": 1.0}}
