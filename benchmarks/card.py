@@ -8,7 +8,6 @@ written; and the time of a kernel that is too small to do anything. It notes the
 driver, what ``flax-fp8 doctor`` says, and what ``fp8.capability`` answers for each recipe.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -44,7 +43,7 @@ def gemm_rates(options: Options) -> dict[str, dict[str, Program]]:
   return {f"GEMM {side} x {side} x {side}": programs}
 
 
-def bandwidth(options: Options) -> clock.Spread:
+def bandwidth(options: Options) -> dict[str, float]:
   """Bytes read and written in a second by ``-x``, of an array far larger than the L2 cache."""
   size = 2**10 if options.tiny else 2 * GIBIBYTE
   x = jax.random.normal(jax.random.key(0), (size // 2,), jnp.bfloat16)
@@ -59,7 +58,7 @@ def bandwidth(options: Options) -> clock.Spread:
   return clock.spread(rates)
 
 
-def launch(options: Options) -> clock.Spread:
+def launch(options: Options) -> dict[str, float]:
   """Seconds of one kernel of a chain in which each takes the result of the one before."""
   count = 10 if options.tiny else LAUNCHES
 
@@ -80,11 +79,11 @@ def others(options: Options) -> dict[str, Any]:
   rates, seconds = bandwidth(options), launch(options)
   return {
     "summary": {
-      "memory, read and written: TB/s": rates.median / 1e12,
-      "a kernel that does nothing: µs": 1e6 * seconds.median,
+      "memory, read and written: TB/s": rates["median"] / 1e12,
+      "a kernel that does nothing: µs": 1e6 * seconds["median"],
     },
-    "bandwidth": {"bytes_per_second": dataclasses.asdict(rates)},
-    "launch": {"seconds": dataclasses.asdict(seconds)},
+    "bandwidth": {"bytes_per_second": rates},
+    "launch": {"seconds": seconds},
     "capabilities": {n: f"{'yes' if able else 'no'}; {why}" for n, (able, why) in answers.items()},
     "allocator": jax.devices()[0].memory_stats() or {},
     "doctor": doctor.render(doctor.examine()).splitlines(),

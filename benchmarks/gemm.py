@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax_fp8.contraction import forward_gemm
 from flax_fp8.products import dot_per_tensor
 from flax_fp8.quantize import QTensor
-from harness import clock, plot, timed
+from harness import clock, timed
 from harness.names import BF16
 from harness.options import Options
 from harness.programs import Program, layer_programs, repeated
@@ -119,13 +119,7 @@ def summarize(found: timed.Found) -> dict[str, float]:
   return summary
 
 
-def draw(content: Mapping[str, Any]) -> Any:
-  """Draws the speedup of each variant by layer, with quartiles."""
-  figure = plot.make_figure("Speed of layers over BF16, forward and backward", content, (11, 5))
-  found = {case: each for case, each in content["found"].items() if ", bare " not in case}
-  timed.bars(figure.subplots(), found, "speed, BF16 = 1")
-  plot.legend(figure)
-  return figure
+draw = timed.bar_plot("Speed of layers over BF16, forward and backward", (11, 5))
 
 
 def main() -> None:

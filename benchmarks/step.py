@@ -13,8 +13,7 @@ the projections, without those computed again.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ import optax
 from jax import lax
 
 import flax_fp8 as fp8
-from harness import plot, timed
+from harness import timed
 from harness.names import BF16
 from harness.options import Options, on_gpu
 from harness.programs import Arrays, Program
@@ -108,12 +107,7 @@ def groups(options: Options) -> timed.Groups:
   return {kind: functools.partial(cases, kind, options) for kind in KINDS}
 
 
-def draw(content: Mapping[str, Any]) -> Any:
-  """Draws the speed of each variant."""
-  figure = plot.make_figure("A train step: speed over BF16", content, (7, 4))
-  timed.bars(figure.subplots(), content["found"], "speed, BF16 = 1")
-  plot.legend(figure)
-  return figure
+draw = timed.bar_plot("A train step: speed over BF16", (7, 4))
 
 
 def main() -> None:

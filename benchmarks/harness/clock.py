@@ -4,7 +4,6 @@ A GPU's clock frequency follows its temperature and power. Programs that run in 
 conditions. So speedups are ratios within a round, and their median and quartiles are reported.
 """
 
-import dataclasses
 import math
 import statistics
 import time
@@ -16,19 +15,12 @@ LEAST_SECONDS = 0.02  # of one run: far more than its dispatch takes
 MOST_STEPS = 2000
 
 
-@dataclasses.dataclass(frozen=True)
-class Spread:
-  median: float
-  low: float
-  high: float
-
-
-def spread(values: Sequence[float]) -> Spread:
+def spread(values: Sequence[float]) -> dict[str, float]:
   """Median and quartiles; all three are the value itself if there is only one."""
   if len(values) < 2:
-    return Spread(*3 * [values[0]])
+    return dict.fromkeys(("median", "low", "high"), values[0])
   low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-  return Spread(median, low, high)
+  return {"median": median, "low": low, "high": high}
 
 
 def interleave(
@@ -79,11 +71,10 @@ def steps(flops: int, least: int) -> int:
 
 def figures(seconds: Sequence[float], baseline: Sequence[float], flops: int) -> dict[str, Any]:
   """One program's ms, TFLOP/s and speedup over the baseline, from its seconds per step."""
-  quartiles = lambda values: dataclasses.asdict(spread(values))
   return {
-    "ms": quartiles([1e3 * each for each in seconds]),
-    "tflops": quartiles([flops / each / 1e12 for each in seconds]),
-    "speedup": quartiles(speedups(baseline, seconds)),
+    "ms": spread([1e3 * each for each in seconds]),
+    "tflops": spread([flops / each / 1e12 for each in seconds]),
+    "speedup": spread(speedups(baseline, seconds)),
     "ms_rounds": [1e3 * each for each in seconds],
   }
 
