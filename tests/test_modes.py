@@ -27,15 +27,15 @@ def wrong(mode: str, names: Sequence[str]) -> dict[str, str]:
   return {name: cell for name, cell in cells.items() if cell != "right"}
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", [pytest.param(QUICK[0], marks=pytest.mark.slow), *QUICK[1:]])
 def test_quick_features_in_most_settings(name):
   assert not wrong("settings", [name])
 
 
-def test_one_feature_in_the_other_settings():
-  for mode in ("disable_jit", "threads"):
-    found = modes.MODES[mode](["accumulated"])
-    assert modes.compare(found["accumulated"], plain("accumulated"), "", exact=False) == "right"
+@pytest.mark.parametrize("mode", [pytest.param("disable_jit", marks=pytest.mark.slow), "threads"])
+def test_one_feature_in_the_other_settings(mode):
+  found = modes.MODES[mode](["accumulated"])
+  assert modes.compare(found["accumulated"], plain("accumulated"), "", exact=False) == "right"
 
 
 def test_a_difference_is_seen(monkeypatch):

@@ -39,7 +39,7 @@ def update(grads, state, params=None):
 
 
 CONVERTED = fp8.fp8_linear_layers(Model(), None, X)
-VARIABLES = CONVERTED.init(jax.random.key(0), X)
+VARIABLES = jax.jit(CONVERTED.init)(jax.random.key(0), X)
 TX = optax.GradientTransformation(init, update)
 
 
@@ -89,8 +89,7 @@ class TestCopies:
     found = fp8.stats(VARIABLES)
     assert str(copied(found)) == str(found)
 
-  @pytest.mark.parametrize("skip_nonfinite", [True, False])
-  @pytest.mark.parametrize("cls", [fp8.TrainState, Averaged])
+  @pytest.mark.parametrize(("cls", "skip_nonfinite"), [(fp8.TrainState, True), (Averaged, False)])
   def test_a_state_trains_on(self, cls, skip_nonfinite, copied):
     state, _ = step(make_state(cls, skip_nonfinite), X)
     got = copied(state)

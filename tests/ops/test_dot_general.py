@@ -120,11 +120,12 @@ def test_gemms_of_the_lowered_program():
   assert {e.outvars[0].aval.dtype.name for e in gemms} == {"float32"}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nothing_in_nothing_out(dtype):
-  for m, k, n in ((0, 4, 2), (3, 0, 2), (3, 4, 0)):
-    x, w, g = operands((m, k), (k, n), (m, n), dtype)
-    out, dx, dw, new = forward_backward(x, w, g)
+  sizes = (0, 4, 2), (3, 0, 2), (3, 4, 0)
+  inputs = [operands((m, k), (k, n), (m, n), dtype) for m, k, n in sizes]
+  found = jax.jit(lambda inputs: [forward_backward(*each) for each in inputs])(inputs)
+  for (m, k, n), (out, dx, dw, new) in zip(sizes, found, strict=True):
     assert (out.shape, dx.shape, dw.shape) == ((m, n), (m, k), (k, n))
     assert not np.any(out)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(new))
@@ -140,74 +141,3 @@ def test_preferred_element_type():
   x, w, g = operands((8, 16), (16, 4), (8, 4), "bfloat16")
   out = forward_backward(x, w, g.astype(jnp.float32), preferred_element_type=jnp.float32)[0]
   assert out.dtype == jnp.float32
-
-
-BAD_OPERANDS = {
-  "int32": jnp.zeros((2, 3), jnp.int32),
-  "complex64": jnp.zeros((2, 3), jnp.complex64),
-  "bool": jnp.zeros((2, 3), bool),
-  "float8_e4m3fn": jnp.zeros((2, 3), jnp.float8_e4m3fn),
-}
-
-
-@pytest.mark.parametrize("bad", BAD_OPERANDS.values(), ids=BAD_OPERANDS)
-@pytest.mark.parametrize("side", ["lhs", "rhs"])
-def test_dtypes_refused(bad, side):
-  good = jnp.zeros((3, 3))
-  pair = (bad, good) if side == "lhs" else (good, bad.T)
-  with pytest.raises(TypeError, match=f"dot_general: operands .* got {side} of dtype {bad.dtype}"):
-    ops.dot_general(*pair, DIMS, recipe=RECIPE, state=warm_state())
-
-
-BAD_DIMS = {
-  "sizes differ": (((0,), (0,)), ((), ())),
-  "out of range": (((5,), (0,)), ((), ())),
-  "unpaired": (((0, 1), (0,)), ((), ())),
-  "not nested": ((1,), (0,)),
-  "None": None,
-}
-
-
-@pytest.mark.parametrize("dims", BAD_DIMS.values(), ids=BAD_DIMS)
-def test_dimension_numbers_refused(dims):
-  with pytest.raises(ValueError, match=r"dot_general: dimension_numbers must .*shape \(2, 3\)"):
-    ops.dot_general(jnp.zeros((2, 3)), jnp.zeros((3, 4)), dims, recipe=RECIPE, state=warm_state())
-
-
-class TestStateRefused:
-  def call(self, state, recipe=RECIPE):
-    return ops.dot_general(jnp.zeros((2, 3)), jnp.zeros((3, 4)), DIMS, recipe=recipe, state=state)
-
-  def test_recipe_class(self):
-    with pytest.raises(TypeError, match=r"recipe must be a recipe.*Pass an instance"):
-      self.call(warm_state(), recipe=fp8.DelayedScaling)
-
-  def test_missing_role(self):
-    state = {key: value for key, value in warm_state().items() if key != "kernel"}
-    with pytest.raises(ValueError, match=r"state of kernel must hold \['amax_history', 'scale'\]"):
-      self.call(state)
-
-  def test_length(self):
-    other = fp8.DelayedScaling(amax_history_len=9)
-    with pytest.raises(
-      ValueError, match=r"input_amax_history must have shape \(9,\).*got shape \(3,\)"
-    ):
-      self.call(warm_state(), recipe=other)
-
-  def test_dtype(self):
-    state = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), warm_state())
-    with pytest.raises(
-      TypeError, match=r"FP8 state must be float32; got input_.* of dtype bfloat16"
-    ):
-      self.call(state)
-
-  def test_preferred_element_type(self):
-    with pytest.raises(TypeError, match=r"preferred_element_type must be one of .*int32"):
-      ops.dot_general(
-        jnp.zeros((2, 3)),
-        jnp.zeros((3, 4)),
-        DIMS,
-        recipe=RECIPE,
-        state=warm_state(),
-        preferred_element_type=jnp.int32,
-      )

@@ -183,12 +183,20 @@ def _shared_inputs(name: str, differentiate: Any) -> Any:
 
 
 def _enter_shared_inputs() -> None:
-  for name in SHARED:
-    for label, differentiate in (("jax", jax.grad), ("fp8", fp8.grad)):
-      make = functools.partial(_shared_inputs, name, differentiate)
-      functools.update_wrapper(make, _shared_inputs)
-      make.__name__ = f"shared_inputs_{name}_{label}"
-      loop(slow=label == "fp8" and name != "written")(make)
+  """Each model with one way to differentiate, and each way with some models."""
+  ways = {"jax": jax.grad, "fp8": fp8.grad}
+  for label, name, slow in (
+    ("fp8", "written", False),
+    ("jax", "converted", False),
+    ("jax", "scanned_remat", False),
+    ("jax", "written_bfloat16", True),
+    ("fp8", "scanned", True),
+    ("jax", "converted_scanned", True),
+  ):
+    make = functools.partial(_shared_inputs, name, ways[label])
+    functools.update_wrapper(make, _shared_inputs)
+    make.__name__ = f"shared_inputs_{name}_{label}"
+    loop(slow=slow)(make)
 
 
 _enter_shared_inputs()

@@ -184,14 +184,14 @@ def check(split, seed):
 any_case = hypothesis.given(splits(), st.integers(0, 2**32 - 1))
 
 
-@hypothesis.settings(max_examples=4, deadline=None)
+@hypothesis.settings(max_examples=3, deadline=None)
 @any_case
 def test_however_the_batch_is_split(split, seed):
   check(split, seed)
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.settings(max_examples=16, deadline=None)
 @any_case
 def test_however_the_batch_is_split_at_length(split, seed):
   check(split, seed)

@@ -14,7 +14,7 @@ import flax_fp8 as fp8
 OWG = fp8.OVERWRITE_WITH_GRADIENT
 X = jnp.linspace(-3.0, 3.0, 8).reshape(2, 4)
 MODEL = nn.Dense(4, dot_general_cls=fp8.DelayedScaling(amax_history_len=4).dot_general_cls)
-VARIABLES = fp8.calibrate(MODEL, MODEL.init(jax.random.key(0), X), [X], progress=False)
+VARIABLES = fp8.calibrate(MODEL, jax.jit(MODEL.init)(jax.random.key(0), X), [X], progress=False)
 DTYPES = ("bfloat16", "float16", "float64")
 
 

@@ -23,12 +23,18 @@ STATE_PATHS = f"*{OWG}/*"
 def make_state(cls):
   """Returns a state after one step, so that no leaf has its initial value."""
   model = nn.Dense(64, dot_general_cls=cls)
-  variables = {**model.init(jax.random.key(0), X), "batch_stats": {"none": {}, "mean": jnp.ones(3)}}
+  variables = jax.jit(model.init)(jax.random.key(0), X)
+  variables = {**variables, "batch_stats": {"none": {}, "mean": jnp.ones(3)}}
   tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
   state = fp8.TrainState.create(apply_fn=model.apply, params=variables, tx=tx)
   state = state.replace(step=jnp.zeros((), jnp.int32))
-  grads = fp8.grad(lambda v: jnp.sum(jnp.sin(state.apply_fn(v, X))))(state.params)
-  return state.apply_gradients(grads=grads)
+
+  @jax.jit
+  def step(state):
+    grads = fp8.grad(lambda v: jnp.sum(jnp.sin(state.apply_fn(v, X))))(state.params)
+    return state.apply_gradients(grads=grads)
+
+  return step(state)
 
 
 FP8 = make_state(CLS)

@@ -26,7 +26,7 @@ def layer(recipe=RECIPE):
 
 
 MODEL = layer()
-VARIABLES = MODEL.init(jax.random.key(0), X)
+VARIABLES = jax.jit(MODEL.init)(jax.random.key(0), X)
 
 
 def loss_fn(variables, x=X, recipe=RECIPE):

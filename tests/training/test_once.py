@@ -93,6 +93,7 @@ cases = pytest.mark.parametrize(
   [
     pytest.param(model, id=name, marks=() if name in QUICK else pytest.mark.slow)
     for name, model in CASES.items()
+    if name not in ("scan, inputs", "current")  # of "scan, remat", no bit differs
   ],
 )
 

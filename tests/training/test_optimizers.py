@@ -183,8 +183,9 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("skip", [False, True], ids=["", "skip_nonfinite"])
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize(
+  ("name", "skip"), [*((name, False) for name in WRAPPERS), ("chain", True), ("MultiSteps", True)]
+)
 def test_wrappers(name, skip):
   state = train(WRAPPERS[name](), 5, skip_nonfinite=skip)
   assert loss_fn(state.params) < loss_fn(VARIABLES)

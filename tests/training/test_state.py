@@ -17,7 +17,7 @@ from tests.transformations import mesh
 OWG = fp8.OVERWRITE_WITH_GRADIENT
 X = jnp.asarray(BATCHES[0])
 MODEL = nn.Sequential([nn.Dense(8, dot_general_cls=fp8.Fp8DotGeneral), nn.Dense(4)])
-VARIABLES = MODEL.init(jax.random.key(0), X)
+VARIABLES = jax.jit(MODEL.init)(jax.random.key(0), X)
 STATE = {
   "dot": {
     "input_scale": jnp.ones(1),

@@ -28,7 +28,7 @@ class Model(nn.Module):
 
 
 MODEL = Model()
-VARIABLES = MODEL.init(jax.random.key(0), X)
+VARIABLES = jax.jit(MODEL.init)(jax.random.key(0), X)
 TX = optax.chain(
   optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.1), optax.ema(0.9)
 )

@@ -190,7 +190,7 @@ class TestVariablesOfAnotherModel:
       fp8.upgrade_variables(model, variables, X[:, :2])
 
 
-@pytest.mark.parametrize("name", ["1", "-2", "1 in 0"])
+@pytest.mark.parametrize("name", ["-2", "1 in 0"])
 def test_histories_of_stacks_along_any_axis(name):
   """Resizes histories of three slots, the number of layers, to five."""
   models = {n: lifts.written(name, fp8.DelayedScaling(amax_history_len=n)) for n in (3, 5)}
