@@ -59,7 +59,13 @@ def assert_serves_the_same(module, variables, args):
   return served, frozen
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+QUICK_RECIPES = ("delayed", "fprop_kept", "rowwise", "block")
+
+
+@pytest.mark.parametrize(
+  "recipe",
+  [pytest.param(name, marks=() if name in QUICK_RECIPES else pytest.mark.slow) for name in RECIPES],
+)
 def test_every_recipe_serves_the_same_bits(recipe):
   module, variables = trained(CASES["scanned"], RECIPES[recipe])
   _, frozen = assert_serves_the_same(module, variables, CASES["scanned"].args)
@@ -340,7 +346,7 @@ LIFTED = [
   ("converted", "scan in vmap 1", "delayed"),
 ]
 QUICK = {
-  *("-1", "0 in -1", "params 0 in 1, state 1 in 0", "params 1 in all, state all in 1"),
+  *("0 in -1", "params 0 in 1, state 1 in 0", "params 1 in all, state all in 1"),
   *("params for all, state 1", "params 1, state for all"),
 }
 SLOW = [  # stateless recipes ignore the axes of state
@@ -468,7 +474,7 @@ def test_seen_tensors_are_not_read_for_their_amax():
   assert amaxes_read(*assert_serves_the_same(layer, variables, (x,)), x) == 0
 
 
-@pytest.mark.parametrize("name", ["1", "vmap 1", "params 1, state for all"])
+@pytest.mark.parametrize("name", ["1", pytest.param("vmap 1", marks=pytest.mark.slow)])
 def test_stacks_without_recorded_amaxes(name):
   model = lifts.written(name, FIRST)
   assert_serves_the_same(model, lifts.trained(model, steps=0), (lifts.X,))
@@ -500,8 +506,15 @@ class Nested(nn.Module):
     return inner.apply(own.variables, x)
 
 
-@pytest.mark.parametrize("how", ["a parameter", "bind", "own variables"])
-@pytest.mark.parametrize("recipe", ["delayed", "rowwise"])
+@pytest.mark.parametrize(
+  ("recipe", "how"),
+  [
+    ("delayed", "a parameter"),
+    ("delayed", "bind"),
+    ("delayed", "own variables"),
+    ("rowwise", "own variables"),
+  ],
+)
 def test_a_model_that_is_run_by_a_nested_apply(recipe, how):
   model, x = Nested(RECIPES[recipe].dot_general_cls, how), normal(4, D)
   variables = lifts.trained(model, x=x)

@@ -11,7 +11,6 @@ import pytest
 import flax_fp8 as fp8
 
 M, N, K = 512, 256, 384
-HOPPER_AND_BLACKWELL = ("h100", "b200")
 ALL_FP8 = {"fprop": True, "dgrad": True, "wgrad": True}
 # The XLA of JAX 0.12 selects the kernel for block scales by timing, which needs the GPU.
 BLACKWELL_SCALES_BLOCKS = jax.__version_info__ < (0, 11)
@@ -32,8 +31,10 @@ def report(recipe, target):
   return fp8.explain(step, variables, x, g, target=target)
 
 
-@pytest.mark.parametrize("target", HOPPER_AND_BLACKWELL)
-@pytest.mark.parametrize("name", ["delayed", "current", "rowwise"])
+@pytest.mark.parametrize(
+  ("name", "target"),
+  [("delayed", "h100"), ("delayed", "b200"), ("current", "h100"), ("rowwise", "h100")],
+)
 def test_three_fp8_gemms(name, target):
   got = report(fp8.get_recipe(name), target)
   assert {gemm.role.value: gemm.is_fp8 for gemm in got.gemms} == ALL_FP8
@@ -41,9 +42,8 @@ def test_three_fp8_gemms(name, target):
   assert got.doubts == ()
 
 
-@pytest.mark.parametrize("target", HOPPER_AND_BLACKWELL)
-def test_block_is_one_fp8_gemm_a_block(target):
-  got = report(fp8.Float8BlockScaling(), target)
+def test_block_is_one_fp8_gemm_a_block():
+  got = report(fp8.Float8BlockScaling(), "h100")
   rows = Counter()
   for gemm in got.gemms:
     assert gemm.is_fp8
@@ -52,7 +52,7 @@ def test_block_is_one_fp8_gemm_a_block(target):
   assert rows == {(frozenset(size), 128): k // 128 for size, k in chunks.items()}
 
 
-@pytest.mark.parametrize("target", HOPPER_AND_BLACKWELL)
+@pytest.mark.parametrize("target", ["h100", "b200"])
 def test_mxfp8_is_fp8_where_matrix_units_scale_blocks(target):
   got = report(fp8.MXFP8BlockScaling(), target)
   scaled = target == "b200" and BLACKWELL_SCALES_BLOCKS
@@ -60,8 +60,10 @@ def test_mxfp8_is_fp8_where_matrix_units_scale_blocks(target):
   assert all("block scales" in gemm.reason for gemm in got.gemms) or scaled
 
 
-@pytest.mark.parametrize("gemm", ["fprop", "dgrad", "wgrad"])
-@pytest.mark.parametrize("name", ["delayed", "rowwise"])
+@pytest.mark.parametrize(
+  ("name", "gemm"),
+  [("delayed", "fprop"), ("delayed", "dgrad"), ("delayed", "wgrad"), ("rowwise", "wgrad")],
+)
 def test_a_gemm_in_high_precision_is_bf16_and_the_others_are_fp8(name, gemm):
   got = report(fp8.get_recipe(name, high_precision=(gemm,)), "h100")
   assert {g.role.value: g.is_fp8 for g in got.gemms} == {**ALL_FP8, gemm: False}

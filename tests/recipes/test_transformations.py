@@ -199,8 +199,12 @@ def shard_mapped(recipe, check_vma):
   return quickly(run)
 
 
-@pytest.mark.parametrize("name", [*cases.ONE_OF_EACH_CLASS, "delayed, first step", "stochastic"])
-@pytest.mark.parametrize("check_vma", [True, False], ids=["check_vma", "unchecked"])
+SHARD_MAPPED = [(name, True) for name in (*cases.ONE_OF_EACH_CLASS, "delayed, first step")]
+SHARD_MAPPED += [(name, False) for name in ("delayed", "delayed, first step", "block")]
+SHARD_MAPPED += [("stochastic", False)]
+
+
+@pytest.mark.parametrize(("name", "check_vma"), SHARD_MAPPED)
 def test_shard_map(name, check_vma):
   """Without state, each device's part has its own scale. With state, all devices share one."""
   recipe = RECIPES[name]
@@ -230,14 +234,18 @@ SHARDINGS = {
 }
 
 
-@by_class
-@pytest.mark.parametrize("specs", SHARDINGS.values(), ids=SHARDINGS)
-def test_jit_with_shardings(name, specs):
+SHARDED = [(name, layout) for name in ("delayed", "block") for layout in SHARDINGS]
+SHARDED += [(name, "tensor parallel, rows") for name in ("current", "rowwise", "mxfp8")]
+
+
+@pytest.mark.parametrize(("name", "layout"), SHARDED)
+def test_jit_with_shardings(name, layout):
   """Sharding changes neither values nor state, even if it cuts a block."""
   recipe = RECIPES[name]
   arrays = XS.reshape(-1, IN), WS[1], CS.reshape(-1, OUT)
   placed = [
-    jax.device_put(a, NamedSharding(mesh(), spec)) for a, spec in zip(arrays, specs, strict=True)
+    jax.device_put(a, NamedSharding(mesh(), spec))
+    for a, spec in zip(arrays, SHARDINGS[layout], strict=True)
   ]
   cases.equal(
     jax.device_get(compiled_quickly(recipe, *placed)),

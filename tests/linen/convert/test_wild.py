@@ -61,9 +61,10 @@ class TiedInScan(nn.Module):
     return nn.remat(Tied)(name="tied")(ids)
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "current"])
 @pytest.mark.parametrize(
-  "model", [Tied(), Tied("bind"), TiedInScan()], ids=["apply", "bind", "remat"]
+  ("model", "recipe"),
+  [(Tied(), "delayed"), (Tied("bind"), "delayed"), (TiedInScan(), "delayed"), (Tied(), "current")],
+  ids=["apply", "bind", "remat", "current"],
 )
 def test_nested_applies_stay_in_high_precision(model, recipe):
   config = fp8.Fp8Config(recipe=fp8.get_recipe(recipe))
