@@ -9,7 +9,8 @@ up, as ``fp8.Fp8FusedQKV`` and ``fp8.Fp8SwiGLU``. ``speedup`` is over BF16 with 
 median over rounds in which all variants ran in turn. The model is twelve blocks under ``fp8.scan``.
 They keep the results of projections and recompute the rest in the backward pass; there is no
 embedding, head or optimizer. ``peak`` is what XLA plans for arguments, results and temporaries;
-gradients of all parameters are among the results. TFLOP/s are of the projections.
+gradients of all parameters are among the results. TFLOP/s are of the projections. The goal for the
+block with delayed scaling is a speedup of 1.30.
 """
 
 import functools
@@ -28,7 +29,6 @@ from harness.programs import Program, make_program
 from harness.sizes import TINY_SIZES, Sizes
 from harness.variants import FUSED, RECIPES, VARIANTS
 
-# The goal of this project for the block with delayed scaling is 1.30.
 ALL = {BF16: VARIANTS[BF16], **RECIPES, **FUSED, **VARIANTS}
 KINDS = ("block", "model")
 
