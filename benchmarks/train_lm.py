@@ -29,6 +29,7 @@ import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,89 +38,58 @@ from rich.console import Console
 import flax_fp8 as fp8
 from flax_fp8.doctor import allow_missing_cuda
 from flax_fp8.explain.target import NAMES
+from harness import output
 from harness.environment import on_cpu
-from harness.output import (
-  make_console,
-  make_parser,
-  positive,
-  read_json,
-  save,
-  say,
-  write_json,
-)
+from harness.output import positive, say
+from lm import processes, runs
 from lm.config import CPU_SECONDS_PER_STEP, PRESETS, TrainConfig, UsageError
 from lm.devices import Devices
 from lm.explain import NONE, Reports, explain_steps, write_reports
 from lm.export import export_run
 from lm.model import Transformer
-from lm.processes import (
-  add_options,
-  connect,
-  ending_at_once,
-  not_negative,
-  require_alone,
-  require_same,
-  speaks,
-)
 from lm.progress import showing
 from lm.report import draw, make_document, show
-from lm.runs import (
-  BF16,
-  CONVERTED,
-  FUSED,
-  RECIPE_CHOICES,
-  Run,
-  has,
-  in_float16,
-  label,
-  named_recipes,
-  recipe_of,
-  require_fp8_hardware,
-)
+from lm.runs import BF16, Run, label, recipe_of
 from lm.text import Corpus
 from lm.train import Record, open_checkpoints, train
 
 SAME_IN_EACH_PROCESS = ("out", "export", "explain", "resume", "checkpoint_every")
 TRAINING = ("steps", "batch_size", "seed", "calibrate")
 COMPILE_SECONDS = 12.0  # per run, explained and trained, on a CPU
+PRECISIONS, DTYPES = ("bf16", "fp8", "both"), ("bfloat16", "float16")
+EXPLAIN = "GPU: print the whole report of each step as compiled for it; none: compile no step"
 
 
 def make_options() -> argparse.ArgumentParser:
   """The command line. What it leaves out comes from the preset."""
-  parser = make_parser(__doc__)
+  parser = output.make_parser(__doc__)
   parser.set_defaults(out=Path("runs/train_lm"))
-  add, dtypes = parser.add_argument, ("bfloat16", "float16")
-  store = functools.partial(
+  add, count = parser.add_argument, processes.not_negative
+  made = functools.partial(
     parser.add_mutually_exclusive_group().add_argument,
     dest="made",
     action="store_const",
     default="",
   )
-  of_recipes = "recipes of the FP8 runs; default: delayed"
-  on_gpu = "GPU: print the whole report of each step as compiled for it; none: compile no step"
-  calibrates = "training batches that calibrate FP8 state before step 0"
-  exports = "folder for frozen FP8 models and their exported forward passes"
-  saves = "steps between checkpoints; 0: none"
-  converts = "FP8 runs convert the BF16 model with fp8_linear_layers"
-  what = "what to train; default: both"
-  add("--precision", choices=("bf16", "fp8", "both"), default="both", help=what)
-  add("--recipe", choices=RECIPE_CHOICES, nargs="+", default=["delayed"], help=of_recipes)
-  store("--fused", const=FUSED, help="FP8 runs fuse the projections q, k, v, and gate, up")
-  store("--convert", const=CONVERTED, help=converts)
-  add("--dtype", choices=dtypes, default="bfloat16", help="of activations; default: bfloat16")
-  add("--calibrate", type=not_negative, help=calibrates)
+  recipes: dict[str, Any] = {"choices": runs.RECIPE_CHOICES, "nargs": "+", "default": ["delayed"]}
+  add("--precision", choices=PRECISIONS, default="both", help="what to train; default: both")
+  add("--recipe", **recipes, help="recipes of the FP8 runs; default: delayed")
+  made("--fused", const=runs.FUSED, help="FP8 runs fuse the projections q, k, v, and gate, up")
+  made("--convert", const=runs.CONVERTED, help="FP8 runs convert the model with fp8_linear_layers")
+  add("--dtype", choices=DTYPES, default="bfloat16", help="of activations; default: bfloat16")
+  add("--calibrate", type=count, help="training batches that calibrate FP8 state before step 0")
   add("--preset", choices=PRESETS, default="tiny", help="sizes of model and run; default: tiny")
   add("--text", type=Path, help="text file to learn; default: Python's language reference")
   add("--steps", type=positive, help="optimizer steps")
   add("--batch-size", type=positive, help="sequences per step")
-  add("--seed", type=not_negative, help="seed of parameters and batches")
+  add("--seed", type=count, help="seed of parameters and batches")
   add("--remat", action="store_true", default=None, help="recompute blocks in the backward pass")
   add("--attention", choices=("xla", "cudnn"), help="attention kernel; cudnn needs a GPU")
-  add("--explain", choices=(*NAMES, NONE), help=on_gpu)
-  add("--export", type=Path, help=exports)
+  add("--explain", choices=(*NAMES, NONE), help=EXPLAIN)
+  add("--export", type=Path, help="folder for frozen FP8 models and exported forward passes")
   add("--resume", action="store_true", help="continue from the checkpoints in --out")
-  add("--checkpoint-every", type=not_negative, default=100, help=saves)
-  add_options(parser)
+  add("--checkpoint-every", type=count, default=100, help="steps between checkpoints; 0: none")
+  processes.add_options(parser)
   return parser
 
 
@@ -142,9 +112,9 @@ def configure(arguments: argparse.Namespace) -> TrainConfig:
 
 def choose_runs(arguments: argparse.Namespace) -> tuple[Run, ...]:
   suffix = arguments.made and f"-{arguments.made}"
-  bf16, recipes = (BF16,), tuple(run + suffix for run in named_recipes(arguments.recipe))
+  bf16, recipes = (BF16,), tuple(run + suffix for run in runs.named_recipes(arguments.recipe))
   if arguments.dtype == "float16":
-    bf16, recipes = (BF16, in_float16(BF16)), tuple(map(in_float16, recipes))
+    bf16, recipes = (BF16, runs.in_float16(BF16)), tuple(map(runs.in_float16, recipes))
   return {"bf16": bf16, "fp8": recipes, "both": bf16 + recipes}[arguments.precision]
 
 
@@ -158,17 +128,17 @@ def introduce(
   arguments: argparse.Namespace, config: TrainConfig, corpus: Corpus, console: Console
 ) -> None:
   """Says what will happen, and how long it takes on a CPU."""
-  runs, per_step = choose_runs(arguments), CPU_SECONDS_PER_STEP.get(arguments.preset)
+  chosen, per_step = choose_runs(arguments), CPU_SECONDS_PER_STEP.get(arguments.preset)
   say(
     console,
     f"This trains a decoder with {config.shape.parameters:,} parameters to predict the next byte "
-    f"of {corpus.name}: {config.steps:,} steps each of {', '.join(map(label, runs))}.",
+    f"of {corpus.name}: {config.steps:,} steps each of {', '.join(map(label, chosen))}.",
     "All runs have the same seed, batches and optimizer. So the gap between their validation "
     "losses is what FP8 changes.",
   )
   if on_cpu() and per_step:
     size = config.steps * config.batch_size / PRESETS[arguments.preset].batch_size
-    seconds = sum(COMPILE_SECONDS + size * per_step[recipe_of(run) is not None] for run in runs)
+    seconds = sum(COMPILE_SECONDS + size * per_step[recipe_of(run) is not None] for run in chosen)
     say(console, f"On two CPU cores it takes about {max(1, round(seconds / 60))} min.")
 
 
@@ -177,10 +147,10 @@ def check(
 ) -> None:
   """Raises UsageError if devices, processes or checkpoints rule out what was asked for."""
   asked = {name: str(getattr(arguments, name)) for name in SAME_IN_EACH_PROCESS}
-  require_same([choose_runs(arguments), config.as_dict(), corpus.digest, asked])
+  processes.require_same([choose_runs(arguments), config.as_dict(), corpus.digest, asked])
   devices.require_even(config.batch_size)
   if arguments.export:
-    require_alone("--export")
+    processes.require_alone("--export")
   for run, folder in folders(arguments):
     with open_checkpoints(config, run, corpus, folder) as checkpoints:
       checkpoints.find(resume=arguments.resume)
@@ -194,11 +164,11 @@ def require_attention(config: TrainConfig) -> None:
     )
 
 
-def show_dry_runs(config: TrainConfig, runs: tuple[Run, ...], console: Console) -> None:
+def show_dry_runs(config: TrainConfig, chosen: tuple[Run, ...], console: Console) -> None:
   """Prints which layers each conversion takes, and by which rule; nothing is computed."""
   tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
-  for run in runs:
-    if (recipe := recipe_of(run)) is not None and has(run, CONVERTED):
+  for run in chosen:
+    if (recipe := recipe_of(run)) is not None and runs.has(run, runs.CONVERTED):
       report = fp8.Fp8Config(recipe=recipe).report(Transformer(config.shape), tokens)
       console.out(f"{label(run)}, dry run:", report, sep="\n", highlight=False)
 
@@ -207,7 +177,7 @@ def prove(arguments: argparse.Namespace, config: TrainConfig, console: Console) 
   """Reports on each run's step before any array of the model's size is made."""
   show_dry_runs(config, choose_runs(arguments), console)
   reports = explain_steps(config, choose_runs(arguments), arguments.explain, console)
-  if explains(arguments) and speaks():
+  if explains(arguments) and processes.speaks():
     write_reports(reports, arguments.out)
     say(console, f"Wrote explain_*.md and explain_*.png to {arguments.out}")
   return reports
@@ -251,21 +221,20 @@ def main(argv: list[str] | None = None) -> int:
   """Runs the benchmark; returns 2 if the command line asks for something impossible."""
   arguments = make_options().parse_args(argv)
   if arguments.redraw:
-    document = read_json(arguments.out, "results")
-    save(draw(document), arguments.out, "curves")
+    output.save(draw(output.read_json(arguments.out, "results")), arguments.out, "curves")
     return 0
   allow_missing_cuda()
   try:
-    connect(arguments)
-    console, devices = make_console(), Devices.every()
-    console.quiet = not speaks()
-    require_fp8_hardware(choose_runs(arguments))
+    processes.connect(arguments)
+    console, devices = output.make_console(), Devices.every()
+    console.quiet = not processes.speaks()
+    runs.require_fp8_hardware(choose_runs(arguments))
     config, corpus = configure(arguments), Corpus.read(arguments.text)
     introduce(arguments, config, corpus, console)
     check(arguments, config, corpus, devices)
     reports = prove(arguments, config, console)
     require_attention(config)
-    with ending_at_once():
+    with processes.ending_at_once():
       records = run_all(arguments, config, corpus, console, devices)
   except UsageError as error:
     print(f"train_lm: {error}", file=sys.stderr)
@@ -274,9 +243,9 @@ def main(argv: list[str] | None = None) -> int:
   if explains(arguments):
     document["explain"] = {run: report.to_dict() for run, report in reports.items()}
   show(document, console)
-  if speaks():
-    write_json(arguments.out, "results", document)
-    save(draw(document), arguments.out, "curves")
+  if processes.speaks():
+    output.write_json(arguments.out, "results", document)
+    output.save(draw(document), arguments.out, "curves")
   suggest(arguments, console)
   return 0
 

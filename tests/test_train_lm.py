@@ -48,7 +48,7 @@ def finished(tmp_path_factory):
   """A run in BF16 and in FP8, explained where a compiler is installed; and what it printed."""
   out, printed = tmp_path_factory.mktemp("finished"), io.StringIO()
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train_lm, "make_console", lambda: Console(file=printed, width=120))
+    patch.setattr(train_lm.output, "make_console", lambda: Console(file=printed, width=120))
     assert train(out, "--explain", "none" if MISSING else "h200") == 0
   return out, printed.getvalue()
 
@@ -248,13 +248,13 @@ def test_gemms_as_the_run_promises(name, right):
     (
       "delayed",
       report(*PROJECTED, gemm("layers/out", GemmRole.DGRAD, "bf16"), *OTHER),
-      r"got 1 that are not.*\n  .*layers/out.*the reason",
+      r"(?s)got 1 that is not.*\n  .*layers/out.*the reason",
     ),
-    ("delayed", report(*PROJECTED, as_bf16(AGAIN), *OTHER), "(?s)got 1 that are not.*layers/up"),
+    ("delayed", report(*PROJECTED, as_bf16(AGAIN), *OTHER), "(?s)got 1 that is not.*layers/up"),
     (
       "delayed",
       report(*PROJECTED[1:], dataclasses.replace(as_bf16(PROJECTED[0]), path=""), *OTHER),
-      "got 1 that are not",
+      "got 1 that is not",
     ),
     (
       "current",

@@ -22,12 +22,7 @@ def new_curve() -> Curve:
 
 
 class Checkpoints:
-  """The newest checkpoint of a run.
-
-  Attributes:
-    folder: made if missing.
-    identity: everything that decides the curve, in JSON's types.
-  """
+  """The newest checkpoint of a run; ``identity`` has everything that decides the curve."""
 
   def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
     self.folder, self.identity = folder, identity
@@ -42,11 +37,7 @@ class Checkpoints:
     self.manager.save(len(curve["train_curve"]), args=items)
 
   def find(self, *, resume: bool) -> Curve | None:
-    """Returns the newest checkpoint's curve; None without a checkpoint.
-
-    Raises:
-      UsageError: there is a checkpoint and ``resume`` is False, or it has another identity.
-    """
+    """Returns the newest checkpoint's curve; None without a checkpoint."""
     step = self.manager.latest_step()
     if step is None:
       return None

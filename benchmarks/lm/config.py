@@ -10,18 +10,7 @@ class UsageError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelShape:
-  """The sizes of a decoder.
-
-  Attributes:
-    vocabulary: number of tokens.
-    d_model: width of the residual stream.
-    d_ff: width inside SwiGLU.
-    layers: number of blocks.
-    heads: query heads, each of width ``d_model // heads``.
-    kv_heads: key and value heads; ``heads // kv_heads`` query heads share one.
-    remat: recompute each block in the backward pass instead of saving its activations.
-    attention: implementation of ``jax.nn.dot_product_attention``.
-  """
+  """The sizes of a decoder. ``heads // kv_heads`` query heads share a key and a value head."""
 
   vocabulary: int = 256
   d_model: int
@@ -62,18 +51,8 @@ class ModelShape:
 class TrainConfig:
   """Everything that decides a loss curve, except the text and the run.
 
-  Attributes:
-    shape: the model.
-    steps: optimizer steps; the learning rate's cosine ends there.
-    batch_size: sequences per step.
-    seq_len: bytes the model reads per sequence.
-    learning_rate: the peak, reached after a tenth of the steps.
-    weight_decay: for kernels only.
-    clip_norm: bound on the gradient's global norm.
-    seed: decides the parameters and the batches.
-    validate_every: steps between two validations.
-    validation_batches: largest number of batches per validation.
-    calibrate: training batches that fill the FP8 state before step 0; 0 leaves it empty.
+  The learning rate rises for a tenth of the steps, then falls along a cosine. ``calibrate`` counts
+  training batches that fill the FP8 state before step 0; ``validation_batches`` is a maximum.
   """
 
   shape: ModelShape
@@ -94,44 +73,23 @@ class TrainConfig:
     return settings.pop("shape") | settings
 
 
+def preset(shape: ModelShape, steps: int, batch: int, length: int, **named: Any) -> TrainConfig:
+  return TrainConfig(shape=shape, steps=steps, batch_size=batch, seq_len=length, **named)
+
+
+MICRO = ModelShape(d_model=32, d_ff=64, layers=2, heads=2, kv_heads=1)
+TINY = ModelShape(d_model=64, d_ff=192, layers=2, heads=2, kv_heads=1)
+SMALL = ModelShape(d_model=128, d_ff=384, layers=3, heads=4, kv_heads=2)
+# 0.97 billion parameters, and 16384 tokens in a batch.
+LARGE = ModelShape(d_model=2048, d_ff=8192, layers=16, heads=16, kv_heads=4, attention="cudnn")
 PRESETS = {
   # For tests of the loop itself: a few seconds, most of them compilation.
-  "micro": TrainConfig(
-    shape=ModelShape(d_model=32, d_ff=64, layers=2, heads=2, kv_heads=1),
-    steps=100,
-    batch_size=8,
-    seq_len=32,
-    learning_rate=4e-3,
-    validate_every=50,
-    validation_batches=4,
-  ),
+  "micro": preset(MICRO, 100, 8, 32, learning_rate=4e-3, validate_every=50, validation_batches=4),
   # Long enough to settle: where the loss still falls fast, a few steps' lead is a percent.
-  "tiny": TrainConfig(
-    shape=ModelShape(d_model=64, d_ff=192, layers=2, heads=2, kv_heads=1),
-    steps=1000,
-    batch_size=16,
-    seq_len=128,
-    learning_rate=4e-3,
-    validate_every=250,
-  ),
+  "tiny": preset(TINY, 1000, 16, 128, learning_rate=4e-3, validate_every=250),
   # For a sweep over recipes and seeds: an FP8 run takes about four minutes of one CPU core.
-  "small": TrainConfig(
-    shape=ModelShape(d_model=128, d_ff=384, layers=3, heads=4, kv_heads=2),
-    steps=800,
-    batch_size=8,
-    seq_len=128,
-    learning_rate=2e-3,
-    validate_every=100,
-  ),
-  # 0.97 billion parameters; M = batch_size * seq_len = 16384 rows in every projection.
-  "h200": TrainConfig(
-    shape=ModelShape(d_model=2048, d_ff=8192, layers=16, heads=16, kv_heads=4, attention="cudnn"),
-    steps=500,
-    batch_size=8,
-    seq_len=2048,
-    learning_rate=3e-4,
-    validate_every=100,
-  ),
+  "small": preset(SMALL, 800, 8, 128, learning_rate=2e-3, validate_every=100),
+  "h200": preset(LARGE, 500, 8, 2048, learning_rate=3e-4, validate_every=100),
 }
 # Seconds per step of a BF16 run, and of an FP8 run, on two CPU cores.
 CPU_SECONDS_PER_STEP = {"micro": (0.005, 0.01), "tiny": (0.045, 0.09), "small": (0.15, 0.35)}

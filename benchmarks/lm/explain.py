@@ -27,9 +27,7 @@ NONE = "none"
 ONE_GEMM_EACH = frozenset({"delayed", "current", "rowwise"})
 # The GEMMs that stay BF16: the head's, and those of attention, whose module is the layer itself.
 NO_PROJECTION = re.compile(r"^(\w+/)?(head|embedding|layers)$")
-XLA_ATTENTION = (
-  "cuDNN's attention can't be compiled without a GPU. The reports are for XLA's attention instead."
-)
+XLA_ATTENTION = "Without a GPU, cuDNN's attention can't be compiled; this is XLA's attention."
 
 
 def choose_target(asked: str | None) -> str | None:
@@ -61,22 +59,7 @@ def explain_step(config: TrainConfig, run: Run, target: str | None) -> fp8.Repor
 def explain_steps(
   config: TrainConfig, runs: tuple[Run, ...], asked: str | None, console: Console
 ) -> Reports:
-  """Compiles each step for a GPU, prints what it became, and checks its GEMMs.
-
-  Args:
-    config: what will be trained.
-    runs: what will be trained, one step each.
-    asked: the GPU of ``--explain``, to print whole reports for. None prints one line per step, for
-      the attached GPU or a described H200. ``"none"`` compiles nothing.
-    console: prints.
-
-  Returns:
-    A report per run; none if ``asked`` is ``"none"``, or if it is None without a compiler.
-
-  Raises:
-    UsageError: ``asked`` names a GPU, and no compiler is installed.
-    AssertionError: a GEMM is not what its run promises.
-  """
+  """Compiles each step for a GPU, prints what it became, and checks its GEMMs."""
   if asked == NONE:
     return {}
   target = choose_target(asked)
@@ -93,7 +76,7 @@ def explain_steps(
     console.out(report if asked else report.title, highlight=False)
     require_fp8_gemms(config, run, report)
   if asked is not None and BF16 in reports:
-    for run in reports.keys() - {BF16}:
+    for run in (run for run in runs if run != BF16):
       console.out(reports[run].compare(reports[BF16]), highlight=False)
   return reports
 

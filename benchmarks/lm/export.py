@@ -46,12 +46,7 @@ def freeze(config: TrainConfig, run: Run, variables: Any) -> tuple[nn.Module, di
 
 
 def export_forward(config: TrainConfig, run: Run, trained: Any, frozen: Any) -> jax.export.Exported:
-  """Lowers the frozen forward pass, with XLA's attention, which every platform has.
-
-  Returns:
-    The program for CPUs and NVIDIA GPUs, or for this machine's platform if this JAX can't lower it
-    for both (MXFP8 up to JAX 0.10).
-  """
+  """Lowers the frozen forward pass, with XLA's attention, which every platform has."""
   shape = dataclasses.replace(config.shape, attention="xla")
   model = make_model(dataclasses.replace(config, shape=shape), run)
   shapes = functools.partial(jax.eval_shape, lambda tree: tree)
@@ -83,12 +78,7 @@ def kernel_bytes(frozen: Any) -> int:
 def export_run(
   config: TrainConfig, run: Run, corpus: Corpus, variables: Any, folder: Path
 ) -> Record:
-  """Freezes, saves, exports and validates a trained model; replaces earlier files in ``folder``.
-
-  Returns:
-    Sizes of kernels, of all variables and on disk, beside the same parameters in BF16; size and
-    platforms of the program; validation loss of the frozen model.
-  """
+  """Freezes, saves, exports and validates a trained model; replaces earlier files in ``folder``."""
   module, frozen = freeze(config, run, variables)
   folder.mkdir(parents=True, exist_ok=True)
   fp8.save_checkpoint(folder / VARIABLES, frozen, overwrite=True)

@@ -22,23 +22,13 @@ PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")
 
 
 def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:
-  """Rotates each pair ``(x[i], x[i + D/2])`` at position t by the angle ``t * base**(-2i/D)``.
-
-  Args:
-    x: ``[B, T, H, D]`` with even D.
-    base: the slowest pair turns once in about ``2 pi base`` positions.
-
-  Returns:
-    The same shape and dtype; angles and products are float32.
-  """
+  """Rotates each pair ``(x[i], x[i + D/2])`` at position t by the angle ``t * base**(-2i/D)``."""
   length, half = x.shape[1], x.shape[-1] // 2
   speed = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angle = jnp.outer(jnp.arange(length, dtype=jnp.float32), speed)[None, :, None, :]
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  turned = (
-    first * jnp.cos(angle) - second * jnp.sin(angle),
-    second * jnp.cos(angle) + first * jnp.sin(angle),
-  )
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  turned = (first * cos - second * sin, second * cos + first * sin)
   return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
@@ -49,15 +39,9 @@ def norm(name: str, dtype: Any) -> nn.RMSNorm:
 def fused_qkv(
   shape: ModelShape, recipe: fp8.Recipe, name: str | None = None, dtype: Any = jnp.bfloat16
 ) -> fp8.Fp8FusedQKV:
-  return fp8.Fp8FusedQKV(
-    num_heads=shape.heads,
-    num_kv_heads=shape.kv_heads,
-    head_dim=shape.head_dim,
-    use_bias=False,
-    dtype=dtype,
-    recipe=recipe,
-    name=name,
-  )
+  sizes: dict[str, Any] = {"num_heads": shape.heads, "num_kv_heads": shape.kv_heads}
+  sizes |= {"head_dim": shape.head_dim, "dtype": dtype, "recipe": recipe}
+  return fp8.Fp8FusedQKV(**sizes, use_bias=False, name=name)
 
 
 def fused_swiglu(
@@ -133,14 +117,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-  """Tokens ``[B, T]`` to logits ``[B, T, vocabulary]``.
-
-  Attributes:
-    shape: the sizes.
-    dot_general_cls: None for BF16; ``recipe.dot_general_cls`` for FP8 projections.
-    fused: the same recipe, to fuse projections that share an input.
-    dtype: of activations; logits are float32.
-  """
+  """Tokens ``[B, T]`` to float32 logits ``[B, T, vocabulary]``; fields as ``Block``."""
 
   shape: ModelShape
   dot_general_cls: Any = None

@@ -3,8 +3,7 @@
     train_lm.py --coordinator HOST:PORT --num-processes 2 --process-id 0    # and, elsewhere,
     train_lm.py --coordinator HOST:PORT --num-processes 2 --process-id 1
 
-The options are those of ``jax.distributed.initialize``. Between CPUs, JAX reduces with gloo, which
-it contains.
+The options are those of ``jax.distributed.initialize``.
 """
 
 import argparse
@@ -25,10 +24,9 @@ from harness.output import positive
 from lm.config import UsageError
 
 TOGETHER = ("--coordinator", "--num-processes", "--process-id")
-# Processes that wait for a dead one's numbers hear of its death at once, others after this time.
-HEARTBEAT_SECONDS = 30
-# The first process to finish waits this long for the last one.
-SHUTDOWN_SECONDS = 60
+# Heartbeat: after this time, processes that wait for nothing hear of a dead one. Shutdown: how long
+# the first process to finish waits for the last.
+TIMEOUTS: dict[str, Any] = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 60}
 
 
 def not_negative(text: str) -> int:
@@ -39,7 +37,6 @@ def not_negative(text: str) -> int:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-  """Adds the options by which several processes find each other."""
   add = parser.add_argument_group("several processes, each started separately").add_argument
   add("--coordinator", metavar="HOST:PORT", help="address that process 0 listens on")
   add("--num-processes", type=positive, metavar="N", help="number of processes")
@@ -50,47 +47,33 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def is_one_of_several(arguments: argparse.Namespace) -> bool:
   """Whether this is one of several processes; raises UsageError for contradicting options."""
   given = (arguments.coordinator, arguments.num_processes, arguments.process_id)
-  named = dict(zip(TOGETHER, given, strict=True))
-  missing = [name for name, value in named.items() if value is None]
+  missing = [name for name, value in zip(TOGETHER, given, strict=True) if value is None]
   first = next((name for name in TOGETHER if name not in missing), None)
-  if arguments.distributed and first:
-    raise UsageError(
-      f"--distributed: takes the other options from the cluster; got {first} too. Give one of them."
-    )
   if first is None:
     return arguments.distributed
-  if missing:
-    raise UsageError(
-      f"{first}: goes with {', '.join(TOGETHER)}; got no {', no '.join(missing)}. Give all three."
-    )
-  if not (":" in given[0] and given[0].rpartition(":")[2].isdecimal()):
-    raise UsageError(
-      f"--coordinator: must be HOST:PORT; got {given[0]}. Name a free port of process 0's machine."
-    )
-  if given[2] >= given[1]:
-    raise UsageError(
-      "--process-id: processes are numbered from 0, so it must be below --num-processes; got "
-      f"{given[2]} of {given[1]}. Start as many as there are numbers."
-    )
+  error = None
+  if arguments.distributed:
+    error = f"--distributed: takes the other options from the cluster; got {first} too. Give one."
+  elif missing:
+    got = ", no ".join(missing)
+    error = f"{first}: goes with {', '.join(TOGETHER)}; got no {got}. Give all three."
+  elif not (":" in given[0] and given[0].rpartition(":")[2].isdecimal()):
+    error = f"--coordinator: must be HOST:PORT; got {given[0]}. Name a free port of process 0."
+  elif given[2] >= given[1]:
+    rule = "--process-id: counts from 0, so it must be below --num-processes"
+    error = f"{rule}; got {given[2]} of {given[1]}. Start as many as there are numbers."
+  if error:
+    raise UsageError(error)
   return True
 
 
 def connect(arguments: argparse.Namespace) -> None:
-  """Joins the other processes, if there are any, before JAX's backends start.
-
-  Raises:
-    UsageError: the options contradict each other, or the others can't be reached.
-  """
+  """Joins the other processes, if there are any, before JAX's backends start."""
   if not is_one_of_several(arguments):
     return
+  own = (arguments.coordinator, arguments.num_processes, arguments.process_id)
   try:
-    jax.distributed.initialize(
-      arguments.coordinator,
-      arguments.num_processes,
-      arguments.process_id,
-      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-      shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-    )
+    jax.distributed.initialize(*own, **TIMEOUTS)
   except (RuntimeError, ValueError) as error:
     name = "--distributed" if arguments.distributed else "--coordinator"
     raise UsageError(
@@ -106,10 +89,7 @@ def speaks() -> bool:
 
 @contextmanager
 def ending_at_once() -> Generator[None]:
-  """Ends this process on an error at once.
-
-  JAX would wait for the other processes to end. They may be waiting for this one's numbers.
-  """
+  """Ends one of several processes on an error at once; JAX would wait for the others to end."""
   try:
     yield
   except UsageError:  # the same in all processes
@@ -133,11 +113,7 @@ def require_alone(name: str) -> None:
 
 
 def require_same(identity: Any) -> None:
-  """Raises UsageError, in every process, unless all were asked for the same.
-
-  Args:
-    identity: what was asked for, in JSON's types.
-  """
+  """Raises UsageError, in every process, unless all were asked for the same, in JSON's types."""
   if jax.process_count() == 1:
     return
   digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).digest()

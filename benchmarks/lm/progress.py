@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Generator
-from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -10,16 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lm.checkpoints import Curve
 
 
-class Display(Protocol):
-  """What the training loop tells."""
-
-  def note(self, text: str) -> None: ...
-
-  def update(self, curve: Curve, *, validated: bool, saved: bool = False) -> None: ...
-
-
 class Silent:
-  """Shows nothing."""
+  """What the training loop tells; this class shows nothing."""
 
   def note(self, text: str) -> None: ...
 
@@ -33,7 +24,7 @@ def describe(curve: Curve) -> str:
   return ", ".join([*parts, *(f"{rate:.2f} steps/s" for rate in curve["stretch_rates"][-1:])])
 
 
-class ConsoleDisplay:
+class ConsoleDisplay(Silent):
   """Moves the bar of one run; without a terminal, prints a line per validation and checkpoint."""
 
   def __init__(self, console: Console, bar: Progress, name: str, steps: int) -> None:

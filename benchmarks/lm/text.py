@@ -19,14 +19,7 @@ VALIDATION_PERCENT = 5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corpus:
-  """A text, split into training and validation.
-
-  Attributes:
-    name: where the text came from.
-    digest: the first 16 hex digits of its SHA-256.
-    train: uint8 ``[N]``, the beginning of the text.
-    validation: uint8 ``[M]``, its last 5 %.
-  """
+  """A text: its name, part of its SHA-256, uint8 training bytes, and its last 5 %."""
 
   name: str
   digest: str

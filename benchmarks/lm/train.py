@@ -20,7 +20,7 @@ from flax_fp8.recipes.base import Role
 from lm.checkpoints import Checkpoints, Curve
 from lm.config import TrainConfig
 from lm.devices import Devices
-from lm.progress import Display, Silent
+from lm.progress import Silent
 from lm.runs import Run, recipe_of
 from lm.step import ScaledTrainState, create_state, jitted_step, make_model, mean_loss
 from lm.text import Corpus
@@ -83,7 +83,7 @@ def has_state(run: Run) -> bool:
 
 
 def calibrated(
-  config: TrainConfig, run: Run, state: fp8.TrainState, draw: Draw, display: Display
+  config: TrainConfig, run: Run, state: fp8.TrainState, draw: Draw, display: Silent
 ) -> fp8.TrainState:
   """Fills the FP8 state from the batches of the first ``config.calibrate`` steps."""
   if not config.calibrate or recipe_of(run) is None:
@@ -135,23 +135,9 @@ def train(
   resume: bool = False,
   checkpoint_every: int = 0,
   devices: Devices | None = None,
-  display: Display | None = None,
+  display: Silent | None = None,
 ) -> tuple[Record, Any]:
-  """Trains one model.
-
-  Args:
-    config: what to train.
-    run: in which precision, with which recipe.
-    corpus: the text.
-    folder: the run's checkpoints.
-    resume: continue from the newest checkpoint, if there is one.
-    checkpoint_every: steps between checkpoints; 0 writes none.
-    devices: share each batch; None is this process's first device.
-    display: is told what happens; None shows nothing.
-
-  Returns:
-    The record of the whole run, and the trained variables on this process's first device.
-  """
+  """Trains one model."""
   display, devices = display or Silent(), devices or Devices.first()
   rows, size, last = devices.rows(config.batch_size), config.batch_size, config.steps
   draw = lambda step: devices.put(corpus.batch(config, step, rows), size)

@@ -19,15 +19,11 @@ Fields = Mapping[str, Any]
 
 
 class Model(NamedTuple):
-  """A model and its inputs.
+  """A Linen module as its package makes it, and its inputs, arrays or static values.
 
   Attributes:
-    module: the Linen module, as its package makes it.
-    args: arguments of ``init`` and ``apply`` after the key or the variables.
-    kwargs: keyword arguments of both; arrays or static values.
-    read: the output's attribute or key with the array that the loss reads; else its first array.
-    labels: the loss is cross-entropy over the last axis; else the mean square of the difference to
-      normal values.
+    read: the output's attribute or key that the loss reads; else its first array.
+    labels: the loss is cross-entropy over the last axis; else the square error to normal values.
     rngs: PRNG keys of ``init`` and ``apply`` besides ``params``.
     mutable: collections that every run changes; the changes are dropped.
   """
