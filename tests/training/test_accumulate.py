@@ -252,18 +252,3 @@ def test_with_multi_steps_each_microbatch_is_a_step_of_the_state():
   leaves = zip(*(jax.tree.leaves(s.params["params"]) for s in (state, at_once)), strict=True)
   for got, want in leaves:
     assert jnp.linalg.norm(got - want) < 0.2 * jnp.linalg.norm(want) + 1e-6
-
-
-@pytest.mark.parametrize(
-  ("microbatches", "reduction", "message"),
-  [
-    ((X, X[:2]), "mean", r"one leading axis in common.*\(4, 2, 8\).*\(2, 2, 8\).*Reshape arrays"),
-    ({"x": X, "rate": 1.0}, "mean", r"one leading axis in common.*'rate'.*\(\)"),
-    ({}, "mean", r"one leading axis in common.*got shapes \{\}"),
-    (X[:0], "mean", r"at least 1; got shapes \{'microbatches': \(0, 2, 8\)\}"),
-    (X, "max", r"reduction must be one of \('mean', 'sum'\); got reduction='max'"),
-  ],
-)
-def test_bad_input(microbatches, reduction, message):
-  with pytest.raises(ValueError, match=message):
-    fp8.accumulate_gradients(loss_fn, VARIABLES, microbatches, reduction=reduction)
