@@ -98,9 +98,11 @@ def main(argv: list[str] | None = None) -> None:
     content = {"environment": environment(), "config": settings, "seeds": arguments.seeds}
     content |= {"text": Corpus.read().as_dict(), "compared": compare(runs), "runs": runs}
     write_json(arguments.out, name, content)
-    losses = [{seed: each["validation_loss"] for seed, each in of.items()} for of in runs.values()]
+    losses = [
+      {f"seed {seed}": each["validation_loss"] for seed, each in of.items()} for of in runs.values()
+    ]
     rows = [{"run": label(run)} | by for run, by in zip(runs, losses, strict=True)]
-    seeds = [Column(f"seed {seed}", f"{{{seed}:.4f}}") for seed in map(str, arguments.seeds)]
+    seeds = [Column(f"seed {seed}", f"{{seed {seed}:.4f}}") for seed in arguments.seeds]
     print_table(make_console(), "Validation loss", [Column("", "{run}", left=True), *seeds], rows)
     columns = [Column("", "{run}", left=True), Column("mean gap", "{mean_gap_percent:+.2f} %")]
     columns.append(Column("standard error", "{standard_error:.2f} %"))
