@@ -187,7 +187,7 @@ def _enter_shared_inputs() -> None:
   ways = {"jax": jax.grad, "fp8": fp8.grad}
   for label, name, slow in (
     ("fp8", "written", False),
-    ("jax", "converted", False),
+    ("jax", "converted", True),
     ("jax", "scanned_remat", False),
     ("jax", "written_bfloat16", True),
     ("fp8", "scanned", True),

@@ -16,7 +16,12 @@ from tests.linen.convert.models import CASES, D, F
 OWG = fp8.OVERWRITE_WITH_GRADIENT
 
 
-@pytest.fixture(params=CASES, scope="module")
+# Other models, and test_wild.py and test_contractions.py, have the same lifts and layers.
+SLOW = ("bfloat16", "remat", "vmapped", "custom_dot_general", "jitted")
+CASE_NAMES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES]
+
+
+@pytest.fixture(params=CASE_NAMES, scope="module")
 def case(request):
   return CASES[request.param]
 
