@@ -73,12 +73,10 @@ def number(
   return plain
 
 
-def flag(owner: str, field: str, value: Any) -> bool:
+def flag(owner: str, field: str, value: Any, advice: str = "Pass a bool.") -> bool:
   """Returns a bool; raises TypeError for anything else."""
   if not isinstance(value, bool | np.bool_):
-    raise TypeError(
-      f"{owner}: {field} must be True or False; got {field}={show(value)}. Pass a bool."
-    )
+    raise TypeError(f"{owner}: {field} must be True or False; got {field}={show(value)}. {advice}")
   return bool(value)
 
 

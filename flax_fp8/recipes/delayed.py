@@ -102,11 +102,11 @@ def resize_history(history: jax.Array, length: int, axis: int = -1) -> jax.Array
 class DelayedScaling(StatefulRecipe):
   """Per-tensor scaling by the amaxes of earlier steps.
 
-  At step t, with ``h`` as the amaxes of the steps before t::
+  At step t, with ``h`` as the history of the steps before t (slot 0 newest, slot 1 oldest)::
 
       scale = max(h) / fp8_max * 2**margin          # unchanged while h is empty
       q = saturating_cast(x / scale)
-      h = [max(|x|), *h without its oldest]
+      h = roll(h, -1); h[0] = max(|x|)
 
   Attributes:
     amax_history_len: number of amaxes stored for each tensor.

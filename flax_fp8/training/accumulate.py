@@ -47,7 +47,8 @@ def accumulate_gradients(
   microbatches.
 
   Args:
-    loss_fn: ``loss_fn(variables, microbatch)`` returns a real scalar, or ``(loss, aux)``.
+    loss_fn: ``loss_fn(variables, microbatch)`` returns a real scalar, or ``(loss, aux)``. Put all
+      arrays of a batch into one pytree, such as ``(x, y)``.
     variables: variables dict or ``TrainState.params``, to differentiate with respect to.
     microbatches: pytree of arrays ``[microbatches, ...]``, not a list of microbatches. ``loss_fn``
       gets one slice of each array. PRNG keys are arrays too:
@@ -74,11 +75,11 @@ def accumulate_gradients(
       conditions of ``value_and_grad``.
 
   Numerics:
-    Each loss is differentiated as its share of the mean. So output gradients and their amaxes have
-    the same magnitude as in one pass over the batch. Gradients accumulate in float32 or wider, and
-    are rounded to the dtype of the parameter at the end. Scales and histories do not depend on the
-    order or the number of microbatches. With ``reduction="mean"``, this is exact if the number of
-    microbatches is a power of two.
+    Each loss is multiplied by its weight in the mean before differentiation. So output gradients
+    and their amaxes have the same magnitude as in one pass over the batch. Gradients accumulate in
+    float32 or wider, and are rounded to the dtype of the parameter at the end. Scales and histories
+    do not depend on the order or the number of microbatches. With ``reduction="mean"``, this is
+    exact if the number of microbatches is a power of two.
 
     A microbatch of weight 0 adds nothing to loss and gradients, even if its mean over no tokens is
     NaN. Inside ``shard_map``, the weights are those of one device. To weight across devices, use
@@ -100,7 +101,9 @@ def accumulate_gradients(
   """
   owner = "accumulate_gradients"
   fields.function(owner, "loss_fn", loss_fn, "Pass loss_fn(variables, microbatch).")
-  fields.flag(owner, "has_aux", has_aux)
+  is_array = isinstance(has_aux, jax.Array | np.ndarray)
+  advice = "Put all arrays into microbatches, as in (x, y)." if is_array else "Pass a bool."
+  fields.flag(owner, "has_aux", has_aux, advice)
   fields.choice(owner, "reduction", reduction, get_args(Reduction))
   count = _count(microbatches)
   shares = None if weights is None else _shares(weights, count, reduction)

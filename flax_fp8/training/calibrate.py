@@ -50,8 +50,8 @@ def calibrate(
   For each batch, every FP8 contraction computes in the dtype of its operands. Its recipe records
   the amax of each tensor as in training. At the end, the scales are set for the next step::
 
-      history = [max(|x|), *history without its oldest]         # for each batch
-      scale = max(history) / fp8_max * 2**margin                # once, by the rule of the recipe
+      h = roll(h, -1); h[0] = max(|x|)      # for each batch; h: the history, slot 0 is the newest
+      scale = max(h) / fp8_max * 2**margin  # once, by the rule of the recipe
 
   Without ``loss_fn``, only the forward pass runs, and only inputs and kernels are calibrated. This
   is enough to evaluate a model. With ``loss_fn``, output gradients are calibrated too, so the first

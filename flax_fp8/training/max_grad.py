@@ -97,9 +97,9 @@ def value_and_grad(
 
   Numerics:
     All other gradients equal those of ``jax.value_and_grad``, bit for bit.
-    ``jax.lax.stop_gradient`` does not stop state, because JAX returns extended dtypes unchanged. To
-    run a frozen teacher with the same variables, use ``jax.value_and_grad`` and
-    ``TrainState.apply_fn``.
+    ``jax.lax.stop_gradient`` has no effect on FP8 state here, because JAX returns extended dtypes
+    unchanged. To run a frozen teacher with the same variables, use ``jax.value_and_grad`` and
+    ``TrainState.apply_fn`` instead.
 
   Example:
     >>> import jax, jax.numpy as jnp, flax.linen as nn

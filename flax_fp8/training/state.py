@@ -23,7 +23,9 @@ from flax_fp8.training import paths
 def partition_for_grad_overwrite(tree: Any) -> tuple[Any, Any]:
   """Splits variables or their gradients into FP8 state and the rest.
 
-  Use it in your own training loop to keep FP8 state from the optimizer.
+  Use it in your own training loop to keep FP8 state from the optimizer. ``rest`` also holds other
+  collections, such as ``batch_stats``. Give the optimizer only ``rest["params"]``, because weight
+  decay would change the others.
 
   Args:
     tree: nested mapping of collections, or any pytree, such as the gradients of ``fp8.grad``.
@@ -121,21 +123,20 @@ def apply_updates(variables: Any, updates: Any, overwrite: Any) -> Any:
 
   It computes ``{"params": params + updates, "_overwrite_with_gradient": overwrite, ...}``.
 
-  An optimizer that takes the loss in ``update``, such as ``optax.lbfgs``, must not get state
-  either::
+  Give the optimizer only the collection ``params``. An optimizer that takes the loss in ``update``,
+  such as ``optax.lbfgs``, gets a function of ``params``::
 
-      state, rest = partition_for_grad_overwrite(variables)
-      value, grads = value_and_grad(loss_fn)(variables)
-      overwrite, grad = partition_for_grad_overwrite(grads)
-      value_fn = lambda rest: loss_fn({**rest, **state})
-      more = {"value": value, "grad": grad, "value_fn": value_fn}
-      updates, opt_state = tx.update(grad, opt_state, rest, **more)
-      variables = apply_updates(variables, updates, overwrite)
+      loss, grads = value_and_grad(loss_fn)(variables)
+      overwrite, _ = partition_for_grad_overwrite(grads)
+      value_fn = lambda params: loss_fn({**variables, "params": params})
+      more = {"value": loss, "grad": grads["params"], "value_fn": value_fn}
+      updates, opt_state = tx.update(grads["params"], opt_state, variables["params"], **more)
+      variables = apply_updates(variables, {"params": updates}, overwrite)
 
   Args:
     variables: nested mapping of collections before the step.
-    updates: updates from ``optax``, with the structure of
-      ``partition_for_grad_overwrite(variables)[1]`` or of some of its collections.
+    updates: updates from ``optax`` in a dict of collections, usually ``{"params": updates}``. Other
+      collections keep their values.
     overwrite: new state, from ``partition_for_grad_overwrite(gradients)[0]``.
 
   Returns:
@@ -148,9 +149,8 @@ def apply_updates(variables: Any, updates: Any, overwrite: Any) -> Any:
       argument is the pair that ``value_and_grad`` returns.
 
   Numerics:
-    State that no path of the step used keeps its old value. The new value of such state is
-    ``-inf``, or its new scale is zero, which is never a valid scale. State is float32 after the
-    step.
+    The gradient marks unused state by ``-inf`` or by a scale of zero. ``apply_updates`` keeps the
+    old value there. State is float32 after the step.
 
   Example:
     >>> import flax_fp8 as fp8, jax.numpy as jnp

@@ -175,10 +175,11 @@ class Stats:
 def stats(variables: Any, *, fp8_format: Format = Format.HYBRID) -> Stats:
   """Reads the statistics of each tensor from FP8 state.
 
-  For delayed scaling, they are computed from scales and histories::
+  For delayed scaling, they are computed from the scale and the history ``h``, whose slot 0 is the
+  newest amax::
 
-      amax, largest = history[0], max(history)
-      jump = amax / max(history[1:])                       # growth over all earlier steps
+      amax, largest = h[0], max(h)
+      jump = amax / max(h[1:])                             # growth over all earlier steps
       headroom = log2(max(float8) * scale / amax)          # below 0: the amax saturated
       sqnr = -10 log10(noise)                              # with metrics
 
@@ -191,9 +192,10 @@ def stats(variables: Any, *, fp8_format: Format = Format.HYBRID) -> Stats:
     fp8_format: format of the recipe, which the state does not contain. ``headroom`` depends on it.
 
   Returns:
-    The table; see ``Stats``. State does not record which module was stacked. The index stands at
-    the outermost module under which all state has the same stacking axes, as in
-    ``layers[3]/query``.
+    The table; see ``Stats``. A module stacked by ``nn.scan`` or ``nn.vmap`` has an index in its
+    path: ``layers[3]/query`` if all of ``layers`` is stacked, ``block/experts[3]`` if ``experts``
+    is stacked and ``block/router`` beside it is not. State does not record which module was
+    stacked. So the index follows the outermost module whose state all has the same stacking axes.
 
   Raises:
     TypeError: the state is traced, abstract or not float32, or ``fp8_format`` is not a ``Format``.

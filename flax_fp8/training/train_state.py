@@ -148,8 +148,8 @@ class TrainState(train_state.TrainState):
     ``optax.chain``. Other optimizers ignore these arguments.
 
     Args:
-      grads: gradients with the structure of ``params``. Collections other than ``params`` and
-        ``_overwrite_with_gradient`` may be missing and are not read.
+      grads: gradients with the structure of ``params``; always pass this one. Collections other
+        than ``params`` and ``_overwrite_with_gradient`` may be missing and are not read.
       value: the loss.
       grad: gradients with the structure of ``params``, for an optimizer that takes ``grad`` in
         addition to ``grads``. The default is ``grads``. The optimizer gets only the gradients of

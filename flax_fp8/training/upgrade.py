@@ -52,8 +52,8 @@ def upgrade_variables(
   Numerics:
     A shorter history keeps the newest amaxes. A longer history is filled with zeros as its oldest
     entries; an amax of zero means not recorded. State is float32. State that was cast to another
-    dtype with the parameters is cast back, because rounded scales are valid. If the cast made a
-    scale zero or infinite, the scale becomes 1. If it made an amax infinite, the amax becomes 0.
+    dtype with the parameters is cast back to float32. A rounded scale is still usable. A scale
+    that the cast made zero or infinite becomes 1. An amax that the cast made infinite becomes 0.
 
   Example:
     >>> import flax.linen as nn, jax, jax.numpy as jnp

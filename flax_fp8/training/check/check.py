@@ -34,10 +34,11 @@ _SILENT = {"right", "copy", "replaced", "unmoved"}
 def check_train_step(step_fn: Callable[..., Any], state: Any, batch: Any) -> TrainStepReport:
   """Runs a training step on a small batch, and reports how it changes FP8 state.
 
-  Let ``h`` be a history in ``state``, oldest entry first. After one step, the state must be::
+  Let ``h`` be a history in ``state``. One step must change the state as follows::
 
-      [*h[1:], amax]  # amax: the maximum over the whole batch
       scale = max(h) / fp8_max * 2**margin
+      h = roll(h, -1)
+      h[0] = amax  # amax: the maximum over the whole batch
 
   The report names each error that it finds. FP8 state may be summed over microbatches, summed over
   devices by psum, divided by a loss scale, averaged, kept, dropped, decayed, clipped, added to,
@@ -58,17 +59,17 @@ def check_train_step(step_fn: Callable[..., Any], state: Any, batch: Any) -> Tra
     TypeError: ``step_fn`` is not a function, or the FP8 state in ``state`` was cast from float32 to
       another dtype.
     ValueError: ``state`` has no amax histories; ``step_fn`` raises an error or does not return the
-      state; it changes neither parameters nor FP8 state; it skips steps from planted state; or one
-      call shifts histories by all of their slots.
+      state; it changes neither parameters nor FP8 state; it skips the steps that this check
+      runs with test values in the state; or one call shifts histories by all of their slots.
 
   Numerics:
     The step is called about 15 times. Only the state of delayed scaling is checked, from this
     package or from ``flax.linen.fp8_ops``. A recipe without state has nothing to check.
 
     The check can't detect every error. In histories of one slot, a factor that is a power of two
-    looks like a margin. The check detects it only if it finds the kernel parameters, which must be
-    named ``kernel`` and belong to the same layers. It does not detect means over parts of the batch
-    that overlap its halves, thirds and fifths.
+    looks like a margin. Such a factor is found too if the kernel parameter is named ``kernel`` and
+    belongs to the layer of the state. Means over parts of the batch that overlap its halves, thirds
+    and fifths are not found.
 
     If only some tensors do not move, the report has a note instead of a finding, because the step
     may not use them.

@@ -36,8 +36,8 @@ _ADVICE = {
     "variables dict as params, or fp8.apply_updates."
   ),
   "decayed": (
-    "Decay only parameters: split off the state with fp8.partition_for_grad_overwrite before "
-    "weight decay, or use fp8.TrainState."
+    "Decay only parameters: pass grads['params'] and variables['params'] to the optimizer, or use "
+    "fp8.TrainState."
   ),
   "clipped": (
     "Split off the state with fp8.partition_for_grad_overwrite before the norm and the clipping, "
@@ -52,8 +52,8 @@ _ADVICE = {
     "fp8.TrainState and fp8.apply_updates then keep the old state."
   ),
   "optimizer": (
-    "Pass only parameters to tx.init and tx.update: use fp8.TrainState, or "
-    "fp8.partition_for_grad_overwrite."
+    "Pass only parameters to the optimizer: variables['params'] to tx.init and tx.update, and "
+    "grads['params'] to tx.update. Or use fp8.TrainState."
   ),
   "partial": (
     "Take the maximum of amaxes over all microbatches and devices of a step: use "
