@@ -367,6 +367,8 @@ def _microbatches() -> Iterator[Wrong]:
   words = r"must be one of \('mean', 'sum'\); got"
   yield from fields(name, run, ValueError, words, reduction=choices)
   yield from fields(name, run, TypeError, "must be True or False", has_aux=("yes", 1))
+  two = lambda: fp8.accumulate_gradients(loss, given, batches, batches)
+  yield Wrong(name, "two arrays", two, TypeError, "has_aux=.*Put all arrays into microbatches")
   for what, wrong in {
     "vector": lambda v, m: m, "pair": lambda v, m: (loss(v), m), "none": lambda v, m: None,
     "integer": lambda v, m: 1, "string": lambda v, m: "loss", "complex": lambda v, m: 1j * loss(v),
