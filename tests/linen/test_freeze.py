@@ -42,9 +42,24 @@ def train(module, variables, args, steps=2):
   return variables
 
 
+def initialized(model, x):
+  """Initializes, and fills the state with values that differ, as if it had seen other tensors."""
+  variables = jax.jit(model.init)(KEY, *x)
+  random = np.random.default_rng(0)
+
+  def fill(path, leaf):
+    steps = path[-1].key.endswith("steps_to_update")
+    values = random.integers(0, 3, leaf.shape) if steps else random.uniform(0.5, 4, leaf.shape)
+    return jnp.asarray(values, jnp.float32)
+
+  return variables | {
+    name: jax.tree_util.tree_map_with_path(fill, variables[name]) for name in {OWG} & {*variables}
+  }
+
+
 def trained(case, recipe):
   converted = fp8.fp8_linear_layers(case.model, dataclasses.replace(case.config, recipe=recipe))
-  return converted, train(converted, jax.jit(converted.init)(KEY, *case.args), case.args)
+  return converted, initialized(converted, case.args)
 
 
 def size(tree):
@@ -95,7 +110,7 @@ class HandEdited(nn.Module):
 
 def test_a_hand_edited_model_and_kernels_computed_from_parameters():
   model, x = HandEdited(), normal(4, D)
-  variables = train(model, jax.jit(model.init)(KEY, x), (x,))
+  variables = initialized(model, (x,))
   _, frozen = assert_serves_the_same(model, variables, (x,))
   assert "kernel" in frozen["fp8_frozen"]["DenseGeneral_0"]["Fp8DotGeneral_0"]
   # Twice a parameter is not a parameter, so the parameter stays and is quantized in each run.
@@ -117,7 +132,7 @@ class Fused(nn.Module):
 @pytest.mark.parametrize("scales", ["joint", "separate"])
 def test_fused_projections_serve_the_same_bits(scales):
   model, x = Fused(scales), normal(4, D)
-  variables = train(model, jax.jit(model.init)(KEY, x), (x,))
+  variables = initialized(model, (x,))
   _, frozen = assert_serves_the_same(model, variables, (x,))
   # With separate scales, the kernel is computed from the parameter in each run.
   kernels = [leaf for leaf in jax.tree.leaves(frozen) if leaf.dtype == jnp.float8_e4m3fn]
@@ -136,7 +151,7 @@ class Wide(nn.Module):
 def wide():
   converted = fp8.fp8_linear_layers(Wide(), fp8.Fp8Config(recipe=RECIPES["delayed"]))
   x = jnp.asarray(normal(8, 512), jnp.bfloat16)
-  return converted, train(converted, jax.jit(converted.init)(KEY, x), (x,)), x
+  return converted, initialized(converted, (x,)), x
 
 
 def test_half_the_bytes_of_bf16_in_memory_and_on_disk(wide, tmp_path):
@@ -260,7 +275,7 @@ CHANGED = {
 @pytest.mark.parametrize(("model", "stored"), CHANGED.values(), ids=CHANGED)
 def test_only_a_kernel_that_is_the_parameter_is_stored(model, stored):
   x = normal(4, D)
-  variables = train(model, jax.jit(model.init)(KEY, x), (x,))
+  variables = initialized(model, (x,))
   _, frozen = assert_serves_the_same(model, variables, (x,))
   assert stored == any(leaf.dtype == jnp.float8_e4m3fn for leaf in jax.tree.leaves(frozen))
 
@@ -364,7 +379,7 @@ def lifted_cases():
 @pytest.mark.parametrize(("make", "name", "recipe"), [*lifted_cases()])
 def test_axes_of_lifted_transformations_anywhere(make, name, recipe):
   model = MAKE[make](name, RECIPES[recipe])
-  variables = lifts.trained(model)
+  variables = initialized(model, (lifts.X,))
   _, frozen = assert_serves_the_same(model, variables, (lifts.X,))
   # A kernel that the steps share, with a scale for each step, stays a parameter.
   shared = recipe == "delayed" and name in (
@@ -411,7 +426,7 @@ class Decoder(nn.Module):
 
 def test_a_loop_around_frozen_layers():
   model = Decoder()
-  variables = lifts.trained(model)
+  variables = initialized(model, (lifts.X,))
   served, frozen = fp8.freeze_for_inference(model, variables, lifts.X)
   want = jax.jit(lambda v: model.apply(v, lifts.X, steps=3))(variables)
   got = jax.jit(lambda v: served.apply(v, lifts.X, steps=3))(frozen)
@@ -517,7 +532,7 @@ class Nested(nn.Module):
 )
 def test_a_model_that_is_run_by_a_nested_apply(recipe, how):
   model, x = Nested(RECIPES[recipe].dot_general_cls, how), normal(4, D)
-  variables = lifts.trained(model, x=x)
+  variables = initialized(model, (x,))
   served, frozen = assert_serves_the_same(model, variables, (x,))
   kernels = [leaf for leaf in jax.tree.leaves(frozen) if leaf.dtype == jnp.float8_e4m3fn]
   assert len(kernels) == (how != "own variables")
@@ -544,7 +559,7 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("recipe", ["delayed", "rowwise"])
 def test_a_parameter_that_another_contraction_reads_is_not_removed(recipe):
   model, x = Tied(RECIPES[recipe]), normal(4, D)
-  _, frozen = assert_serves_the_same(model, lifts.trained(model, x=x), (x,))
+  _, frozen = assert_serves_the_same(model, initialized(model, (x,)), (x,))
   assert "kernel" in frozen["params"]
 
 

@@ -74,9 +74,10 @@ def step(model, variables):
 
 def train(model, steps=2):
   """Runs some steps; from the second step on, scales use the whole range of the format."""
-  variables, seen = model.init(jax.random.key(0), X[0]), []
+  variables, seen = jax.jit(model.init)(jax.random.key(0), X[0]), []
+  run = jax.jit(functools.partial(step, model))
   for _ in range(steps):
-    seen.append(jax.jit(functools.partial(step, model))(variables))
+    seen.append(run(variables))
     state = seen[-1][1].get(fp8.OVERWRITE_WITH_GRADIENT)
     variables = {**variables, **({} if state is None else {fp8.OVERWRITE_WITH_GRADIENT: state})}
   return seen
