@@ -219,7 +219,7 @@ def grown(sweep: str, size: int, name: str, target: str) -> Figures:
 def size_rule() -> Iterator[Case]:
   """From what size of a kernel does FP8 pay?
 
-  Square layers, float32 parameters, forward and backward. Ratios below 1 say that FP8 pays.
+  Square layers, float32 parameters, forward and backward. Below 1, FP8 is faster.
   ``launches`` are kernels beyond BF16's. Fp8Config(min_kernel_size=...) is the rule that follows.
   """
   for tokens, side in itertools.product((2048, 16384), (256, 512, 1024, 2048, 4096, 8192)):

@@ -35,7 +35,7 @@ class TensorStats:
     amax: newest amax, in the units of the tensor.
     scale: newest dequantization scale.
     limit: largest representable value at that scale.
-    history: recorded amaxes, oldest first; empty for a recipe without history.
+    history: recorded amaxes, oldest first; empty for a recipe without history. ``repr`` omits it.
     saturated: fraction of the values beyond the representable range.
     flushed: fraction of the nonzero values that became zero.
     noise: power of the quantization error divided by the power of the values.
@@ -47,7 +47,7 @@ class TensorStats:
   amax: float
   scale: float
   limit: float
-  history: tuple[float, ...]
+  history: tuple[float, ...] = dataclasses.field(repr=False)
   saturated: float
   flushed: float
   noise: float

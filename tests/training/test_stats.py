@@ -58,6 +58,12 @@ def test_figures():
   assert all(type(value) is float and math.isfinite(value) for value in by_name.values())
 
 
+def test_repr_omits_the_history():
+  (row, _) = fp8.stats(VARIABLES).rows
+  assert "history" not in repr(row)
+  assert row.history == (1.0, 4.0, 2.0, 8.0)
+
+
 def test_the_format_sets_the_range():
   rows = fp8.stats(VARIABLES, fp8_format=fp8.Format.E4M3).rows
   assert rows[1].limit == pytest.approx(448 * 4 / 57344)
