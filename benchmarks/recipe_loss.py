@@ -21,13 +21,11 @@ from typing import Any
 
 from harness.environment import environment
 from harness.names import color
-from harness.output import make_console, make_parser, positive, redraw, write_json
+from harness.output import make_console, make_parser, positive, redraw, say, write_json
 from harness.plot import make_figure
 from harness.table import Column, print_table
 from lm.checkpoints import require_identity
 from lm.config import PRESETS, TrainConfig
-from lm.processes import not_negative
-from lm.progress import showing
 from lm.runs import ALL, BF16, BF16_AGAIN, RECIPE_CHOICES, Run, label, named_recipes
 from lm.text import Corpus
 from lm.train import Record, identify, train
@@ -40,9 +38,9 @@ def finish(config: TrainConfig, run: Run, out: Path) -> Record:
   name, corpus = f"{run}_seed{config.seed}", Corpus.read()
   identity, path = identify(config, run, corpus), out / f"{name}.json"
   if not path.exists():
-    with showing(make_console(), f"{label(run)}, seed {config.seed}", config.steps) as display:
-      options: dict[str, Any] = {"resume": True, "checkpoint_every": 100, "display": display}
-      record, _ = train(config, run, corpus, folder=out / "checkpoints" / name, **options)
+    note = lambda text: say(make_console(), f"{label(run)}, seed {config.seed}: {text}")
+    options: dict[str, Any] = {"resume": True, "checkpoint_every": 100, "note": note}
+    record, _ = train(config, run, corpus, folder=out / "checkpoints" / name, **options)
     write_json(out, name, {"identity": identity, "environment": environment(), **record})
   record = json.loads(path.read_text())
   require_identity(identity, record["identity"], f"--out: {path}")
@@ -83,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
   add = parser.add_argument
   add("--preset", choices=PRESETS, default="small", help="size of model and run")
   add("--recipes", choices=RECIPE_CHOICES, nargs="+", default=[ALL], help="beside BF16")
-  add("--seeds", type=not_negative, nargs="+", default=[0, 1, 2])
+  add("--seeds", type=int, nargs="+", default=[0, 1, 2])
   add("--steps", type=positive, help="optimizer steps")
   arguments = parser.parse_args(argv)
   config, name = PRESETS[arguments.preset], f"recipe_loss_{arguments.preset}"

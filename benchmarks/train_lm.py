@@ -32,30 +32,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 
-import flax_fp8 as fp8
 from flax_fp8.doctor import allow_missing_cuda
 from flax_fp8.explain.target import NAMES
 from harness import output
-from harness.environment import on_cpu
 from harness.output import positive, say
 from lm import processes, runs
-from lm.config import CPU_SECONDS_PER_STEP, PRESETS, TrainConfig, UsageError
+from lm.config import PRESETS, TrainConfig, UsageError
 from lm.devices import Devices
-from lm.explain import NONE, Reports, explain_steps, write_reports
+from lm.explain import NONE, explain_steps, write_reports
 from lm.export import export_run
-from lm.model import Transformer
-from lm.progress import showing
 from lm.report import draw, make_document, show
-from lm.runs import BF16, Run, label, recipe_of
+from lm.runs import BF16, FLOAT16, Run, label, recipe_of
 from lm.text import Corpus
 from lm.train import Record, open_checkpoints, train
 
 SAME_IN_EACH_PROCESS = ("out", "export", "explain", "resume", "checkpoint_every")
 TRAINING = ("steps", "batch_size", "seed", "calibrate")
-COMPILE_SECONDS = 12.0  # per run, explained and trained, on a CPU
 PRECISIONS, DTYPES = ("bf16", "fp8", "both"), ("bfloat16", "float16")
 EXPLAIN = "GPU: print the whole report of each step as compiled for it; none: compile no step"
 
@@ -64,7 +58,7 @@ def make_options() -> argparse.ArgumentParser:
   """The command line. What it leaves out comes from the preset."""
   parser = output.make_parser(__doc__)
   parser.set_defaults(out=Path("runs/train_lm"))
-  add, count = parser.add_argument, processes.not_negative
+  add = parser.add_argument
   made = functools.partial(
     parser.add_mutually_exclusive_group().add_argument,
     dest="made",
@@ -77,25 +71,20 @@ def make_options() -> argparse.ArgumentParser:
   made("--fused", const=runs.FUSED, help="FP8 runs fuse the projections q, k, v, and gate, up")
   made("--convert", const=runs.CONVERTED, help="FP8 runs convert the model with fp8_linear_layers")
   add("--dtype", choices=DTYPES, default="bfloat16", help="of activations; default: bfloat16")
-  add("--calibrate", type=count, help="training batches that calibrate FP8 state before step 0")
+  add("--calibrate", type=int, help="training batches that calibrate FP8 state before step 0")
   add("--preset", choices=PRESETS, default="tiny", help="sizes of model and run; default: tiny")
   add("--text", type=Path, help="text file to learn; default: Python's language reference")
   add("--steps", type=positive, help="optimizer steps")
   add("--batch-size", type=positive, help="sequences per step")
-  add("--seed", type=count, help="seed of parameters and batches")
+  add("--seed", type=int, help="seed of parameters and batches")
   add("--remat", action="store_true", default=None, help="recompute blocks in the backward pass")
   add("--attention", choices=("xla", "cudnn"), help="attention kernel; cudnn needs a GPU")
   add("--explain", choices=(*NAMES, NONE), help=EXPLAIN)
   add("--export", type=Path, help="folder for frozen FP8 models and exported forward passes")
   add("--resume", action="store_true", help="continue from the checkpoints in --out")
-  add("--checkpoint-every", type=count, default=100, help="steps between checkpoints; 0: none")
+  add("--checkpoint-every", type=int, default=100, help="steps between checkpoints; 0: none")
   processes.add_options(parser)
   return parser
-
-
-def explains(arguments: argparse.Namespace) -> bool:
-  """Whether whole reports are asked for."""
-  return arguments.explain not in (None, NONE)
 
 
 def configure(arguments: argparse.Namespace) -> TrainConfig:
@@ -114,7 +103,7 @@ def choose_runs(arguments: argparse.Namespace) -> tuple[Run, ...]:
   suffix = arguments.made and f"-{arguments.made}"
   bf16, recipes = (BF16,), tuple(run + suffix for run in runs.named_recipes(arguments.recipe))
   if arguments.dtype == "float16":
-    bf16, recipes = (BF16, runs.in_float16(BF16)), tuple(map(runs.in_float16, recipes))
+    bf16, recipes = (BF16, FLOAT16), tuple(f"{run}-{FLOAT16}" for run in recipes)
   return {"bf16": bf16, "fp8": recipes, "both": bf16 + recipes}[arguments.precision]
 
 
@@ -125,10 +114,8 @@ def folders(arguments: argparse.Namespace) -> Iterator[tuple[Run, Path]]:
 
 
 def introduce(
-  arguments: argparse.Namespace, config: TrainConfig, corpus: Corpus, console: Console
+  config: TrainConfig, chosen: tuple[Run, ...], corpus: Corpus, console: Console
 ) -> None:
-  """Says what will happen, and how long it takes on a CPU."""
-  chosen, per_step = choose_runs(arguments), CPU_SECONDS_PER_STEP.get(arguments.preset)
   say(
     console,
     f"This trains a decoder with {config.shape.parameters:,} parameters to predict the next byte "
@@ -136,10 +123,6 @@ def introduce(
     "All runs have the same seed, batches and optimizer. So the gap between their validation "
     "losses is what FP8 changes.",
   )
-  if on_cpu() and per_step:
-    size = config.steps * config.batch_size / PRESETS[arguments.preset].batch_size
-    seconds = sum(COMPILE_SECONDS + size * per_step[recipe_of(run) is not None] for run in chosen)
-    say(console, f"On two CPU cores it takes about {max(1, round(seconds / 60))} min.")
 
 
 def check(
@@ -149,8 +132,11 @@ def check(
   asked = {name: str(getattr(arguments, name)) for name in SAME_IN_EACH_PROCESS}
   processes.require_same([choose_runs(arguments), config.as_dict(), corpus.digest, asked])
   devices.require_even(config.batch_size)
-  if arguments.export:
-    processes.require_alone("--export")
+  if arguments.export and (count := jax.process_count()) > 1:
+    raise UsageError(
+      f"--export: is for one process; got {count}. Train with these, then run one process with "
+      "--resume: it continues from the last checkpoint."
+    )
   for run, folder in folders(arguments):
     with open_checkpoints(config, run, corpus, folder) as checkpoints:
       checkpoints.find(resume=arguments.resume)
@@ -164,26 +150,7 @@ def require_attention(config: TrainConfig) -> None:
     )
 
 
-def show_dry_runs(config: TrainConfig, chosen: tuple[Run, ...], console: Console) -> None:
-  """Prints which layers each conversion takes, and by which rule; nothing is computed."""
-  tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
-  for run in chosen:
-    if (recipe := recipe_of(run)) is not None and runs.has(run, runs.CONVERTED):
-      report = fp8.Fp8Config(recipe=recipe).report(Transformer(config.shape), tokens)
-      console.out(f"{label(run)}, dry run:", report, sep="\n", highlight=False)
-
-
-def prove(arguments: argparse.Namespace, config: TrainConfig, console: Console) -> Reports:
-  """Reports on each run's step before any array of the model's size is made."""
-  show_dry_runs(config, choose_runs(arguments), console)
-  reports = explain_steps(config, choose_runs(arguments), arguments.explain, console)
-  if explains(arguments) and processes.speaks():
-    write_reports(reports, arguments.out)
-    say(console, f"Wrote explain_*.md and explain_*.png to {arguments.out}")
-  return reports
-
-
-def run_all(
+def train_all(
   arguments: argparse.Namespace,
   config: TrainConfig,
   corpus: Corpus,
@@ -194,27 +161,39 @@ def run_all(
   records: list[Record] = []
   options = {"resume": arguments.resume, "checkpoint_every": arguments.checkpoint_every}
   for run, folder in folders(arguments):
-    with showing(console, label(run), config.steps) as display:
-      record, variables = train(
-        config, run, corpus, folder=folder, devices=devices, display=display, **options
-      )
+    note = lambda text, run=run: say(console, f"{label(run)}: {text}")
+    record, variables = train(
+      config, run, corpus, folder=folder, devices=devices, note=note, **options
+    )
     if arguments.export and recipe_of(run) is not None:
-      export = export_run(config, run, corpus, variables, arguments.export / run)
-      record["export"] = export
+      record["export"] = export_run(config, run, corpus, variables, arguments.export / run)
     records.append(record)
   return records
 
 
-def suggest(arguments: argparse.Namespace, console: Console) -> None:
-  """Says where the results are, and what to try next."""
-  out = arguments.out
-  say(console, f"Plot: {out / 'curves.png'}", f"Numbers: {out / 'results.json'}", "Next:")
-  again = f"  python benchmarks/train_lm.py --preset {arguments.preset}"
-  if len(arguments.recipe) == 1 and arguments.recipe != ["all"]:
-    say(console, f"{again} --recipe all --out runs/recipes    # compares all recipes")
-  if not explains(arguments):
-    say(console, f"{again} --explain h200 --out runs/explain  # reports on the step for an H200")
-  say(console, "  docs/index.md                             # guides: your own model in FP8")
+def compare(arguments: argparse.Namespace) -> None:
+  """Explains, trains and reports."""
+  out, chosen = arguments.out, choose_runs(arguments)
+  console, devices = output.make_console(), Devices.every()
+  console.quiet = not processes.speaks()
+  config, corpus = configure(arguments), Corpus.read(arguments.text)
+  introduce(config, chosen, corpus, console)
+  check(arguments, config, corpus, devices)
+  # Before any array of the model's size is made.
+  reports = explain_steps(config, chosen, arguments.explain, console)
+  whole = reports if arguments.explain and processes.speaks() else {}
+  write_reports(whole, out)
+  require_attention(config)
+  with processes.ending_at_once():
+    records = train_all(arguments, config, corpus, console, devices)
+  document = make_document(records, reports, config, corpus, len(devices.devices))
+  if whole:
+    document["explain"] = {run: report.to_dict() for run, report in whole.items()}
+  show(document, console)
+  if processes.speaks():
+    output.write_json(out, "results", document)
+    output.save(draw(document), out, "curves")
+  say(console, f"Wrote {out / 'results.json'}, {out / 'curves.png'}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -226,27 +205,10 @@ def main(argv: list[str] | None = None) -> int:
   allow_missing_cuda()
   try:
     processes.connect(arguments)
-    console, devices = output.make_console(), Devices.every()
-    console.quiet = not processes.speaks()
-    runs.require_fp8_hardware(choose_runs(arguments))
-    config, corpus = configure(arguments), Corpus.read(arguments.text)
-    introduce(arguments, config, corpus, console)
-    check(arguments, config, corpus, devices)
-    reports = prove(arguments, config, console)
-    require_attention(config)
-    with processes.ending_at_once():
-      records = run_all(arguments, config, corpus, console, devices)
+    compare(arguments)
   except UsageError as error:
     print(f"train_lm: {error}", file=sys.stderr)
     return 2
-  document = make_document(records, reports, config, corpus, len(devices.devices))
-  if explains(arguments):
-    document["explain"] = {run: report.to_dict() for run, report in reports.items()}
-  show(document, console)
-  if processes.speaks():
-    output.write_json(arguments.out, "results", document)
-    output.save(draw(document), arguments.out, "curves")
-  suggest(arguments, console)
   return 0
 
 

@@ -59,6 +59,9 @@ class Checkpoints:
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     return self.read(len(curve["train_curve"]), target), curve
 
+  def close(self) -> None:
+    self.manager.close()
+
   def read(self, step: int, target: Any) -> Any:
     items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
     return self.manager.restore(step, args=items)["state"]

@@ -21,14 +21,6 @@ class ModelShape:
   remat: bool = False
   attention: Literal["xla", "cudnn"] = "xla"
 
-  def __post_init__(self) -> None:
-    if self.d_model % (2 * self.heads) or self.heads % self.kv_heads:
-      raise UsageError(
-        "ModelShape: d_model must be an even multiple of heads, and heads a multiple of "
-        f"kv_heads; got d_model={self.d_model}, heads={self.heads}, "
-        f"kv_heads={self.kv_heads}. Change one of them."
-      )
-
   @property
   def head_dim(self) -> int:
     return self.d_model // self.heads
@@ -91,5 +83,3 @@ PRESETS = {
   "small": preset(SMALL, 800, 8, 128, learning_rate=2e-3, validate_every=100),
   "h200": preset(LARGE, 500, 8, 2048, learning_rate=3e-4, validate_every=100),
 }
-# Seconds per step of a BF16 run, and of an FP8 run, on two CPU cores.
-CPU_SECONDS_PER_STEP = {"micro": (0.005, 0.01), "tiny": (0.045, 0.09), "small": (0.15, 0.35)}

@@ -8,7 +8,6 @@ float32.
 
 import dataclasses
 import functools
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from lm.train import Record, tree_bytes, validator
 
 VARIABLES, PROGRAM = "variables", "forward.jax"
 PLATFORMS = ("cpu", "cuda")
-BF16_BYTES = 2
 # MXFP8's product on GPUs: JAX does not promise to read it in another version.
 UNSTABLE = [jax.export.DisabledSafetyCheck.custom_call("__op$block_scaled_dot")]
 
@@ -58,23 +56,6 @@ def export_forward(config: TrainConfig, run: Run, trained: Any, frozen: Any) -> 
     return export()(shapes(frozen), window(config))
 
 
-def bytes_on_disk(folder: Path) -> int:
-  return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def disk_bytes_in_bf16(params: Any) -> int:
-  """Bytes of a checkpoint of the parameters in BF16, which is written and measured."""
-  with tempfile.TemporaryDirectory() as folder:
-    fp8.save_checkpoint(folder, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
-    return bytes_on_disk(Path(folder))
-
-
-def kernel_bytes(frozen: Any) -> int:
-  """Bytes of the FP8 kernels and their scales."""
-  leaves = jax.tree_util.tree_leaves_with_path(frozen["fp8_frozen"])
-  return sum(leaf.nbytes for path, leaf in leaves if path[-1].key in ("kernel", "kernel_scale"))
-
-
 def export_run(
   config: TrainConfig, run: Run, corpus: Corpus, variables: Any, folder: Path
 ) -> Record:
@@ -86,14 +67,9 @@ def export_run(
   serialized = program.serialize()
   with whole_file(folder / PROGRAM) as beside:
     beside.write_bytes(serialized)
-  count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree["params"]))
   return {
-    "kernel_bytes": kernel_bytes(frozen),
-    "kernel_bytes_bf16": BF16_BYTES * (count(variables) - count(frozen)),
     "bytes": tree_bytes(frozen),
-    "bytes_bf16": BF16_BYTES * count(variables),
-    "disk_bytes": bytes_on_disk(folder / VARIABLES),
-    "disk_bytes_bf16": disk_bytes_in_bf16(variables["params"]),
+    "bytes_bf16": 2 * sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
     "program_bytes": len(serialized),
     "platforms": list(program.platforms),
     "validation_loss": validator(config, module.apply, corpus, Devices.first())(frozen),

@@ -18,8 +18,6 @@ import jax.numpy as jnp
 import flax_fp8 as fp8
 from lm.config import ModelShape
 
-PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")
-
 
 def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:
   """Rotates each pair ``(x[i], x[i + D/2])`` at position t by the angle ``t * base**(-2i/D)``."""

@@ -90,16 +90,11 @@ def show(document: Mapping[str, Any], console: Console) -> None:
 
 
 def describe_export(record: Record, export: Record) -> str:
-  """The sizes of an exported model, and its loss beside that of training, in one line."""
+  """The size of an exported model, and its loss beside that of training, in one line."""
   difference = export["validation_loss"] - record["validation_loss"]
-  sizes = {"kernels": "kernel_bytes", "all variables": "bytes", "on disk": "disk_bytes"}
-  parts = [
-    f"{name} {export[key] / MIB:.2f} MiB (BF16 {export[f'{key}_bf16'] / MIB:.2f} MiB)"
-    for name, key in sizes.items()
-  ]
-  loss = f"off by {difference:+.2g}" if difference else "the same, bit for bit"
   return (
-    f"{label(record['run'])}, exported: {', '.join(parts)}; validation loss {loss}; program of "
+    f"{label(record['run'])}, exported: variables {export['bytes'] / MIB:.2f} MiB (BF16 "
+    f"{export['bytes_bf16'] / MIB:.2f} MiB); validation loss off by {difference:+.2g}; program of "
     f"{export['program_bytes'] / 2**10:.0f} KiB for {' and '.join(export['platforms'])}"
   )
 

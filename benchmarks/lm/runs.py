@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 import flax_fp8 as fp8
-from lm.config import UsageError
 
 Run: TypeAlias = str
 
@@ -49,27 +48,7 @@ def label(run: Run) -> str:
   return f"FP8 {words}" if recipe_of(run) else words
 
 
-def in_float16(run: Run) -> Run:
-  return FLOAT16 if run == BF16 else f"{run}-{FLOAT16}"
-
-
 def named_recipes(names: Iterable[str]) -> tuple[Run, ...]:
   """Each named recipe once; ``"all"`` names every recipe."""
   names = tuple(names)
   return tuple(fp8.RECIPES) if ALL in names else tuple(dict.fromkeys(names))
-
-
-def require_fp8_hardware(runs: Iterable[Run]) -> None:
-  """Raises UsageError if this device would have to emulate a run's FP8, unless it is a CPU."""
-  refusals = [
-    f"{label(run)} on {reason}"
-    for run in runs
-    if (recipe := recipe_of(run)) is not None
-    for supported, reason in [fp8.capability(recipe=recipe)]
-    if not supported
-  ]
-  if refusals:
-    raise UsageError(
-      "--recipe: the device must multiply the FP8 that the recipe needs, or be a CPU; got "
-      f"{', '.join(refusals)}. Use another recipe, another GPU, or JAX_PLATFORMS=cpu."
-    )

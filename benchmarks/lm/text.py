@@ -29,8 +29,6 @@ class Corpus:
   @classmethod
   def read(cls, path: Path | None = None) -> "Corpus":
     """Reads a file, or Python's language reference without a path."""
-    if path is not None and not path.is_file():
-      raise UsageError(f"--text: must name a readable file; got {path}. Check the path.")
     text = path.read_bytes() if path else "\n\n".join(topics[t] for t in sorted(topics)).encode()
     codes = np.frombuffer(text, np.uint8)
     cut = len(codes) - len(codes) * VALIDATION_PERCENT // 100

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import statistics
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from flax_fp8.recipes.base import Role
 from lm.checkpoints import Checkpoints, Curve
 from lm.config import TrainConfig
 from lm.devices import Devices
-from lm.progress import Silent
 from lm.runs import Run, recipe_of
 from lm.step import ScaledTrainState, create_state, jitted_step, make_model, mean_loss
 from lm.text import Corpus
@@ -28,6 +27,14 @@ from lm.text import Corpus
 STRETCH = 10
 Record = dict[str, Any]
 Draw = Callable[[int], jax.Array]
+Note = Callable[[str], None]
+
+
+def describe(curve: Curve) -> str:
+  """The newest numbers of a curve in one line."""
+  parts = [f"loss {loss:.4f}" for loss in curve["train_curve"][-1:]]
+  parts += [f"validation {loss:.4f}" for _, loss in curve["validation_curve"][-1:]]
+  return ", ".join([*parts, *(f"{rate:.2f} steps/s" for rate in curve["stretch_rates"][-1:])])
 
 
 def next_stop(step: int, last: int, *intervals: int) -> int:
@@ -83,19 +90,19 @@ def has_state(run: Run) -> bool:
 
 
 def calibrated(
-  config: TrainConfig, run: Run, state: fp8.TrainState, draw: Draw, display: Silent
+  config: TrainConfig, run: Run, state: fp8.TrainState, draw: Draw, note: Note
 ) -> fp8.TrainState:
   """Fills the FP8 state from the batches of the first ``config.calibrate`` steps."""
   if not config.calibrate or recipe_of(run) is None:
     return state
   if not has_state(run):
-    display.note("nothing to calibrate, because its recipe has no state")
+    note("nothing to calibrate, because its recipe has no state")
     return state
   loss_fn = functools.partial(mean_loss, state.apply_fn)
   batches = [draw(step) for step in range(config.calibrate)]
   model = make_model(config, run)
   variables = fp8.calibrate(model, state.params, batches, loss_fn, progress=False)
-  display.note(f"calibrated on the batches of the first {config.calibrate} steps")
+  note(f"calibrated on the batches of the first {config.calibrate} steps")
   return state.replace(params=variables)
 
 
@@ -107,13 +114,10 @@ def identify(config: TrainConfig, run: Run, corpus: Corpus) -> dict[str, Any]:
   return {"run": run, "text": corpus.digest, **settings}
 
 
-@contextlib.contextmanager
 def open_checkpoints(
   config: TrainConfig, run: Run, corpus: Corpus, folder: Path
-) -> Generator[Checkpoints]:
-  checkpoints = Checkpoints(folder, identify(config, run, corpus))
-  with contextlib.closing(checkpoints.manager):
-    yield checkpoints
+) -> contextlib.closing[Checkpoints]:
+  return contextlib.closing(Checkpoints(folder, identify(config, run, corpus)))
 
 
 def validator(
@@ -135,10 +139,10 @@ def train(
   resume: bool = False,
   checkpoint_every: int = 0,
   devices: Devices | None = None,
-  display: Silent | None = None,
+  note: Note = lambda _: None,
 ) -> tuple[Record, Any]:
-  """Trains one model."""
-  display, devices = display or Silent(), devices or Devices.first()
+  """Trains one model; returns its record and variables. ``note`` prints a line."""
+  devices = devices or Devices.first()
   rows, size, last = devices.rows(config.batch_size), config.batch_size, config.steps
   draw = lambda step: devices.put(corpus.batch(config, step, rows), size)
   state = create_state(config, run, devices)
@@ -147,13 +151,13 @@ def train(
     state, curve = checkpoints.start(state, resume=resume)
     step = len(curve["train_curve"])
     if resume:
-      display.note(f"continues after step {step}" if step else "no checkpoint, starts at step 0")
+      note(f"continues after step {step}" if step else "no checkpoint, starts at step 0")
     if not step:
-      state = calibrated(config, run, state, draw, display)
+      state = calibrated(config, run, state, draw, note)
     begun = time.perf_counter()
     step_fn = jitted_step.lower(state, draw(0)).compile()
     compile_seconds = time.perf_counter() - begun
-    display.note(f"compiled in {compile_seconds:.1f} s")
+    note(f"compiled in {compile_seconds:.1f} s")
     while step < last:
       step = next_stop(step, last, STRETCH, config.validate_every, checkpoint_every)
       state = run_stretch(step_fn, state, curve, draw, step)
@@ -161,7 +165,8 @@ def train(
         curve["validation_curve"].append([step, validate(state.params)])
       if saved := is_due(step, last, checkpoint_every):
         checkpoints.save(state, curve)
-      display.update(curve, validated=validated, saved=saved)
+      if validated or saved:
+        note(f"step {step}/{last}: {describe(curve)}{', saved' if saved else ''}")
   memory: Any = step_fn.memory_analysis()
   measured = {"temp_bytes": memory.temp_size_in_bytes, "compile_seconds": compile_seconds}
   record = summarize(run, state, curve, measured)

@@ -17,7 +17,6 @@ from jax.sharding import PartitionSpec as P
 
 import flax_fp8 as fp8
 from lm.config import PRESETS
-from lm.model import PROJECTIONS
 from lm.step import create_state, train_step
 
 BF16 = jnp.bfloat16
@@ -166,7 +165,7 @@ def transformer_rows(config, cls):
   sizes |= dict.fromkeys(("key", "value"), (shape.d_model, heads))
   sizes |= dict.fromkeys(("gate", "up"), (shape.d_model, shape.d_ff))
   sizes["down"] = (shape.d_ff, shape.d_model)
-  assert set(sizes) == set(PROJECTIONS)
+  assert sizes == shape.projections
   one = []
   for name, (k, n) in sizes.items():
     path = inner(cls, f"Transformer/layers/{name}")
