@@ -14,15 +14,16 @@ converts it. Then it is compared with the plain model in float32, on the same pa
 - ``loss``: after 8 steps of Adam on one batch, plain and FP8.
 - ``frozen``: the largest difference between the outputs of ``freeze_for_inference`` and of the
   trained model, both jitted.
-- ``GEMMs``: FP8 among all of loss and gradients, as compiled for a described GPU.
+- ``GEMMs``: FP8 among all of loss and gradients, as compiled for a described H100.
 
-A failing stage is recorded, and the others continue. Packages that are not installed are listed.
+A failing stage is recorded, and the others continue. Packages must be installed to be measured.
 Rows of earlier runs stay in the JSON unless they are measured again.
 """
 
-import argparse
 import os
 from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -57,8 +58,7 @@ def frozen(row: Row) -> str:
 
 
 def gemms(row: Row) -> str:
-  left_out = row.get("gemms_left_out", "-")
-  return f"{row['fp8_gemms']}/{row['gemms']}" if "gemms" in row else left_out
+  return f"{row['fp8_gemms']}/{row['gemms']}" if "gemms" in row else "-"
 
 
 def escaped(parts: Sequence[str]) -> str:
@@ -106,26 +106,21 @@ def table(rows: Sequence[Row]) -> str:
   return f"{summary(rows)}\n\n{markdown(COLUMNS, rows)}"
 
 
-def measure(cases: Sequence[Case], arguments: argparse.Namespace, console: Console) -> list[Row]:
+def measure(cases: Sequence[Case], out: Path, target: str | None, console: Console) -> list[Row]:
   """Studies the models, and writes what is known after each."""
-  path, absent = arguments.out / "corpus.json", set[str]()
-  earlier = read_json(arguments.out, "corpus")["found"] if path.exists() else []
+  earlier = read_json(out, "corpus")["found"] if (out / "corpus.json").exists() else []
   rows = {(row["package"], row["name"]): row for row in earlier}
-  target = None if arguments.target == "none" else arguments.target
   order = [(case.package, case.name) for case in (*CASES, *cases)]
   for case in cases:
-    with console.status(f"{case.package}, {case.name}"):
-      row = study(case, target, arguments.timeout)
-    if row.get("absent"):
-      absent.add(case.package)
+    try:
+      row = rows[case.package, case.name] = study(case, target)
+    except metadata.PackageNotFoundError:
+      say(console, f"{case.package} is not installed; {case.name} is left out.")
       continue
-    rows[case.package, case.name] = row
     say(console, " | ".join(column.text(row) for column in COLUMNS))
     known = [rows[key] for key in dict.fromkeys(order) if key in rows]
-    write_json(arguments.out, "corpus", {"environment": environment(), "found": known})
-    write_text(arguments.out / "corpus.md", table(known))
-  if absent:
-    say(console, f"Not installed: {', '.join(sorted(absent))}.")
+    write_json(out, "corpus", {"environment": environment(), "found": known})
+    write_text(out / "corpus.md", table(known))
   return list(rows.values())
 
 
@@ -134,8 +129,6 @@ def main(words: Sequence[str] | None = None) -> list[Row]:
   parser = make_parser(__doc__)
   parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="packages or models")
   parser.add_argument("--tiny", action="store_true", help="one model that needs no other package")
-  parser.add_argument("--target", default="h100", help="the GPU to compile for, or none")
-  parser.add_argument("--timeout", type=float, default=60.0, help="seconds to compile a model in")
   arguments, console = parser.parse_args(words), make_console()
   allow_missing_cuda()
   os.environ.setdefault("HF_HUB_OFFLINE", "1")  # configurations are made here, never fetched
@@ -144,7 +137,8 @@ def main(words: Sequence[str] | None = None) -> list[Row]:
   if not arguments.tiny:
     old_names.restore()
   say(console, " | ".join(column.heading for column in COLUMNS))
-  rows = measure(CASES[:1] if arguments.tiny else chosen(arguments.only), arguments, console)
+  cases, target = (CASES[:1], None) if arguments.tiny else (chosen(arguments.only), "h100")
+  rows = measure(cases, arguments.out, target, console)
   say(console, summary(rows))
   return rows
 

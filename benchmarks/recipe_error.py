@@ -19,7 +19,7 @@ import functools
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -88,7 +88,7 @@ def outliers(inputs: str, channels: int) -> Array:
   """A factor for each channel."""
   factors = np.ones(channels)
   if inputs.startswith("channels"):
-    factors[:: min(128, channels)] = float(inputs.split("x")[1])
+    factors[::128] = float(inputs.split("x")[1])
   return factors
 
 
@@ -123,8 +123,12 @@ def products(
   return (out, *gradients), new_state
 
 
-def fresh(recipe: fp8.Recipe | None) -> State:
-  return {} if recipe is None else ops.init_state(recipe)
+def last_products(row: Row, batches: Iterable[Sequence[jax.Array]]) -> tuple[jax.Array, ...]:
+  """The products of the last of some batches ``(x, w, grad)``; those before it fill the state."""
+  state, got = {} if row.recipe is None else ops.init_state(row.recipe), ()
+  for batch in batches:
+    got, state = products(row.recipe, state, *batch)
+  return got
 
 
 def exact_products(x: jax.Array, w: jax.Array, grad: jax.Array) -> tuple[Array, ...]:
@@ -142,33 +146,27 @@ def relative(got: jax.Array, exact: Array, axis: int | None = None) -> float:
   return float(np.sqrt(np.mean(ratios**2)))
 
 
-def errors(row: Row, inputs: str, shape: Shape, seed: int = 0) -> dict[str, float]:
+def errors(row: Row, inputs: str, shape: Shape) -> dict[str, float]:
   """The errors of one recipe at one shape, by ``FIGURES``."""
-  rng, last = np.random.default_rng(seed), np.random.default_rng(seed + 1)
+  rng, last = np.random.default_rng(0), np.random.default_rng(1)  # the last is that of all rows
   kernel = rng.normal(size=(shape.K, *shape.columns)) / math.sqrt(shape.K)
-  w, state = jnp.asarray(kernel, dtype=jnp.bfloat16), fresh(row.recipe)
-  for _ in range(row.earlier):
-    x, grad = draw_batch(rng, inputs, shape)
-    _, state = products(row.recipe, state, x, w, grad)
-  x, grad = draw_batch(last, inputs, shape)  # the same for all rows
-  got, _ = products(row.recipe, state, x, w, grad)
-  exact = exact_products(x, w, grad)
+  w = jnp.asarray(kernel, dtype=jnp.bfloat16)
+  drawn = [draw_batch(each, inputs, shape) for each in (*[rng] * row.earlier, last)]
+  batches = [(x, w, grad) for x, grad in drawn]
+  got, exact = last_products(row, batches), exact_products(*batches[-1])
   found = [relative(*both) for both in zip(got, exact, strict=True)]
   return dict(zip(FIGURES, (*found, relative(got[2], exact[2], axis=1)), strict=True))
 
 
-def seen_by_gemm(row: Row, batches: Sequence[Array], *, wgrad: bool = False) -> Array:
+def seen_by_gemm(row: Row, inputs: Sequence[Array], *, wgrad: bool = False) -> Array:
   """Quantizes the last of some matrices, as the input of fprop or wgrad, and dequantizes it."""
-  state, got = fresh(row.recipe), None
-  for batch in batches[-1 - row.earlier :]:
-    x = jnp.asarray(batch, jnp.float32)
-    rows, channels = x.shape
-    w, grad = jnp.eye(channels), jnp.zeros((rows, channels))
-    if wgrad:
-      w, grad = jnp.zeros((channels, rows)), jnp.eye(rows)
-    got, state = products(row.recipe, state, x, w, grad)
-  assert got is not None
-  return np.asarray(got[2].T if wgrad else got[0], np.float64)
+  rows, channels = inputs[-1].shape
+  others = (jnp.eye(channels), jnp.zeros((rows, channels)))
+  if wgrad:
+    others = (jnp.zeros((channels, rows)), jnp.eye(rows))
+  seen = [(jnp.asarray(x, jnp.float32), *others) for x in inputs[-1 - row.earlier :]]
+  out, _, gradient = last_products(row, seen)
+  return np.asarray(gradient.T if wgrad else out, np.float64)
 
 
 def sqnr(row: Row, batches: Sequence[Array], ordinary: Array, *, wgrad: bool = False) -> float:
@@ -198,21 +196,22 @@ def sqnr_beside(row: Row, place: str, factor: float, size: tuple[int, int]) -> f
 
 def measure(shapes: Mapping[str, Shape], size: tuple[int, int]) -> dict[str, Any]:
   """Errors by recipe, input and shape; SQNR by recipe and input, and by outlier."""
+  of_shapes = lambda row, on: {name: errors(row, on, shape) for name, shape in shapes.items()}
+  of_gemm = lambda row, on, gemm: sqnr_on(row, on, size, wgrad=gemm == "wgrad")
+  of_place = lambda row, place: [sqnr_beside(row, place, factor, size) for factor in FACTORS]
   gemms = tuple(itertools.product(INPUTS, ("fprop", "wgrad")))
-  of_shapes = lambda row, inputs: {name: errors(row, inputs, shapes[name]) for name in shapes}
-  at = lambda row, place: [sqnr_beside(row, place, factor, size) for factor in FACTORS]
-  beside = {place: {name: at(row, place) for name, row in LINES.items()} for place in PLACES}
   return {
     "environment": environment(),
-    "errors": {
-      name: {inputs: of_shapes(row, inputs) for inputs in INPUTS} for name, row in ROWS.items()
-    },
+    "errors": {name: {on: of_shapes(row, on) for on in INPUTS} for name, row in ROWS.items()},
     "sqnr": {
-      name: {f"{on}, {gemm}": sqnr_on(row, on, size, wgrad=gemm == "wgrad") for on, gemm in gemms}
+      name: {f"{on}, {gemm}": of_gemm(row, on, gemm) for on, gemm in gemms}
       for name, row in ROWS.items()
       if row.recipe
     },
-    "outlier_sqnr": {"factors": FACTORS, "places": beside},
+    "outlier_sqnr": {
+      "factors": FACTORS,
+      "places": {p: {name: of_place(row, p) for name, row in LINES.items()} for p in PLACES},
+    },
   }
 
 
@@ -225,16 +224,16 @@ def error_row(name: str, cases: Mapping[str, Mapping[str, float]]) -> dict[str, 
 
 def tables(document: Mapping[str, Any]) -> list[tuple[str, list[Column], list[dict[str, Any]]]]:
   """Title, columns and rows of each table."""
-  first, last = Column("recipe", "{recipe}", left=True), Column("worst", "{worst}")
-  columns = [first, *(Column(key, f"{{{key}:.2f}}") for key in FIGURES), last]
+  errors, of_sqnr = document["errors"], document["sqnr"]
+  first, worst = Column("recipe", "{recipe}", left=True), Column("worst", "{worst}")
+  columns = [first, *(Column(key, f"{{{key}:.2f}}") for key in FIGURES), worst]
   found = [
     (f"Errors in %: inputs {what}", columns, [error_row(n, by[on]) for n, by in errors.items()])
-    for errors in [document["errors"]]
     for on, what in INPUTS.items()
   ]
-  rows = [{"recipe": name, **by} for name, by in document["sqnr"].items()]
-  of_sqnr = [first, *(Column(key, f"{{{key}:.1f}}") for key in list(rows[0])[1:])]
-  return [*found, ("SQNR in dB of an input of each GEMM", of_sqnr, rows)]
+  columns = [first, *(Column(key, f"{{{key}:.1f}}") for key in of_sqnr["current"])]
+  rows = [{"recipe": name, **by} for name, by in of_sqnr.items()]
+  return [*found, ("SQNR in dB of an input of each GEMM", columns, rows)]
 
 
 def draw(document: Mapping[str, Any]) -> Any:

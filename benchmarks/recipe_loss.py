@@ -8,13 +8,11 @@ A recipe's answer is the mean over seeds of ``gap = 100 * (loss FP8 / loss BF16 
 with its standard error. BF16 runs twice, the second time from parameters rounded to bfloat16. Its
 gap shows how far one rounding moves a run, and a recipe's gap is to be compared with it.
 
-Each finished run leaves a file in ``--out``, and each unfinished one its checkpoint. Commands with
+Each run leaves its checkpoint in ``--out``, from which the same command continues. Commands with
 different ``--seeds`` can run at the same time.
 """
 
 import dataclasses
-import itertools
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -24,39 +22,49 @@ from harness.names import color
 from harness.output import make_console, make_parser, positive, redraw, say, write_json
 from harness.plot import make_figure
 from harness.table import Column, print_table
-from lm.checkpoints import require_identity
 from lm.config import PRESETS, TrainConfig
+from lm.report import find_gaps
 from lm.runs import ALL, BF16, BF16_AGAIN, RECIPE_CHOICES, Run, label, named_recipes
 from lm.text import Corpus
-from lm.train import Record, identify, train
+from lm.train import Record, train
 
-LEFT_OUT = ("identity", "run", "train_curve", "stretch_rates")
+LEFT_OUT = ("run", "train_curve", "stretch_rates")
 
 
 def finish(config: TrainConfig, run: Run, out: Path) -> Record:
   """Trains what is left of one run, and returns its record."""
-  name, corpus = f"{run}_seed{config.seed}", Corpus.read()
-  identity, path = identify(config, run, corpus), out / f"{name}.json"
-  if not path.exists():
-    note = lambda text: say(make_console(), f"{label(run)}, seed {config.seed}: {text}")
-    options: dict[str, Any] = {"resume": True, "checkpoint_every": 100, "note": note}
-    record, _ = train(config, run, corpus, folder=out / "checkpoints" / name, **options)
-    write_json(out, name, {"identity": identity, "environment": environment(), **record})
-  record = json.loads(path.read_text())
-  require_identity(identity, record["identity"], f"--out: {path}")
+  note = lambda text: say(make_console(), f"{label(run)}, seed {config.seed}: {text}")
+  folder = out / "checkpoints" / f"{run}_seed{config.seed}"
+  options: dict[str, Any] = {"resume": True, "checkpoint_every": 100, "note": note}
+  record, _ = train(config, run, Corpus.read(), folder=folder, **options)
   return {key: value for key, value in record.items() if key not in LEFT_OUT}
 
 
 def compare(runs: dict[Run, dict[str, Record]]) -> dict[Run, dict[str, Any]]:
   """The gap of each run to BF16: by seed, its mean, and the standard error."""
   found: dict[Run, dict[str, Any]] = {}
-  for run in runs.keys() - {BF16}:
-    loss = lambda of, seed: runs[of][seed]["validation_loss"]
-    gaps = {seed: 100 * (loss(run, seed) / loss(BF16, seed) - 1) for seed in runs[run]}
+  by_seed = {seed: find_gaps({run: runs[run][seed] for run in runs}) for seed in runs[BF16]}
+  for run in (run for run in runs if run != BF16):
+    gaps = {seed: of[run] for seed, of in by_seed.items()}
     found[run] = {"gap_percent": gaps, "mean_gap_percent": statistics.fmean(gaps.values())}
     if len(gaps) > 1:
       found[run]["standard_error"] = statistics.stdev(gaps.values()) / len(gaps) ** 0.5
-  return {run: found[run] for run in runs if run in found}
+  return found
+
+
+def show(content: dict[str, Any]) -> None:
+  """Prints a row for each run: its losses, and its mean gap."""
+  rows = [
+    {"run": label(run)}
+    | {f"seed {seed}": record["validation_loss"] for seed, record in records.items()}
+    | content["compared"].get(run, {})
+    for run, records in content["runs"].items()
+  ]
+  seeds = [Column(f"seed {seed}", f"{{seed {seed}:.4f}}") for seed in content["seeds"]]
+  gap = Column("mean gap to BF16", "{mean_gap_percent:+.2f} %")
+  columns = [Column("", "{run}", left=True), *seeds, gap]
+  columns += [Column("standard error", "{standard_error:.2f} %")]
+  print_table(make_console(), "Validation loss", columns, rows, group=None)
 
 
 def draw(content: dict[str, Any]) -> Any:
@@ -87,25 +95,17 @@ def main(argv: list[str] | None = None) -> None:
   config, name = PRESETS[arguments.preset], f"recipe_loss_{arguments.preset}"
   config = dataclasses.replace(config, steps=arguments.steps or config.steps)
   if not arguments.redraw:
-    runs: dict[Run, dict[str, Record]] = {}
     names = (BF16, BF16_AGAIN, *named_recipes(arguments.recipes))
-    for seed, run in itertools.product(arguments.seeds, names):
-      record = finish(dataclasses.replace(config, seed=seed), run, arguments.out)
-      runs.setdefault(run, {})[str(seed)] = record
+    configs = {str(seed): dataclasses.replace(config, seed=seed) for seed in arguments.seeds}
+    runs: dict[Run, dict[str, Record]] = {name: {} for name in names}
+    for seed, of in configs.items():
+      for run in names:
+        runs[run][seed] = finish(of, run, arguments.out)
     settings = {key: value for key, value in config.as_dict().items() if key != "seed"}
     content = {"environment": environment(), "config": settings, "seeds": arguments.seeds}
     content |= {"text": Corpus.read().as_dict(), "compared": compare(runs), "runs": runs}
     write_json(arguments.out, name, content)
-    losses = [
-      {f"seed {seed}": each["validation_loss"] for seed, each in of.items()} for of in runs.values()
-    ]
-    rows = [{"run": label(run)} | by for run, by in zip(runs, losses, strict=True)]
-    seeds = [Column(f"seed {seed}", f"{{seed {seed}:.4f}}") for seed in arguments.seeds]
-    print_table(make_console(), "Validation loss", [Column("", "{run}", left=True), *seeds], rows)
-    columns = [Column("", "{run}", left=True), Column("mean gap", "{mean_gap_percent:+.2f} %")]
-    columns.append(Column("standard error", "{standard_error:.2f} %"))
-    gaps = [{"run": label(run)} | each for run, each in content["compared"].items()]
-    print_table(make_console(), "Gap to BF16", columns, gaps)
+    show(content)
   redraw(arguments.out, name, draw)
 
 

@@ -1,7 +1,6 @@
 """The benchmark of public models on one that needs no other package."""
 
 import json
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ ROW = {"package": "flax", "version": "1", "name": "Model", "failures": {}}
 
 @pytest.mark.slow
 def test_tiny(tmp_path):
-  (row,) = corpus.main(["--tiny", "--target", "none", "--out", str(tmp_path)])
+  (row,) = corpus.main(["--tiny", "--out", str(tmp_path)])
   assert row["failures"] == {}
   assert (row["converted"], row["layers"], row["left"]) == (8, 8, {})
   assert row["params_equal"]
@@ -42,17 +41,16 @@ def test_a_failing_model_stops_no_other(tmp_path):
   cases = (Case("flax", "Broken", fails), Case("no-such-package", "Absent", fails))
   console = Console(record=True, width=200)
   (tmp_path / "corpus.json").write_text(json.dumps({"found": [ROW]}))
-  arguments = SimpleNamespace(target="none", out=tmp_path, timeout=1.0)
-  earlier, row = corpus.measure(cases, arguments, console)
+  earlier, row = corpus.measure(cases, tmp_path, None, console)
   assert earlier == ROW
   assert row["failures"] == {"make": "RuntimeError: of its own"}
-  assert "Not installed: no-such-package." in console.export_text()
+  assert "no-such-package is not installed" in console.export_text()
   assert "| RuntimeError" not in (tmp_path / "corpus.md").read_text()
 
 
 def test_a_failing_stage_stops_no_other():
   model = Model(models.AttentionStack(), (jnp.ones((1, 4, 24)),), {})  # 16 does not divide 24
-  row = study.study(Case("flax", "Unfit", lambda: model), None, 1.0)
+  row = study.study(Case("flax", "Unfit", lambda: model), None)
   assert row["converted"] == 0
   assert sum(row["left"].values()) == 8
   assert row["failures"]["init"].startswith("ValueError: fp8_linear_layers: at least one layer")

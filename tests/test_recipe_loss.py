@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import lm.train
 import recipe_loss
 from lm.config import UsageError
 
@@ -20,7 +21,7 @@ def test_a_sweep_is_trained_once(tmp_path, monkeypatch, capsys):
   assert loss["bf16-again"] != loss["bf16"]
   assert loss["bf16-again"] == pytest.approx(loss["bf16"], rel=1e-2)
   assert (tmp_path / "recipe_loss_micro.png").read_bytes().startswith(b"\x89PNG")
-  monkeypatch.setattr(recipe_loss, "train", None)
+  monkeypatch.setattr(lm.train, "compiled", None)
   recipe_loss.main([*options, "--seeds", "0"])
   assert "FP8 delayed" in capsys.readouterr().out
   with pytest.raises(UsageError, match=r"got steps=4 \(there: 3\)"):

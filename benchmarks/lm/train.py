@@ -65,7 +65,7 @@ def tree_bytes(tree: Any) -> int:
   return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def summarize(run: Run, state: fp8.TrainState, curve: Curve, measured: Record) -> Record:
+def summarize(run: Run, state: fp8.TrainState, curve: Curve) -> Record:
   """Everything that a finished run reports, in JSON's types."""
   record: Record = {
     "run": run,
@@ -74,7 +74,6 @@ def summarize(run: Run, state: fp8.TrainState, curve: Curve, measured: Record) -
     "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params["params"])),
     "state_bytes": tree_bytes(state),
     "fp8_state_bytes": tree_bytes(state.params.get(fp8.OVERWRITE_WITH_GRADIENT, {})),
-    **measured,
     **curve,
   }
   if isinstance(state, ScaledTrainState):
@@ -120,6 +119,16 @@ def open_checkpoints(
   return contextlib.closing(Checkpoints(folder, identify(config, run, corpus)))
 
 
+def compiled(state: fp8.TrainState, batch: jax.Array, note: Note) -> tuple[Any, Record]:
+  """Returns the compiled step, and how long that took and how much memory it needs."""
+  begun = time.perf_counter()
+  step_fn = jitted_step.lower(state, batch).compile()
+  seconds = time.perf_counter() - begun
+  note(f"compiled in {seconds:.1f} s")
+  memory: Any = step_fn.memory_analysis()
+  return step_fn, {"temp_bytes": memory.temp_size_in_bytes, "compile_seconds": seconds}
+
+
 def validator(
   config: TrainConfig, apply_fn: Any, corpus: Corpus, devices: Devices
 ) -> Callable[[Any], float]:
@@ -154,10 +163,7 @@ def train(
       note(f"continues after step {step}" if step else "no checkpoint, starts at step 0")
     if not step:
       state = calibrated(config, run, state, draw, note)
-    begun = time.perf_counter()
-    step_fn = jitted_step.lower(state, draw(0)).compile()
-    compile_seconds = time.perf_counter() - begun
-    note(f"compiled in {compile_seconds:.1f} s")
+    step_fn, measured = compiled(state, draw(0), note) if step < last else (jitted_step, {})
     while step < last:
       step = next_stop(step, last, STRETCH, config.validate_every, checkpoint_every)
       state = run_stretch(step_fn, state, curve, draw, step)
@@ -167,7 +173,5 @@ def train(
         checkpoints.save(state, curve)
       if validated or saved:
         note(f"step {step}/{last}: {describe(curve)}{', saved' if saved else ''}")
-  memory: Any = step_fn.memory_analysis()
-  measured = {"temp_bytes": memory.temp_size_in_bytes, "compile_seconds": compile_seconds}
-  record = summarize(run, state, curve, measured)
+  record = summarize(run, state, curve) | measured
   return record, jax.tree.map(lambda leaf: leaf.addressable_data(0), state.params)

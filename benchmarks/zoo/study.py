@@ -1,10 +1,9 @@
 """What is asked of one model. Each question is a stage, and a failing stage stops no other."""
 
-import contextlib
 import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -17,27 +16,27 @@ import flax_fp8 as fp8
 from zoo.models import Case, Model
 
 STEPS, LEARNING_RATE = 8, 1e-3
+TIMEOUT = 60.0  # seconds to compile a model in, for a GPU
 Tree = Any
 
 
 class Study:
   """One model, plain and converted with the defaults alone."""
 
-  def __init__(self, model: Model, target: str | None, timeout: float) -> None:
-    self.model, self.target, self.timeout = model, target, timeout
-    self.converted = fp8.fp8_linear_layers(model.module)
-    self.modules = {"plain": model.module, "fp8": self.converted}
+  def __init__(self, model: Model, target: str | None) -> None:
+    self.model, self.target = model, target
+    self.modules = {"plain": model.module, "fp8": fp8.fp8_linear_layers(model.module)}
     arrays = {name: value for name, value in model.kwargs.items() if hasattr(value, "dtype")}
     self.static = {name: value for name, value in model.kwargs.items() if name not in arrays}
     self.inputs: tuple[Tree, Tree] = (model.args, arrays)
 
   @functools.cached_property
   def plain_variables(self) -> Tree:
-    return self._init(self.model.module)
+    return self._init("plain")
 
   @functools.cached_property
   def variables(self) -> dict[str, Tree]:
-    return {"plain": self.plain_variables, "fp8": self._init(self.converted)}
+    return {"plain": self.plain_variables, "fp8": self._init("fp8")}
 
   @functools.cached_property
   def batch(self) -> Tree:
@@ -51,18 +50,17 @@ class Study:
   def _keys(self, *names: str) -> dict[str, jax.Array]:
     return {name: jax.random.key(number) for number, name in enumerate((*names, *self.model.rngs))}
 
-  def _init(self, module: Any) -> Tree:
-    args, arrays = self.inputs
+  def _init(self, which: str) -> Tree:
+    module, (args, arrays) = self.modules[which], self.inputs
     init = lambda keys, args, arrays: module.init(keys, *args, **arrays, **self.static)
     return jax.jit(init)(self._keys("params"), args, arrays)
 
-  def run(self, which: str, variables: Tree, inputs: tuple[Tree, Tree], apply: Any = None) -> Any:
+  def run(self, which: str, variables: Tree, inputs: tuple[Tree, Tree]) -> Any:
     """Runs a model, and returns the array that the loss reads."""
     args, arrays = inputs
-    apply = apply or self.modules[which].apply
     mutable = list(self.model.mutable)
-    options = {"rngs": self._keys() or None, "mutable": mutable or False}
-    out = apply(variables, *args, **arrays, **self.static, **options)
+    options: dict[str, Any] = {"rngs": self._keys() or None, "mutable": mutable or False}
+    out = self.modules[which].apply(variables, *args, **arrays, **self.static, **options)
     return self.model.output(out[0] if mutable else out)
 
   def loss_and_output(self, which: str, variables: Tree, batch: Tree) -> tuple[Tree, jax.Array]:
@@ -78,11 +76,13 @@ class Study:
   @functools.cached_property
   def differentiated(self) -> dict[str, Callable[..., Any]]:
     """Loss, output and gradients of both, compiled."""
-    made: dict[str, Callable[..., Any]] = {}
-    for name, differentiate in {"plain": jax.value_and_grad, "fp8": fp8.value_and_grad}.items():
-      loss = functools.partial(self.loss_and_output, name)
-      made[name] = jax.jit(differentiate(loss, has_aux=True, allow_int=True))
-    return made
+    transforms = {"plain": jax.value_and_grad, "fp8": fp8.value_and_grad}
+    return {
+      name: jax.jit(
+        differentiate(functools.partial(self.loss_and_output, name), has_aux=True, allow_int=True)
+      )
+      for name, differentiate in transforms.items()
+    }
 
   def _train(self, which: str) -> tuple[Tree, float]:
     """The variables, and the loss after the last step."""
@@ -127,7 +127,8 @@ class Study:
   def errors(self) -> dict[str, Any]:
     """Compares outputs and gradients, at scale 1 and after calibration."""
     started = self.variables["fp8"]
-    calibrated = fp8.calibrate(self.converted, started, [self.batch], self.loss, progress=False)
+    model = self.modules["fp8"]
+    calibrated = fp8.calibrate(model, started, [self.batch], self.loss, progress=False)
     (_, out), gradients = self.differentiated["plain"](self.variables["plain"], self.batch)
     found: dict[str, Any] = {}
     for name, variables in {"fresh": started, "calibrated": calibrated}.items():
@@ -138,7 +139,7 @@ class Study:
 
   @functools.cached_property
   def trained(self) -> dict[str, tuple[Tree, float]]:
-    return {name: self._train(name) for name in self.modules}
+    return {name: self._train(name) for name in ("plain", "fp8")}
 
   def training(self) -> dict[str, Any]:
     """Compares the losses after some steps."""
@@ -146,12 +147,14 @@ class Study:
 
   def frozen(self) -> dict[str, Any]:
     """Compares outputs of the frozen model with those of the trained one."""
-    variables, _ = self.trained["fp8"]
-    (args, arrays), static = self.inputs, self.static
-    served, frozen = fp8.freeze_for_inference(self.converted, variables, *args, **arrays, **static)
-    want = jax.jit(functools.partial(self.run, "fp8"))(variables, self.inputs)
-    run = lambda frozen, inputs: self.run("fp8", frozen, inputs, served.apply)
-    got = jax.jit(run)(frozen, self.inputs)
+    variables, (args, arrays) = self.trained["fp8"][0], self.inputs
+    self.modules["frozen"], frozen = fp8.freeze_for_inference(
+      self.modules["fp8"], variables, *args, **arrays, **self.static
+    )
+    runs = {"fp8": variables, "frozen": frozen}
+    want, got = (
+      jax.jit(functools.partial(self.run, which))(of, self.inputs) for which, of in runs.items()
+    )
     return {"frozen_difference": float(jnp.max(jnp.abs(got - want)))}
 
   def gemms(self) -> dict[str, Any]:
@@ -160,22 +163,12 @@ class Study:
       return {}
     step = fp8.value_and_grad(self.loss, allow_int=True)
     shapes = jax.eval_shape(lambda tree: tree, (self.variables["fp8"], self.batch))
-    try:
-      report = fp8.explain(step, *shapes, target=self.target, timeout=self.timeout)
-    except TimeoutError:
-      return {"gemms_left_out": f"compiling took longer than {self.timeout:g} s"}
+    report = fp8.explain(step, *shapes, target=self.target, timeout=TIMEOUT)
     return {"target": self.target, "fp8_gemms": report.fp8_gemms, "gemms": report.total_gemms}
 
 
-STAGES: tuple[Callable[[Study], dict[str, Any]], ...] = (
-  Study.plain,
-  Study.layers,
-  Study.init,
-  Study.errors,
-  Study.training,
-  Study.frozen,
-  Study.gemms,
-)
+STAGES = ("plain", "layers", "init", "errors", "training", "frozen", "gemms")
+NEEDED = {"make", "plain", "init"}  # without these, nothing further can be asked
 
 
 def relative(got: Tree, want: Tree) -> float:
@@ -185,31 +178,22 @@ def relative(got: Tree, want: Tree) -> float:
   return (square(difference) / (square(want) or 1.0)) ** 0.5
 
 
-def study(case: Case, target: str | None, timeout: float) -> dict[str, Any]:
-  """Runs every stage for one model."""
-  row: dict[str, Any] = {"package": case.package, "name": case.name, "failures": {}}
-  try:
-    row["version"] = metadata.version(case.package)
-  except metadata.PackageNotFoundError:
-    return row | {"absent": True}
-  started = time.monotonic()
-  made: list[Study] = []
-  with _noting(row, "make"):
-    made.append(Study(case.make(), target, timeout))
-  for stage in STAGES if made else ():
-    with _noting(row, stage.__name__):
-      row |= stage(made[0])
-    if not {"plain", "init"}.isdisjoint(row["failures"]):
-      break
+def study(case: Case, target: str | None) -> dict[str, Any]:
+  """Runs every stage for one model, and records why a stage failed."""
+  failures: dict[str, str] = {}
+  row: dict[str, Any] = {"package": case.package, "name": case.name, "failures": failures}
+  row["version"] = metadata.version(case.package)
+  started, studied = time.monotonic(), None
+  for stage in ("make", *STAGES):
+    try:
+      if studied is None:
+        studied = Study(case.make(), target)
+      else:
+        row |= getattr(studied, stage)()
+    except Exception as error:  # the other stages and models continue
+      first = (str(error).splitlines() or [""])[0]
+      failures[stage] = f"{type(error).__name__}: {first}"
+      if stage in NEEDED:
+        break
   jax.clear_caches()
   return row | {"seconds": round(time.monotonic() - started, 1)}
-
-
-@contextlib.contextmanager
-def _noting(row: Mapping[str, Any], stage: str) -> Generator[None]:
-  """Records why a stage failed."""
-  try:
-    yield
-  except Exception as error:  # the other stages and models continue
-    first = (str(error).splitlines() or [""])[0]
-    row["failures"][stage] = f"{type(error).__name__}: {first}"
