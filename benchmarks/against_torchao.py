@@ -15,12 +15,13 @@ tensors in each step, from ``torch.autograd.grad``, freed before the next: nothi
 step compiles and is timed apart. ``speedup`` is the median over rounds in which all variants ran in
 turn. ``peak`` is what PyTorch holds at the peak of a step, parameters and input included.
 ``difference`` is the largest relative difference of a gradient from BF16's. TFLOP/s are of the
-projections. Nothing here may import JAX, whose process would hold the GPU.
+projections. Attention is cuDNN's or flash attention, whichever PyTorch takes. Nothing here may
+import JAX, whose process would hold the GPU.
 """
 
 import dataclasses
+import functools
 import gc
-import math
 import pkgutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,10 +30,11 @@ from typing import Any, TypeAlias
 
 from rich.console import Console
 
-from harness import clock, output
+from harness import clock, output, sizes
 from harness.names import BF16
-from harness.sizes import GROUPS, PUBLISHED, TINY_GROUPS, Shape, Sizes
+from harness.sizes import GROUPS, PUBLISHED, Shape
 from harness.table import CASE, TIMES, Column, print_table, rows_of
+from lm.config import ModelShape
 
 missing = ""
 try:
@@ -45,12 +47,10 @@ Step: TypeAlias = Callable[[], Sequence[Any]]  # returns the gradients of input 
 
 NAME = "against_torchao"
 VARIANTS = {BF16: None, "tensorwise": "tensorwise", "rowwise": "rowwise"}  # torchao's recipes
-ATTENTION = ("cudnn", "flash")  # block.py's, and the next best
 BLOCK, LAYERS = "block", "layers, geometric mean"
 ROUNDS, LEAST_STEPS = 10, 10
 KERNEL_SIZE = 1 / 64  # standard deviation, as in harness/programs.py
 MIB = 2**20
-TINY_SIZES = Sizes(length=16, width=64, heads=4, kv_heads=2, hidden=96)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,25 +84,25 @@ def layer_case(shape: Shape) -> Case:
   return Case(shape.flops, x, out, parts, lambda parts, x: parts["layer"](x))
 
 
-def block_case(sizes: Sizes) -> Case:
+def block_case(shape: ModelShape, length: int) -> Case:
   """The block: RMSNorm, attention, RMSNorm, SwiGLU."""
-  parts = {name: linear(*each) for name, each in sizes.projections.items()}
+  parts = {name: linear(*each) for name, each in shape.projections.items()}
   for name in ("before_attention", "before_mlp"):
-    parts[name] = torch.nn.RMSNorm(sizes.width, 1e-6, device=device(), dtype=torch.bfloat16)
-  turns = rotation(sizes.length, sizes.head_dim)
+    parts[name] = torch.nn.RMSNorm(shape.d_model, 1e-6, device=device(), dtype=torch.bfloat16)
+  turns = rotation(length, shape.head_dim)
   silu, attend = torch.nn.functional.silu, torch.nn.functional.scaled_dot_product_attention
 
   def apply(parts: Any, x: Any) -> Any:
     normed = parts["before_attention"](x)
-    heads = lambda name: parts[name](normed).unflatten(-1, (-1, sizes.head_dim)).transpose(1, 2)
+    heads = lambda name: parts[name](normed).unflatten(-1, (-1, shape.head_dim)).transpose(1, 2)
     query, key, value = rotate(heads("query"), turns), rotate(heads("key"), turns), heads("value")
     mixed = attend(query, key, value, is_causal=True, enable_gqa=True)
     x = x + parts["out"](mixed.transpose(1, 2).flatten(-2))
     normed = parts["before_mlp"](x)
     return x + parts["down"](silu(parts["gate"](normed)) * parts["up"](normed))
 
-  shape = (sizes.sequences, sizes.length, sizes.width)
-  return Case(sizes.flops, shape, shape, parts, apply)
+  x = (1, length, shape.d_model)
+  return Case(sizes.block_flops(shape, length), x, x, parts, apply)
 
 
 def rotation(length: int, head_dim: int) -> tuple[Any, Any]:
@@ -117,12 +117,6 @@ def rotate(x: Any, turns: tuple[Any, Any]) -> Any:
   first, second = x.float().chunk(2, dim=-1)
   cos, sin = turns
   return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
-def attend_by(backend: str) -> None:
-  """Allows one implementation of attention; PyTorch raises where it cannot be taken."""
-  for name in ("cudnn", "flash", "mem_efficient", "math"):
-    getattr(torch.backends.cuda, f"enable_{name}_sdp")(name == backend)
 
 
 def make_step(case: Case, recipe: str | None, x: Any, grad: Any, tiny: bool) -> Step:
@@ -144,22 +138,16 @@ def synchronize() -> None:
     torch.cuda.synchronize()
 
 
-def several(step: Step, repeat: int) -> Callable[[], None]:
-  def run() -> None:
-    for _ in range(repeat):
-      step()
-    synchronize()
-
-  return run
+def several(step: Step, repeat: int) -> None:
+  for _ in range(repeat):
+    step()
+  synchronize()
 
 
 def difference(grads: Sequence[Any], wanted: Sequence[Any]) -> float:
   """The norm of the difference over the norm of what is wanted: the largest of all gradients."""
   pairs = [(a.float(), b.float()) for a, b in zip(grads, wanted, strict=True)]
-  largest = torch.stack([(a - b).norm() / b.norm() for a, b in pairs]).max().item()
-  if not math.isfinite(largest):
-    raise ArithmeticError("gradients are not finite")
-  return largest
+  return torch.stack([(a - b).norm() / b.norm() for a, b in pairs]).max().item()
 
 
 def peak_mib(step: Step) -> float | None:
@@ -189,7 +177,7 @@ def prepare(case: Case, tiny: bool, failures: list[str]) -> Iterator[tuple[str, 
     except Exception as error:
       if recipe is None:
         raise
-      failures.append(f"{name}: {describe(error)}")
+      failures.append(f"{name}: {type(error).__name__}: {str(error)[:1000]}")
     else:
       yield name, step, known
 
@@ -200,7 +188,7 @@ def measure(case: Case, tiny: bool, failures: list[str]) -> dict[str, Any]:
   repeat = 2 if tiny else clock.steps(case.flops, LEAST_STEPS)
   for step, known in ready.values():
     known.update(peak_mib=peak_mib(step), repeat=repeat)
-  runs = {name: several(step, repeat) for name, (step, _) in ready.items()}
+  runs = {name: functools.partial(several, step, repeat) for name, (step, _) in ready.items()}
   times = clock.interleave(runs, 2 if tiny else ROUNDS)
   per_step = {name: [each / repeat for each in seconds] for name, seconds in times.items()}
   return {
@@ -209,65 +197,46 @@ def measure(case: Case, tiny: bool, failures: list[str]) -> dict[str, Any]:
   }
 
 
-def document(tiny: bool, shapes: Mapping[str, Any]) -> dict[str, Any]:
+def document(tiny: bool) -> dict[str, Any]:
   """The JSON, before anything is measured."""
-  versions = {
-    name: pkgutil.resolve_name(name).__version__ for name in ("torch", "triton", "torchao")
+  names = ("torch", "triton", "torchao")
+  versions = {name: pkgutil.resolve_name(name).__version__ for name in names}
+  built = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+  card = {
+    "device": torch.cuda.get_device_name() if device() == "cuda" else "cpu",
+    "nvidia_smi": output.nvidia_smi(),
   }
   return {
     "measurement": not tiny,
     "note": output.NO_MEASUREMENT if tiny else "",
-    "environment": output.host()
-    | {
-      "device": torch.cuda.get_device_name() if device() == "cuda" else "cpu",
-      "nvidia_smi": output.nvidia_smi(),
-      **versions,
-      "cuda": torch.version.cuda,
-      "cudnn": torch.backends.cudnn.version(),
-    },
+    "environment": {**output.host(), **card, **versions, **built},
     "method": {"rounds": ROUNDS, "least_steps": LEAST_STEPS, "compiled": not tiny},
-    "shapes": {name: dataclasses.asdict(each) for name, each in shapes.items()},
-    **{"attention": "", "found": {}, "summary": {}, "failures": [], "left_out": []},
+    **{"found": {}, "summary": {}, "failures": [], "left_out": []},
   }
-
-
-def describe(error: Exception) -> str:
-  return f"{type(error).__name__}: {str(error)[:1000]}"
-
-
-def attempt(name: str, shape: Any, tiny: bool, content: dict[str, Any]) -> None:
-  """Measures a case, the block with the first attention that works; what fails is noted."""
-  make: Callable[[Any], Case] = block_case if name == BLOCK else layer_case
-  for backend in ATTENTION if name == BLOCK and not tiny else ("math",):
-    attend_by(backend)
-    failures: list[str] = []
-    try:
-      content["found"][name] = measure(make(shape), tiny, failures)
-    except Exception as error:
-      failures.append(describe(error))
-    content["failures"] += [f"{name}, {backend} attention: {failure}" for failure in failures]
-    if name in content["found"]:
-      content["attention"] = backend if name == BLOCK else content["attention"]
-      return
 
 
 def measure_all(out: Path, seconds: float, tiny: bool, console: Console) -> None:
   """The block first; JSON is written after each case."""
-  deadline, layers = clock.Deadline(seconds), (TINY_GROUPS if tiny else GROUPS)[PUBLISHED]
-  shapes = {BLOCK: TINY_SIZES if tiny else Sizes(), **layers}
-  content = document(tiny, shapes)
-  found = content["found"]
+  deadline, layers = clock.Deadline(seconds), (sizes.TINY_GROUPS if tiny else GROUPS)[PUBLISHED]
+  block = sizes.llama(tiny)
+  cases = {BLOCK: functools.partial(block_case, *block)}
+  cases |= {name: functools.partial(layer_case, shape) for name, shape in layers.items()}
+  content, found = document(tiny), dict[str, Any]()
   # Every case compiles the same functions again: past the limit, that would fail.
-  torch._dynamo.config.recompile_limit = 8 * len(shapes)
-  for name, shape in shapes.items():
+  torch._dynamo.config.recompile_limit = 8 * len(cases)
+  for slow in () if tiny else ("mem_efficient", "math"):
+    getattr(torch.backends.cuda, f"enable_{slow}_sdp")(False)
+  for name, make in cases.items():
     if deadline.passed():
       content["left_out"].append(name)
-    else:
-      with console.status(name):
-        attempt(name, shape, tiny, content)
+      continue
+    failures: list[str] = []
+    with console.status(name):
+      found[name] = measure(make(), tiny, failures)
+    content["failures"] += [f"{name}: {failure}" for failure in failures]
     if found.keys() >= layers.keys():
       content["summary"] = clock.summarize({layer: found[layer] for layer in layers}, BF16)
-    output.write_json(out, NAME, content)
+    output.write_json(out, NAME, content | {"found": found})
 
 
 COLUMNS = (
@@ -309,8 +278,7 @@ def show(content: Mapping[str, Any], out: Path, console: Console) -> None:
   print_table(console, title, COLUMNS, rows_of(content["found"]))
   title = "Each over the BF16 of its own framework"
   print_table(console, title, BOTH, compare(content, out), "of")
-  output.say(console, *(f"left out, the time was up: {name}" for name in content["left_out"]))
-  output.say(console, *(f"FAILED {failure}" for failure in content["failures"]))
+  output.say_what_is_missing(console, content)
 
 
 def refusal(tiny: bool) -> str:

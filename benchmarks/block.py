@@ -17,62 +17,46 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 import flax_fp8 as fp8
 from harness import plot, timed
-from harness.models import Attention, Block, Stack
+from harness.models import Block, Stack
 from harness.names import BF16
 from harness.options import Options, on_gpu
 from harness.programs import Program, make_program
-from harness.sizes import TINY_SIZES, Sizes
+from harness.sizes import block_flops, llama
 from harness.variants import FUSED, RECIPES, VARIANTS
+from lm.config import ModelShape
 
 ALL = {BF16: VARIANTS[BF16], **RECIPES, **FUSED, **VARIANTS}
 KINDS = ("block", "model")
 
 
-def program(kind: str, sizes: Sizes, name: str, repeat: int, *, cudnn: bool) -> Program:
+def attention() -> Any:
+  return "cudnn" if on_gpu() else "xla"
+
+
+def program(kind: str, shape: ModelShape, length: int, name: str, repeat: int) -> Program:
   """A block, or a model, in one variant."""
-  arguments = (sizes, ALL[name], "cudnn" if cudnn else "xla")
-  module, flops = Stack(Block, arguments), sizes.flops
+  arguments, flops = (shape, ALL[name], attention()), block_flops(shape, length)
+  module = Stack(Block, arguments)
   if kind == "model":
     policy = fp8.remat_policies.dots_with_no_batch_dims_saveable
-    module = Stack(Block, arguments, sizes.layers, scan=True, remat=True, policy=policy)
-    flops *= sizes.layers
-  shape = (sizes.sequences, sizes.length, sizes.width)
-  return make_program(ALL[name], module, shape, repeat=repeat, flops=flops)
+    module = Stack(Block, arguments, shape.layers, scan=True, remat=True, policy=policy)
+    flops *= shape.layers
+  return make_program(ALL[name], module, (1, length, shape.d_model), repeat=repeat, flops=flops)
 
 
-def has_cudnn(sizes: Sizes, options: Options) -> bool:
-  """Whether cuDNN's attention compiles here, backward too; otherwise XLA's is taken."""
-  shapes = [
-    jax.ShapeDtypeStruct((sizes.sequences, sizes.length, width), jnp.bfloat16)
-    for width in (sizes.width, sizes.kv_width, sizes.kv_width)
-  ]
-  attention: Any = Attention(sizes, "cudnn")
-  total = lambda *qkv: attention.apply({}, *qkv).astype(jnp.float32).sum()
-  try:
-    jax.jit(jax.grad(total, (0, 1, 2))).lower(*shapes).compile()
-  except Exception as error:
-    options.fail("cuDNN's attention, XLA's is taken", error)
-    return False
-  return True
-
-
-def cases(kind: str, sizes: Sizes, options: Options) -> dict[str, dict[str, Program]]:
+def cases(kind: str, options: Options) -> dict[str, dict[str, Program]]:
   """All variants of a block, or of a model."""
-  cudnn = on_gpu() and has_cudnn(sizes, options)
-  repeat = timed.steps(sizes.flops, options) if kind == "block" else min(options.repeat, 2)
-  names = options.choose(ALL)
-  return {kind: {name: program(kind, sizes, name, repeat, cudnn=cudnn) for name in names}}
+  sizes = llama(options.tiny)
+  steps = timed.steps(block_flops(*sizes), options)
+  repeat = steps if kind == "block" else min(options.repeat, 2)
+  return {kind: {name: program(kind, *sizes, name, repeat) for name in options.choose(ALL)}}
 
 
 def groups(options: Options) -> timed.Groups:
   """The block first."""
-  sizes = TINY_SIZES if options.tiny else Sizes()
-  return {kind: functools.partial(cases, kind, sizes, options) for kind in KINDS}
+  return {kind: functools.partial(cases, kind, options) for kind in KINDS}
 
 
 def draw(content: Mapping[str, Any]) -> Any:

@@ -1,7 +1,7 @@
 """What does XLA make of FP8 programs? All are compiled for a described GPU, and never run.
 
     python benchmarks/compiled.py QUESTION               # no GPU needed; minutes on one CPU core
-    python benchmarks/compiled.py traffic --cases 'Dense*' --variants delayed --target b200
+    python benchmarks/compiled.py traffic --cases 'Dense*' --target b200
 
 Questions:
 
@@ -17,7 +17,7 @@ by data-sheet rates: a lower bound without launches. It compares programs and pr
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from typing import Any
 
@@ -29,19 +29,6 @@ from harness.environment import environment
 from harness.names import BF16, label
 from harness.table import Column, print_table
 from questions import QUESTIONS, Case, Figures
-
-
-def choose(
-  cases: Iterable[Case], patterns: Sequence[str] | None, variants: Sequence[str] | None
-) -> list[Case]:
-  """The cases that are asked for; the first program of each is always among them."""
-  matches = lambda name, globs: not globs or any(fnmatch(name, glob) for glob in globs)
-  chosen, seen = list[Case](), set[str]()
-  for each in cases:
-    if matches(each[0], patterns) and (each[0] not in seen or matches(each[1], variants)):
-      chosen.append(each)
-    seen.add(each[0])
-  return chosen
 
 
 def measure(cases: Iterable[Case], targets: Iterable[str], console: Console) -> list[Figures]:
@@ -80,15 +67,14 @@ def main() -> None:
   questions = "\n".join(f"{name}:\n  {each.doc.strip()}\n" for name, each in QUESTIONS.items())
   parser = output.make_parser((__doc__ or "").format(questions=questions))
   parser.add_argument("question", choices=QUESTIONS, metavar="QUESTION")
-  parser.add_argument("--cases", nargs="+", metavar="GLOB", help="only cases of these names")
-  parser.add_argument("--variants", nargs="+", metavar="GLOB", help="only these, and the baseline")
+  parser.add_argument("--cases", default="*", metavar="GLOB", help="only cases of such names")
   parser.add_argument("--target", nargs="+", metavar="GPU", help="as fp8.explain knows them")
   arguments = parser.parse_args()
   name, console, asked = arguments.question, output.make_console(), QUESTIONS[arguments.question]
   if not arguments.redraw:
     allow_missing_cuda()
     targets = arguments.target or asked.targets
-    cases = choose(asked.cases(), arguments.cases, arguments.variants)
+    cases = [each for each in asked.cases() if fnmatch(each[0], arguments.cases)]
     rows = measure(cases, targets, console)
     made = {"environment": environment(), "note": asked.note, "target": ", ".join(targets)}
     output.write_json(arguments.out, name, {**made, "rows": rows})

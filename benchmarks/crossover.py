@@ -10,7 +10,6 @@ should be at least 0.98. ``compiled.py size_rule`` asks the roofline the same.
 """
 
 import functools
-import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
@@ -24,6 +23,7 @@ from harness.programs import layer_programs
 from harness.sizes import Shape
 from harness.variants import RECIPES
 
+ODD, EVEN = slice(0, None, 2), slice(1, None, 2)  # rounds
 SIDES = (512, 1024, 2048, 4096, 8192)
 TOKENS = (8192, 2048, 16384)
 TINY_SIDES, TINY_TOKENS = (16, 32), (16,)
@@ -46,10 +46,9 @@ def groups(options: Options) -> timed.Groups:
 
 def sizes_of(found: timed.Found) -> list[dict[str, Any]]:
   """Tokens, side and variants of each case."""
-  numbers = {case: [int(digits) for digits in re.findall(r"\d+", case)] for case in found}
   return [
-    {"tokens": tokens, "side": side, "variants": found[case]}
-    for case, (tokens, side) in numbers.items()
+    dict(zip(("tokens", "side"), map(int, re.findall(r"\d+", case)), strict=True), variants=each)
+    for case, each in found.items()
   ]
 
 
@@ -67,32 +66,23 @@ def rule(sizes: Sequence[Mapping[str, Any]], recipe: str) -> dict[str, Any]:
     ``min_kernel_size`` for ``fp8.Fp8Config``, None if BF16 is faster at the largest size too; the
     smallest side of each number of tokens; the worst speedup with the rule, and without.
   """
-  odd, even = slice(0, None, 2), slice(1, None, 2)
-  smallest = smallest_side(sizes, recipe, odd)
-  taken = [each for each in sizes if smallest is not None and each["side"] >= smallest]
-  sides = {
-    f"smallest side, {tokens} tokens": smallest_side(
-      [each for each in sizes if each["tokens"] == tokens], recipe, odd
-    )
-    for tokens in sorted({each["tokens"] for each in sizes})
-  }
+  smallest = smallest_side(sizes, recipe)
+  of = lambda tokens: [each for each in sizes if each["tokens"] == tokens]
+  counts = sorted({each["tokens"] for each in sizes})
+  speeds = {(n, each["side"]): speed(each, recipe, EVEN) for n in counts for each in of(n)}
+  taken = [each for (_, side), each in speeds.items() if smallest and side >= smallest]
   return {
     "min_kernel_size": smallest and smallest**2,
-    **sides,
-    "worst speed with it": min([1.0, *(speed(each, recipe, even) for each in taken)]),
-    "worst speed without": min(speed(each, recipe, even) for each in sizes),
+    **{f"smallest side, {n} tokens": smallest_side(of(n), recipe) for n in counts},
+    "worst speed with it": min([1.0, *taken]),
+    "worst speed without": min(speeds.values()),
   }
 
 
-def smallest_side(sizes: Iterable[Mapping[str, Any]], recipe: str, half: slice) -> int | None:
+def smallest_side(sizes: Iterable[Mapping[str, Any]], recipe: str) -> int | None:
   """The smallest side from which no layer is slower than in BF16."""
-  found = None
-  in_order = sorted(sizes, key=lambda each: each["side"], reverse=True)
-  for side, group in itertools.groupby(in_order, key=lambda each: each["side"]):
-    if any(speed(each, recipe, half) < 1 for each in group):
-      break
-    found = side
-  return found
+  slower = {each["side"] for each in sizes if speed(each, recipe, ODD) < 1}
+  return min((s for each in sizes if (s := each["side"]) > max(slower, default=0)), default=None)
 
 
 def summarize(found: timed.Found) -> dict[str, Any]:
@@ -110,11 +100,10 @@ def draw(content: Mapping[str, Any]) -> Any:
   counts = sorted({each["tokens"] for each in sizes})
   figure = plot.make_figure("Speed of square layers over BF16", content, (4 * len(counts) + 1, 4))
   for axes, tokens in zip(figure.subplots(1, len(counts), squeeze=False)[0], counts, strict=True):
-    own = [each for each in sizes if each["tokens"] == tokens]
-    of = lambda name, own=own: [each["variants"][name]["speedup"]["median"] for each in own]
+    own = {each["side"]: each["variants"] for each in sizes if each["tokens"] == tokens}
+    curves = {name: [v[name]["speedup"]["median"] for v in own.values()] for name in names}
     named = {"xlabel": "K = N", "ylabel": "speed, BF16 = 1", "title": f"{tokens:,} tokens"}
-    curves = {name: of(name) for name in names}
-    plot.lines(axes, [each["side"] for each in own], curves, log=True, **named)
+    plot.lines(axes, list(own), curves, log=True, **named)
   plot.legend(figure)
   return figure
 

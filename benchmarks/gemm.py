@@ -50,13 +50,9 @@ def layers(group: str, shapes: Mapping[str, Shape], options: Options) -> dict[st
 def bare_program(
   sizes: tuple[int, int, int], formats: tuple[Any, Any] | None, fast: bool, repeat: int
 ) -> Program:
-  """One GEMM of operands that are ready; its result is bfloat16.
+  """One GEMM of operands that are ready, in formats of FP8 or None; its result is bfloat16.
 
-  Args:
-    sizes: rows, columns, contracted.
-    formats: of both operands; None for BF16.
-    fast: use fast accumulation, as recipes do in the forward pass.
-    repeat: steps.
+  ``sizes`` are rows, columns, contracted. Recipes accumulate ``fast`` in the forward pass.
   """
   m, n, k = sizes
   gemm = forward_gemm(ROWS_BY_ROWS, (m, k), (n, k))
@@ -77,19 +73,16 @@ def bare_program(
 
 def bare(group: str, shapes: Mapping[str, Shape], options: Options) -> dict[str, Any]:
   """The three GEMMs of each layer of a group, in BF16 and in FP8."""
-  return {
-    f"{group}: {layer}, bare {kind}": {
-      name: bare_program(
-        shape.gemms[kind],
-        FORMATS[kind] if name == FP8 else None,
-        kind == "fprop",
-        timed.steps(shape.flops // 3, options),
-      )
-      for name in (BF16, FP8)
+  found: dict[str, Any] = {}
+  for (layer, shape), (kind, formats) in itertools.product(shapes.items(), FORMATS.items()):
+    how: dict[str, Any] = {
+      "fast": kind == "fprop",
+      "repeat": timed.steps(shape.flops // 3, options),
     }
-    for layer, shape in shapes.items()
-    for kind in FORMATS
-  }
+    both = {BF16: None, FP8: formats}
+    programs = {name: bare_program(shape.gemms[kind], each, **how) for name, each in both.items()}
+    found[f"{group}: {layer}, bare {kind}"] = programs
+  return found
 
 
 def groups(options: Options) -> timed.Groups:

@@ -11,7 +11,6 @@ Kernels are summed by what they are for (FP8 GEMM, quantize, transpose, ...). ``
 in which no kernel runs. Command buffers are switched off: the profiler cannot name kernels in them.
 """
 
-import dataclasses
 import os
 import re
 import tempfile
@@ -19,20 +18,20 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
 
 import flax_fp8 as fp8
-from block import has_cudnn, program
+from block import attention, program
 from flax_fp8.explain.roofline import kernel_seconds
 from harness import output, timed
 from harness.clock import Deadline
 from harness.compiling import MIB, Kept
 from harness.options import Options, on_gpu
 from harness.programs import Arrays, Program
-from harness.sizes import TINY_SIZES, Sizes
+from harness.sizes import llama
 from harness.table import Column, print_table
 from harness.variants import VARIANTS
 
@@ -41,8 +40,7 @@ OTHER = "not in the report"
 LARGEST = 12
 
 
-@dataclasses.dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
   """One run of a kernel on the GPU."""
 
   op: str  # the instruction of the compiled program that launched it; empty if the trace has none
@@ -61,18 +59,19 @@ def read_trace(folder: Path) -> list[Event]:
 
 
 def read_event(event: Any) -> Event:
-  stats = {key: value for key, value in event.stats if key}
-  return Event(str(stats.get("hlo_op", "")), event.name, event.start_ns, event.duration_ns)
+  op = dict(event.stats).get("hlo_op", "")
+  return Event(str(op), event.name, event.start_ns, event.duration_ns)
 
 
 def busy(events: Iterable[Event]) -> tuple[float, float]:
   """Nanoseconds in which some kernel runs, and those from the first kernel to the last."""
-  total, end, first = 0.0, 0.0, None
-  for event in sorted(events, key=lambda event: event.start):
-    first = event.start if first is None else first
+  in_order = sorted(events, key=lambda event: event.start)
+  total, first = 0.0, in_order[0].start if in_order else 0.0
+  end = first
+  for event in in_order:
     total += max(0.0, event.start + event.duration - max(end, event.start))
     end = max(end, event.start + event.duration)
-  return total, end - (first or 0.0)
+  return total, end - first
 
 
 def compile_program(name: str, made: Program) -> tuple[fp8.Report, Any]:
@@ -87,12 +86,11 @@ def compile_program(name: str, made: Program) -> tuple[fp8.Report, Any]:
 def trace(compiled: Any, shapes: Any) -> list[Event]:
   """Runs a program twice, and traces the third run."""
   arguments = Arrays().fill(shapes)
-  run = lambda: jax.block_until_ready(compiled(*arguments))
   for _ in range(2):
-    run()
+    jax.block_until_ready(compiled(*arguments))
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
-      run()
+      jax.block_until_ready(compiled(*arguments))
     return read_trace(Path(folder))
 
 
@@ -151,10 +149,9 @@ def symbols(events: Iterable[Event], repeat: int) -> list[dict[str, Any]]:
 def measure_all(options: Options, content: timed.Content, write: Callable[[], None]) -> None:
   """All variants, compiled together and traced one after the other."""
   deadline = Deadline(options.seconds)
-  sizes, names = TINY_SIZES if options.tiny else Sizes(), options.choose(VARIANTS)
-  cudnn = on_gpu() and has_cudnn(sizes, options)
-  content |= {"attention": "cudnn" if cudnn else "xla", "found": {}, "left_out": []}
-  programs = {name: program("block", sizes, name, REPEAT, cudnn=cudnn) for name in names}
+  names = options.choose(VARIANTS)
+  content |= {"attention": attention(), "found": {}, "left_out": []}
+  programs = {name: program("block", *llama(options.tiny), name, REPEAT) for name in names}
   with ThreadPoolExecutor(options.threads) as pool:
     made = dict(zip(names, pool.map(compile_program, names, programs.values()), strict=True))
   for name, (report, kept) in made.items():

@@ -11,9 +11,7 @@ same GEMM run the same kernel. At the end ``summary.json`` and a table have the 
 """
 
 import argparse
-import contextlib
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -30,7 +28,6 @@ from harness.table import Column, print_table
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-TOTAL = 840.0  # seconds, for all
 MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}  # of the GPU, for one process at a time
 NO_TRITON = "--xla_gpu_enable_triton_gemm=false"  # autotuning Triton's GEMMs takes minutes
 SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_PLATFORMS": "cuda,cpu"}
@@ -111,54 +108,36 @@ class Outcome:
   failed: bool = False  # whether it should have ended otherwise
 
 
-def gpu_names() -> list[str]:
-  """The GPU of this machine, by NVIDIA's tool: this process must not start JAX on it."""
-  return [name] if (name := output.nvidia_smi().get("name")) else []
-
-
 def environment_of(script: Script, out: Path) -> dict[str, str]:
   """The package is found beside the benchmarks; XLA remembers which kernels of GEMMs were best."""
-  paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-  tuned = out / ".autotuned"
-  tuned.mkdir(exist_ok=True)
-  flags = f"--xla_gpu_per_fusion_autotune_cache_dir={tuned} {script.flags}"
+  (out / ".autotuned").mkdir(exist_ok=True)
+  tuned = f"--xla_gpu_per_fusion_autotune_cache_dir={out / '.autotuned'}"
+  own = os.environ
   found = {
-    "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    "PYTHONPATH": f"{ROOT}{os.pathsep}{own.get('PYTHONPATH', '')}".rstrip(os.pathsep),
     "PYTHONUNBUFFERED": "1",
-    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
+    "XLA_FLAGS": f"{own.get('XLA_FLAGS', '')} {tuned} {script.flags}",
   }
-  return {**os.environ, **found, **script.environment}
+  return {**own, **found, **script.environment}
 
 
 def run(script: Script, out: Path, left: float, log: TextIO) -> Outcome:
-  """Runs a script until it ends or its time is up."""
+  """Runs a script until it ends or its time is up; then its own children end too."""
   limit = min(script.seconds, left)
   if limit < 1:
     return Outcome(script.name, "left out: the time was up", failed=True)
   command = [sys.executable, *(part.format(out=out) for part in script.command)]
+  how: dict[str, Any] = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
   start = time.monotonic()
-  child = subprocess.Popen(
-    command,
-    cwd=ROOT,
-    env=environment_of(script, out),
-    stdout=log,
-    stderr=subprocess.STDOUT,
-    start_new_session=True,
-  )
+  child = subprocess.Popen(command, cwd=ROOT, env=environment_of(script, out), **how)
   try:
     code = child.wait(limit)
   except subprocess.TimeoutExpired:
-    stop(child)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
     return Outcome(script.name, f"stopped after {limit:.0f} s", limit, failed=True)
   status = "done" if code == 0 else f"failed with exit code {code}"
   return Outcome(script.name, status, time.monotonic() - start, failed=code != 0)
-
-
-def stop(child: subprocess.Popen[bytes]) -> None:
-  """Ends a script and the processes that it started."""
-  with contextlib.suppress(ProcessLookupError):
-    os.killpg(child.pid, signal.SIGKILL)
-  child.wait()
 
 
 def run_all(
@@ -166,20 +145,16 @@ def run_all(
 ) -> list[Outcome]:
   """Runs scripts one after the other, and says how each ended."""
   out.mkdir(parents=True, exist_ok=True)
-  (out / "run_all.log").write_text("")
   end, outcomes = time.monotonic() + seconds, list[Outcome]()
-  for script in scripts:
-    with (out / f".{script.name}.log").open("w+") as log:
+  with (out / "run_all.log").open("w+", buffering=1) as log:
+    for script in scripts:
+      begin = log.tell()
       outcome = run(script, out, end - time.monotonic(), log)
-      log.seek(0)
-      printed = log.read()
-    (out / f".{script.name}.log").unlink()
-    with (out / "run_all.log").open("a") as whole:
-      whole.write(f"==== {script.name}: {outcome.status}\n{printed}\n")
-    said = printed.splitlines()[-15:] if outcome.failed else []
-    line = f"{script.name}: {outcome.status}, {outcome.seconds:.0f} s"
-    console.print("\n".join([line, *said]), highlight=False, markup=False, soft_wrap=True)
-    outcomes.append(outcome)
+      log.seek(begin)
+      said = log.read().splitlines()[-15:] if outcome.failed else []
+      log.write(f"==== {script.name}: {outcome.status}\n\n")
+      output.say(console, f"{script.name}: {outcome.status}, {outcome.seconds:.0f} s", *said)
+      outcomes.append(outcome)
   return outcomes
 
 
@@ -190,7 +165,7 @@ def summarize(outcomes: Sequence[Outcome], out: Path, since: float) -> dict[str,
     own = out / outcome.name / "block.json"
     path = own if own.exists() else out / f"{outcome.name}.json"
     if path.exists() and path.stat().st_mtime >= since:
-      content = json.loads(path.read_text())
+      content = output.read_json(path.parent, path.stem)
       environments[outcome.name] = content.get("environment")
       figures[outcome.name] = content.get("summary", {})
   return {
@@ -200,6 +175,11 @@ def summarize(outcomes: Sequence[Outcome], out: Path, since: float) -> dict[str,
     "figures": figures,
     "environments": environments,
   }
+
+
+def gpu_names() -> list[str]:
+  """The GPU of this machine, by NVIDIA's tool: this process must not start JAX on it."""
+  return [name] if (name := output.nvidia_smi().get("name")) else []
 
 
 def show(summary: Mapping[str, Any], console: Console) -> None:
@@ -219,7 +199,7 @@ def main() -> None:
   raw = argparse.RawDescriptionHelpFormatter
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
   parser.add_argument("--out", type=Path, required=True, help="folder of JSON and plots")
-  parser.add_argument("--seconds", type=float, default=TOTAL, help="after which all is stopped")
+  parser.add_argument("--seconds", type=float, default=840, help="after which all is stopped")
   named = {script.name: script for script in SCRIPTS}
   only = "some, in the order given"
   parser.add_argument("--only", nargs="+", choices=named, default=list(named), help=only)
@@ -232,8 +212,7 @@ def main() -> None:
   outcomes = run_all(scripts, arguments.out.resolve(), arguments.seconds, console)
   summary = summarize(outcomes, arguments.out, since)
   output.write_json(arguments.out, "summary", summary)
-  if summary["figures"]:
-    show(summary, console)
+  show(summary, console)
   sys.exit(any(outcome.failed for outcome in outcomes))
 
 

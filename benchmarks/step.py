@@ -14,6 +14,7 @@ the projections, without those computed again.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +26,13 @@ from harness import timed
 from harness.names import BF16
 from harness.options import Options, on_gpu
 from harness.programs import Arrays, Program
+from harness.sizes import LLAMA, TINY_LLAMA, block_flops
 from harness.variants import VARIANTS
 from lm.model import ModelShape, Transformer
 from lm.step import mean_loss
 
-WIDTHS = ModelShape(
-  vocabulary=128_256, d_model=4096, d_ff=14336, layers=2, heads=32, kv_heads=8, attention="cudnn"
-)
-LENGTH = 8192
-TINY = ModelShape(vocabulary=64, d_model=32, d_ff=48, layers=2, heads=4, kv_heads=2)
-TINY_LENGTH = 16
+WIDTHS = dataclasses.replace(LLAMA, vocabulary=128_256, layers=2)
+TINY = dataclasses.replace(TINY_LLAMA, vocabulary=64)
 KINDS = {"remat": True, "all kept": False}
 STEPS = 3
 
@@ -67,30 +65,26 @@ def program(shape: ModelShape, name: str, length: int, repeat: int) -> Program:
   """A loop of steps; the state goes in as a tree of arrays, by the names of its fields."""
   state = jax.eval_shape(lambda: first_state(shape, name, length))
   step, windows = train_step(shape, name), jax.ShapeDtypeStruct((1, length + 1), jnp.int32)
-
-  def loop(state: fp8.TrainState, windows: jax.Array) -> fp8.TrainState:
-    return lax.fori_loop(0, repeat, lambda _, state: step(state, windows), state)
-
-  per_layer = sum(rows * columns for rows, columns in shape.projections.values())
-  flops = 6 * length * per_layer * shape.layers
-  is_fp8 = VARIANTS[name].is_fp8
-  arguments = (state, windows)
-  return Program(jax.jit(loop), arguments, repeat, flops, is_fp8, length, bf16_modules=("head",))
+  loop = lambda state, windows: lax.fori_loop(0, repeat, lambda _, s: step(s, windows), state)
+  flops = block_flops(shape, length) * shape.layers
+  how: dict[str, Any] = {
+    "is_fp8": VARIANTS[name].is_fp8,
+    "tokens": length,
+    "bf16_modules": ("head",),
+  }
+  return Program(jax.jit(loop), (state, windows), repeat, flops, **how)
 
 
 def arguments(shape: ModelShape, length: int) -> Arrays:
   """BF16's first state, and a batch: what every variant shares."""
   tokens = jax.random.randint(jax.random.key(1), (1, length + 1), 0, shape.vocabulary)
-  state = jax.jit(lambda: first_state(shape, BF16, length))()
-  arrays = Arrays()
-  arrays.add((state, tokens))
-  return arrays
+  return Arrays((jax.jit(lambda: first_state(shape, BF16, length))(), tokens))
 
 
 def sizes(options: Options) -> tuple[ModelShape, int]:
-  """Widths and length; without a GPU, attention is XLA's."""
-  shape, length = (TINY, TINY_LENGTH) if options.tiny else (WIDTHS, LENGTH)
-  return shape if on_gpu() else dataclasses.replace(shape, attention="xla"), length
+  """Widths and length; on a GPU, attention is cuDNN's."""
+  shape, length = (TINY, 16) if options.tiny else (WIDTHS, 8192)
+  return dataclasses.replace(shape, attention="cudnn" if on_gpu() else "xla"), length
 
 
 def cases(kind: str, options: Options) -> dict[str, dict[str, Program]]:

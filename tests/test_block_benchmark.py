@@ -14,27 +14,26 @@ from flax_fp8.explain.traffic import KernelClass
 from harness import compiling, programs
 from harness.models import ATTENTION, Block, Stack
 from harness.names import BF16
-from harness.sizes import TINY_SIZES, Sizes
+from harness.sizes import LLAMA, TINY_LLAMA, block_flops
+from lm.config import ModelShape
 
 REPEAT = 2
-SMALL = Sizes(length=256, width=256, heads=4, kv_heads=2, hidden=512, layers=3)
-LLAMA = Sizes()
+SMALL = ModelShape(d_model=256, d_ff=512, layers=3, heads=4, kv_heads=2)
 X = jnp.linspace(-1, 1, 16 * 32, dtype=jnp.bfloat16).reshape(1, 16, 32)
 
 
-def make(kind, name, sizes=TINY_SIZES, repeat=REPEAT):
-  return block.program(kind, sizes, name, repeat, cudnn=False)
+def make(kind, name, shape=TINY_LLAMA, length=16):
+  return block.program(kind, shape, length, name, REPEAT)
 
 
 def test_sizes_are_those_of_llama_3_8b():
   """Of 218 million parameters in a block's projections."""
-  assert (LLAMA.tokens, LLAMA.head_dim, LLAMA.kv_width) == (8192, 128, 1024)
   module = Stack(Block, (LLAMA, block.ALL[BF16], "xla"))
   x = jax.ShapeDtypeStruct((1, 8192, 4096), jnp.bfloat16)
   shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
   kernels = [leaf for leaf in jax.tree.leaves(shapes) if leaf.ndim == 2]
   assert sum(leaf.size for leaf in kernels) == 218_103_808
-  assert LLAMA.flops == 6 * 8192 * 218_103_808
+  assert block_flops(LLAMA, 8192) == 6 * 8192 * 218_103_808
   assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("bfloat16")}
 
 
@@ -46,7 +45,7 @@ def test_fused_variants_have_as_many_parameters():
 
 @pytest.mark.slow
 def test_attention_is_causal():
-  module = Stack(Block, (TINY_SIZES, block.ALL[BF16], "xla"))
+  module = Stack(Block, (TINY_LLAMA, block.ALL[BF16], "xla"))
   variables = module.init(jax.random.key(0), X)
   out, other = (module.apply(variables, x) for x in (X, X.at[0, -1].add(1)))
   assert np.array_equal(out[0, :-1], other[0, :-1])
@@ -71,13 +70,13 @@ def test_a_loop_computes_gradients_and_moves_state(kind):
 @pytest.mark.parametrize("name", [BF16, "BF16, fused", "delayed", "rowwise, fused"])
 def test_projections_of_every_turn_are_of_the_dtype_that_the_row_says(kind, name):
   """All seven, forward and backward, in every layer and turn; only attention's may differ."""
-  program = make(kind, name, SMALL)
+  program = make(kind, name, SMALL, 256)
   report = fp8.explain(program.fn, *program.shapes, target="h100")
   assert compiling.problems(report, program) == []
   attention = [gemm for gemm in report.gemms if ATTENTION in gemm.path.split("/")]
   others = [gemm for gemm in report.gemms if gemm not in attention]
   layers = SMALL.layers if kind == "model" else 1
-  assert sum(gemm.flops for gemm in others) == REPEAT * layers * SMALL.flops
+  assert sum(gemm.flops for gemm in others) == REPEAT * layers * block_flops(SMALL, 256)
   assert all(gemm.is_fp8 for gemm in others) == (name not in (BF16, "BF16, fused"))
   assert attention
   moving = (KernelClass.QUANTIZE, KernelClass.TRANSPOSE, KernelClass.REDUCE)

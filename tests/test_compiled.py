@@ -69,13 +69,6 @@ def test_a_panel_has_at_most_five_lines():
     plot.lines(axes, [1], {"block": [1]})
 
 
-def test_cases_and_variants_are_chosen_by_name():
-  chosen = compiled.choose(QUESTIONS["traffic"].cases(), ["Dense*"], ["delayed"])
-  assert [each[:2] for each in chosen] == [
-    (f"Dense 4096 x {features}", name) for features in (4096, 16384) for name in (BF16, "delayed")
-  ]
-
-
 def test_the_floor_of_a_layer():
   """320 MiB for 4096 by 4096 and 8192 tokens."""
   assert layers.floor_mib(layers.LAYER) == 320
@@ -89,12 +82,10 @@ def test_a_baseline_that_is_not_bf16_ends_the_benchmark():
 
 @pytest.mark.slow
 def test_a_command(monkeypatch, tmp_path, capsys):
-  found = main(
-    monkeypatch, tmp_path, "size_rule", "--cases", "2,048 tokens, 256 x 256", "--variants", "none"
-  )
-  assert [row["variant"] for row in found["rows"]] == [BF16]
+  found = main(monkeypatch, tmp_path, "size_rule", "--cases", "2,048 tokens, 256 x *")
+  assert [row["variant"] for row in found["rows"]] == [BF16, *RECIPES]
   assert found["note"] == "compiled, not timed"
-  assert found["environment"]["command"].endswith("--variants none")
+  assert "--cases '2,048 tokens" in found["environment"]["command"]
   assert "2,048 tokens" in capsys.readouterr().out
 
 

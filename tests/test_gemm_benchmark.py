@@ -73,10 +73,9 @@ def test_a_gpu_that_slows_down_spoils_no_ratio():
   assert clock.spread(ratios)["median"] == pytest.approx(2, rel=0.01)
 
 
-def test_spread_and_mean():
+def test_spread():
   assert clock.spread([4, 1, 2, 3, 5]) == {"median": 3, "low": 2, "high": 4}
   assert clock.spread([7.0]) == {"median": 7, "low": 7, "high": 7}
-  assert clock.geometric_mean([1, 4]) == pytest.approx(2)
 
 
 def options(**others):
@@ -106,7 +105,7 @@ def test_what_does_not_compile_is_noted_and_the_others_go_on():
   ready = compiling.prepare_all(made, asked)
   assert list(ready) == [BF16]
   assert asked.failures == ["delayed: RuntimeError: no such kernel"]
-  assert list(timed.measure(ready, asked)) == [BF16]
+  assert list(timed.measure(ready, asked, programs.Arrays())) == [BF16]
   with pytest.raises(RuntimeError, match="no such kernel"):
     compiling.prepare_all({BF16: broken(is_fp8=False)}, asked)
 
@@ -119,22 +118,10 @@ def test_what_does_not_run_is_noted_and_the_others_go_on():
   ready = compiling.prepare(BF16, program)
   bad = dataclasses.replace(ready, run=fails, program=dataclasses.replace(program, is_fp8=True))
   asked = options()
-  found = timed.measure({BF16: ready, "delayed": bad}, asked)
+  found = timed.measure({BF16: ready, "delayed": bad}, asked, programs.Arrays())
   assert list(found) == [BF16]
   assert asked.failures == ["delayed: ValueError: out of memory"]
   assert len(found[BF16]["ms_rounds"]) == 3
-
-
-def test_a_program_that_is_not_understood_runs_and_is_marked(monkeypatch):
-  def not_read(kept, *args, name):
-    kept.lower(*args).compile()
-    raise ValueError("what is this?")
-
-  monkeypatch.setattr(fp8, "explain", not_read)
-  monkeypatch.setattr(compiling, "on_gpu", lambda: True)
-  ready = compiling.prepare(BF16, layer(BF16, shape=Shape(16, 16, 32)))
-  assert ready.figures["problems"] == ["not read: ValueError: what is this?"]
-  assert ready.run is not None
 
 
 def test_variants_that_are_chosen_come_with_bf16():
@@ -267,7 +254,7 @@ def test_no_tensor_is_quantized_or_transposed_once_for_all_turns(reports, name):
 @pytest.mark.slow
 def test_a_baseline_that_is_not_bf16_ends_the_benchmark(reports):
   (bf16, bf16_report), (delayed, delayed_report) = reports[BF16], reports["delayed"]
-  with pytest.raises(compiling.BaselineError, match="must be BF16"):
+  with pytest.raises(ValueError, match="must be BF16"):
     compiling.problems(delayed_report, bf16)
   assert len(compiling.problems(bf16_report, delayed)) == 4
 
@@ -313,29 +300,6 @@ def test_tiny(monkeypatch, capsys, tmp_path):
   monkeypatch.setattr(sys, "argv", ["gemm.py", "--redraw", "--out", str(tmp_path)])
   gemm.main()
   assert (tmp_path / "gemm.png").exists()
-
-
-def test_a_group_that_fails_is_noted_and_the_next_one_runs(monkeypatch, tmp_path, capsys):
-  def groups(options):
-    small = {"small": {BF16: layer(BF16, shape=Shape(16, 16, 32))}}
-    broken_group = {"broken": {BF16: broken(is_fp8=False)}}
-    return {"first": lambda: broken_group, "second": lambda: small}
-
-  monkeypatch.setattr(sys, "argv", f"a.py --tiny --rounds 1 --out {tmp_path}".split())
-  timed.run(None, "a", groups, timed.models_summary)
-  found = output.read_json(tmp_path, "a")
-  assert list(found["found"]) == ["small"]
-  assert found["failures"] == ["first: RuntimeError: no such kernel"]
-  assert found["summary"]["small, BF16: speed"] == 1
-  assert "FAILED first" in capsys.readouterr().out
-
-
-def test_without_matplotlib_there_is_a_line_instead(monkeypatch, capsys, tmp_path):
-  monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-  (tmp_path / "gemm.json").write_text('{"environment": {"device": "cpu", "date": "now"}}')
-  timed.draw_plot(Options(out=tmp_path), "gemm", gemm.draw, output.make_console())
-  assert "--redraw" in capsys.readouterr().out
-  assert not (tmp_path / "gemm.png").exists()
 
 
 def test_the_json_names_the_command_without_folders(monkeypatch):

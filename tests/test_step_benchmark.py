@@ -14,8 +14,8 @@ from harness.names import BF16
 
 def run(name, repeat):
   """The state after some steps of the loop, and the shared first state."""
-  arrays = step.arguments(step.TINY, step.TINY_LENGTH)
-  made = step.program(step.TINY, name, step.TINY_LENGTH, repeat)
+  arrays = step.arguments(step.TINY, 16)
+  made = step.program(step.TINY, name, 16, repeat)
   given = arrays.fill(made.shapes)
   return made.fn(*given), given[0]
 
@@ -34,10 +34,9 @@ def test_the_loop_takes_optimizer_steps():
 
 
 def test_variants_begin_with_the_same_parameters():
-  arrays = step.arguments(step.TINY, step.TINY_LENGTH)
+  arrays = step.arguments(step.TINY, 16)
   states = [
-    arrays.fill(step.program(step.TINY, name, step.TINY_LENGTH, 1).shapes)[0]
-    for name in (BF16, "delayed")
+    arrays.fill(step.program(step.TINY, name, 16, 1).shapes)[0] for name in (BF16, "delayed")
   ]
   first, second = (jax.tree.leaves(state.params["params"]) for state in states)
   assert all(a is b for a, b in zip(first, second, strict=True))

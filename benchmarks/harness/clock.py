@@ -4,7 +4,6 @@ A GPU's clock frequency follows its temperature and power. Programs that run in 
 conditions. So speedups are ratios within a round, and their median and quartiles are reported.
 """
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,21 +29,13 @@ def interleave(
   warm_up: int = 2,
   now: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-  """Times programs in turn.
+  """Seconds per round of each program; a round begins with another program than the last one.
 
-  Args:
-    runs: each runs a program and returns when it is done.
-    rounds: each runs every program once, starting with the next one.
-    warm_up: rounds before these, which are not timed.
-    now: returns seconds.
-
-  Returns:
-    Seconds per round, for each program.
+  ``warm_up`` rounds come before these and are not timed. ``now`` returns seconds.
   """
   names = list(runs)
-  for _ in range(warm_up):
-    for run in runs.values():
-      run()
+  for name in names * warm_up:
+    runs[name]()
   times: dict[str, list[float]] = {name: [] for name in names}
   for index in range(rounds):
     first = index % len(names)
@@ -58,10 +49,6 @@ def interleave(
 def speedups(baseline: Sequence[float], times: Sequence[float]) -> list[float]:
   """The baseline's time over the other time, round by round."""
   return [base / own for base, own in zip(baseline, times, strict=True)]
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-  return math.exp(statistics.fmean(math.log(value) for value in values))
 
 
 def steps(flops: int, least: int) -> int:
@@ -87,11 +74,14 @@ def in_all(cases: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def summarize(layers: Mapping[str, Mapping[str, Any]], baseline: str) -> dict[str, Any]:
   """For a group of layers: the geometric mean of speedups, the speedup of the sum, and its ms."""
-  total = lambda name: sum(each[name]["ms"]["median"] for each in layers.values())
-  mean = lambda name: geometric_mean(each[name]["speedup"]["median"] for each in layers.values())
+  medians = lambda name, key: [each[name][key]["median"] for each in layers.values()]
+  total = lambda name: sum(medians(name, "ms"))
   return {
-    name: {"geometric_mean": mean(name), "of_the_sum": total(baseline) / total(name)}
-    | {"ms": total(name)}
+    name: {
+      "geometric_mean": statistics.geometric_mean(medians(name, "speedup")),
+      "of_the_sum": total(baseline) / total(name),
+      "ms": total(name),
+    }
     for name in in_all(layers.values())
   }
 

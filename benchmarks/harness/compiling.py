@@ -14,10 +14,6 @@ Key = TypeVar("Key")
 MIB = 2**20
 
 
-class BaselineError(RuntimeError):
-  """The baseline is not BF16: no ratio to it would mean anything."""
-
-
 class Kept:
   """Keeps what ``fp8.explain`` compiles for the attached GPU, so that it is compiled once.
 
@@ -55,29 +51,15 @@ def prepare(name: object, program: Program) -> Ready:
   """Compiles a program for the default device; on a GPU, reads what was compiled.
 
   Raises:
-    BaselineError: the baseline has a GEMM whose operands are not BF16.
+    ValueError: the baseline has a GEMM whose operands are not BF16.
   """
   kept: Any = Kept(program.fn)
   if on_gpu():
-    figures = read(str(name), kept, program)
+    figures = describe(fp8.explain(kept, *program.shapes, name=str(name)), program)
   else:
     kept.lower(*program.shapes).compile()
     figures = {"problems": []}
   return Ready(kept.compiled, program, figures | memory(kept.compiled))
-
-
-def read(name: str, kept: Any, program: Program) -> dict[str, Any]:
-  """What ``fp8.explain`` says; a program that it cannot read runs all the same, and is marked."""
-  try:
-    return describe(fp8.explain(kept, *program.shapes, name=name), program)
-  except BaselineError:
-    raise
-  except Exception as error:
-    if kept.compiled is None:
-      raise
-    if not program.is_fp8 and "f8e" in kept.compiled.as_text():
-      raise BaselineError(f"{name}: the baseline must be BF16; got FP8 in it") from error
-    return {"problems": [f"not read: {type(error).__name__}: {error}"]}
 
 
 def prepare_all(programs: Mapping[Key, Program], options: Options) -> dict[Key, Ready]:
@@ -91,13 +73,8 @@ def prepare_all(programs: Mapping[Key, Program], options: Options) -> dict[Key, 
   """
 
   def attempt(name: Key, program: Program) -> Ready | None:
-    try:
+    with options.noting(name, program.is_fp8):
       return prepare(name, program)
-    except Exception as error:
-      if not program.is_fp8:
-        raise
-      options.fail(name, error)
-      return None
 
   with ThreadPoolExecutor(options.threads) as pool:
     made = zip(programs, pool.map(attempt, programs, programs.values()), strict=True)
@@ -122,17 +99,17 @@ def problems(report: fp8.Report, program: Program) -> list[str]:
   """A program's GEMMs that do not have the dtype that was asked for.
 
   Raises:
-    BaselineError: as ``prepare``.
+    ValueError: as ``prepare``. No ratio to such a baseline would mean anything.
   """
   others = set(program.bf16_modules)
   projections = [gemm for gemm in report.gemms if others.isdisjoint(gemm.path.split("/"))]
-  wrong = [gemm for gemm in projections if not is_right(gemm, program)]
   lines = [
     f"{gemm.path} {gemm.role.value}: {gemm.lhs} x {gemm.rhs} by {gemm.kernel}; {gemm.reason}"
-    for gemm in wrong
+    for gemm in projections
+    if not is_right(gemm, program)
   ]
-  if wrong and not program.is_fp8:
-    raise BaselineError(f"{report.name}: the baseline must be BF16; got {lines}")
+  if lines and not program.is_fp8:
+    raise ValueError(f"{report.name}: the baseline must be BF16; got {lines}")
   found = sum(gemm.flops for gemm in projections if is_right(gemm, program))
   wanted = program.flops * program.repeat
   missing = [f"{found:.4g} FLOPs found, {wanted:.4g} asked for"] if found < wanted else []
@@ -147,10 +124,6 @@ def is_right(gemm: Gemm, program: Program) -> bool:
 def memory(compiled: Any) -> dict[str, float]:
   """MiB of a program's temporaries, and at its peak: arguments, results and temporaries."""
   sizes = compiled.memory_analysis()
-  if sizes is None:
-    return {}
-  argument, output, alias, temp = (
-    getattr(sizes, f"{name}_size_in_bytes") / MIB
-    for name in ("argument", "output", "alias", "temp")
-  )
+  names = ("argument", "output", "alias", "temp")
+  argument, output, alias, temp = (getattr(sizes, f"{name}_size_in_bytes") / MIB for name in names)
   return {"temp_mib": temp, "peak_mib": argument + output - alias + temp}

@@ -9,116 +9,104 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 import flax_fp8 as fp8
-from harness.sizes import Sizes
 from harness.variants import Variant
 from lm import model as lm
+from lm.config import ModelShape
 
 # "mix" is elementwise and stands for attention where only the projections are of interest.
 Mixer: TypeAlias = Literal["cudnn", "xla", "mix"]
 ATTENTION = "attention"  # a module's name: its GEMMs are BF16 in every variant
-BF16_PARAMS: dict[str, Any] = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-FLOAT32_PARAMS: dict[str, Any] = {"dtype": jnp.bfloat16, "param_dtype": jnp.float32}
 
 
-def dense(
-  features: int, variant: Variant, name: str | None = None, dtypes: Any = BF16_PARAMS
-) -> nn.Dense:
+def dense(features: int, variant: Variant, name: str | None = None) -> nn.Dense:
   """A layer without bias that computes in bfloat16."""
   cls = variant.dot_general_cls
-  return nn.Dense(features, use_bias=False, dot_general_cls=cls, name=name, **dtypes)
+  return nn.Dense(features, use_bias=False, dot_general_cls=cls, name=name, **variant.dtypes)
 
 
 class Heads(nn.Module):
   """Query, key and value: three layers, or one fused layer."""
 
-  sizes: Sizes
+  shape: ModelShape
   variant: Variant
-  float32: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> Any:
     """Takes ``[..., width]``; fused layers of a recipe return heads ``[..., heads, head_dim]``."""
-    sizes, variant = self.sizes, self.variant
-    dtypes = FLOAT32_PARAMS if self.float32 else BF16_PARAMS
-    widths = {"query": sizes.width, "key": sizes.kv_width, "value": sizes.kv_width}
+    shape, variant = self.shape, self.variant
+    widths = {name: shape.projections[name][1] for name in ("query", "key", "value")}
     if variant.fused is None:
-      return tuple(dense(width, variant, name, dtypes)(x) for name, width in widths.items())
+      return tuple(dense(width, variant, name)(x) for name, width in widths.items())
     if variant.recipe is None:
-      joint = dense(sum(widths.values()), variant, "qkv", dtypes)(x)
-      return tuple(jnp.split(joint, [sizes.width, sizes.width + sizes.kv_width], axis=-1))
-    counts = {"num_heads": sizes.heads, "num_kv_heads": sizes.kv_heads, "head_dim": sizes.head_dim}
-    options: Any = {"recipe": variant.recipe, "kernel_scales": variant.fused, **dtypes}
+      joint = dense(sum(widths.values()), variant, "qkv")(x)
+      return tuple(jnp.split(joint, [widths["query"], widths["query"] + widths["key"]], axis=-1))
+    counts = {"num_heads": shape.heads, "num_kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
+    options: Any = {"recipe": variant.recipe, "kernel_scales": variant.fused, **variant.dtypes}
     return fp8.Fp8FusedQKV(**counts, use_bias=False, name="qkv", **options)(x)
 
 
 class SwiGLU(nn.Module):
   """``down(silu(gate(x)) * up(x))``; ``gate`` and ``up`` are two layers, or one fused layer."""
 
-  sizes: Sizes
+  shape: ModelShape
   variant: Variant
-  float32: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    hidden, variant = self.sizes.hidden, self.variant
-    dtypes = FLOAT32_PARAMS if self.float32 else BF16_PARAMS
+    hidden, variant = self.shape.d_ff, self.variant
     if variant.fused is not None and variant.recipe is not None:
-      options: Any = {"recipe": variant.recipe, "kernel_scales": variant.fused, **dtypes}
+      options: Any = {"recipe": variant.recipe, "kernel_scales": variant.fused, **variant.dtypes}
       return fp8.Fp8SwiGLU(hidden_features=hidden, name="mlp", **options)(x)
     if variant.fused is not None:
-      gate, up = jnp.split(dense(2 * hidden, variant, "gate_up", dtypes)(x), 2, axis=-1)
+      gate, up = jnp.split(dense(2 * hidden, variant, "gate_up")(x), 2, axis=-1)
     else:
-      gate, up = (dense(hidden, variant, name, dtypes)(x) for name in ("gate", "up"))
-    return dense(self.sizes.width, variant, "down", dtypes)(nn.silu(gate) * up)
+      gate, up = (dense(hidden, variant, name)(x) for name in ("gate", "up"))
+    return dense(self.shape.d_model, variant, "down")(nn.silu(gate) * up)
 
 
 class Attention(nn.Module):
   """Causal attention with rotary positions, or ``mix``."""
 
-  sizes: Sizes
+  shape: ModelShape
   mixer: Mixer
 
   def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     if self.mixer == "mix":
-      repeats = self.sizes.heads // self.sizes.kv_heads
-      wide = lambda x: jnp.tile(x, (1, repeats))
+      wide = lambda x: jnp.tile(x, (1, self.shape.heads // self.shape.kv_heads))
       return jnp.tanh(query * wide(key)) * wide(value)
-    shape = (*query.shape[:2], -1, self.sizes.head_dim)
-    query, key, value = (x.reshape(shape) for x in (query, key, value))
-    query, key = lm.rotate(query), lm.rotate(key)
-    out = jax.nn.dot_product_attention(
-      query, key, value, is_causal=True, implementation="cudnn" if self.mixer == "cudnn" else "xla"
-    )
+    split = (*query.shape[:2], -1, self.shape.head_dim)
+    query, key, value = (x.reshape(split) for x in (query, key, value))
+    heads = lm.rotate(query), lm.rotate(key), value
+    out = jax.nn.dot_product_attention(*heads, is_causal=True, implementation=self.mixer)
     return out.reshape(*out.shape[:2], -1)
 
 
 class Block(nn.Module):
   """A pre-norm Llama block, all in bfloat16, as a step of a scan."""
 
-  sizes: Sizes
+  shape: ModelShape
   variant: Variant
   mixer: Mixer
 
   @nn.compact
   def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
-    norm = lambda name: nn.RMSNorm(name=name, **BF16_PARAMS)
-    heads = Heads(self.sizes, self.variant, name="heads")(norm("before_attention")(x))
-    mixed = Attention(self.sizes, self.mixer, name=ATTENTION)(*heads)
-    x = x + dense(self.sizes.width, self.variant, "out")(mixed)
-    return x + SwiGLU(self.sizes, self.variant, name="swiglu")(norm("before_mlp")(x)), None
+    shape, variant = self.shape, self.variant
+    norm = lambda name: nn.RMSNorm(name=name, **variant.dtypes)
+    heads = Heads(shape, variant, name="heads")(norm("before_attention")(x))
+    mixed = Attention(shape, self.mixer, name=ATTENTION)(*heads)
+    x = x + dense(shape.d_model, variant, "out")(mixed)
+    return x + SwiGLU(shape, variant, name="swiglu")(norm("before_mlp")(x)), None
 
 
 class Mlp(nn.Module):
   """``x + down(relu(up(norm(x))))`` of widths 2048 and 8192, as a step of a scan."""
 
   variant: Variant
-  float32: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
-    dtypes = FLOAT32_PARAMS if self.float32 else BF16_PARAMS
-    y = nn.relu(dense(8192, self.variant, "up", dtypes)(nn.RMSNorm(**dtypes)(x)))
-    return x + dense(2048, self.variant, "down", dtypes)(y), None
+    y = nn.relu(dense(8192, self.variant, "up")(nn.RMSNorm(**self.variant.dtypes)(x)))
+    return x + dense(2048, self.variant, "down")(y), None
 
 
 class Stack(nn.Module):
@@ -147,7 +135,7 @@ class Stack(nn.Module):
 class SplitBlock(nn.Module):
   """A block of ``train_lm.py``; with ``split``, its residual stream is sharded along the batch."""
 
-  shape: lm.ModelShape
+  shape: ModelShape
   dot_general_cls: Any
   split: bool
 
@@ -161,7 +149,7 @@ class SplitBlock(nn.Module):
 class Decoder(nn.Module):
   """The decoder of ``train_lm.py``, from tokens ``[B, T]`` to float32 logits."""
 
-  shape: lm.ModelShape
+  shape: ModelShape
   dot_general_cls: Any
   scan: bool
   split: bool = False

@@ -50,6 +50,12 @@ def say(console: Console, *lines: str) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+def say_what_is_missing(console: Console, content: Mapping[str, Any]) -> None:
+  """Prints what was left out, and what failed."""
+  say(console, *(f"left out, the time was up: {name}" for name in content["left_out"]))
+  say(console, *(f"FAILED {failure}" for failure in content["failures"]))
+
+
 @contextmanager
 def whole_file(path: Path) -> Generator[Path]:
   """Gives a path to write to, and renames it to ``path`` when the block ends without an error."""

@@ -14,13 +14,7 @@ MOST_LINES = 5
 
 
 def make_figure(title: str, content: Mapping[str, Any], size: tuple[float, float]) -> Any:
-  """A Matplotlib figure with a title.
-
-  Args:
-    title: what it shows.
-    content: the JSON; ``subtitle`` reads hardware, date and method in it.
-    size: inches.
-  """
+  """A Matplotlib figure of a size in inches; the JSON has what stands below its title."""
   figure = pkgutil.resolve_name("matplotlib.figure:Figure")(figsize=size, layout="constrained")
   figure.suptitle(f"{title}\n{subtitle(content)}", fontsize="medium")
   return figure
@@ -44,15 +38,7 @@ def lines(
   log: bool = False,
   **named: Any,
 ) -> None:
-  """Draws one line for each variant.
-
-  Args:
-    axes: Matplotlib's.
-    x: what all curves share.
-    curves: y of each variant, by its name.
-    log: make both axes logarithmic.
-    named: ``xlabel``, ``ylabel`` and what else ``axes.set`` takes.
-  """
+  """Draws one line for each variant; ``named`` is what ``axes.set`` takes."""
   for name, y in curves.items():
     axes.plot(x, y, f"{marker(name)}-", color=color(name), markersize=4, label=label(name))
   if log:

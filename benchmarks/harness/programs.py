@@ -72,15 +72,10 @@ def repeated(step: Step, repeat: int) -> Any:
 
 
 def forward_and_backward(module: nn.Module, *, max_grad: bool) -> Step:
-  """A step of a module.
+  """A step from state, parameters, input and output gradient.
 
-  Args:
-    module: from one array to an array, or several.
-    max_grad: cast the state, as ``fp8.value_and_grad`` does; Flax's own ops do not know that dtype.
-
-  Returns:
-    A function of state, parameters, input and output gradient. It returns the next state, and as
-    results the output and the gradients of input and parameters.
+  Its results are the output and the gradients of input and parameters. ``max_grad`` casts the
+  state, as ``fp8.value_and_grad`` does; Flax's own ops do not know that dtype.
   """
 
   def step(state: Any, params: Any, x: jax.Array, grad: Any) -> tuple[Any, Any]:
@@ -120,19 +115,16 @@ def layer_programs(shape: Shape, names: Iterable[str], repeat: int) -> dict[str,
   return {name: make_program(*each, x, **how) for name, each in made.items()}
 
 
-@dataclasses.dataclass
 class Arrays:
   """Makes arrays for shapes: scales 1, histories 0, all else normal.
 
   Arrays with the same name, shape and dtype are the same array: programs share their parameters.
+  ``given`` is a pytree of arrays that are taken as they are.
   """
 
-  made: dict[Any, jax.Array] = dataclasses.field(default_factory=dict[Any, jax.Array])
-
-  def add(self, tree: Any) -> None:
-    """Takes arrays as they are, for all that has their names, shapes and dtypes."""
-    for path, array in jax.tree_util.tree_leaves_with_path(tree):
-      self.made[self._key(path, array)] = array
+  def __init__(self, given: Any = ()) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(given)
+    self.made = {self._key(path, array): array for path, array in leaves}
 
   def fill(self, shapes: Any) -> Any:
     """Arrays for a pytree of shapes."""
@@ -150,10 +142,7 @@ class Arrays:
 
 def make_array(name: str, shape: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
   """One array, by the name of the variable."""
-  if "scale" in name:
-    return jnp.ones(shape.shape, shape.dtype)
-  if "history" in name:
-    return jnp.zeros(shape.shape, shape.dtype)
+  if "scale" in name or "history" in name:
+    return jnp.full(shape.shape, "scale" in name, shape.dtype)
   size = KERNEL_SIZE if "kernel" in name else 1.0
-  normal = size * jax.random.normal(key, shape.shape, jnp.bfloat16)
-  return normal.astype(shape.dtype)
+  return (size * jax.random.normal(key, shape.shape, jnp.bfloat16)).astype(shape.dtype)

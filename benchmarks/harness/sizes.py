@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from lm.config import ModelShape
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -22,42 +24,18 @@ class Shape:
     return {"fprop": (m, n, k), "dgrad": (m, k, n), "wgrad": (k, n, m)}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sizes:
-  """Llama 3 8B's blocks."""
+def block_flops(shape: ModelShape, tokens: int) -> int:
+  """Of a block's projections, forward and backward."""
+  return 6 * tokens * sum(rows * columns for rows, columns in shape.projections.values())
 
-  sequences: int = 1
-  length: int = 8192
-  width: int = 4096
-  heads: int = 32
-  kv_heads: int = 8
-  hidden: int = 14336
-  layers: int = 12
 
-  @property
-  def tokens(self) -> int:
-    return self.sequences * self.length
+LLAMA = ModelShape(d_model=4096, d_ff=14336, layers=12, heads=32, kv_heads=8)  # Llama 3 8B's blocks
+TINY_LLAMA = ModelShape(d_model=32, d_ff=48, layers=2, heads=4, kv_heads=2)
 
-  @property
-  def head_dim(self) -> int:
-    return self.width // self.heads
 
-  @property
-  def kv_width(self) -> int:
-    return self.kv_heads * self.head_dim
-
-  @property
-  def projections(self) -> dict[str, tuple[int, int]]:
-    """Input and output features of each projection of a block."""
-    width, hidden, shared = self.width, self.hidden, self.kv_width
-    attention = {"query": (width, width), "key": (width, shared), "value": (width, shared)}
-    mlp = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
-    return {**attention, "out": (width, width), **mlp}
-
-  @property
-  def flops(self) -> int:
-    """Of a block's projections, forward and backward."""
-    return 6 * self.tokens * sum(rows * columns for rows, columns in self.projections.values())
+def llama(tiny: bool) -> tuple[ModelShape, int]:
+  """A model, and the tokens of its one sequence."""
+  return (TINY_LLAMA, 16) if tiny else (LLAMA, 8192)
 
 
 PUBLISHED = "Transformer Engine"
@@ -83,4 +61,3 @@ GROUPS: dict[str, dict[str, Shape]] = {
   },
 }
 TINY_GROUPS = {PUBLISHED: {"small": Shape(32, 16, 48), "smaller": Shape(16, 16, 16)}}
-TINY_SIZES = Sizes(length=16, width=32, heads=4, kv_heads=2, hidden=48, layers=2)

@@ -8,15 +8,15 @@ JSON has ``found``, figures by case and variant, and ``summary``, a label and a 
 
 import functools
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from harness import clock, output, plot
-from harness.compiling import MIB, BaselineError, Ready, prepare_all
+from harness.compiling import Ready, prepare_all
 from harness.environment import environment
 from harness.names import BF16, base, label
 from harness.options import Options, on_gpu, read_options
@@ -25,6 +25,7 @@ from harness.table import CASE, TIMES, Column, Row, print_table, rows_of
 
 Content: TypeAlias = dict[str, Any]
 Found: TypeAlias = Mapping[str, Mapping[str, Any]]  # figures by case and variant
+Show: TypeAlias = Callable[[Content, Console], None]
 Draw: TypeAlias = Callable[[Mapping[str, Any]], Any]
 # Names of groups, and what makes their programs by case and variant: compiled together.
 Groups: TypeAlias = Mapping[str, Callable[[], Mapping[str, Mapping[str, Program]]]]
@@ -37,21 +38,14 @@ def run(
   summarize: Callable[[Found], Mapping[str, Any]],
   draw: Draw | None = None,
   *,
-  arrays: Callable[[Options], Arrays] | None = None,
+  arrays: Callable[[Options], Arrays] = lambda options: Arrays(),
   others: Callable[[Options], Content] = lambda options: {},
-  show: Callable[[Content, Console], None] | None = None,
+  show: Show | None = None,
 ) -> None:
-  """Is all of a script that times programs.
+  """Is all of a script that times programs: ``groups`` makes them, the most important first.
 
-  Args:
-    doc: its docstring.
-    name: of its JSON and plot.
-    groups: its programs; the most important first.
-    summarize: what follows from the figures so far.
-    draw: draws the JSON.
-    arrays: makes the arguments of a group's programs; None makes new ones for each case.
-    others: what else the JSON has, perhaps with a ``summary`` of its own.
-    show: prints the JSON; None for ``show_found``.
+  ``summarize`` says what follows from the figures so far. ``arrays`` makes the arguments of a
+  group's programs. ``others`` is what else the JSON has, perhaps with a ``summary`` of its own.
   """
 
   def measure_all(options: Options, content: Content, write: Callable[[], None]) -> None:
@@ -61,16 +55,10 @@ def run(
       if deadline.passed():
         content["left_out"].append(group)
         continue
-      try:
-        shared = arrays(options) if arrays else None
-        for case, found in measure_group(make(), options, shared):
-          content["found"][case] = found
-          content["summary"] |= summarize(content["found"])
-          write()
-      except BaselineError:
-        raise
-      except Exception as error:
-        options.fail(group, error)
+      for case, found in measure_group(make(), options, arrays(options)):
+        content["found"][case] = found
+        content["summary"] |= summarize(content["found"])
+        write()
 
   script(doc, name, measure_all, show or show_found, draw)
 
@@ -79,7 +67,7 @@ def script(
   doc: str | None,
   name: str,
   measure_all: Callable[[Options, Content, Callable[[], None]], None],
-  show: Callable[[Content, Console], None],
+  show: Show,
   draw: Draw | None = None,
 ) -> None:
   """Reads the command line, measures, writes JSON as it grows, prints and draws it."""
@@ -93,12 +81,9 @@ def script(
   content = output.read_json(options.out, name)
   output.say(console, *filter(None, [content["note"]]))
   show(content, console)
-  output.say(console, *(f"left out, the time was up: {part}" for part in content["left_out"]))
-  output.say(console, *(f"FAILED {failure}" for failure in content["failures"]))
-  if draw and content["found"]:
-    draw_plot(options, name, draw, console)
-  if not content["found"]:
-    sys.exit(1)
+  output.say_what_is_missing(console, content)
+  if draw:
+    output.redraw(options.out, name, draw)
 
 
 def describe(options: Options) -> Content:
@@ -115,17 +100,8 @@ def describe(options: Options) -> Content:
   }
 
 
-def draw_plot(options: Options, name: str, draw: Draw, console: Console) -> None:
-  """Draws the JSON; without Matplotlib, prints how to draw it later."""
-  try:
-    output.redraw(options.out, name, draw)
-  except ImportError:
-    line = f"No plot: matplotlib is not installed. Later: {name}.py --redraw --out {options.out}"
-    output.say(console, line)
-
-
 def measure_group(
-  cases: Mapping[str, Mapping[str, Program]], options: Options, arrays: Arrays | None
+  cases: Mapping[str, Mapping[str, Program]], options: Options, arrays: Arrays
 ) -> Iterator[tuple[str, dict[str, Any]]]:
   """Compiles all programs of a group, then yields each case and its figures."""
   programs = {(case, name): each for case, own in cases.items() for name, each in own.items()}
@@ -135,70 +111,33 @@ def measure_group(
     yield case, measure(own, options, arrays)
 
 
-def measure(
-  ready: Mapping[str, Ready], options: Options, arrays: Arrays | None = None
-) -> dict[str, Any]:
-  """Runs the programs of one case in turn.
-
-  Args:
-    ready: the programs, ``BF16`` among them.
-    options: the rounds. An FP8 program that does not run is noted there, and left out.
-    arrays: makes the arguments; None makes new ones.
+def measure(ready: Mapping[str, Ready], options: Options, arrays: Arrays) -> dict[str, Any]:
+  """Runs the programs of one case in turn, ``BF16`` among them.
 
   Returns:
     For each program: ms per step, TFLOP/s of its GEMMs, speedup over BF16 (all with quartiles), ms
-    of each round, and what is known without running it.
+    of each round, and what is known without running it. FP8 programs that do not run are left out,
+    and noted in the options.
   """
-  arrays = arrays or Arrays()
-  given = {name: arrays.fill(each.program.shapes) for name, each in ready.items()}
-  runs = {
-    name: functools.partial(lambda name: jax.block_until_ready(ready[name].run(*given[name])), name)
-    for name in ready
-  }
-  in_order = sorted(runs, key=lambda name: ready[name].figures.get("temp_mib", 0.0))
-  allocated = {name: _allocated(name, runs[name], ready[name], options) for name in in_order}
-  able = {name: run for name, run in runs.items() if allocated[name] is not None}
-  times = clock.interleave(able, options.rounds)
-  per_step = {name: [t / ready[name].program.repeat for t in times[name]] for name in able}
-  found: dict[str, dict[str, Any]] = {
-    name: clock.figures(per_step[name], per_step[BF16], ready[name].program.flops)
-    | ready[name].figures
-    | {"repeat": ready[name].program.repeat, "flops": ready[name].program.flops}
-    | (allocated[name] or {})
-    for name in able
-  }
-  for name, each in found.items():
-    each["tokens_per_second"] = 1e3 * ready[name].program.tokens / each["ms"]["median"]
-    if "peak_mib" in each:
-      each["peak_to_bf16"] = each["peak_mib"] / found[BF16]["peak_mib"]
+  runs = dict[str, Callable[[], object]]()
+  for name, each in ready.items():
+    with options.noting(name, each.program.is_fp8):
+      given = arrays.fill(each.program.shapes)
+      run = functools.partial(
+        lambda run, given: jax.block_until_ready(run(*given)), each.run, given
+      )
+      run()
+      runs[name] = run
+  times = clock.interleave(runs, options.rounds)
+  per_step = {name: [t / ready[name].program.repeat for t in times[name]] for name in runs}
+  found = dict[str, dict[str, Any]]()
+  for name, seconds in per_step.items():
+    program, known = ready[name].program, ready[name].figures
+    own = found[name] = clock.figures(seconds, per_step[BF16], program.flops) | known
+    own |= {"repeat": program.repeat, "flops": program.flops}
+    own["tokens_per_second"] = 1e3 * program.tokens / own["ms"]["median"]
+    own["peak_to_bf16"] = own["peak_mib"] / ready[BF16].figures["peak_mib"]
   return found
-
-
-def _allocated(
-  name: str, run: Callable[[], object], ready: Ready, options: Options
-) -> dict[str, float] | None:
-  """Runs a program once, and asks JAX's allocator what that took beside its arguments.
-
-  Returns:
-    ``allocated_mib``, of results and temporaries, where the peak so far was exceeded: programs come
-    in the order of their temporaries. None if the program does not run; that is noted.
-  """
-  before = _allocator()
-  try:
-    run()
-  except Exception as error:
-    if not ready.program.is_fp8:
-      raise
-    options.fail(name, error)
-    return None
-  after = _allocator()
-  if after.get("peak_bytes_in_use", 0) <= before.get("peak_bytes_in_use", 0):
-    return {}
-  return {"allocated_mib": (after["peak_bytes_in_use"] - before["bytes_in_use"]) / MIB}
-
-
-def _allocator() -> dict[str, int]:
-  return jax.devices()[0].memory_stats() or {}
 
 
 def steps(flops: int, options: Options) -> int:
@@ -230,15 +169,14 @@ def bars(axes: Any, found: Found, ylabel: str, key: str = "speedup") -> None:
   width = 0.9 / len(names)
   for index, name in enumerate(names):
     values = [each[name][key] for each in found.values()]
-    spreads = [v if isinstance(v, dict) else {"median": v, "low": v, "high": v} for v in values]
-    middle = [each["median"] for each in spreads]
-    ends = [[each["median"] - each["low"] for each in spreads]]
-    ends.append([each["high"] - each["median"] for each in spreads])
-    places = [place + index * width for place in range(len(found))]
+    spreads = [v if isinstance(v, dict) else clock.spread([v]) for v in values]
+    middle, low, high = ([each[at] for each in spreads] for at in ("median", "low", "high"))
+    ends = [np.subtract(middle, low), np.subtract(high, middle)]
+    places = np.arange(len(found)) + index * width
     axes.bar(places, middle, width, yerr=ends, color=plot.color(name), label=label(name))
   axes.axhline(1, color="black", linewidth=0.8)
-  names = [case.replace(": ", "\n") for case in found]
-  axes.set_xticks([place + 0.36 for place in range(len(found))], names, fontsize="x-small")
+  cases = [case.replace(": ", "\n") for case in found]
+  axes.set_xticks(np.arange(len(found)) + 0.36, cases, fontsize="x-small")
   axes.set_ylabel(ylabel)
 
 

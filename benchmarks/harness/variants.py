@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any, Literal, TypeAlias
 
+import jax.numpy as jnp
 from flax.linen import fp8_ops as flax_fp8_ops
 
 import flax_fp8 as fp8
@@ -22,10 +23,21 @@ class Variant:
   fused: Fused = None
   emulate: bool = False  # allow a described GPU that lacks the recipe's formats
   history: int = 1024  # amaxes that ``flax.linen.fp8_ops`` keeps
+  param_dtype: Any = jnp.bfloat16
 
   @property
   def is_fp8(self) -> bool:
     return self.flax or self.recipe is not None
+
+  @property
+  def dtypes(self) -> dict[str, Any]:
+    """What modules take."""
+    return {"dtype": jnp.bfloat16, "param_dtype": self.param_dtype}
+
+  @property
+  def in_float32(self) -> "Variant":
+    """The same with float32 parameters."""
+    return dataclasses.replace(self, param_dtype=jnp.float32)
 
   @property
   def dot_general_cls(self) -> Any:

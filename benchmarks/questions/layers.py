@@ -12,9 +12,9 @@ import jax
 import flax_fp8 as fp8
 from flax_fp8.meta_dtype import to_float32
 from harness import plot
-from harness.models import FLOAT32_PARAMS, Block, Heads, Mlp, Stack, SwiGLU, dense
+from harness.models import Block, Heads, Mlp, Stack, SwiGLU, dense
 from harness.names import BF16, FLAX
-from harness.sizes import Shape, Sizes
+from harness.sizes import LLAMA, Shape
 from harness.table import Column
 from harness.variants import OTHERS, RECIPES, VARIANTS, Variant
 from questions import base
@@ -61,7 +61,7 @@ def explain_step(
 
 def layer(shape: Shape, variant: Variant, target: str, *, metrics: bool = False) -> Figures:
   """Forward and backward of a layer whose parameters are float32."""
-  module = dense(shape.features, variant, dtypes=FLOAT32_PARAMS)
+  module = dense(shape.features, variant.in_float32)
   return explain_step(module, array(shape.tokens, shape.width), target, metrics=metrics)
 
 
@@ -95,7 +95,7 @@ def traffic() -> Iterator[Case]:
   }
   for case, (block, length, how) in stacks.items():
     for name, variant in base.THREE.items():
-      arguments = (Sizes(), variant, "mix") if block is Block else (variant,)
+      arguments = (LLAMA, variant, "mix") if block is Block else (variant,)
       module, x = Stack(block, arguments, length, **how), array(8192, 4096 if length == 1 else 2048)
       yield case, name, functools.partial(explain_step, module, x, max_grad=name == "delayed"), {}
 
@@ -155,7 +155,7 @@ def fused_cost() -> Iterator[Case]:
     variants[f"{name}, fused, separate scales"] = dataclasses.replace(own, fused="separate")
   modules: dict[str, Any] = {"query, key, value": Heads, "SwiGLU": SwiGLU}
   for (case, cls), (name, variant) in itertools.product(modules.items(), variants.items()):
-    module, x = cls(Sizes(), variant, float32=True), array(8192, 4096)
+    module, x = cls(LLAMA, variant.in_float32), array(8192, 4096)
     yield case, name, functools.partial(explain_step, module, x, descend=True), {}
 
 

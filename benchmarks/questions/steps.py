@@ -13,7 +13,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -25,6 +24,7 @@ from flax_fp8.doctor import allow_missing_cuda
 from harness import output, plot
 from harness.models import Decoder, Mlp, Stack
 from harness.names import BF16, label
+from harness.sizes import LLAMA
 from harness.table import Column, Row
 from harness.variants import VARIANTS, Variant
 from lm.config import PRESETS
@@ -73,20 +73,15 @@ def memory() -> Iterator[Case]:
 
 def gradients(variant: Variant, how: Mapping[str, Any], target: str) -> Figures:
   """Gradients of the loss of eight MLPs by their parameters."""
-  model, x = Stack(Mlp, (variant, True), 8, **how), array(8192, 2048)
+  model, x = Stack(Mlp, (variant.in_float32,), 8, **how), array(8192, 2048)
   variables = jax.eval_shape(model.init, jax.random.key(0), x)
   differentiate: Any = jax.value_and_grad if variant.recipe is None else fp8.value_and_grad
   return figures(fp8.explain(differentiate(loss_of(model)), variables, x, target=target))
 
 
-def loss_of(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
+def loss_of(model: Any) -> Callable[[Any, jax.Array], jax.Array]:
   """The mean of squares of a model's output."""
-
-  def loss(variables: Any, x: jax.Array) -> jax.Array:
-    out: Any = model.apply(variables, x)
-    return jnp.mean(jnp.square(out.astype(jnp.float32)))
-
-  return loss
+  return lambda variables, x: jnp.mean(jnp.square(model.apply(variables, x).astype(jnp.float32)))
 
 
 @question(base.MS, base.MS_OF_BF16, base.MOVED, base.TEMP)
@@ -103,7 +98,7 @@ def microbatches() -> Iterator[Case]:
 
 def accumulate(tokens: int, variant: Variant, target: str) -> Figures:
   """Gradients accumulated over microbatches of so many tokens."""
-  model = Stack(Mlp, (variant, True), 4, scan=True, remat=True)
+  model = Stack(Mlp, (variant.in_float32,), 4, scan=True, remat=True)
   x = array(16384 // tokens, tokens, 2048)
   variables = jax.eval_shape(model.init, jax.random.key(0), x.update(shape=x.shape[1:]))
   add: Any = add_by_hand if variant.recipe is None else fp8.accumulate_gradients
@@ -155,11 +150,9 @@ LAYOUTS = {
   "FSDP and tensor parallel": Layout(4, 2, fsdp=True),
 }
 WIDE = ModelShape(d_model=2048, d_ff=8192, layers=12, heads=16, kv_heads=8)
-
-
-def parts(row: Row) -> str:
-  """GiB by collective."""
-  return ", ".join(f"{name} {size:.2f}" for name, size in row["gib"].items() if size >= 0.01)
+parts = lambda row: ", ".join(
+  f"{name} {size:.2f}" for name, size in row["gib"].items() if size >= 0.01
+)
 
 
 @question(
@@ -197,18 +190,17 @@ def travelled(model: Decoder, layout: Layout, length: int, target: str) -> Figur
   out = jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(layout.mesh, P())
   step = jax.jit(train_step, donate_argnums=0, out_shardings=out)
   report = fp8.explain(step, state, windows, target=target, mesh=layout.mesh)
-  counts: Counter[str] = Counter()
-  gib: dict[str, float] = defaultdict(float)
+  counts, sent = Counter[str](), defaultdict[str, float](float)
   amax = [each for each in report.collectives if each.reduction == "maximum"]
   for each in report.collectives:
     if each.reduction != "maximum":
       counts[f"{each.kind} {each.dtype}"] += each.times
-      gib[f"{each.kind} {each.dtype}"] += each.sent / GIB
+      sent[f"{each.kind} {each.dtype}"] += each.sent
   return {
     "amax": sum(each.times for each in amax),
     "amax_bytes": sum(each.times * each.bytes for each in amax),
     "counts": dict(sorted(counts.items())),
-    "gib": {name: round(size, 3) for name, size in sorted(gib.items())},
+    "gib": {name: round(size / GIB, 3) for name, size in sorted(sent.items())},
     "gib_sent": round(sum(each.sent for each in report.collectives) / GIB, 3),
     "fp8_gemms": report.fp8_gemms,
     "gemms": report.total_gemms,
@@ -251,16 +243,15 @@ def explain_cost() -> Iterator[Case]:
 def in_child(layers: int, scan: bool, target: str) -> Figures:
   """Explains a step in a process of its own."""
   code = f"from questions.steps import explain_here; explain_here({layers}, {scan}, {target!r})"
-  where: dict[str, Any] = {"cwd": output.ROOT / "benchmarks", "stdout": subprocess.PIPE}
-  where["env"] = os.environ | {"JAX_PLATFORMS": "cpu"}
-  done = subprocess.run([sys.executable, "-c", code], **where, text=True, check=True)
-  return json.loads(done.stdout.splitlines()[-1])
+  how: dict[str, Any] = {"env": os.environ | {"JAX_PLATFORMS": "cpu"}, "text": True}
+  printed = subprocess.check_output([sys.executable, "-c", code], cwd=output.RESULTS.parent, **how)
+  return json.loads(printed.splitlines()[-1])
 
 
 def explain_here(layers: int, scan: bool, target: str) -> None:
   """Prints what it costs to explain a train step."""
   allow_missing_cuda()
-  shape = ModelShape(d_model=4096, d_ff=14336, layers=layers, heads=32, kv_heads=8)
+  shape = dataclasses.replace(LLAMA, layers=layers)
   state = jax.eval_shape(lambda: make_state(Decoder(shape, fp8.Fp8DotGeneral, scan), 1, 4096))
   windows = jax.ShapeDtypeStruct((2, 4097), jnp.uint8)
   begun = time.perf_counter()
