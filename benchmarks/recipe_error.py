@@ -30,9 +30,9 @@ import flax_fp8 as fp8
 from flax_fp8 import ops
 from flax_fp8.doctor import allow_missing_cuda
 from harness.environment import environment
-from harness.output import make_console, make_parser, read_json, redraw, write_json, write_text
+from harness.output import make_console, make_parser, read_json, redraw, say, write_json, write_text
 from harness.plot import legend, lines, make_figure
-from harness.table import Column, markdown, print_table
+from harness.table import Column, markdown
 
 Array = np.ndarray[Any, Any]
 State = dict[str, dict[str, jax.Array]]
@@ -255,9 +255,8 @@ def main(argv: list[str] | None = None) -> None:
   if not arguments.redraw:
     write_json(arguments.out, "recipe_error", measure(SHAPES, (256, 1024)))
   found = tables(read_json(arguments.out, "recipe_error"))
-  for title, columns, rows in found:
-    print_table(make_console(), title, columns, rows, group=None)
   text = "\n".join(f"{title}\n\n{markdown(columns, rows)}" for title, columns, rows in found)
+  say(make_console(), text)
   write_text(arguments.out / "recipe_error.md", text)
   redraw(arguments.out, "recipe_error", draw)
 

@@ -125,13 +125,10 @@ def introduce(
   )
 
 
-def check(
-  arguments: argparse.Namespace, config: TrainConfig, corpus: Corpus, devices: Devices
-) -> None:
-  """Raises UsageError if devices, processes or checkpoints rule out what was asked for."""
+def check(arguments: argparse.Namespace, config: TrainConfig, corpus: Corpus) -> None:
+  """Raises UsageError if processes or checkpoints rule out what was asked for."""
   asked = {name: str(getattr(arguments, name)) for name in SAME_IN_EACH_PROCESS}
   processes.require_same([choose_runs(arguments), config.as_dict(), corpus.digest, asked])
-  devices.require_even(config.batch_size)
   if arguments.export and (count := jax.process_count()) > 1:
     raise UsageError(
       f"--export: is for one process; got {count}. Train with these, then run one process with "
@@ -178,7 +175,7 @@ def compare(arguments: argparse.Namespace) -> None:
   console.quiet = not processes.speaks()
   config, corpus = configure(arguments), Corpus.read(arguments.text)
   introduce(config, chosen, corpus, console)
-  check(arguments, config, corpus, devices)
+  check(arguments, config, corpus)
   # Before any array of the model's size is made.
   reports = explain_steps(config, chosen, arguments.explain, console)
   whole = reports if arguments.explain and processes.speaks() else {}

@@ -100,25 +100,12 @@ def test_joining_the_others(monkeypatch):
   assert asked == [("127.0.0.1:1234", 2, 1), (None, None, None)]
 
 
-def test_a_batch_must_be_shared_evenly(tmp_path, capsys, monkeypatch):
-  every = devices(4)
-  monkeypatch.setattr(Devices, "every", lambda: every)
-  options = ["--preset", "micro", "--batch-size", "6", "--out", str(tmp_path / "out")]
-  assert train_lm.main(options) == 2
-  refusal = "--batch-size: the devices share each batch evenly, so it must be a multiple of their"
-  assert f"{refusal} number; got 6 for 4 devices. Use 4, or" in capsys.readouterr().err
-  assert not (tmp_path / "out").exists()
-  every.require_even(8)
-
-
 def test_what_one_process_does_alone(tmp_path, monkeypatch):
   require_same({"seed": 0})
   monkeypatch.setattr(jax, "process_count", lambda: 3)
   monkeypatch.setattr(lm.processes, "require_same", lambda _: None)
   with pytest.raises(UsageError, match=r"--export: is for one process; got 3\. Train with these"):
-    train_lm.check(parse("--export", str(tmp_path)), MICRO, Corpus.read(), devices(4))
-  with pytest.raises(UsageError, match=r"got 6 for 4 devices of 3 processes"):
-    devices(4).require_even(6)
+    train_lm.check(parse("--export", str(tmp_path)), MICRO, Corpus.read())
 
 
 def test_processes_are_asked_for_the_same(monkeypatch):

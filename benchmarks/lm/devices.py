@@ -12,8 +12,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from lm.config import UsageError
-
 AXIS = "data"
 
 
@@ -36,17 +34,6 @@ class Devices:
     if len(self.devices) == 1:
       return SingleDeviceSharding(self.devices[0])
     return NamedSharding(Mesh(np.array(self.devices), (AXIS,)), PartitionSpec(*axes))
-
-  def require_even(self, batch_size: int) -> None:
-    """Raises UsageError if the devices can't have the same number of rows each."""
-    if batch_size % len(self.devices):
-      count, processes = len(self.devices), jax.process_count()
-      where = f"{count} devices" + (f" of {processes} processes" if processes > 1 else "")
-      raise UsageError(
-        "--batch-size: the devices share each batch evenly, so it must be a multiple of their "
-        f"number; got {batch_size} for {where}. Use {max(batch_size // count, 1) * count}, or "
-        "fewer devices."
-      )
 
   def rows(self, batch_size: int) -> slice:
     """The rows of a batch that belong to the devices of this process."""

@@ -27,7 +27,6 @@ NONE = "none"
 ONE_GEMM_EACH = frozenset({"delayed", "current", "rowwise"})
 # The GEMMs that stay BF16: the head's, and those of attention, whose module is the layer itself.
 NO_PROJECTION = re.compile(r"^(\w+/)?(head|embedding|layers)$")
-XLA_ATTENTION = "Without a GPU, cuDNN's attention can't be compiled; this is XLA's attention."
 
 
 def choose_target(asked: str | None) -> str | None:
@@ -68,7 +67,7 @@ def explain_steps(
       raise UsageError(f"--explain: {missing}")
     return {}
   if target is not None and config.shape.attention == "cudnn":
-    say(console, XLA_ATTENTION)
+    say(console, "Without a GPU, cuDNN's attention can't be compiled; this is XLA's attention.")
   reports: Reports = {}
   for run in runs:
     with console.status(f"{label(run)}: compiling the step for {target or 'this GPU'}"):
@@ -81,12 +80,6 @@ def explain_steps(
   return reports
 
 
-def projection_flops(config: TrainConfig) -> int:
-  """FLOPs of the three GEMMs of every projection: ``6 * tokens * weights``."""
-  weights = sum(k * n for k, n in config.shape.projections.values())
-  return 6 * config.batch_size * config.seq_len * config.shape.layers * weights
-
-
 def require_fp8_gemms(config: TrainConfig, run: Run, report: fp8.Report) -> None:
   """Raises AssertionError unless each projection's GEMMs are FP8, or no GEMM in a run without FP8.
 
@@ -94,7 +87,9 @@ def require_fp8_gemms(config: TrainConfig, run: Run, report: fp8.Report) -> None
   without FP8 units, or a recipe that does not promise single GEMMs, is not checked.
   """
   has_units = report.target is None or "fp8" in report.target.peak_flops
-  wanted, found = projection_flops(config), sum(g.flops for g in report.gemms if g.is_fp8)
+  weights = config.shape.layers * sum(k * n for k, n in config.shape.projections.values())
+  wanted = 6 * config.batch_size * config.seq_len * weights  # three GEMMs for each projection
+  found = sum(g.flops for g in report.gemms if g.is_fp8)
   if recipe_of(run) is None:
     wanted = 0
   elif recipe_name(run) not in ONE_GEMM_EACH or not has_units:

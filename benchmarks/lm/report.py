@@ -19,17 +19,15 @@ from lm.text import Corpus
 from lm.train import Record
 
 MIB = 2**20
-SMOOTHED_PERCENT = 3
+SMOOTHED_PERCENT = 3  # of all steps
 EMULATED = "FP8 is emulated on this CPU: the losses are those of FP8, the steps/s are not."
 
 
 def find_gaps(runs: Mapping[str, Record]) -> dict[str, float]:
   """``100 * (loss / loss of BF16 - 1)`` of each other run; empty without BF16."""
-  if BF16 not in runs:
-    return {}
-  loss = runs[BF16]["validation_loss"]
-  others = {run: record["validation_loss"] for run, record in runs.items() if run != BF16}
-  return {run: 100.0 * (other / loss - 1.0) for run, other in others.items()}
+  losses = {run: record["validation_loss"] for run, record in runs.items()}
+  bf16 = losses.pop(BF16, None)
+  return {run: 100.0 * (loss / bf16 - 1.0) for run, loss in losses.items()} if bf16 else {}
 
 
 def make_document(
@@ -99,18 +97,14 @@ def describe_export(record: Record, export: Record) -> str:
   )
 
 
-def smooth(losses: list[float], percent: int = SMOOTHED_PERCENT) -> tuple[Any, np.ndarray]:
-  """Steps and losses, averaged over a moving window of some percent of all steps."""
-  width = max(1, len(losses) * percent // 100)
-  means = np.convolve(losses, np.full(width, 1 / width), "valid")
-  return range(width, len(losses) + 1), means
-
-
 def draw_curve(axes: Any, record: Record, name: str, **looks: Any) -> None:
-  """Draws the smoothed training loss as a line, validation as points."""
-  steps, losses = zip(*record["validation_curve"], strict=True)
-  axes.plot(*smooth(record["train_curve"]), color=looks["color"], alpha=0.5)
-  axes.plot(steps, losses, linestyle="", fillstyle="none", label=name, **looks)
+  """Draws the training loss, a moving mean, as a line, validation as points."""
+  losses = record["train_curve"]
+  width = max(1, len(losses) * SMOOTHED_PERCENT // 100)
+  means = np.convolve(losses, np.full(width, 1 / width), "valid")
+  axes.plot(range(width, len(losses) + 1), means, color=looks["color"], alpha=0.5)
+  points = zip(*record["validation_curve"], strict=True)
+  axes.plot(*points, linestyle="", fillstyle="none", label=name, **looks)
   axes.set_ylabel("loss, nats per byte")
 
 

@@ -10,9 +10,6 @@ bfloat16. Its gap to ``bf16`` shows how far one rounding moves a run of this siz
 from collections.abc import Iterable
 from typing import TypeAlias
 
-import jax
-import jax.numpy as jnp
-
 import flax_fp8 as fp8
 
 Run: TypeAlias = str
@@ -35,11 +32,6 @@ def recipe_of(run: Run) -> fp8.Recipe | None:
   """The recipe of the projections; None without FP8."""
   name = recipe_name(run)
   return fp8.get_recipe(name) if name in fp8.RECIPES else None
-
-
-def dtype_of(run: Run) -> jax.typing.DTypeLike:
-  """The dtype of activations."""
-  return jnp.float16 if has(run, FLOAT16) else jnp.bfloat16
 
 
 def label(run: Run) -> str:

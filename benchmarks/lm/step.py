@@ -13,7 +13,7 @@ import flax_fp8 as fp8
 from lm.config import TrainConfig
 from lm.devices import Devices
 from lm.model import Transformer, fuse_params
-from lm.runs import BF16_AGAIN, CONVERTED, FLOAT16, FUSED, Run, dtype_of, has, recipe_of
+from lm.runs import BF16_AGAIN, CONVERTED, FLOAT16, FUSED, Run, has, recipe_of
 
 # Finite steps before the loss scale doubles: few, to see it happen in a short run.
 GROWTH_INTERVAL = 200
@@ -45,7 +45,7 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 def make_model(config: TrainConfig, run: Run) -> nn.Module:
   """Builds the model. Runs differ in ``dot_general_cls``, or in who sets it."""
-  recipe, dtype = recipe_of(run), dtype_of(run)
+  recipe, dtype = recipe_of(run), jnp.float16 if has(run, FLOAT16) else jnp.bfloat16
   if recipe is None or has(run, CONVERTED):
     plain = Transformer(config.shape, dtype=dtype)
     return fp8.fp8_linear_layers(plain, fp8.Fp8Config(recipe=recipe)) if recipe else plain
