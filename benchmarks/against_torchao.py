@@ -177,7 +177,7 @@ def prepare(case: Case, tiny: bool, failures: list[str]) -> Iterator[tuple[str, 
     except Exception as error:
       if recipe is None:
         raise
-      failures.append(f"{name}: {type(error).__name__}: {str(error)[:1000]}")
+      failures.append(f"{name}: {describe(error)}")
     else:
       yield name, step, known
 
@@ -195,6 +195,10 @@ def measure(case: Case, tiny: bool, failures: list[str]) -> dict[str, Any]:
     name: clock.figures(seconds, per_step[BF16], case.flops) | ready[name][1]
     for name, seconds in per_step.items()
   }
+
+
+def describe(error: Exception) -> str:
+  return f"{type(error).__name__}: {str(error)[:1000]}"
 
 
 def document(tiny: bool) -> dict[str, Any]:
@@ -231,8 +235,11 @@ def measure_all(out: Path, seconds: float, tiny: bool, console: Console) -> None
       content["left_out"].append(name)
       continue
     failures: list[str] = []
-    with console.status(name):
-      found[name] = measure(make(), tiny, failures)
+    try:
+      with console.status(name):
+        found[name] = measure(make(), tiny, failures)
+    except Exception as error:
+      failures.append(describe(error))
     content["failures"] += [f"{name}: {failure}" for failure in failures]
     if found.keys() >= layers.keys():
       content["summary"] = clock.summarize({layer: found[layer] for layer in layers}, BF16)
@@ -285,11 +292,9 @@ def refusal(tiny: bool) -> str:
   """Why nothing can be timed here; empty where it can."""
   if missing or tiny:
     return missing
-  needs = "needs a GPU that multiplies FP8"
-  if device() == "cpu":
-    return f"{needs}. --tiny runs small shapes here, as a test of the script."
-  capability = torch.cuda.get_device_capability()
-  return "" if capability >= (8, 9) else f"{needs}; got {capability}."
+  able = device() == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
+  needs = "needs a GPU that multiplies FP8. --tiny runs small shapes here, as a test of the script."
+  return "" if able else needs
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ written; and the time of a kernel that is too small to do anything. It notes the
 driver, what ``flax-fp8 doctor`` says, and what ``fp8.capability`` answers for each recipe.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -24,14 +25,12 @@ from harness.options import Options
 from harness.programs import Program
 from harness.table import rows_of
 
-SIDE, TINY_SIDE = 8192, 32
 GIBIBYTE = 2**30
-LAUNCHES = 200
 
 
 def gemm_rates(options: Options) -> dict[str, dict[str, Program]]:
   """A square GEMM of operands that are ready, in each pair of formats that a layer multiplies."""
-  side = TINY_SIDE if options.tiny else SIDE
+  side = 32 if options.tiny else 8192
   repeat = timed.steps(2 * side**3, options)
   kinds = {
     BF16: (None, False),
@@ -60,15 +59,10 @@ def bandwidth(options: Options) -> dict[str, float]:
 
 def launch(options: Options) -> dict[str, float]:
   """Seconds of one kernel of a chain in which each takes the result of the one before."""
-  count = 10 if options.tiny else LAUNCHES
-
-  def chain(x: jax.Array) -> jax.Array:
-    for _ in range(count):
-      x = lax.optimization_barrier(x * 1.001)
-    return x
-
-  chained, x = jax.jit(chain).lower(jnp.ones(1024)).compile(), jnp.ones(1024)
-  run = lambda: jax.block_until_ready(chained(x))
+  count = 10 if options.tiny else 200
+  link = lambda x, _: lax.optimization_barrier(x * 1.001)
+  chain, x = jax.jit(lambda x: functools.reduce(link, range(count), x)), jnp.ones(1024)
+  run = lambda: jax.block_until_ready(chain(x))
   seconds = clock.interleave({"chain": run}, options.rounds)["chain"]
   return clock.spread([each / count for each in seconds])
 

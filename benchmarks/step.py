@@ -13,7 +13,6 @@ the projections, without those computed again.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,41 +36,30 @@ KINDS = {"remat": True, "all kept": False}
 STEPS = 3
 
 
-def model(shape: ModelShape, name: str) -> Transformer:
-  """The decoder with a variant's projections."""
-  return Transformer(shape, VARIANTS[name].dot_general_cls)
-
-
 def first_state(shape: ModelShape, name: str, length: int) -> fp8.TrainState:
   """The state before the first step."""
-  made = model(shape, name)
+  made = Transformer(shape, VARIANTS[name].dot_general_cls)
   variables = made.init(jax.random.key(0), jnp.zeros((1, length), jnp.int32))
   state = fp8.TrainState.create(apply_fn=made.apply, params=variables, tx=optax.adamw(3e-4))
   return state.replace(step=jnp.zeros((), jnp.int32))
 
 
-def train_step(shape: ModelShape, name: str) -> Callable[..., fp8.TrainState]:
+def train_step(name: str, state: fp8.TrainState, windows: jax.Array) -> fp8.TrainState:
   """One step; Flax's own ops do not know the dtype that ``fp8.grad`` casts to."""
-  apply, grad = model(shape, name).apply, jax.grad if VARIANTS[name].flax else fp8.grad
-
-  def step(state: fp8.TrainState, windows: jax.Array) -> fp8.TrainState:
-    loss = lambda variables: mean_loss(apply, variables, windows)
-    return state.apply_gradients(grads=grad(loss)(state.params))
-
-  return step
+  grad = jax.grad if VARIANTS[name].flax else fp8.grad
+  loss = lambda variables: mean_loss(state.apply_fn, variables, windows)
+  return state.apply_gradients(grads=grad(loss)(state.params))
 
 
 def program(shape: ModelShape, name: str, length: int, repeat: int) -> Program:
   """A loop of steps; the state goes in as a tree of arrays, by the names of its fields."""
   state = jax.eval_shape(lambda: first_state(shape, name, length))
-  step, windows = train_step(shape, name), jax.ShapeDtypeStruct((1, length + 1), jnp.int32)
-  loop = lambda state, windows: lax.fori_loop(0, repeat, lambda _, s: step(s, windows), state)
+  windows = jax.ShapeDtypeStruct((1, length + 1), jnp.int32)
+  loop = lambda state, windows: lax.fori_loop(
+    0, repeat, lambda _, last: train_step(name, last, windows), state
+  )
   flops = block_flops(shape, length) * shape.layers
-  how: dict[str, Any] = {
-    "is_fp8": VARIANTS[name].is_fp8,
-    "tokens": length,
-    "bf16_modules": ("head",),
-  }
+  how: Any = {"is_fp8": VARIANTS[name].is_fp8, "tokens": length, "bf16_modules": ("head",)}
   return Program(jax.jit(loop), (state, windows), repeat, flops, **how)
 
 

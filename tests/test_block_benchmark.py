@@ -84,13 +84,6 @@ def test_projections_of_every_turn_are_of_the_dtype_that_the_row_says(kind, name
   assert not [kernel for kernel in once if kernel.read > 2**16]
 
 
-def test_it_refuses_a_cpu(monkeypatch, capsys, tmp_path):
-  monkeypatch.setattr(sys, "argv", ["block.py", "--out", str(tmp_path)])
-  with pytest.raises(SystemExit):
-    block.main()
-  assert "needs a GPU" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_tiny(monkeypatch, capsys, tmp_path):
   command = "block.py --tiny --rounds 2 --repeat 1 --variants delayed --threads 2 --out"

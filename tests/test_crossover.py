@@ -71,13 +71,6 @@ def test_programs():
     assert report.fp8_gemms == (0 if name == BF16 else 6)
 
 
-def test_it_refuses_a_cpu(monkeypatch, capsys, tmp_path):
-  monkeypatch.setattr(sys, "argv", ["crossover.py", "--out", str(tmp_path)])
-  with pytest.raises(SystemExit):
-    crossover.main()
-  assert "needs a GPU" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_tiny(monkeypatch, capsys, tmp_path):
   command = "crossover.py --tiny --rounds 2 --repeat 1 --threads 2 --out"

@@ -10,8 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import block
+import card
+import crossover
 import flax_fp8 as fp8
 import gemm
+import kernel_times
+import step
 from flax_fp8.explain import roofline
 from flax_fp8.explain.compile import compile_for
 from flax_fp8.explain.target import GpuTarget
@@ -175,10 +180,12 @@ def test_estimates_are_within_15_percent_of_what_an_h100_took():
   assert min(ratios.values()) > 0.85
 
 
-def test_it_refuses_a_cpu(monkeypatch, capsys, tmp_path):
-  monkeypatch.setattr(sys, "argv", ["gemm.py", "--out", str(tmp_path)])
+@pytest.mark.parametrize("script", [block, card, crossover, gemm, kernel_times, step])
+def test_each_script_refuses_a_cpu(script, monkeypatch, capsys, tmp_path):
+  monkeypatch.setattr(sys, "argv", ["a.py", "--out", str(tmp_path)])
+  monkeypatch.setenv("XLA_FLAGS", "")
   with pytest.raises(SystemExit) as stopped:
-    gemm.main()
+    script.main()
   assert stopped.value.code == 2
   assert "needs a GPU that multiplies FP8" in capsys.readouterr().err
   assert not list(tmp_path.iterdir())
@@ -190,10 +197,10 @@ def test_each_step_goes_on_from_the_last_ones_state():
   arguments = programs.Arrays().fill(program.shapes)
   counter, state, results = program.fn(*arguments)
   module = dense(32, VARIANTS["delayed"])
-  step = jax.jit(programs.forward_and_backward(module, max_grad=True))
+  jitted = jax.jit(programs.forward_and_backward(module, max_grad=True))
   by_hand = arguments[0]
   for _ in range(REPEAT):
-    by_hand, last = step(by_hand, *arguments[1:])
+    by_hand, last = jitted(by_hand, *arguments[1:])
   assert int(counter) == REPEAT - 1
   jax.tree.map(np.testing.assert_array_equal, (state, results), (by_hand, last))
   assert all(np.any(np.asarray(leaf, np.float32)) for leaf in jax.tree.leaves((state, results)))
