@@ -70,7 +70,7 @@ def test_conversion_and_assertion_agree(pattern):
   x = jax.ShapeDtypeStruct((4, 32), jnp.float32)
   said = fp8.Fp8Config(exclude=(pattern,), default_exclude=()).report(Net(), x)
   assert [row.layer.path for row in said.taken] == ["up"]
-  with pytest.raises(AssertionError, match="got 1 that are not") as caught:
+  with pytest.raises(AssertionError, match="got 1 that is not") as caught:
     reported().assert_fp8([pattern])
   assert "Net/up" in str(caught.value)
 
