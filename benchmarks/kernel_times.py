@@ -14,6 +14,7 @@ in which no kernel runs. Command buffers are switched off: the profiler cannot n
 import os
 import re
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,6 @@ import flax_fp8 as fp8
 from block import attention, program
 from flax_fp8.explain.roofline import kernel_seconds
 from harness import output, timed
-from harness.clock import Deadline
 from harness.compiling import MIB, Kept
 from harness.options import Options, on_gpu
 from harness.programs import Arrays, Program
@@ -148,14 +148,14 @@ def symbols(events: Iterable[Event], repeat: int) -> list[dict[str, Any]]:
 
 def measure_all(options: Options, content: timed.Content, write: Callable[[], None]) -> None:
   """All variants, compiled together and traced one after the other."""
-  deadline = Deadline(options.seconds)
+  end = time.monotonic() + options.seconds
   names = options.choose(VARIANTS)
   content |= {"attention": attention(), "found": {}, "left_out": []}
   programs = {name: program("block", *llama(options.tiny), name, REPEAT) for name in names}
   with ThreadPoolExecutor(options.threads) as pool:
     made = dict(zip(names, pool.map(compile_program, names, programs.values()), strict=True))
   for name, (report, kept) in made.items():
-    if deadline.passed():
+    if time.monotonic() > end:
       content["left_out"].append(name)
       continue
     events = trace(kept.compiled, programs[name].shapes)

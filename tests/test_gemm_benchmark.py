@@ -134,12 +134,11 @@ def test_variants_that_are_chosen_come_with_bf16():
   assert options().choose(VARIANTS) == list(VARIANTS)
 
 
-def test_no_case_begins_after_the_deadline():
-  ticks = Ticks()
-  deadline = clock.Deadline(5, now=lambda: ticks.time)
-  assert not deadline.passed()
-  ticks.time = 6
-  assert deadline.passed()
+def test_no_case_begins_when_the_time_is_up(monkeypatch, tmp_path, capsys):
+  monkeypatch.setattr(sys, "argv", f"a.py --tiny --seconds -1 --out {tmp_path}".split())
+  timed.run(None, "a", lambda options: {"first": dict}, timed.models_summary)
+  assert output.read_json(tmp_path, "a")["left_out"] == ["first"]
+  assert "left out, the time was up: first" in capsys.readouterr().out
 
 
 def test_shapes_are_those_that_transformer_engine_publishes():

@@ -84,14 +84,3 @@ def summarize(layers: Mapping[str, Mapping[str, Any]], baseline: str) -> dict[st
     }
     for name in in_all(layers.values())
   }
-
-
-class Deadline:
-  """Tells when no new case may begin."""
-
-  def __init__(self, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
-    self._now = now
-    self._end = now() + seconds
-
-  def passed(self) -> bool:
-    return self._now() > self._end

@@ -48,9 +48,8 @@ def question(
   """Registers a function that yields cases as the question that its docstring asks."""
 
   def register(cases: Cases) -> Cases:
-    QUESTIONS[getattr(cases, "__name__", "")] = Question(
-      cases.__doc__ or "", cases, columns, targets, note, draw
-    )
+    name, doc = getattr(cases, "__name__", ""), cases.__doc__ or ""
+    QUESTIONS[name] = Question(doc, cases, columns, targets, note, draw)
     return cases
 
   return register
