@@ -111,6 +111,7 @@ def is_fp8_gemm(device, lhs, rhs):
   return "__cublas$lt$matmul$f8" in program
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DESCRIBED)
 def test_the_compiler_agrees(described, name):
   for fp8_format in FORMATS.values():

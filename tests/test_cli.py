@@ -519,6 +519,7 @@ class TestStreams:
     assert capsys.readouterr().out.isascii()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_from_a_shell(folder):
   """The command finds the module in the current folder and leaves stderr empty."""

@@ -49,6 +49,7 @@ def test_a_table_has_a_row_for_each_program(name):
   assert COMMITTED[name]["note"] in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, each in QUESTIONS.items() if each.draw])
 def test_a_plot_is_redrawn_from_its_json(name, monkeypatch, tmp_path):
   output.write_json(tmp_path, name, COMMITTED[name])

@@ -127,6 +127,7 @@ def equations(draw):
   return f"{lhs},{rhs}->{out}", shape(lhs), shape(rhs)
 
 
+@pytest.mark.slow
 @hypothesis.given(equations())
 def test_random_equations_equal_jnp_einsum(case):
   equation, lhs_shape, rhs_shape = case
@@ -155,6 +156,7 @@ def test_bad_equations(equation, lhs, rhs, message):
     contraction.plan_einsum(equation, lhs, rhs)
 
 
+@pytest.mark.slow
 @hypothesis.given(contractions(), st.integers(0, 1))
 def test_a_gemm_multiplies_stacks_of_matrices(case, kernel):
   """The views and the shape agree with the dimension numbers, in the kernel's order of axes."""

@@ -34,6 +34,7 @@ def test_tiny(tmp_path):
   assert "| 8/8 |" in text
 
 
+@pytest.mark.slow
 def test_a_failing_model_stops_no_other(tmp_path):
   def fails() -> Model:
     raise RuntimeError("of its own\nand more")
@@ -48,6 +49,7 @@ def test_a_failing_model_stops_no_other(tmp_path):
   assert "| RuntimeError" not in (tmp_path / "corpus.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_failing_stage_stops_no_other():
   model = Model(models.AttentionStack(), (jnp.ones((1, 4, 24)),), {})  # 16 does not divide 24
   row = study.study(Case("flax", "Unfit", lambda: model), None)

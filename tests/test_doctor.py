@@ -56,6 +56,7 @@ def run_doctor(**environment):
 
 
 class TestTheCommand:
+  @pytest.mark.slow
   def test_this_machine(self):
     found = run_doctor(JAX_PLATFORMS="cpu")
     assert (found.returncode, found.stderr) == (0, "")
@@ -65,11 +66,13 @@ class TestTheCommand:
       assert re.search(rf"^  {name} +FP8 is emulated", found.stdout, re.MULTILINE)
     assert found.stdout.endswith("\n\nNothing is broken.\n")
 
+  @pytest.mark.slow
   @pytest.mark.skipif(doctor.driver_version() is not None, reason="JAX may look for CUDA")
   def test_jax_does_not_miss_cuda_where_there_is_no_driver(self):
     found = run_doctor()
     assert (found.returncode, found.stderr) == (0, "")
 
+  @pytest.mark.slow
   @pytest.mark.skipif(doctor.driver_version() is not None, reason="there may be a GPU")
   def test_a_platform_that_is_not_there(self):
     found = run_doctor(JAX_PLATFORMS="cuda")

@@ -27,6 +27,7 @@ def wrong(mode: str, names: Sequence[str]) -> dict[str, str]:
   return {name: cell for name, cell in cells.items() if cell != "right"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(QUICK[0], marks=pytest.mark.slow), *QUICK[1:]])
 def test_quick_features_in_most_settings(name):
   assert not wrong("settings", [name])

@@ -89,6 +89,7 @@ class TestCopies:
     found = fp8.stats(VARIABLES)
     assert str(copied(found)) == str(found)
 
+  @pytest.mark.slow
   @pytest.mark.parametrize(("cls", "skip_nonfinite"), [(fp8.TrainState, True), (Averaged, False)])
   def test_a_state_trains_on(self, cls, skip_nonfinite, copied):
     state, _ = step(make_state(cls, skip_nonfinite), X)

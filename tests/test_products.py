@@ -200,6 +200,7 @@ class Layer(nn.Module):
     return x + nn.Dense(1024, name="down", **options)(up), None
 
 
+@pytest.mark.slow
 def test_kernels_are_turned_in_fp8_and_not_the_stack_of_them_in_float32():
   """Otherwise XLA would transpose the stack before the scan and store a second copy."""
   layer = nn.remat(Layer, prevent_cse=False)

@@ -73,6 +73,7 @@ def test_gradients_and_state_are_those_without_remat(policy, without_remat):
 FAST = ("JAX's dots", "dots")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("policy", "gemms"),
   [

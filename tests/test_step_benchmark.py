@@ -33,6 +33,7 @@ def test_the_loop_takes_optimizer_steps():
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(last.params))
 
 
+@pytest.mark.slow
 def test_variants_begin_with_the_same_parameters():
   arrays = step.arguments(step.TINY, 16)
   states = [

@@ -186,6 +186,7 @@ PARENT = f"""
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "number",
   [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL],

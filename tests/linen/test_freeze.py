@@ -376,6 +376,7 @@ def lifted_cases():
     yield pytest.param(*case, marks=pytest.mark.slow if slow else (), id=", ".join(case))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "name", "recipe"), [*lifted_cases()])
 def test_axes_of_lifted_transformations_anywhere(make, name, recipe):
   model = MAKE[make](name, RECIPES[recipe])
@@ -456,6 +457,7 @@ def amaxes_read(served, frozen, x):
   return str(jax.make_jaxpr(served.apply)(frozen, x)).count("reduce_max")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_tensor_that_was_always_zero(interval):
   recipe = dataclasses.replace(FIRST, interval=interval)
@@ -489,6 +491,7 @@ def test_seen_tensors_are_not_read_for_their_amax():
   assert amaxes_read(*assert_serves_the_same(layer, variables, (x,)), x) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["1", pytest.param("vmap 1", marks=pytest.mark.slow)])
 def test_stacks_without_recorded_amaxes(name):
   model = lifts.written(name, FIRST)

@@ -127,6 +127,7 @@ def integers(seed, *shape):
   return jnp.asarray(made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype"), [("delayed", "bfloat16"), ("current", "float32")])
 def test_equal_amaxes_give_the_bits_of_separate_layers(name, dtype):
   """Outputs and kernel gradients are equal. The input's gradient is rounded once, not thrice."""

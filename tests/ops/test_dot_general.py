@@ -59,6 +59,7 @@ def test_three_gemms_equal_the_oracle(dtype, tolerance):
     np.testing.assert_allclose(np.float64(got), want, rtol=tolerance, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_batched_equals_one_by_one():
   x, w, g = operands((3, 8, 16), (3, 16, 4), (3, 8, 4))
   state = warm_state(input=4.0, kernel=4.0, output_grad=4.0)

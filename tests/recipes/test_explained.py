@@ -52,6 +52,7 @@ def test_block_is_one_fp8_gemm_a_block():
   assert rows == {(frozenset(size), 128): k // 128 for size, k in chunks.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["h100", "b200"])
 def test_mxfp8_is_fp8_where_matrix_units_scale_blocks(target):
   got = report(fp8.MXFP8BlockScaling(), target)
@@ -60,6 +61,7 @@ def test_mxfp8_is_fp8_where_matrix_units_scale_blocks(target):
   assert all("block scales" in gemm.reason for gemm in got.gemms) or scaled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "gemm"),
   [("delayed", "fprop"), ("delayed", "dgrad"), ("delayed", "wgrad"), ("rowwise", "wgrad")],

@@ -107,6 +107,7 @@ def test_layouts(name, layout):
   assert jax.typeof(got[0]).sharding == plain.sharding
 
 
+@pytest.mark.slow
 def test_without_jit():
   x_spec, w_spec, out = LAYOUTS["tensor parallel, rows"]
   recipe, x, w = RECIPES["delayed"], place(X, x_spec), place(W, w_spec)
@@ -217,6 +218,7 @@ def test_an_ambiguous_product_is_refused():
     apply(x, w, DIMS, out_sharding="data")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "jit"), [("delayed", True), ("delayed", False), ("rowwise", False)]
 )

@@ -30,6 +30,7 @@ cases = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "batch"), cases)
 def test_any_batch_size(name, batch):
   layer = nn.Dense(WIDTH, dot_general_cls=RECIPES[name].dot_general_cls, dtype=jnp.bfloat16)

@@ -49,6 +49,7 @@ def trained(name):
   return state, losses, step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*cases.ONE_OF_EACH_CLASS, "stochastic"])
 def test_trains(name):
   """The loss falls tenfold. A recipe without state makes no variables."""

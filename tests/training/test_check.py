@@ -80,6 +80,7 @@ def test_one_known_slot_is_enough():
 LIFTED = [("1", 3), ("1 in 0", 3), ("params for all, state 1", 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "length"),
   [LIFTED[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in LIFTED[1:])],

@@ -138,6 +138,7 @@ class TestFailures:
     fp8.save_checkpoint(tmp_path, {"noise": noise(1)}, overwrite=True)
     equal(fp8.restore_checkpoint(tmp_path, state).tree, {"noise": noise(1)})
 
+  @pytest.mark.slow
   @pytest.mark.parametrize("overwrite", [True, False])
   def test_another_program_is_saving(self, overwrite, tmp_path, monkeypatch):
     """A child process tries to save during a save."""
@@ -224,6 +225,7 @@ class TestFailures:
     state = {name: noise(0, 256) for name in ("rows", "all", "columns", "numpy")} | {"epoch": 3}
     equal(fp8.restore_checkpoint(tmp_path / "new.copy", state).tree, state)
 
+  @pytest.mark.slow
   @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
   @pytest.mark.parametrize(
     ("killed_by", "survives"),

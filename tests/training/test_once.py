@@ -99,6 +99,7 @@ cases = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @cases
 def test_the_bits_of_quantizing_each_time(monkeypatch, model):
   found = train(model)
@@ -135,6 +136,7 @@ def test_no_kernel_is_cast_in_the_loop(monkeypatch, name):
   assert count() > 0
 
 
+@pytest.mark.slow
 def test_a_loss_that_prints(capfd):
   def printing(variables, x):
     jax.debug.print("microbatch {}", x[0, 0])

@@ -150,6 +150,7 @@ def plateau(**kwargs):
   return optax.contrib.reduce_on_plateau(factor=0.5, patience=2, accumulation_size=1, **kwargs)
 
 
+@pytest.mark.slow
 def test_reduce_on_plateau_lowers_its_scale():
   state = fp8.TrainState.create(
     apply_fn=MODEL.apply, params=VARIABLES, tx=optax.chain(optax.adam(1e-3), plateau())
@@ -200,6 +201,7 @@ def test_schedule_free():
   close(params, best(), atol=0.1)
 
 
+@pytest.mark.slow
 def test_a_skipped_step_keeps_the_line_search():
   state = train(optax.lbfgs(), 12, skip_nonfinite=True)
   close(state.params["params"], best())

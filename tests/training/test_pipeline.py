@@ -99,6 +99,7 @@ def in_order(variables):
   return fp8.accumulate_gradients(loss_fn, variables, (X, C), reduction="sum")
 
 
+@pytest.mark.slow
 def test_is_the_model_without_pipeline(variables):
   loss, grads = jax.jit(fp8.value_and_grad(pipelined))(variables)
   want_loss, want = jax.jit(in_order)(variables)
@@ -107,6 +108,7 @@ def test_is_the_model_without_pipeline(variables):
   assert any(map(jnp.any, jax.tree.leaves(grads["params"])))
 
 
+@pytest.mark.slow
 def test_with_each_stage_on_a_device_of_its_own(variables):
   mesh = jax.make_mesh((STAGES,), ("stage",), axis_types=(AxisType.Auto,))
   want = jax.jit(fp8.grad(pipelined))(variables)

@@ -121,6 +121,7 @@ def test_stacks_along_any_axis(stack, length):
       assert str(got) == str(wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["1", "-2", "1 in 0", "params 1, state 0", "vmap in scan 1"])
 def test_models_lifted_along_any_axis(name):
   """Each row has the amax of the kernel of its own layer."""

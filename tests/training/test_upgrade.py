@@ -190,6 +190,7 @@ class TestVariablesOfAnotherModel:
       fp8.upgrade_variables(model, variables, X[:, :2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["-2", "1 in 0"])
 def test_histories_of_stacks_along_any_axis(name):
   """Resizes histories of three slots, the number of layers, to five."""

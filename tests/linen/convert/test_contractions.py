@@ -210,6 +210,7 @@ class Mixed(nn.Module):
     return jnp.tanh(x @ w)
 
 
+@pytest.mark.slow
 def test_lifted_functions_and_methods():
   model = Around(Mixed())
   own = [f"own/{name}Fp8DotGeneral_{i}" for name in ("", "project_") for i in range(2)]

@@ -135,6 +135,7 @@ def test_a_checkpoint_without_fp8_continues_in_the_converted_module():
   jax.tree.map(np.testing.assert_array_equal, fp8.downgrade_variables(variables), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["delayed", "current"])
 def test_metrics_follow_the_state_through_a_scan_of_params_only(recipe):
   case = CASES["scanned"]
