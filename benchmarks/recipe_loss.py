@@ -97,10 +97,9 @@ def main(argv: list[str] | None = None) -> None:
   if not arguments.redraw:
     names = (BF16, BF16_AGAIN, *named_recipes(arguments.recipes))
     configs = {str(seed): dataclasses.replace(config, seed=seed) for seed in arguments.seeds}
-    runs: dict[Run, dict[str, Record]] = {name: {} for name in names}
-    for seed, of in configs.items():
-      for run in names:
-        runs[run][seed] = finish(of, run, arguments.out)
+    runs = {
+      run: {seed: finish(of, run, arguments.out) for seed, of in configs.items()} for run in names
+    }
     settings = {key: value for key, value in config.as_dict().items() if key != "seed"}
     content = {"environment": environment(), "config": settings, "seeds": arguments.seeds}
     content |= {"text": Corpus.read().as_dict(), "compared": compare(runs), "runs": runs}

@@ -58,19 +58,12 @@ def fuse_params(params: Mapping[str, Any], shape: ModelShape, recipe: fp8.Recipe
 
 
 class Block(nn.Module):
-  """``x + attention(norm(x))``, then ``x + swiglu(norm(x))``.
-
-  Attributes:
-    shape: the sizes.
-    dot_general_cls: makes the projections' GEMMs; None for BF16.
-    fused: the recipe of fused projections; None for separate layers.
-    dtype: of activations.
-  """
+  """``x + attention(norm(x))``, then ``x + swiglu(norm(x))``."""
 
   shape: ModelShape
-  dot_general_cls: Any = None
-  fused: fp8.Recipe | None = None
-  dtype: Any = jnp.bfloat16
+  dot_general_cls: Any = None  # makes the projections' GEMMs; None for BF16
+  fused: fp8.Recipe | None = None  # of fused projections; None for separate layers
+  dtype: Any = jnp.bfloat16  # of activations
 
   def project(self, x: jax.Array, features: int, name: str) -> jax.Array:
     """Multiplies by a ``[D, features]`` kernel. Only here does FP8 enter the model."""
