@@ -260,22 +260,16 @@ BOTH = (
 def compare(content: Mapping[str, Any], out: Path) -> list[dict[str, Any]]:
   """Rows of torchao's speedups, and of ours whose JSON lies beside theirs."""
   read = lambda name: output.read_json(out, name) if (out / f"{name}.json").exists() else {}
-  found = read("gemm").get("found", {})
-  names = [f"{PUBLISHED}: {layer}" for layer in GROUPS[PUBLISHED]]
+  found, names = read("gemm").get("found", {}), [f"{PUBLISHED}: {n}" for n in GROUPS[PUBLISHED]]
   whole = found.keys() >= set(names)
   ours = clock.summarize({name: found[name] for name in names}, BF16) if whole else {}
-  blocks = {"torchao": content, "flax_fp8": read("block")}
-  return [
-    {"of": BLOCK, "library": library, "variant": name, "ms": each["ms"]["median"]}
-    | {"speedup": each["speedup"]["median"]}
-    for library, document in blocks.items()
-    for name, each in document.get("found", {}).get(BLOCK, {}).items()
-  ] + [
-    {"of": LAYERS, "library": library, "variant": name, "ms": each["ms"]}
-    | {"speedup": each["geometric_mean"]}
-    for library, variants in {"torchao": content["summary"], "flax_fp8": ours}.items()
-    for name, each in variants.items()
-  ]
+  rows: list[tuple[Any, ...]] = []
+  for library, document in {"torchao": content, "flax_fp8": read("block")}.items():
+    for name, each in document.get("found", {}).get(BLOCK, {}).items():
+      rows.append((BLOCK, library, name, each["speedup"]["median"], each["ms"]["median"]))
+  for library, summary in {"torchao": content["summary"], "flax_fp8": ours}.items():
+    rows += [(LAYERS, library, name, s["geometric_mean"], s["ms"]) for name, s in summary.items()]
+  return [dict(zip(("of", "library", "variant", "speedup", "ms"), r, strict=True)) for r in rows]
 
 
 def show(content: Mapping[str, Any], out: Path, console: Console) -> None:

@@ -75,12 +75,9 @@ def bare(group: str, shapes: Mapping[str, Shape], options: Options) -> dict[str,
   """The three GEMMs of each layer of a group, in BF16 and in FP8."""
   found: dict[str, Any] = {}
   for (layer, shape), (kind, formats) in itertools.product(shapes.items(), FORMATS.items()):
-    how: dict[str, Any] = {
-      "fast": kind == "fprop",
-      "repeat": timed.steps(shape.flops // 3, options),
-    }
+    how = kind == "fprop", timed.steps(shape.flops // 3, options)
     both = {BF16: None, FP8: formats}
-    programs = {name: bare_program(shape.gemms[kind], each, **how) for name, each in both.items()}
+    programs = {name: bare_program(shape.gemms[kind], each, *how) for name, each in both.items()}
     found[f"{group}: {layer}, bare {kind}"] = programs
   return found
 
