@@ -151,6 +151,11 @@ class TestErrors:
     with pytest.raises(ValueError, match=r"check_train_step: step_fn must run.*KeyError in call 1"):
       fp8.check_train_step(step, VARIABLES, BATCH)
 
+  def test_step_takes_several_arrays(self):
+    step = lambda state, x, y: state
+    with pytest.raises(ValueError, match=r"TypeError in call 1.*\*batch\) and \(x, y\)"):
+      fp8.check_train_step(jax.jit(step), VARIABLES, BATCH)
+
   @pytest.mark.parametrize("returned", [jnp.ones(3), (jnp.ones(3), {"params": 1})])
   def test_no_state_comes_back(self, returned):
     with pytest.raises(ValueError, match=r"step_fn must return the new state.*missing: \["):

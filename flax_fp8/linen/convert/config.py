@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
@@ -216,7 +217,8 @@ class Fp8Config:
     require_module("Fp8Config.report", module)
     seen = survey(original(module), self.functions, init_args, init_kwargs)
     contractions = [row for row in seen if row.contracts]
-    self.check_matches([row.layer for row in contractions], complete=True)
+    callers = [path for row in seen for path in _callers(row.layer.refusal)]
+    self.check_matches([row.layer for row in contractions], complete=True, callers=callers)
     order = tuple(row.layer.path for row in contractions)
     self._check_skips(contractions, order)
     rows = [
@@ -276,7 +278,12 @@ class Fp8Config:
     return bool(self.skip_first or self.skip_last)
 
   def check_matches(
-    self, layers: Iterable[Layer], *, complete: bool, modules: Iterable[Layer] = ()
+    self,
+    layers: Iterable[Layer],
+    *,
+    complete: bool,
+    modules: Iterable[Layer] = (),
+    callers: Iterable[str] = (),
   ) -> None:
     """Raises ValueError if a pattern matches no layer.
 
@@ -285,6 +292,8 @@ class Fp8Config:
       complete: whether ``layers`` has all layers with all their attributes. If False, patterns that
         are functions are not checked.
       modules: other modules that ``functions`` may name.
+      callers: paths of modules that call contractions and that ``functions`` does not name. The
+        error for ``functions`` lists them.
     """
     layers = list(layers)
     paths = [layer.path for layer in layers]
@@ -301,6 +310,7 @@ class Fp8Config:
           )
     plain = ("Dense", "DenseGeneral", "Einsum")
     own = [layer.module for layer in layers if layer.is_function or layer.kind not in plain]
+    callers = [*callers, *(layer.path for layer in own)]
     own += modules
     for pattern in self.functions:
       known = complete or isinstance(pattern, (str, re.Pattern))
@@ -308,7 +318,7 @@ class Fp8Config:
         raise ValueError(
           "Fp8Config: every pattern in functions must match a module that itself calls a "
           f"contraction, such as jnp.einsum or x @ w; got {show(pattern)}, which matches none. "
-          f"Paths with contractions: {close_matches(pattern, paths)}. Name the module that makes "
+          f"Modules with such calls: {close_matches(pattern, callers)}. Name the module that makes "
           "the call, not its parent; do not name linear layers."
         )
 
@@ -322,6 +332,13 @@ class Fp8Config:
           f"{row.layer.path!r}, one program for {row.stacked} layers. Unroll the stack, or use "
           "exclude instead."
         )
+
+
+def _callers(refusal: str) -> tuple[str, ...]:
+  """Returns the paths in the advice ``functions=...`` of a refusal of the dry run."""
+  _, _, advice = refusal.partition("functions=")
+  found = ast.literal_eval(advice) if advice else ()
+  return (found,) if isinstance(found, str) else found
 
 
 def _check_exclusions(given: Any) -> tuple[Exclusion, ...]:

@@ -222,10 +222,14 @@ class Step:
     try:
       output = self._step_fn(copy(state), copy(batch))
     except Exception as error:
+      advice = "Call step_fn(state, batch) yourself to see where."
+      if isinstance(error, TypeError) and "required positional argument" in str(error):
+        advice = (
+          "For step_fn(state, x, y), pass lambda state, batch: step_fn(state, *batch) and (x, y)."
+        )
       raise ValueError(
         f"check_train_step: step_fn must run on the state and the batch; got "
-        f"{type(error).__name__} in call {self.calls}: {error} Call step_fn(state, batch) yourself "
-        "to see where."
+        f"{type(error).__name__} in call {self.calls}: {str(error).rstrip('.')}. {advice}"
       ) from error
     return self._outcome(self._new_state(output))
 
