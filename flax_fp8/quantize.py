@@ -54,8 +54,8 @@ def saturating_cast(x: jax.Array, float8: Float8, key: jax.Array | None = None) 
   Numerics:
     Rounds to nearest, ties to even, including subnormals. Values below half the smallest subnormal
     become zero, which has no sign in an FNUZ format. ±inf and overflow saturate to ±max, as in the
-    hardware's satfinite conversion. NaN stays NaN. Recipes make NaN of ±inf before this cast, so that
-    an infinity in a layer is seen; see ``quantize``.
+    hardware's satfinite conversion. NaN stays NaN. In a layer, the recipe
+    makes ±inf NaN before this cast, as described in ``quantize``.
 
     Stochastic rounding rounds up with a probability equal to the relative distance from the value
     below, in steps of ``2**-16`` of the spacing, including subnormals. The expectation is the
