@@ -37,6 +37,7 @@ from rich.console import Console
 from flax_fp8.doctor import allow_missing_cuda
 from flax_fp8.explain.target import NAMES
 from harness import output
+from harness.environment import on_cpu
 from harness.output import positive, say
 from lm import processes, runs
 from lm.config import PRESETS, TrainConfig, UsageError
@@ -50,6 +51,9 @@ from lm.train import Record, open_checkpoints, train
 
 SAME_IN_EACH_PROCESS = ("out", "export", "explain", "resume", "checkpoint_every")
 TRAINING = ("steps", "batch_size", "seed", "calibrate")
+# Seconds of a step on two CPU cores in BF16 and in FP8, and to compile and explain a run.
+CPU_SECONDS = {"micro": (0.005, 0.01), "tiny": (0.045, 0.09), "small": (0.15, 0.35)}
+COMPILE_SECONDS = 12.0
 PRECISIONS, DTYPES = ("bf16", "fp8", "both"), ("bfloat16", "float16")
 EXPLAIN = "GPU: print the whole report of each step as compiled for it; none: compile no step"
 
@@ -114,8 +118,10 @@ def folders(arguments: argparse.Namespace) -> Iterator[tuple[Run, Path]]:
 
 
 def introduce(
-  config: TrainConfig, chosen: tuple[Run, ...], corpus: Corpus, console: Console
+  arguments: argparse.Namespace, config: TrainConfig, corpus: Corpus, console: Console
 ) -> None:
+  """Says what will happen, and how long it takes on a CPU."""
+  chosen, per_step = choose_runs(arguments), CPU_SECONDS.get(arguments.preset)
   say(
     console,
     f"This trains a decoder with {config.shape.parameters:,} parameters to predict the next byte "
@@ -123,6 +129,10 @@ def introduce(
     "All runs have the same seed, batches and optimizer. So the gap between their validation "
     "losses is what FP8 changes.",
   )
+  if on_cpu() and per_step:
+    size = config.steps * config.batch_size / PRESETS[arguments.preset].batch_size
+    seconds = sum(COMPILE_SECONDS + size * per_step[recipe_of(run) is not None] for run in chosen)
+    say(console, f"On two CPU cores, this takes about {max(1, round(seconds / 60))} min.")
 
 
 def check(arguments: argparse.Namespace, config: TrainConfig, corpus: Corpus) -> None:
@@ -174,7 +184,7 @@ def compare(arguments: argparse.Namespace) -> None:
   console, devices = output.make_console(), Devices.every()
   console.quiet = not processes.speaks()
   config, corpus = configure(arguments), Corpus.read(arguments.text)
-  introduce(config, chosen, corpus, console)
+  introduce(arguments, config, corpus, console)
   check(arguments, config, corpus)
   # Before any array of the model's size is made.
   reports = explain_steps(config, chosen, arguments.explain, console)
@@ -190,7 +200,17 @@ def compare(arguments: argparse.Namespace) -> None:
   if processes.speaks():
     output.write_json(out, "results", document)
     output.save(draw(document), out, "curves")
-  say(console, f"Wrote {out / 'results.json'}, {out / 'curves.png'}")
+  suggest(arguments, console)
+
+
+def suggest(arguments: argparse.Namespace, console: Console) -> None:
+  """Says where the results are, and what to try next."""
+  out = arguments.out
+  say(console, f"Plot: {out / 'curves.png'}", f"Numbers: {out / 'results.json'}", "Next:")
+  again = f"  python benchmarks/train_lm.py --preset {arguments.preset}"
+  say(console, f"{again} --recipe all --out runs/recipes    # compares all recipes")
+  say(console, f"{again} --explain h200 --out runs/explain  # reports on the step for an H200")
+  say(console, "  docs/index.md  # guides: your own model in FP8")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -75,12 +75,14 @@ def test_it_says_what_it_does_what_came_out_and_what_is_next(finished):
   first, *_ = printed.splitlines()
   assert first.startswith("This trains a decoder with 34,976 parameters")
   assert "12 steps each of BF16, FP8 delayed." in first
+  assert "On two CPU cores, this takes about 1 min." in printed
   assert "FP8 delayed: step 12/12: loss" in printed
   table = printed[printed.index("validation loss") :]
   assert "│ BF16 " in table
   assert "│ FP8 delayed " in table
   assert "FP8 is emulated on this CPU" in table
-  assert f"Wrote {out / 'results.json'}, {out / 'curves.png'}" in table
+  assert f"Plot: {out / 'curves.png'}" in table
+  assert "--recipe all" in table
 
 
 @pytest.mark.slow
