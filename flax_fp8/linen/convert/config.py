@@ -310,16 +310,20 @@ class Fp8Config:
           )
     plain = ("Dense", "DenseGeneral", "Einsum")
     own = [layer.module for layer in layers if layer.is_function or layer.kind not in plain]
-    callers = [*callers, *(layer.path for layer in own)]
+    # A layer that this run did not execute has no kind. It may be a linear layer.
+    callers = [*callers, *(layer.path for layer in own if layer.kind)]
+    advice = "Fp8Config.report(module, *init_args) lists modules with such calls."
     own += modules
     for pattern in self.functions:
       known = complete or isinstance(pattern, (str, re.Pattern))
       if known and not any(matches(pattern, layer) for layer in own):
+        if callers:
+          advice = f"Modules with such calls: {close_matches(pattern, callers)}."
         raise ValueError(
           "Fp8Config: every pattern in functions must match a module that itself calls a "
           f"contraction, such as jnp.einsum or x @ w; got {show(pattern)}, which matches none. "
-          f"Modules with such calls: {close_matches(pattern, callers)}. Name the module that makes "
-          "the call, not its parent; do not name linear layers."
+          f"{advice} Name the module that makes the call, not its parent; do not name linear "
+          "layers."
         )
 
   def _check_skips(self, rows: Iterable[Row], order: tuple[str, ...]) -> None:
