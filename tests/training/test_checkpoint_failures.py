@@ -176,7 +176,7 @@ class TestFailures:
         print(str(error))
     """
     said = run_children(script, tmp_path / "new")
-    assert all(words.startswith("save_checkpoint: one program") for words in said if words)
+    assert all(words.startswith("save_checkpoint: only one program") for words in said if words)
     target = {f"{i}": np.zeros((512, 512)) for i in range(8)}
     got = fp8.restore_checkpoint(tmp_path / "new", target).tree
     (value,) = {float(x) for leaf in got.values() for x in np.unique(leaf)}
