@@ -18,6 +18,7 @@ from flax_fp8 import fields
 from flax_fp8.amax import amax
 from flax_fp8.capability import Needs
 from flax_fp8.contraction import Gemm, View
+from flax_fp8.formats import E5M2
 from flax_fp8.products import dot_per_tensor, scaled_matrices
 from flax_fp8.quantize import QTensor, quantize, scale_from_amax
 from flax_fp8.recipes.base import GemmKind, Role, StatefulRecipe, TensorState
@@ -114,9 +115,9 @@ class DelayedScaling(StatefulRecipe):
     margin: headroom in powers of two. The amax maps to ``fp8_max / 2**margin``.
     interval: number of steps between new scales. Amaxes are recorded at each step.
     first_step: the scale of a tensor while its history is empty. "stored" uses the stored scale,
-      which is initially 1. "current" computes it from the tensor's own amax. With "current", the
-      cast waits for the amax in every step, as in current scaling. Once histories are not empty,
-      "stored" gives the same results faster.
+      see State. "current" computes it from the tensor's own amax. With "current", the cast waits
+      for the amax in every step, as in current scaling. Once histories are not empty, "stored"
+      gives the same results faster.
     overflow: what to do if a tensor's amax exceeds the range of its scale. "saturate" clamps the
       largest values. "current" computes this step's scale from the tensor's own amax, with the
       margin, so no value saturates. With "current", the cast waits for the amax, as in current
@@ -129,7 +130,9 @@ class DelayedScaling(StatefulRecipe):
   State:
     For each of input, kernel and output_grad: ``scale``, float32 ``(1,)``, and ``amax_history``,
     float32 ``(amax_history_len,)``. Slot 0 is the newest amax, and slot 1 the oldest. If
-    ``interval`` is above 1, also ``steps_to_update``, float32 ``(1,)``.
+    ``interval`` is above 1, also ``steps_to_update``, float32 ``(1,)``. Histories are initially
+    empty, and scales are 1. For output gradients in E4M3 the scale is initially ``2**-7``, which
+    represents gradients down to ``2**-16``, as E5M2 does at scale 1.
 
   Raises:
     ValueError: ``amax_history_len`` or ``interval`` is below 1; ``amax_compute_algo``,
@@ -187,10 +190,12 @@ class DelayedScaling(StatefulRecipe):
     object.__setattr__(self, "margin", margin)
 
   def init_state(self, role: Role) -> dict[str, np.ndarray]:
-    """Returns scale 1 and an empty history."""
-    del role
+    """Returns an empty history, and the scale of the first step."""
+    first = 1.0
+    if role is Role.OUTPUT_GRAD:
+      first = min(1.0, E5M2.smallest_subnormal / self.float8(role).smallest_subnormal)
     state = {
-      "scale": np.ones((1,), np.float32),
+      "scale": np.full((1,), first, np.float32),
       "amax_history": np.zeros((self.amax_history_len,), np.float32),
     }
     if self.interval > 1:

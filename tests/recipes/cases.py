@@ -122,8 +122,9 @@ def margin(recipe: Recipe, role: Role) -> Any:
 
   def widen(x: Any) -> np.ndarray:
     x = np.abs(np.asarray(x, np.float32))
-    # Initial state has scale 1. Other scales may be up to twice the smallest possible one.
-    scale = 1.0 if recipe.init_state(role) else 2 * x.max(initial=0) / float8.max
+    # Without initial state, scales may be up to twice the smallest possible one.
+    initial = recipe.init_state(role).get("scale")
+    scale = 2 * x.max(initial=0) / float8.max if initial is None else float(initial[0])
     return x * (1 + relative) + scale * float8.smallest_subnormal * (1 if stochastic else 0.5)
 
   return widen

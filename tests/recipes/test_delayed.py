@@ -40,12 +40,25 @@ def run(recipe, role=Role.INPUT, amaxes=AMAXES):
 def test_follows_the_oracle(length, fp8_format, role):
   recipe = fp8.DelayedScaling(amax_history_len=length, fp8_format=fp8_format)
   float8 = fp8_format.backward if role is Role.OUTPUT_GRAD else fp8_format.forward
-  scale, history = 1.0, np.zeros(length)
+  is_small = fp8_format is fp8.Format.E4M3 and role is Role.OUTPUT_GRAD
+  scale, history = 2.0**-7 if is_small else 1.0, np.zeros(length)
   for amax, (got_scale, got_history) in zip(AMAXES, run(recipe, role), strict=True):
     scale = oracle.scale(history, scale, float8.name)
     history = oracle.roll(history, np.float32(amax))
     assert got_scale == pytest.approx(scale, rel=3e-7)
     np.testing.assert_array_equal(got_history, history.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+  ("name", "smallest"), [("HYBRID", 16), ("E4M3", 16), ("HYBRID_FNUZ", 17), ("E4M3_FNUZ", 16)]
+)
+def test_first_gradients_reach_as_far_down_as_e5m2(name, smallest):
+  """``2**-smallest`` is the smallest gradient of the first step, and is exact."""
+  recipe = fp8.DelayedScaling(fp8_format=getattr(fp8.Format, name))
+  x = jnp.array([2.0**-smallest, 0.49 * 2.0**-smallest])
+  (q, _), _ = recipe.quantize(x, ops.init_state(recipe)["output_grad"], Role.OUTPUT_GRAD, VIEWS)
+  values = q.data.astype(jnp.float32) * q.scale
+  np.testing.assert_array_equal(values, [2.0**-smallest, 0.0])
 
 
 def test_most_recent_forgets_at_once():
