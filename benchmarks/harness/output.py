@@ -38,10 +38,10 @@ def positive(text: str) -> int:
   return value
 
 
-def make_console() -> Console:
+def make_console(width: int = 120) -> Console:
   """A console, wide enough for tables where it is not a terminal."""
   console = Console()
-  return console if console.is_terminal else Console(width=120)
+  return console if console.is_terminal else Console(width=width)
 
 
 def say(console: Console, *lines: str) -> None:

@@ -1,0 +1,1 @@
+"""The pieces of ``convergence.py``: arms, one trial, trials side by side, statistics, report."""
