@@ -12,6 +12,7 @@ import pytest
 import convergence
 import flax_fp8 as fp8
 from lm.config import UsageError
+from lm.step import perturb
 from lm.text import Corpus
 from tests import oracle
 from trials import files
@@ -20,7 +21,7 @@ from trials.paired import MARGINS, compare, summarize, verdict
 from trials.report import draw, make_content, show
 from trials.rounding import RoundedDot, rounded
 from trials.sizes import PRESETS_OF_TRIALS, corpus_of
-from trials.trial import initializer, perturb, run_trial, spike
+from trials.trial import initializer, run_trial, spike
 
 MICRO = PRESETS_OF_TRIALS["micro"]
 RNG = np.random.default_rng(0)

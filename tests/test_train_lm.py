@@ -19,6 +19,7 @@ from flax_fp8.explain.gemms import Extent, Gemm, GemmRole
 from lm.checkpoints import new_curve
 from lm.config import PRESETS, ModelShape, UsageError
 from lm.model import fuse_params, fused_qkv, fused_swiglu
+from lm.recorded import sentences
 from lm.report import draw, find_gaps, make_document, show
 from lm.runs import label
 from lm.step import create_state, mean_loss
@@ -258,7 +259,7 @@ def test_gemms_as_the_run_promises(name, right):
     (
       "current",
       report(*OTHERS, as_bf16(MERGED[0]), *MERGED[1:], *OTHER),
-      r"the step of FP8 current must have 1\.208e\+09 FLOPs .* got 1\.",
+      r"the step of FP8 current must have 6\.04e\+08 FLOPs .* got 5\.",
     ),
     ("current-fused", report(as_bf16(FUSED[0]), *FUSED, *OTHER), "(?s)got 1 that.*layers/qkv"),
     ("bf16", report(PROJECTED[0], *OTHER), "the step of BF16 must have 0 FLOPs"),
@@ -273,7 +274,8 @@ def test_gemms_that_are_not_stop_the_benchmark(name, wrong, message):
 def record(name, loss):
   curve = new_curve() | {"train_curve": [3.0, loss], "validation_curve": [[1, 2.0], [2, loss]]}
   sizes = {"parameters": 1, "state_bytes": 1, "fp8_state_bytes": 0, "steps_per_second": 1.0}
-  return {"run": name, "validation_loss": loss, **sizes, **curve}
+  losses = {"validation_loss": loss, "training_loss": 2 * loss - 1}
+  return {"run": name, **losses, **sizes, **curve}
 
 
 @pytest.mark.parametrize("width", [40, 100])
@@ -282,6 +284,8 @@ def test_each_recipe_has_its_gap_to_the_one_bf16(width):
   ran = [record("bf16", 1.0), record("delayed", 1.01), record("mxfp8", 0.98)]
   document = make_document(ran, {}, TINY, Corpus.read(), 1)
   assert document["gap_percent"] == {"delayed": pytest.approx(1.0), "mxfp8": pytest.approx(-2.0)}
+  training = document["training_gap_percent"]
+  assert training == {"delayed": pytest.approx(2.0), "mxfp8": pytest.approx(-4.0)}
   assert find_gaps({"delayed": ran[1]}) == find_gaps({"bf16": ran[0]}) == {}
   written = io.BytesIO()
   terminal = io.TextIOWrapper(written, encoding="ascii", write_through=True)
@@ -289,7 +293,10 @@ def test_each_recipe_has_its_gap_to_the_one_bf16(width):
   printed = written.getvalue().decode()
   assert "FP8 GEMMs are not counted: " in printed
   if width == 100:
-    assert all(text in printed for text in ("FP8 delayed", "+1.00 %", "FP8 mxfp8", "-2.00 %"))
+    assert all(
+      text in printed
+      for text in ("FP8 delayed", "(+1.00 %)", "FP8 mxfp8", "(-2.00 %)", "(+2.00 %)")
+    )
   for some in (ran, ran[1:], ran[:1]):
     draw(make_document(some, {}, TINY, Corpus.read(), 1)).canvas.draw()
 
@@ -304,8 +311,9 @@ def test_each_recipe_has_its_gap_to_the_one_bf16(width):
     (["--fused", "--recipe", "delayed", "current"], ("bf16", "delayed-fused", "current-fused")),
     (["--convert", "--precision", "fp8"], ("delayed-converted",)),
     (["--fused", "--dtype", "float16"], ("bf16", "float16", "delayed-fused-float16")),
+    (["--floor"], ("bf16", "bf16-perturbed", "delayed")),
   ],
-  ids=["default", "bf16", "all", "twice", "fused", "convert", "float16"],
+  ids=["default", "bf16", "all", "twice", "fused", "convert", "float16", "floor"],
 )
 def test_the_runs_asked_for(options, runs):
   assert train_lm.choose_runs(train_lm.make_options().parse_args(options)) == runs
@@ -313,8 +321,8 @@ def test_the_runs_asked_for(options, runs):
 
 def test_names_are_parts_joined_by_hyphens():
   assert not any("-" in name for name in fp8.RECIPES)
-  names = ("bf16", "bf16-again", "float16", "delayed-fused-float16")
-  labels = ["BF16", "BF16 again", "float16", "FP8 delayed fused float16"]
+  names = ("bf16", "bf16-perturbed", "float16", "delayed-fused-float16")
+  labels = ["BF16", "BF16 perturbed", "float16", "FP8 delayed fused float16"]
   assert list(map(label, names)) == labels
 
 
@@ -342,3 +350,23 @@ def test_help_can_be_printed_on_any_terminal():
   text = train_lm.make_options().format_help()
   assert text.isascii()
   assert "--out OUT" in text
+
+
+def test_pairs_that_were_recorded_are_quoted(tmp_path):
+  """Only those of the same model, schedule and text."""
+  of = lambda mean: {"pairs": 12, "mean": mean, "interval": [mean - 0.2, mean + 0.2]}
+  arms = {
+    "bf16": {},
+    "delayed": {"compared": {"training": of(0.6), "held_out": of(0.4)}},
+    "bf16, fp8-sized": {"compared": {"training": of(0.1), "held_out": of(0.0)}},
+  }
+  content = {"config": TINY.as_dict() | {"seed": 3}, "arms": arms}
+  (tmp_path / "convergence_tiny.json").write_text(json.dumps(content))
+  quoted = lambda config: list(sentences(config, ["bf16", "bf16-perturbed", "delayed"], tmp_path))
+  assert quoted(TINY) == [
+    "Recorded over 12 seeds, BF16 perturbed against BF16: training loss +0.10 % [-0.10, +0.30], "
+    "validation loss +0.00 % [-0.20, +0.20].",
+    "Recorded over 12 seeds, FP8 delayed against BF16: training loss +0.60 % [+0.40, +0.80], "
+    "validation loss +0.40 % [+0.20, +0.60].",
+  ]
+  assert quoted(dataclasses.replace(TINY, steps=100)) == []

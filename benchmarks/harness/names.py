@@ -5,6 +5,7 @@ FLAX = "flax.linen.fp8_ops"
 RECIPES = ("delayed", "current", "rowwise", "block", "mxfp8")
 # Okabe and Ito's colors, which color-blind readers can tell apart, and a gray for the baseline.
 COLORS = {
+  "bf16-perturbed": "#999999",
   BF16: "#4d4d4d",
   FLAX: "#E69F00",
   "delayed": "#0072B2",
@@ -14,7 +15,7 @@ COLORS = {
   "mxfp8": "#CC79A7",
   "float16": "#000000",
 }
-MARKERS = dict(zip(COLORS, "osD^vPX*", strict=True))
+MARKERS = dict(zip(COLORS, ".osD^vPX*", strict=True))
 
 
 def base(name: str) -> str:

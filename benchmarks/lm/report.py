@@ -16,16 +16,16 @@ from lm.config import TrainConfig
 from lm.explain import Reports, missing_compiler
 from lm.runs import BF16, label
 from lm.text import Corpus
-from lm.train import Record
+from lm.train import LAST, Record
 
 MIB = 2**20
 SMOOTHED_PERCENT = 3  # of all steps
 EMULATED = "FP8 is emulated on this CPU: the losses are those of FP8, the steps/s are not."
 
 
-def find_gaps(runs: Mapping[str, Record]) -> dict[str, float]:
+def find_gaps(runs: Mapping[str, Record], name: str = "validation_loss") -> dict[str, float]:
   """``100 * (loss / loss of BF16 - 1)`` of each other run; empty without BF16."""
-  losses = {run: record["validation_loss"] for run, record in runs.items()}
+  losses = {run: record[name] for run, record in runs.items()}
   bf16 = losses.pop(BF16, None)
   return {run: 100.0 * (loss / bf16 - 1.0) for run, loss in losses.items()} if bf16 else {}
 
@@ -49,23 +49,27 @@ def make_document(
     "devices": devices,
     "processes": jax.process_count(),
     "gap_percent": find_gaps(runs),
+    "training_gap_percent": find_gaps(runs, "training_loss"),
     "runs": runs,
   }
 
 
 def columns(document: Mapping[str, Any]) -> tuple[Column, ...]:
-  gaps, first = document["gap_percent"], next(iter(document["runs"].values()))
+  first = next(iter(document["runs"].values()))
   counted = f"FP8 GEMMs ({first['gemms_target']})" if first["gemms"] else "FP8 GEMMs"
-  percent = lambda row: f"{gaps[row['run']]:+.2f} %" if row["run"] in gaps else ""
+
+  def loss_column(title: str, name: str, gaps: Mapping[str, float]) -> Column:
+    gap = lambda run: f" ({gaps[run]:+.2f} %)" if run in gaps else ""
+    return Column(title, lambda row: f"{row[name]:.4f}{gap(row['run'])}")
+
   count = lambda row: f"{row['fp8_gemms']}/{row['gemms']}" if row["gemms"] else "-"
   return (
     Column("", lambda row: label(row["run"]), left=True),
-    Column("validation loss", "{validation_loss:.4f}"),
-    Column("gap", percent),
+    loss_column("training loss", "training_loss", document["training_gap_percent"]),
+    loss_column("validation loss", "validation_loss", document["gap_percent"]),
     Column("steps/s", "{steps_per_second:.2f}"),
     Column(counted, count),
     Column("state", lambda row: f"{row['state_bytes'] / MIB:.2f} MiB"),
-    Column("FP8 state", lambda row: f"{row['fp8_state_bytes'] / MIB:.2f} MiB"),
   )
 
 
@@ -79,6 +83,7 @@ def show(document: Mapping[str, Any], console: Console) -> None:
     say(console, f"FP8 GEMMs are not counted: {reason}")
   if on_cpu():
     say(console, EMULATED)
+  say(console, f"Training loss: the mean of the last {LAST} steps. In brackets: the gap to BF16.")
   for row in rows:
     if "loss_scale" in row:
       scale, skipped = row["loss_scale"], row["skipped_steps"]

@@ -3,8 +3,8 @@
 ``bf16`` and ``float16`` have no FP8. A recipe's name, such as ``delayed``, has FP8 with that
 recipe. Words after it change the run: ``delayed-fused`` has fused projections,
 ``delayed-converted`` converts the BF16 model with ``fp8_linear_layers``, and ``delayed-float16``
-computes activations in float16 with loss scaling. ``bf16-again`` starts from parameters rounded to
-bfloat16. Its gap to ``bf16`` shows how far one rounding moves a run of this size.
+computes activations in float16 with loss scaling. ``bf16-perturbed`` starts from parameters that
+are changed by 2.6 %, as E4M3 rounds. Its gap to ``bf16`` shows how far chance moves a run.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ import flax_fp8 as fp8
 
 Run: TypeAlias = str
 
-BF16, BF16_AGAIN, FLOAT16 = "bf16", "bf16-again", "float16"
+BF16, FLOOR, FLOAT16 = "bf16", "bf16-perturbed", "float16"
 FUSED, CONVERTED = "fused", "converted"
 ALL = "all"
 RECIPE_CHOICES = (*fp8.RECIPES, ALL)

@@ -13,16 +13,25 @@ import flax_fp8 as fp8
 from lm.config import TrainConfig
 from lm.devices import Devices
 from lm.model import Transformer, fuse_params
-from lm.runs import BF16_AGAIN, CONVERTED, FLOAT16, FUSED, Run, has, recipe_of
+from lm.runs import CONVERTED, FLOAT16, FLOOR, FUSED, Run, has, recipe_of
 
 # Finite steps before the loss scale doubles: few, to see it happen in a short run.
 GROWTH_INTERVAL = 200
+FP8_SIZED = 0.026  # the root mean square of E4M3's relative rounding error
 
 
 class ScaledTrainState(fp8.TrainState):
   """The training state of a float16 run; ``dynamic_scale`` multiplies the loss."""
 
   dynamic_scale: fp8.DynamicScale
+
+
+def perturb(params: Any, size: float, key: jax.Array) -> Any:
+  """Makes each parameter larger or smaller by the relative ``size``, at random."""
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(key, len(leaves))
+  change = lambda x, key: x * (1.0 + size * jax.random.rademacher(key, x.shape, x.dtype))
+  return tree.unflatten([change(*pair) for pair in zip(leaves, keys, strict=True)])
 
 
 def is_kernel(tree: Any) -> Any:
@@ -67,8 +76,8 @@ def initializer(config: TrainConfig, run: Run) -> Callable[[jax.Array], fp8.Trai
     if recipe is not None and has(run, FUSED):
       separate = Transformer(config.shape).init(key, tokens)["params"]
       variables = {**variables, "params": fuse_params(separate, config.shape, recipe)}
-    if run == BF16_AGAIN:
-      variables = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), variables)
+    if run == FLOOR:
+      variables = perturb(variables, FP8_SIZED, jax.random.fold_in(key, 1))
     made: dict[str, Any] = {"apply_fn": model.apply, "params": variables, "tx": tx}
     if has(run, FLOAT16):
       scale = fp8.DynamicScale(growth_interval=GROWTH_INTERVAL)

@@ -25,6 +25,7 @@ from lm.step import ScaledTrainState, create_state, jitted_step, make_model, mea
 from lm.text import Corpus
 
 STRETCH = 10
+LAST = 300  # steps whose training loss is averaged
 Record = dict[str, Any]
 Draw = Callable[[int], jax.Array]
 Note = Callable[[str], None]
@@ -70,6 +71,7 @@ def summarize(run: Run, state: fp8.TrainState, curve: Curve) -> Record:
   record: Record = {
     "run": run,
     "validation_loss": curve["validation_curve"][-1][1],
+    "training_loss": statistics.fmean(curve["train_curve"][-LAST:]),
     "steps_per_second": statistics.median(curve["stretch_rates"]),
     "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params["params"])),
     "state_bytes": tree_bytes(state),

@@ -12,10 +12,11 @@ from typing import Any
 
 from scipy import stats
 
+from lm.train import LAST
+
 MARGINS = (0.5, 1.0)  # percent; fixed before any trial was run
 LEVEL = 0.05
 LOSSES = ("training", "held_out", "held_out_in_bf16")
-LAST = 300  # training steps whose losses are averaged
 
 Record = Mapping[str, Any]
 

@@ -10,8 +10,9 @@ from harness import names
 from harness.output import say
 from harness.plot import make_figure
 from harness.table import Column, print_table
+from lm.train import LAST
 from trials.arms import ARMS, GATES, QUESTIONS
-from trials.paired import LAST, LEVEL, MARGINS, Record, compare, losses, verdict
+from trials.paired import LEVEL, MARGINS, Record, compare, losses, verdict
 
 PANELS = {
   "training": f"training, last {LAST} steps",

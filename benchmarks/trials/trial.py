@@ -16,7 +16,7 @@ import numpy as np
 import flax_fp8 as fp8
 from harness.models import Decoder
 from lm.config import TrainConfig, UsageError
-from lm.step import mean_loss, optimizer
+from lm.step import mean_loss, optimizer, perturb
 from lm.text import Corpus
 from trials.arms import GATES, Arm
 
@@ -33,14 +33,6 @@ def plain_model(config: TrainConfig, arm: Arm | None = None) -> nn.Module:
 def make_model(config: TrainConfig, arm: Arm) -> nn.Module:
   plain = plain_model(config, arm)
   return fp8.fp8_linear_layers(plain, arm.config) if arm.config else plain
-
-
-def perturb(params: Any, size: float, key: jax.Array) -> Any:
-  """Multiplies each parameter by one plus a random number of standard deviation ``size``."""
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(key, len(leaves))
-  draw = lambda x, key: x * (1.0 + size * jax.random.rademacher(key, x.shape, x.dtype))
-  return tree.unflatten([draw(*pair) for pair in zip(leaves, keys, strict=True)])
 
 
 @functools.cache
