@@ -56,7 +56,7 @@ from lm.train import Record, open_checkpoints, train
 SAME_IN_EACH_PROCESS = ("out", "export", "explain", "resume", "checkpoint_every")
 TRAINING = ("steps", "batch_size", "seed", "calibrate")
 # Seconds of a step on two CPU cores in BF16 and in FP8, and to compile and explain a run.
-CPU_SECONDS = {"micro": (0.005, 0.01), "tiny": (0.045, 0.09), "small": (0.15, 0.35)}
+CPU_SECONDS = {"micro": (0.005, 0.01), "tiny": (0.015, 0.05), "small": (0.15, 0.35)}
 COMPILE_SECONDS = 12.0
 PRECISIONS, DTYPES = ("bf16", "fp8", "both"), ("bfloat16", "float16")
 EXPLAIN = "GPU: print the whole report of each step as compiled for it; none: compile no step"
@@ -216,6 +216,7 @@ def suggest(arguments: argparse.Namespace, console: Console) -> None:
   say(console, f"Plot: {out / 'curves.png'}", f"Numbers: {out / 'results.json'}", "Next:")
   again = f"  python benchmarks/train_lm.py --preset {arguments.preset}"
   say(console, f"{again} --recipe all --out runs/recipes    # compares all recipes")
+  say(console, "  python benchmarks/convergence.py  # many seeds: the mean gap, with its interval")
   say(console, f"{again} --explain h200 --out runs/explain  # reports on the step for an H200")
   say(console, "  docs/index.md  # guides: your own model in FP8")
 
