@@ -73,6 +73,15 @@ def training(*options: str) -> Script:
   return Script(name="train_lm", command=(str(HERE / "train_lm.py"), *options, *fixed), seconds=170)
 
 
+def trials(*options: str) -> Script:
+  """The benchmark that compares the losses of many seeds; alone, it needs ten minutes."""
+  command = (str(HERE / "convergence.py"), "--out", "{out}", *options)
+  return Script(name="convergence_gpu", command=command, seconds=590)
+
+
+PAIRS = ("--preset", "gpu", "--arms", "bf16, fp8-sized", "delayed", "--seeds", "4")
+TINY_PAIRS = ("--preset", "micro", "--arms", "delayed", "--steps", "16", "--seeds", "1")
+
 SCRIPTS = (
   benchmark("card", 50),
   TESTS,
@@ -86,6 +95,7 @@ SCRIPTS = (
   block_with("block_default_flags", ""),
   block_with("block_latency_hiding", f"{NO_TRITON} --xla_gpu_enable_latency_hiding_scheduler=true"),
   block_with("block_without_command_buffers", f"{NO_TRITON} --xla_gpu_enable_command_buffer="),
+  trials(*PAIRS),
 )
 
 
@@ -93,6 +103,8 @@ def tiny(script: Script) -> Script:
   """The same in small, on any device, to test the script; the tests stay as they are."""
   if script.name == "train_lm":
     return training(*TINY_TRAIN)
+  if script.name == "convergence_gpu":
+    return trials(*TINY_PAIRS, "--jobs", "1")
   rounds = () if script.name == "against_torchao" else ("--rounds", "2", "--repeat", "2")
   added = () if script is TESTS else ("--tiny", *rounds)
   return dataclasses.replace(script, command=(*script.command, *added), environment={})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,15 @@ import pytest
 
 import convergence
 import flax_fp8 as fp8
+import lm.explain
 from lm.config import UsageError
 from lm.step import perturb
 from lm.text import Corpus
 from tests import oracle
-from trials import files
+from trials import files, proof
 from trials.arms import ARMS, GATES, QUESTIONS, Arm
 from trials.paired import MARGINS, compare, summarize, verdict
+from trials.proof import explain_arm
 from trials.report import draw, make_content, show
 from trials.rounding import RoundedDot, rounded
 from trials.sizes import PRESETS_OF_TRIALS, corpus_of
@@ -234,3 +237,20 @@ def test_the_gpu_preset():
   config = dataclasses.replace(config, batch_size=1)
   variables, _ = jax.eval_shape(initializer(config, ARMS["delayed"]), jax.random.key(0))
   assert fp8.OVERWRITE_WITH_GRADIENT in variables
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(lm.explain.missing_compiler() is not None, reason="needs the GPU compiler")
+def test_the_projections_of_an_arm_are_fp8():
+  report = explain_arm(MICRO, ARMS["delayed"], "h100")
+  assert 57 * report.fp8_gemms == 42 * report.total_gemms > 0
+
+
+@pytest.mark.parametrize(("arm", "found"), [("delayed", 0), ("bf16", 3), ("flax.linen.fp8_ops", 0)])
+def test_an_arm_with_the_wrong_gemms_is_not_trained(monkeypatch, arm, found):
+  report = SimpleNamespace(fp8_gemms=found, total_gemms=57, device_kind="H100")
+  monkeypatch.setattr(proof, "explain_arm", lambda *_: report)
+  with pytest.raises(AssertionError, match=rf"arm '{arm}' must have \w+ FP8 .*; got {found} of 57"):
+    proof.count_fp8_gemms(MICRO, ARMS[arm])
+  report.fp8_gemms = 42 - report.fp8_gemms if arm != "bf16" else 0
+  assert proof.count_fp8_gemms(MICRO, ARMS[arm]) == f"{report.fp8_gemms} of 57 GEMMs are FP8"

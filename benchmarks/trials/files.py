@@ -16,11 +16,13 @@ from typing import Any
 
 import jax
 
+from harness.environment import on_cpu
 from harness.output import write_text
 from lm.checkpoints import require_identity
 from lm.config import TrainConfig
 from lm.text import Corpus
 from trials.arms import Arm
+from trials.proof import count_fp8_gemms
 from trials.trial import Record, run_trial
 
 Note = Callable[[str], None]
@@ -49,13 +51,14 @@ def missing(folder: Path, arm: Arm, seeds: Iterable[int]) -> list[int]:
 def train_arm(
   config: TrainConfig, arm: Arm, corpus: Corpus, seeds: Sequence[int], folder: Path
 ) -> str:
-  """Trains one arm with some seeds and writes a file for each."""
+  """Trains one arm with some seeds, writes a file for each, and says what it did."""
   identity = identify(config, corpus)
+  proof = "" if on_cpu() else f"; {count_fp8_gemms(config, arm)}"
   for seed in seeds:
     record = run_trial(dataclasses.replace(config, seed=seed), arm, corpus)
     content = {"identity": identity} | record
     write_text(path_of(folder, arm.name, seed), json.dumps(content) + "\n")
-  return f"{arm.name}: trained with seeds {', '.join(map(str, seeds))}"
+  return f"{arm.name}: trained with seeds {', '.join(map(str, seeds))}{proof}"
 
 
 def sweep(

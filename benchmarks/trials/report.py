@@ -48,7 +48,10 @@ def make_content(trials: Mapping[str, Mapping[int, Record]]) -> dict[str, Any]:
     arms[name] = {"base": base, "trials": short}
     if name != base and own.keys() & trials.get(base, {}).keys():
       arms[name]["compared"] = compare(own, trials[base])
-  return {"margins": MARGINS, "level": LEVEL, "last_steps": LAST, "gates": GATES, "arms": arms}
+  of = {name: arm["compared"]["training"] for name, arm in arms.items() if "compared" in arm}
+  summary = {f"{label(name)}, % above BF16 in training": each["mean"] for name, each in of.items()}
+  rules = {"margins": MARGINS, "level": LEVEL, "last_steps": LAST, "gates": GATES}
+  return rules | {"summary": summary, "arms": arms}
 
 
 def compared(content: Mapping[str, Any]) -> dict[str, Any]:
