@@ -39,9 +39,10 @@ class Corpus:
   def of_standard_library(cls) -> "Corpus":
     """Reads the source of Python's standard library, about 11 MB, in the order of its paths."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = [path for path in root.rglob("*.py") if not LEFT_OUT.intersection(path.parts)]
-    by_name = sorted(files, key=lambda path: path.relative_to(root).as_posix())
-    return cls.split("Python's standard library", b"\n".join(map(Path.read_bytes, by_name)))
+    names = [path.relative_to(root) for path in root.rglob("*.py")]
+    chosen = sorted(name.as_posix() for name in names if not LEFT_OUT.intersection(name.parts))
+    text = b"\n".join((root / name).read_bytes() for name in chosen)
+    return cls.split("Python's standard library", text)
 
   @classmethod
   def split(cls, name: str, text: bytes) -> "Corpus":
