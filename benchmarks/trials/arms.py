@@ -79,9 +79,7 @@ LAYERS = (
 REMEDIES = (
   fp8_arm("delayed, first eighth in BF16", DELAYED, gates=range(GATES // 8, GATES)),
   fp8_arm("delayed, last eighth in BF16", DELAYED, gates=range(GATES - GATES // 8)),
-  fp8_arm("delayed, stochastic gradients", delayed(grad_rounding="stochastic")),
   fp8_arm("delayed, gradients in E4M3", delayed(fp8_format=fp8.Format.E4M3)),
-  fp8_arm("delayed, first step current", delayed(first_step="current")),
   Arm(
     name="bf16, kernels stochastic",
     dot_general_cls=functools.partial(RoundedDot, kernels="stochastic"),
