@@ -25,6 +25,7 @@ TITLES = {
   "layers": "Which layers should stay in BF16?",
   "remedies": "What changes the gap?",
 }
+LIMITS = (-3.0, 5.0)  # percent, of the plot
 FIGURES = 6  # of a loss in JSON; a trial's own file has all
 
 
@@ -134,8 +135,10 @@ def draw_panel(axes: Any, arms: Mapping[str, Any], loss: str) -> None:
     low, high = each[loss].get("interval", [each[loss]["mean"]] * 2)
     axes.plot([low, high], [place, place], "-", color="black", linewidth=2)
     axes.plot(each[loss]["mean"], place, "|", color="black", markersize=12)
-  # A control can be far off. Its place at the edge says so, and the table has its figure.
-  axes.set_xlim(-3, 5)
+    if each[loss]["mean"] > LIMITS[1]:  # a control
+      axes.text(LIMITS[1], place, f"{each[loss]['mean']:+.0f} % →", ha="right", va="center")
+  axes.set_xlim(*LIMITS)
+  axes.set_ylim(len(arms) - 0.4, -0.6)
   axes.set_title(PANELS[loss], fontsize="small")
   axes.set_xlabel("loss above BF16, %")
 
@@ -149,5 +152,4 @@ def draw(content: Mapping[str, Any]) -> Any:
   for axes, loss in zip(panels, PANELS, strict=True):
     draw_panel(axes, arms, loss)
   panels[0].set_yticks(range(len(arms)), map(label, arms), fontsize="small")
-  panels[0].invert_yaxis()
   return figure
