@@ -203,7 +203,7 @@ def compare(arguments: argparse.Namespace) -> None:
   if whole:
     document["explain"] = {run: report.to_dict() for run, report in whole.items()}
   show(document, console)
-  say(console, *recorded.sentences(config, chosen))
+  say(console, *recorded.sentences(config, corpus.name, chosen))
   if processes.speaks():
     output.write_json(out, "results", document)
     output.save(draw(document), out, "curves")

@@ -240,7 +240,9 @@ def test_the_gpu_preset():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(lm.explain.missing_compiler() is not None, reason="needs the GPU compiler")
+@pytest.mark.skipif(
+  lm.explain.missing_compiler() is not None, reason="JAX's GPU compiler supports only Linux"
+)
 def test_the_projections_of_an_arm_are_fp8():
   report = explain_arm(MICRO, ARMS["delayed"], "h100")
   assert 57 * report.fp8_gemms == 42 * report.total_gemms > 0

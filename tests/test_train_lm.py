@@ -360,13 +360,14 @@ def test_pairs_that_were_recorded_are_quoted(tmp_path):
     "delayed": {"compared": {"training": of(0.6), "held_out": of(0.4)}},
     "bf16, fp8-sized": {"compared": {"training": of(0.1), "held_out": of(0.0)}},
   }
-  content = {"config": TINY.as_dict() | {"seed": 3}, "arms": arms}
+  content = {"config": TINY.as_dict() | {"seed": 3}, "text": {"name": "a"}, "arms": arms}
   (tmp_path / "convergence_tiny.json").write_text(json.dumps(content))
-  quoted = lambda config: list(sentences(config, ["bf16", "bf16-perturbed", "delayed"], tmp_path))
+  runs = ["bf16", "bf16-perturbed", "delayed"]
+  quoted = lambda config, text="a": list(sentences(config, text, runs, tmp_path))
   assert quoted(TINY) == [
     "Recorded over 12 seeds, BF16 perturbed against BF16: training loss +0.10 % [-0.10, +0.30], "
     "validation loss +0.00 % [-0.20, +0.20].",
     "Recorded over 12 seeds, FP8 delayed against BF16: training loss +0.60 % [+0.40, +0.80], "
     "validation loss +0.40 % [+0.20, +0.60].",
   ]
-  assert quoted(dataclasses.replace(TINY, steps=100)) == []
+  assert quoted(dataclasses.replace(TINY, steps=100)) == quoted(TINY, "b") == []

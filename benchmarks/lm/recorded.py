@@ -14,12 +14,13 @@ OTHER = {"seed", "validate_every", "validation_batches", "remat", "attention"}
 ARMS = {FLOOR: "bf16, fp8-sized"}  # names there that differ from names here
 
 
-def find(config: TrainConfig, folder: Path = RESULTS) -> dict[str, Any]:
-  """The comparisons of arms with BF16 that were made with this configuration; empty if none."""
+def find(config: TrainConfig, text: str, folder: Path) -> dict[str, Any]:
+  """The comparisons with BF16 of this configuration and name of a text; empty if none."""
   asked = {key: value for key, value in config.as_dict().items() if key not in OTHER}
   for path in sorted(folder.glob("convergence_*.json")):
     content = json.loads(path.read_text())
-    if {key: value for key, value in content["config"].items() if key not in OTHER} == asked:
+    made = {key: value for key, value in content["config"].items() if key not in OTHER}
+    if made == asked and content["text"]["name"] == text:
       arms = content["arms"]
       return {name: arm["compared"] for name, arm in arms.items() if "compared" in arm}
   return {}
@@ -30,9 +31,11 @@ def percent(of: Mapping[str, Any]) -> str:
   return f"{of['mean']:+.2f} % [{low:+.2f}, {high:+.2f}]"
 
 
-def sentences(config: TrainConfig, runs: Iterable[Run], folder: Path = RESULTS) -> Iterator[str]:
+def sentences(
+  config: TrainConfig, text: str, runs: Iterable[Run], folder: Path = RESULTS
+) -> Iterator[str]:
   """One sentence for each run that was compared before, with 95 % intervals."""
-  found = find(config, folder)
+  found = find(config, text, folder)
   for run in runs:
     if of := found.get(ARMS.get(run, run)):
       training, held_out = percent(of["training"]), percent(of["held_out"])

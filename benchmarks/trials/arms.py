@@ -36,7 +36,6 @@ def fp8_arm(name: str, recipe: fp8.Recipe, *, exclude: Any = (), **named: Any) -
 
 
 DELAYED = fp8.DelayedScaling()
-delayed = functools.partial(fp8.DelayedScaling)
 E5M2 = fp8.Format(formats.E5M2, formats.E5M2)
 ONE_ULP = 2.0**-23
 
@@ -52,17 +51,17 @@ RECIPES = tuple(fp8_arm(name, fp8.get_recipe(name)) for name in fp8.RECIPES)
 FLAX = Arm(name="flax.linen.fp8_ops", dot_general_cls=flax_fp8_ops.Fp8DotGeneral)
 CONTROLS = (
   fp8_arm("delayed, scales 1", DELAYED, keep_state=False),
-  fp8_arm("delayed, E5M2 forward", delayed(fp8_format=E5M2)),
+  fp8_arm("delayed, E5M2 forward", fp8.DelayedScaling(fp8_format=E5M2)),
   fp8_arm(
     "delayed, most recent, spikes",
-    delayed(amax_compute_algo="most_recent"),
+    fp8.DelayedScaling(amax_compute_algo="most_recent"),
     spikes=True,
     base=SPIKES.name,
   ),
 )
 PARTS = (
-  fp8_arm("delayed, fprop alone", delayed(high_precision=("dgrad", "wgrad"))),
-  fp8_arm("delayed, backward alone", delayed(high_precision=("fprop",))),
+  fp8_arm("delayed, fprop alone", fp8.DelayedScaling(high_precision=("dgrad", "wgrad"))),
+  fp8_arm("delayed, backward alone", fp8.DelayedScaling(high_precision=("fprop",))),
   Arm(
     name="bf16, kernels rounded", dot_general_cls=functools.partial(RoundedDot, kernels="nearest")
   ),
@@ -79,7 +78,7 @@ LAYERS = (
 REMEDIES = (
   fp8_arm("delayed, first eighth in BF16", DELAYED, gates=range(GATES // 8, GATES)),
   fp8_arm("delayed, last eighth in BF16", DELAYED, gates=range(GATES - GATES // 8)),
-  fp8_arm("delayed, gradients in E4M3", delayed(fp8_format=fp8.Format.E4M3)),
+  fp8_arm("delayed, gradients in E4M3", fp8.DelayedScaling(fp8_format=fp8.Format.E4M3)),
   Arm(
     name="bf16, kernels stochastic",
     dot_general_cls=functools.partial(RoundedDot, kernels="stochastic"),

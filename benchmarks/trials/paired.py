@@ -2,8 +2,8 @@
 
 ``gap = 100 * (loss / loss of BF16 - 1)``, in percent. Interval and test are Student's, for the mean
 of the gaps. Equivalence is shown by two one-sided tests (TOST): the mean is above ``-margin`` and
-below ``+margin``, each at level 5 %. A small sample cannot be equivalent by chance alone: without
-enough pairs, neither a difference nor equivalence is shown.
+below ``+margin``, each at level 5 %. Too few pairs show
+neither a difference nor equivalence.
 """
 
 import statistics
