@@ -51,8 +51,11 @@ def largest_magnitude(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.
   """
 
   def of_values(x: jax.Array) -> jax.Array:
-    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=axes is not None, initial=0)
-    return largest.astype(jnp.float32)
+    over = tuple(range(x.ndim)) if axes is None else axes
+    largest = lax.reduce_max(jnp.abs(x).astype(jnp.float32), over)
+    # The barrier keeps what follows out of the reduction's last kernel, which has few threads.
+    largest = jnp.maximum(lax.optimization_barrier(largest), 0.0)
+    return largest if axes is None else jnp.expand_dims(largest, axes)
 
   def of_bits(x: jax.Array) -> jax.Array:
     bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) & np.int32(0x7FFFFFFF)

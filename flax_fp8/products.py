@@ -187,20 +187,24 @@ def dot_per_row(
     lhs: left operand. The scale has the operand's rank and size 1 along the contracted axes.
     rhs: right operand; same layout as ``lhs``.
     gemm: dimension numbers, and the transposition of the result.
-    dtype: dtype of the result. The product is scaled in float32 before the cast.
+    dtype: dtype of the result.
     fast_accumulation: as for ``dot_per_tensor``.
 
   Returns:
     The product in ``dtype``.
+
+  Numerics:
+    Sums are scaled in float32 and rounded to ``dtype``. Those of a large bfloat16 product are
+    rounded before that too. With scales that are powers of two, this changes no result.
   """
   dims, sharding = gemm.dimension_numbers, gemm.dot_sharding
-  out = _dot(lhs.data, rhs.data, dims, jnp.float32, fast_accumulation, sharding)
+  is_large = _at_least(math.prod(gemm.shape), _LARGE)
+  sums = dtype if is_large and dtype == jnp.bfloat16 else jnp.float32  # float16 might overflow
+  out = _dot(lhs.data, rhs.data, dims, sums, fast_accumulation, sharding)
   n_batch, n_lhs = len(gemm.lhs.batch), len(gemm.lhs.kept)
   lhs_axes = tuple(range(n_batch + n_lhs))
   rhs_axes = (*range(n_batch), *range(n_batch + n_lhs, out.ndim))
-  along = lambda scale, axes: lax.broadcast_in_dim(
-    scale, out.shape, axes, out_sharding=gemm.dot_sharding
-  )
+  along = lambda scale, axes: lax.broadcast_in_dim(scale, out.shape, axes, out_sharding=sharding)
   lhs_scale = along(_without_contracted(lhs.scale, gemm.lhs), lhs_axes)
   rhs_scale = along(_without_contracted(rhs.scale, gemm.rhs), rhs_axes)
   scaled = dequantize_product(out, lhs_scale, rhs_scale, dtype)
@@ -365,9 +369,7 @@ def _microscaled(dtype: Any) -> Callable[[QTensor, QTensor], jax.Array]:
       out = multiply(*jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (lhs, rhs)))
       return out.reshape(-1, lhs.data.shape[1], *out.shape[1:]), True
     mapped = lhs if lhs_mapped else rhs
-    stacked = jax.tree.map(
-      _stack_rows, mapped
-    )  # multiplies all rows with the unmapped operand at once
+    stacked = jax.tree.map(_stack_rows, mapped)  # multiplies the unmapped operand once
     out = multiply(stacked, rhs) if lhs_mapped else multiply(lhs, stacked)
     size, batch, rows = mapped.data.shape[:3]
     if lhs_mapped:
@@ -381,10 +383,8 @@ def _map_alike(x: QTensor, mapped: QTensor, size: int) -> tuple[QTensor, bool]:
   """Maps both data and scale if one is mapped. Stochastic rounding with mapped keys maps data."""
   if mapped.data == mapped.scale:
     return x, bool(mapped.data)
-  repeat = lambda leaf, is_mapped: (
-    leaf if is_mapped else jnp.broadcast_to(leaf, (size, *leaf.shape))
-  )
-  return jax.tree.map(repeat, x, mapped), True
+  widen = lambda leaf: jnp.broadcast_to(leaf, (size, *leaf.shape))
+  return jax.tree.map(lambda leaf, own: leaf if own else widen(leaf), x, mapped), True
 
 
 def _stack_rows(mapped: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+from jax import lax
 
 from flax_fp8.capability import Needs
 from flax_fp8.contraction import Gemm, View
@@ -63,6 +64,8 @@ class Float8CurrentScaling(StatelessRecipe):
     float8 = self.float8(role)
     scale, inverse = current_scale(x, float8, power_of_two=self.power_of_two)
     q = quantize(x, scale, float8, inverse, key)
+    # XLA's kernel that casts and transposes is slower than a cast and a transposition of FP8 data.
+    q = QTensor(lax.optimization_barrier(q.data), q.scale)
     return q, q
 
   def in_matrices(self, q: QTensor, view: View) -> QTensor:

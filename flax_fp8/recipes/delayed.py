@@ -41,8 +41,6 @@ def roll_history(history: jax.Array, newest: jax.Array) -> jax.Array:
   Returns:
     The history for the next step; shape of ``history``.
   """
-  # Without the barrier, XLA moves the end of the reduction into the kernel below, in one thread.
-  newest = lax.optimization_barrier(newest)
   seen = jnp.where(jnp.isfinite(newest), newest, 0.0).reshape(1)
   return jnp.concatenate([seen, history[2:], history[:1]])[: history.shape[0]]
 
@@ -218,12 +216,11 @@ class DelayedScaling(StatefulRecipe):
     seen = amax(x, state) if waits or observed else None
     scale, inverse = self._scale(state, seen if waits else None, role)
     q = quantize(x, scale.reshape(()), self.float8(role), inverse.reshape(()), key, stale=True)
+    # With the barrier, one kernel casts and computes the amax, and another transposes FP8 data.
+    # Without it, XLA casts and transposes at once, which is slower, and reads the tensor again.
+    q = QTensor(lax.optimization_barrier(q.data), q.scale)
     if seen is None:
       return (q, q), state
-    if not waits:
-      # One kernel casts and computes the amax. Without the barrier, XLA emits a kernel that casts
-      # and transposes, and reads the tensor again for the amax.
-      q = QTensor(lax.optimization_barrier(q.data), q.scale)
     return (q, q), self._record(state, scale, seen)
 
   def _record(self, state: TensorState, scale: jax.Array, seen: jax.Array) -> TensorState:

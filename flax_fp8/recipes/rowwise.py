@@ -43,8 +43,10 @@ class Float8RowwiseScaling(StatelessRecipe):
 
   Numerics:
     A row of zeros has scale 1. A row with a NaN or an infinity has scale NaN, and all results that
-    sum over it are NaN. Under ``shard_map`` rows are those of one device's part. Under ``jit`` with
-    shardings rows are those of the whole array. All sizes are supported.
+    sum over it are NaN. The sums of a large bfloat16 product are rounded to bfloat16 before and
+    after they are scaled. With ``power_of_two`` the first rounding changes nothing. Under
+    ``shard_map`` rows are those of one device's part. Under ``jit`` with shardings rows are those
+    of the whole array. All sizes are supported.
 
   Example:
     >>> import flax.linen as nn
