@@ -1,6 +1,7 @@
 """The benchmark of layers in small, and what it shares with the others that time a GPU."""
 
 import dataclasses
+import importlib
 import itertools
 import json
 import sys
@@ -18,7 +19,6 @@ import gemm
 import kernel_times
 import step
 from flax_fp8.explain import roofline
-from flax_fp8.explain.compile import compile_for
 from flax_fp8.explain.target import GpuTarget
 from flax_fp8.explain.traffic import KernelClass
 from harness import clock, compiling, output, programs, timed
@@ -209,12 +209,28 @@ def test_each_step_goes_on_from_the_last_ones_state():
   assert all(np.count_nonzero(history) == REPEAT for history in histories)
 
 
-def test_what_is_compiled_to_be_read_is_what_runs():
-  program = layer(BF16, shape=Shape(16, 16, 32))
-  kept = compiling.Kept(program.fn)
-  compile_for(jax.devices()[0], kept, program.shapes)
+@pytest.fixture
+def cpu_as_gpu(monkeypatch):
+  """What scripts do on a GPU, with this CPU in its place."""
+  compile_module = importlib.import_module("flax_fp8.explain.compile")
+  monkeypatch.setattr(compile_module, "_attached_gpu", lambda: jax.devices()[0])
+  for module in (compiling, kernel_times):
+    monkeypatch.setattr(module, "on_gpu", lambda: True)
+
+
+def test_what_is_compiled_to_be_read_is_what_runs(cpu_as_gpu):
+  program = layer("delayed", shape=Shape(16, 16, 32))
+  ready = compiling.prepare("delayed", program)
   arguments = programs.Arrays().fill(program.shapes)
-  jax.tree.map(np.testing.assert_array_equal, kept.compiled(*arguments), program.fn(*arguments))
+  jax.tree.map(np.testing.assert_array_equal, ready.run(*arguments), program.fn(*arguments))
+  assert ready.figures["gemms"] == 3
+
+
+def test_kernel_times_explains_what_it_traces(cpu_as_gpu):
+  program = layer("delayed", shape=Shape(16, 16, 32))
+  report, kept = kernel_times.compile_program("delayed", program)
+  assert report.kernels
+  assert kept.compiled
 
 
 def test_variants_share_their_parameters():

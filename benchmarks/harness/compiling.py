@@ -26,6 +26,9 @@ class Kept:
     self._lowered: Any = None
     self.compiled: Any = None
 
+  def __call__(self, *args: Any) -> Any:
+    return self._jitted(*args)
+
   def lower(self, *args: Any) -> "Kept":
     self._lowered = self._jitted.lower(*args)
     return self
