@@ -26,7 +26,7 @@ from harness.names import BF16
 from harness.options import Options, on_gpu
 from harness.programs import Arrays, Program
 from harness.sizes import LLAMA, TINY_LLAMA, block_flops
-from harness.variants import VARIANTS
+from harness.variants import VARIANTS, Variant
 from lm.model import ModelShape, Transformer
 from lm.step import mean_loss
 
@@ -44,10 +44,12 @@ def first_state(shape: ModelShape, name: str, length: int) -> fp8.TrainState:
   return state.replace(step=jnp.zeros((), jnp.int32))
 
 
-def train_step(name: str, state: fp8.TrainState, windows: jax.Array) -> fp8.TrainState:
+def train_step(
+  variant: Variant, apply: Any, state: fp8.TrainState, windows: jax.Array
+) -> fp8.TrainState:
   """One step; Flax's own ops do not know the dtype that ``fp8.grad`` casts to."""
-  grad = jax.grad if VARIANTS[name].flax else fp8.grad
-  loss = lambda variables: mean_loss(state.apply_fn, variables, windows)
+  grad = jax.grad if variant.flax else fp8.grad
+  loss = lambda variables: mean_loss(apply, variables, windows)
   return state.apply_gradients(grads=grad(loss)(state.params))
 
 
@@ -55,11 +57,13 @@ def program(shape: ModelShape, name: str, length: int, repeat: int) -> Program:
   """A loop of steps; the state goes in as a tree of arrays, by the names of its fields."""
   state = jax.eval_shape(lambda: first_state(shape, name, length))
   windows = jax.ShapeDtypeStruct((1, length + 1), jnp.int32)
+  variant = VARIANTS[name]
+  apply = Transformer(shape, variant.dot_general_cls).apply
   loop = lambda state, windows: lax.fori_loop(
-    0, repeat, lambda _, last: train_step(name, last, windows), state
+    0, repeat, lambda _, last: train_step(variant, apply, last, windows), state
   )
   flops = block_flops(shape, length) * shape.layers
-  how: Any = {"is_fp8": VARIANTS[name].is_fp8, "tokens": length, "bf16_modules": ("head",)}
+  how: Any = {"is_fp8": variant.is_fp8, "tokens": length, "bf16_modules": ("head",)}
   return Program(jax.jit(loop), (state, windows), repeat, flops, **how)
 
 
