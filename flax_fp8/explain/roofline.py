@@ -10,7 +10,7 @@ adds the cost of each launch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from flax_fp8.explain.collectives import Collective
 from flax_fp8.explain.hlo import bits
@@ -22,11 +22,13 @@ from flax_fp8.explain.traffic import Kernel, KernelClass
 SUSTAINED = {"fp8": 0.66, "bf16": 0.71, "tf32": 0.71}
 SUSTAINED_MEMORY = 0.80
 LAUNCH_SECONDS = 3e-6
+# The same for cuDNN's attention, of 8,192 causal tokens, forward and backward.
+SUSTAINED_ATTENTION = dict.fromkeys(SUSTAINED, 0.48)
 
 
-def sustained(target: GpuTarget) -> GpuTarget:
+def sustained(target: GpuTarget, fractions: Mapping[str, float] = SUSTAINED) -> GpuTarget:
   """Returns the same GPU with sustained instead of peak rates."""
-  rates = {dtype: SUSTAINED[dtype] * rate for dtype, rate in target.peak_flops.items()}
+  rates = {dtype: fractions[dtype] * rate for dtype, rate in target.peak_flops.items()}
   bandwidth = SUSTAINED_MEMORY * target.memory_bandwidth
   return dataclasses.replace(target, peak_flops=rates, memory_bandwidth=bandwidth)
 
@@ -35,8 +37,9 @@ def estimate(
   kernels: Sequence[Kernel], collectives: Sequence[Collective], target: GpuTarget
 ) -> float:
   """Returns the estimated seconds of a step: kernels at sustained rates, launches, collectives."""
-  likely = sustained(target)
-  seconds = sum(kernel_seconds(each, likely) + LAUNCH_SECONDS * each.times for each in kernels)
+  likely, in_attention = sustained(target), sustained(target, SUSTAINED_ATTENTION)
+  rates = lambda kernel: in_attention if kernel.kind is KernelClass.LIBRARY else likely
+  seconds = sum(kernel_seconds(each, rates(each)) + LAUNCH_SECONDS * each.times for each in kernels)
   return seconds + sum(collective_seconds(each, target) for each in collectives)
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import enum
 from collections.abc import Iterator, Sequence
 
-from flax_fp8.explain import gemms
+from flax_fp8.explain import attention, gemms
 from flax_fp8.explain.collectives import KINDS as COLLECTIVES
 from flax_fp8.explain.gemms import Site
 from flax_fp8.explain.hlo import (
@@ -85,7 +85,10 @@ def _kernel(module: Module, launch: Launch, sites: list[Site]) -> Kernel:
   read, written = _traffic(module, instruction, is_gemm=bool(sites))
   if not sites:
     kind, what = _classify(module, instruction)
-    return Kernel(instruction.name, kind, launch.times, read, written, what=what)
+    flops = attention.flops(module, instruction)
+    operand = module.operands(instruction)[0].array.dtype if flops else ""
+    moved = (launch.times, read, written)
+    return Kernel(instruction.name, kind, *moved, flops=flops, operand=operand, what=what)
   operands = [operand for site in sites for operand in gemms.operand_arrays(module, site)]
   fp8 = all(gemms.is_fp8(module, site) for site in sites)
   return Kernel(
