@@ -63,7 +63,7 @@ PYTEST = "-m pytest -q -n 8 -p no:cacheprovider -p no:benchmark tests/gpu"
 TESTS = Script(
   name="tests", command=tuple(PYTEST.split()), seconds=90, environment=SHARED, flags=""
 )
-TRAIN = ("--preset", "h200", "--remat", "--steps", "120")  # a billion parameters, for a minute
+TRAIN = ("--preset", "h200", "--steps", "120")  # a billion parameters, for a minute
 TINY_TRAIN = ("--preset", "micro", "--steps", "20", "--explain", "none")
 
 

@@ -3,13 +3,14 @@
     python benchmarks/train_lm.py                      # both, on two CPU cores, in two minutes
     python benchmarks/train_lm.py --floor              # and BF16 from slightly other parameters
     python benchmarks/train_lm.py --recipe all         # BF16 once, and FP8 with every recipe
-    python benchmarks/train_lm.py --preset h200 --text corpus.txt
+    python benchmarks/train_lm.py --preset h200        # a billion parameters, on a GPU
     python benchmarks/train_lm.py --fused              # FP8 with one GEMM of q, k, v; of gate, up
     python benchmarks/train_lm.py --dtype float16      # BF16, float16, and FP8 in float16
     python benchmarks/train_lm.py --convert --calibrate 4 --export served
     python benchmarks/train_lm.py --explain h200       # reports on the step as compiled for an H200
 
-A Llama-like decoder learns Python's language reference byte by byte, in BF16 and in FP8. All runs
+A Llama-like decoder learns Python's language reference byte by byte, in BF16 and in FP8. With
+``--preset h200`` it learns the source of Python's standard library, which is larger. All runs
 have the same seed, batches and optimizer. The models differ in one argument, ``dot_general_cls``.
 With ``--fused``, FP8 runs have fused projections, which start from the same parameters. With
 ``--convert``, FP8 runs convert the BF16 model. With ``--dtype float16``, FP8 runs compute in
@@ -82,7 +83,7 @@ def make_options() -> argparse.ArgumentParser:
   add("--dtype", choices=DTYPES, default="bfloat16", help="of activations; default: bfloat16")
   add("--calibrate", type=int, help="training batches that calibrate FP8 state before step 0")
   add("--preset", choices=PRESETS, default="tiny", help="sizes of model and run; default: tiny")
-  add("--text", type=Path, help="text file to learn; default: Python's language reference")
+  add("--text", type=Path, help="text file to learn; default: a text that comes with Python")
   add("--steps", type=positive, help="optimizer steps")
   add("--batch-size", type=positive, help="sequences per step")
   add("--seed", type=int, help="seed of parameters and batches")
@@ -115,6 +116,13 @@ def choose_runs(arguments: argparse.Namespace) -> tuple[Run, ...]:
   if arguments.dtype == "float16":
     bf16, recipes = (*bf16, FLOAT16), tuple(f"{run}-{FLOAT16}" for run in recipes)
   return {"bf16": bf16, "fp8": recipes, "both": bf16 + recipes}[arguments.precision]
+
+
+def read_text(arguments: argparse.Namespace) -> Corpus:
+  """Reads ``--text``, or the text of the preset: a larger one for the larger model."""
+  if arguments.text is None and arguments.preset == "h200":
+    return Corpus.of_standard_library()
+  return Corpus.read(arguments.text)
 
 
 def folders(arguments: argparse.Namespace) -> Iterator[tuple[Run, Path]]:
@@ -189,7 +197,7 @@ def compare(arguments: argparse.Namespace) -> None:
   out, chosen = arguments.out, choose_runs(arguments)
   console, devices = output.make_console(), Devices.every()
   console.quiet = not processes.speaks()
-  config, corpus = configure(arguments), Corpus.read(arguments.text)
+  config, corpus = configure(arguments), read_text(arguments)
   introduce(arguments, config, corpus, console)
   check(arguments, config, corpus)
   # Before any array of the model's size is made.

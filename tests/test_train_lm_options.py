@@ -169,3 +169,11 @@ def test_the_line_of_an_export():
     f"{label(CONVERTED)}, exported: variables 3.00 MiB (BF16 4.00 MiB); validation loss off by "
     "+0.25; program of 2 KiB for cpu and cuda"
   )
+
+
+def test_the_large_preset_learns_the_larger_text(tmp_path):
+  read = lambda *given: train_lm.read_text(train_lm.make_options().parse_args(given)).name
+  assert read() == "pydoc_data.topics"
+  assert read("--preset", "h200") == "Python's standard library"
+  (tmp_path / "own.txt").write_text("a text")
+  assert read("--preset", "h200", "--text", str(tmp_path / "own.txt")) == "own.txt"

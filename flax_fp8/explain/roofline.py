@@ -3,8 +3,8 @@
 The seconds are a sum over kernels plus a sum over collectives. The term of a kernel is
 ``times * max(flops / peak_flops, bytes / memory_bandwidth)``, and the term of a collective is
 ``bytes sent / link_bandwidth``. With data-sheet rates, the sum is the roofline: a lower bound
-without launch costs, overlap and caches. The estimate uses the rates that an H100 sustained, and
-adds the cost of each launch.
+without launch costs, overlap and caches. The estimate uses the fractions of these rates that an
+H100 and an H200 sustained, and adds the cost of each launch.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from flax_fp8.explain.hlo import bits
 from flax_fp8.explain.target import GpuTarget
 from flax_fp8.explain.traffic import Kernel, KernelClass
 
-# Fractions of its data-sheet rates that an H100 with 700 W sustained, and extra seconds per launch.
-# Fitted to the layers of benchmarks/gemm.py, without XLA's Triton GEMMs.
-SUSTAINED = {"fp8": 0.66, "bf16": 0.71, "tf32": 0.71}
-SUSTAINED_MEMORY = 0.80
-LAUNCH_SECONDS = 3e-6
-# The same for cuDNN's attention, of 8,192 causal tokens, forward and backward.
-SUSTAINED_ATTENTION = dict.fromkeys(SUSTAINED, 0.48)
+# Fractions of their data-sheet rates that an H100 and an H200 with 700 W sustained, and extra
+# seconds per launch. Fitted to what benchmarks/gemm.py and benchmarks/block.py measured there.
+SUSTAINED = {"fp8": 0.68, "bf16": 0.69, "tf32": 0.69}
+SUSTAINED_ATTENTION = dict.fromkeys(SUSTAINED, 0.48)  # cuDNN's, with 8,192 causal tokens
+SUSTAINED_MEMORY = 0.65
+LAUNCH_SECONDS = 2e-6
 
 
 def sustained(target: GpuTarget, fractions: Mapping[str, float] = SUSTAINED) -> GpuTarget:
