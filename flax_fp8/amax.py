@@ -21,8 +21,10 @@ from flax_fp8 import _compat
 
 
 # Inlined under a trace. Outside of a trace, compiled once for each shape.
-@functools.partial(jax.jit, static_argnums=1, inline=True)
-def largest_magnitude(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("axes", "fused"), inline=True)
+def largest_magnitude(
+  x: jax.Array, axes: tuple[int, ...] | None = None, *, fused: bool = True
+) -> jax.Array:
   """Returns the largest magnitude along some axes.
 
   ``max(|x|, axes, keepdims)``
@@ -30,6 +32,8 @@ def largest_magnitude(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.
   Args:
     x: values; any shape; float32, bfloat16 or float16.
     axes: axes to reduce; they stay with size 1. None reduces all axes to shape ``()``.
+    fused: whether XLA may move what follows into the reduction's last GPU kernel. If few values
+      result, that kernel has few threads.
 
   Returns:
     float32. Zero if there are no elements.
@@ -52,9 +56,9 @@ def largest_magnitude(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.
 
   def of_values(x: jax.Array) -> jax.Array:
     over = tuple(range(x.ndim)) if axes is None else axes
-    largest = lax.reduce_max(jnp.abs(x).astype(jnp.float32), over)
-    # The barrier keeps what follows out of the reduction's last kernel, which has few threads.
-    largest = jnp.maximum(lax.optimization_barrier(largest), 0.0)
+    largest = lax.reduce_max(jnp.abs(x), over)
+    largest = largest if fused else lax.optimization_barrier(largest)
+    largest = jnp.maximum(largest.astype(jnp.float32), 0.0)  # -inf if there are no elements
     return largest if axes is None else jnp.expand_dims(largest, axes)
 
   def of_bits(x: jax.Array) -> jax.Array:
@@ -102,7 +106,7 @@ def _reduce_all_but(kept: int) -> Callable[[jax.Array, Any], jax.Array]:
   @custom_vmap
   def reduce(x: jax.Array, state: Any) -> jax.Array:
     del state
-    largest = largest_magnitude(x, tuple(range(kept, x.ndim)))
+    largest = largest_magnitude(x, tuple(range(kept, x.ndim)), fused=False)
     return largest.reshape(x.shape[:kept])
 
   @reduce.def_vmap

@@ -303,7 +303,7 @@ def current_scale(
   References:
     Transformer Engine, transformer_engine.common.recipe.Float8CurrentScaling.
   """
-  amax = largest_magnitude(x, axes)
+  amax = largest_magnitude(x, axes, fused=False)
   fallback = jnp.where(jnp.isfinite(amax), 1.0, amax * 0.0)  # NaN if amax is infinite or NaN
   return scale_from_amax(amax, fallback, float8.max, power_of_two=power_of_two)
 
