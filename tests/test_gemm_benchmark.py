@@ -190,6 +190,24 @@ def test_estimates_are_within_15_percent_of_what_was_measured(gpu, script):
   assert min(ratios.values()) > 0.85
 
 
+def test_estimates_tell_whether_fp8_is_faster():
+  """In all cases of crossover.py but one: rowwise, 8,192 tokens, 4096 x 4096, which takes 1.03."""
+  found = output.read_json(output.RESULTS, "crossover")["found"]
+  h100 = GpuTarget.named("h100")
+  ms = {
+    (case, name): (estimated_ms(case, name, each, h100), each["ms"]["median"])
+    for case, variants in found.items()
+    for name, each in variants.items()
+  }
+  wrong = [
+    (case, name)
+    for (case, name), (estimated, measured) in ms.items()
+    if (estimated < ms[case, BF16][0]) != (measured < ms[case, BF16][1])
+  ]
+  assert len(ms) == 60
+  assert wrong == [("8192 tokens, 4096", "rowwise")]
+
+
 @pytest.mark.parametrize("script", [block, card, crossover, gemm, kernel_times, step])
 def test_each_script_refuses_a_cpu(script, monkeypatch, capsys, tmp_path):
   monkeypatch.setattr(sys, "argv", ["a.py", "--out", str(tmp_path)])

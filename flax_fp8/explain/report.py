@@ -125,7 +125,7 @@ class Report:
     """Estimated seconds of a step; None if the rates of the GPU are not known.
 
     The estimate is within 15 % of the times measured on an H100 and an H200 for large layers, and
-    for a Transformer block with cuDNN attention. For layers of less than 0.1 ms it is 0.75 to 1.55
+    for a Transformer block with cuDNN attention. For layers of less than 0.1 ms it is 0.79 to 1.83
     times the measured time. It excludes the computation inside other library calls. It ignores that
     computation may overlap with collectives.
     """
