@@ -29,7 +29,7 @@ from harness.table import Column, print_table
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}  # of the GPU, for one process at a time
-NO_TRITON = "--xla_gpu_enable_triton_gemm=false"  # autotuning Triton's GEMMs takes minutes
+NO_TRITON = "--xla_gpu_enable_triton_gemm=false"  # leaves XLA less to autotune
 SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_PLATFORMS": "cuda,cpu"}
 
 
