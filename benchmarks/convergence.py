@@ -34,10 +34,11 @@ from typing import Any
 from harness.environment import environment, on_cpu
 from harness.output import make_console, make_parser, positive, redraw, say, write_json
 from lm.config import TrainConfig
+from lm.text import Corpus
 from trials.arms import ARMS, GATES, QUESTIONS, Arm
 from trials.files import read, sweep
 from trials.report import draw, make_content, show
-from trials.sizes import PRESETS_OF_TRIALS, corpus_of
+from trials.sizes import PRESETS_OF_TRIALS
 
 WIDTH = 150  # of the tables, where the output is no terminal
 
@@ -74,7 +75,7 @@ def choose(arguments: argparse.Namespace) -> Sequence[Arm]:
 def report(arguments: argparse.Namespace, trials: Mapping[str, Any], config: TrainConfig) -> None:
   settings = {key: value for key, value in config.as_dict().items() if key != "seed"}
   content = {"environment": environment(), "preset": arguments.preset, "config": settings}
-  content |= {"text": corpus_of(arguments.preset).as_dict()} | make_content(trials)
+  content |= {"text": Corpus.of_preset(arguments.preset).as_dict()} | make_content(trials)
   write_json(arguments.out, name_of(arguments), content)
   show(content, make_console(WIDTH))
 
@@ -86,7 +87,7 @@ def name_of(arguments: argparse.Namespace) -> str:
 def main(argv: list[str] | None = None) -> None:
   arguments = make_options().parse_args(argv)
   if not arguments.redraw:
-    config, corpus = configure(arguments), corpus_of(arguments.preset)
+    config, corpus = configure(arguments), Corpus.of_preset(arguments.preset)
     folder = arguments.out / "trials" / arguments.preset
     if not arguments.report:
       seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)

@@ -26,7 +26,7 @@ from harness.names import BF16
 from harness.options import Options, on_gpu
 from harness.programs import Arrays, Program
 from harness.sizes import LLAMA, TINY_LLAMA, block_flops
-from harness.variants import VARIANTS, Variant
+from harness.variants import VARIANTS
 from lm.model import ModelShape, Transformer
 from lm.step import mean_loss
 
@@ -36,20 +36,23 @@ KINDS = {"remat": True, "all kept": False}
 STEPS = 3
 
 
+def model(shape: ModelShape, name: str) -> Transformer:
+  return Transformer(shape, VARIANTS[name].dot_general_cls)
+
+
 def first_state(shape: ModelShape, name: str, length: int) -> fp8.TrainState:
   """The state before the first step."""
-  made = Transformer(shape, VARIANTS[name].dot_general_cls)
+  made = model(shape, name)
   variables = made.init(jax.random.key(0), jnp.zeros((1, length), jnp.int32))
   state = fp8.TrainState.create(apply_fn=made.apply, params=variables, tx=optax.adamw(3e-4))
   return state.replace(step=jnp.zeros((), jnp.int32))
 
 
 def train_step(
-  variant: Variant, apply: Any, state: fp8.TrainState, windows: jax.Array
+  made: Transformer, grad: Any, state: fp8.TrainState, windows: jax.Array
 ) -> fp8.TrainState:
-  """One step; Flax's own ops do not know the dtype that ``fp8.grad`` casts to."""
-  grad = jax.grad if variant.flax else fp8.grad
-  loss = lambda variables: mean_loss(apply, variables, windows)
+  """One step with the gradients of ``grad``."""
+  loss = lambda variables: mean_loss(made.apply, variables, windows)
   return state.apply_gradients(grads=grad(loss)(state.params))
 
 
@@ -57,10 +60,11 @@ def program(shape: ModelShape, name: str, length: int, repeat: int) -> Program:
   """A loop of steps; the state goes in as a tree of arrays, by the names of its fields."""
   state = jax.eval_shape(lambda: first_state(shape, name, length))
   windows = jax.ShapeDtypeStruct((1, length + 1), jnp.int32)
-  variant = VARIANTS[name]
-  apply = Transformer(shape, variant.dot_general_cls).apply
+  variant, made = VARIANTS[name], model(shape, name)
+  # Flax's own ops do not know the dtype to which ``fp8.grad`` and ``state.apply_fn`` cast.
+  grad = jax.grad if variant.flax else fp8.grad
   loop = lambda state, windows: lax.fori_loop(
-    0, repeat, lambda _, last: train_step(variant, apply, last, windows), state
+    0, repeat, lambda _, last: train_step(made, grad, last, windows), state
   )
   flops = block_flops(shape, length) * shape.layers
   how: Any = {"is_fp8": variant.is_fp8, "tokens": length, "bf16_modules": ("head",)}

@@ -118,13 +118,6 @@ def choose_runs(arguments: argparse.Namespace) -> tuple[Run, ...]:
   return {"bf16": bf16, "fp8": recipes, "both": bf16 + recipes}[arguments.precision]
 
 
-def read_text(arguments: argparse.Namespace) -> Corpus:
-  """Reads ``--text``, or the text of the preset: a larger one for the larger model."""
-  if arguments.text is None and arguments.preset == "h200":
-    return Corpus.of_standard_library()
-  return Corpus.read(arguments.text)
-
-
 def folders(arguments: argparse.Namespace) -> Iterator[tuple[Run, Path]]:
   """The runs, each with the folder of its checkpoints."""
   for run in choose_runs(arguments):
@@ -197,7 +190,7 @@ def compare(arguments: argparse.Namespace) -> None:
   out, chosen = arguments.out, choose_runs(arguments)
   console, devices = output.make_console(), Devices.every()
   console.quiet = not processes.speaks()
-  config, corpus = configure(arguments), read_text(arguments)
+  config, corpus = configure(arguments), Corpus.of_preset(arguments.preset, arguments.text)
   introduce(arguments, config, corpus, console)
   check(arguments, config, corpus)
   # Before any array of the model's size is made.

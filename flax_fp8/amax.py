@@ -21,10 +21,8 @@ from flax_fp8 import _compat
 
 
 # Inlined under a trace. Outside of a trace, compiled once for each shape.
-@functools.partial(jax.jit, static_argnames=("axes", "fused"), inline=True)
-def largest_magnitude(
-  x: jax.Array, axes: tuple[int, ...] | None = None, *, fused: bool = True
-) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def largest_magnitude(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
   """Returns the largest magnitude along some axes.
 
   ``max(|x|, axes, keepdims)``
@@ -32,8 +30,6 @@ def largest_magnitude(
   Args:
     x: values; any shape; float32, bfloat16 or float16.
     axes: axes to reduce; they stay with size 1. None reduces all axes to shape ``()``.
-    fused: whether XLA may move what follows into the reduction's last GPU kernel. If few values
-      result, that kernel has few threads.
 
   Returns:
     float32. Zero if there are no elements.
@@ -56,8 +52,8 @@ def largest_magnitude(
 
   def of_values(x: jax.Array) -> jax.Array:
     over = tuple(range(x.ndim)) if axes is None else axes
-    largest = lax.reduce_max(jnp.abs(x), over)
-    largest = largest if fused else lax.optimization_barrier(largest)
+    # The barrier keeps what follows out of the reduction's last GPU kernel, which has few threads.
+    largest = lax.optimization_barrier(lax.reduce_max(jnp.abs(x), over))
     largest = jnp.maximum(largest.astype(jnp.float32), 0.0)  # -inf if there are no elements
     return largest if axes is None else jnp.expand_dims(largest, axes)
 
@@ -106,7 +102,7 @@ def _reduce_all_but(kept: int) -> Callable[[jax.Array, Any], jax.Array]:
   @custom_vmap
   def reduce(x: jax.Array, state: Any) -> jax.Array:
     del state
-    largest = largest_magnitude(x, tuple(range(kept, x.ndim)), fused=False)
+    largest = largest_magnitude(x, tuple(range(kept, x.ndim)))
     return largest.reshape(x.shape[:kept])
 
   @reduce.def_vmap

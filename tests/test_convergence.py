@@ -22,7 +22,7 @@ from trials.paired import MARGINS, compare, summarize, verdict
 from trials.proof import explain_arm
 from trials.report import draw, make_content, show
 from trials.rounding import RoundedDot, rounded
-from trials.sizes import PRESETS_OF_TRIALS, corpus_of
+from trials.sizes import PRESETS_OF_TRIALS
 from trials.trial import initializer, run_trial, spike, stretch, stretches
 
 MICRO = PRESETS_OF_TRIALS["micro"]
@@ -229,7 +229,7 @@ def test_steps_must_fill_the_gates():
 
 
 def test_the_gpu_preset():
-  config, corpus = PRESETS_OF_TRIALS["gpu"], corpus_of("gpu")
+  config, corpus = PRESETS_OF_TRIALS["gpu"], Corpus.of_preset("gpu")
   assert 20e6 < config.shape.parameters < 30e6
   assert len(corpus.train) > 5e6
   assert corpus.name == "Python's standard library"

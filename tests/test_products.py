@@ -157,6 +157,59 @@ def test_a_large_product_is_written_once_in_bfloat16():
   assert "f32[2048,1024]" not in hlo
 
 
+def rows(*shape, contracted, power_of_two):
+  """Makes an operand with a scale for each of its rows, and small integers: sums are exact."""
+  size = [1 if axis == contracted else n for axis, n in enumerate(shape)]
+  exponent = random.uniform(-9, -3, size)
+  scale = 2.0 ** (np.round(exponent) if power_of_two else exponent)
+  return QTensor(jnp.asarray(random.integers(-8, 9, shape), E4M3), jnp.asarray(scale, jnp.float32))
+
+
+@pytest.mark.parametrize("power_of_two", [True, False])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_dot_per_row_of_a_large_product(dtype, power_of_two):
+  """Bfloat16 is rounded before it is scaled too, which powers of two do not show."""
+  (m, k), (_, n) = LARGE
+  lhs = rows(m, k, contracted=1, power_of_two=power_of_two)
+  rhs = rows(k, n, contracted=0, power_of_two=power_of_two)
+  gemm = contraction.forward_gemm((((1,), (0,)), ((), ())), (m, k), (k, n), kernel=1)
+  got = products.dot_per_row(lhs, rhs, gemm, jnp.dtype(dtype), fast_accumulation=False)
+  assert got.dtype == dtype
+  left, right = (np.asarray(q.data, np.float64) for q in (lhs, rhs))
+  want = (left @ right) * np.asarray(lhs.scale, np.float64) * np.asarray(rhs.scale, np.float64)
+  if power_of_two:
+    np.testing.assert_array_equal(got, jnp.asarray(want, jnp.float32).astype(dtype))
+  half_ulp = float(jnp.finfo(dtype).eps) / 2
+  scaling = 2 * 2.0**-24  # the product of the scales, and that with the sum
+  tolerance = (2 if dtype == "bfloat16" else 1) * half_ulp + scaling + half_ulp**2
+  subnormal = float(jnp.finfo(dtype).smallest_subnormal) / 2
+  np.testing.assert_allclose(np.float64(got), want, rtol=tolerance, atol=subnormal)
+
+
+def test_sums_of_a_rowwise_product_do_not_overflow_in_float16():
+  (m, k), (_, n) = LARGE
+  full = lambda shape, scale: QTensor(jnp.full(shape, 448, E4M3), jnp.full(scale, 2.0**-12))
+  gemm = contraction.forward_gemm((((1,), (0,)), ((), ())), (m, k), (k, n), kernel=1)
+  lhs, rhs = full((m, k), (m, 1)), full((k, n), (1, n))
+  got = products.dot_per_row(lhs, rhs, gemm, jnp.float16, fast_accumulation=False)
+  np.testing.assert_array_equal(got, np.float16(448 * 448 * k * 2.0**-24))
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize(("size", "written"), [("large", "bf16"), ("small", "f32")])
+def test_a_large_rowwise_product_leaves_the_gemm_in_bfloat16(size, written):
+  (m, k), (_, n), _ = SIZES[size]
+  lhs, rhs, gemm = matrices((m, k), (k, n))
+  lhs, rhs = (
+    QTensor(q.data, jax.ShapeDtypeStruct(shape, jnp.float32))
+    for q, shape in ((lhs, (m, 1)), (rhs, (1, n)))
+  )
+  how = {"gemm": gemm, "dtype": jnp.bfloat16, "fast_accumulation": False}
+  hlo = compiled_for_h100(functools.partial(products.dot_per_row, **how), lhs, rhs)
+  (call,) = [line for line in hlo.splitlines() if FP8_GEMM in line]
+  assert re.search(r"= \(?(\w+)\[", call)[1] == written
+
+
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize(("shared", "count"), [(0, 2), (None, 1)])
 def test_gemms_of_a_shared_operand_stay_apart(shared, count):

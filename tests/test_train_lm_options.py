@@ -171,9 +171,9 @@ def test_the_line_of_an_export():
   )
 
 
-def test_the_large_preset_learns_the_larger_text(tmp_path):
-  read = lambda *given: train_lm.read_text(train_lm.make_options().parse_args(given)).name
-  assert read() == "pydoc_data.topics"
-  assert read("--preset", "h200") == "Python's standard library"
+def test_presets_for_a_gpu_learn_the_larger_text(tmp_path):
+  read = lambda *given: Corpus.of_preset(*given).name
+  assert read("tiny") == "pydoc_data.topics"
+  assert read("h200") == read("gpu") == "Python's standard library"
   (tmp_path / "own.txt").write_text("a text")
-  assert read("--preset", "h200", "--text", str(tmp_path / "own.txt")) == "own.txt"
+  assert read("h200", tmp_path / "own.txt") == "own.txt"

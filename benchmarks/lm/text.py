@@ -16,6 +16,7 @@ import numpy as np
 from lm.config import TrainConfig, UsageError
 
 VALIDATION_PERCENT = 5
+ON_A_GPU = {"h200", "gpu"}  # presets of train_lm.py and convergence.py
 # Folders of the standard library that not every installation has.
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"}
 
@@ -34,6 +35,14 @@ class Corpus:
     """Reads a file, or Python's language reference without a path."""
     text = path.read_bytes() if path else "\n\n".join(topics[t] for t in sorted(topics)).encode()
     return cls.split(path.name if path else "pydoc_data.topics", text)
+
+  @classmethod
+  def of_preset(cls, preset: str, path: Path | None = None) -> "Corpus":
+    """Reads a file, or without a path the text of a preset.
+
+    A preset for a GPU has the larger text, so that few bytes are seen twice.
+    """
+    return cls.of_standard_library() if path is None and preset in ON_A_GPU else cls.read(path)
 
   @classmethod
   def of_standard_library(cls) -> "Corpus":

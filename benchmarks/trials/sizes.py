@@ -3,7 +3,6 @@
 import dataclasses
 
 from lm.config import MICRO, PRESETS, ModelShape, TrainConfig
-from lm.text import Corpus
 
 TINY = dataclasses.replace(PRESETS["tiny"], validation_batches=16)
 GPU = ModelShape(d_model=512, d_ff=1536, layers=8, heads=8, kv_heads=4)
@@ -29,8 +28,3 @@ PRESETS_OF_TRIALS = {
     TINY, shape=GPU, steps=800, batch_size=32, seq_len=512, learning_rate=1e-3
   ),
 }
-
-
-def corpus_of(preset: str) -> Corpus:
-  """The text of a preset: the larger one for a GPU, so that few bytes are seen twice."""
-  return Corpus.of_standard_library() if preset == "gpu" else Corpus.read()

@@ -26,13 +26,14 @@ def flops(module: Module, call: Instruction) -> int:
     FLOPs of the matrix units. Softmax and dropout do not count.
 
   References:
-    Dao, FlashAttention-2, https://arxiv.org/abs/2307.08691, section 4.1; JAX,
-    ``jax._src.cudnn.fused_attention_stablehlo``.
+    Dao, FlashAttention-2, https://arxiv.org/abs/2307.08691, section 4.1; XLA,
+    ``xla/service/gpu/backend_configs.proto``, ``CudnnfMHABackendConfig``.
   """
-  config = call.config.get("cudnn_fmha_backend_config")
-  if config is None or not call.target.startswith(_TARGET):
+  config = call.config.get("cudnn_fmha_backend_config", {})
+  scores = config.get("intermediate_tensor_shape", {}).get("dimensions", ())
+  if not scores or not call.target.startswith(_TARGET):
     return 0
-  scores = tuple(int(dim) for dim in config["intermediate_tensor_shape"]["dimensions"])
+  scores = tuple(int(dim) for dim in scores)
   head_dim = module.operands(call)[0].array.dims[-1]
   products = _BACKWARD if "Backward" in call.target else _FORWARD
   return int(2 * products * product(scores) * head_dim * _kept(config, scores[-1]))

@@ -87,8 +87,7 @@ def _kernel(module: Module, launch: Launch, sites: list[Site]) -> Kernel:
     kind, what = _classify(module, instruction)
     flops = attention.flops(module, instruction)
     operand = module.operands(instruction)[0].array.dtype if flops else ""
-    moved = (launch.times, read, written)
-    return Kernel(instruction.name, kind, *moved, flops=flops, operand=operand, what=what)
+    return Kernel(instruction.name, kind, launch.times, read, written, flops, operand, what)
   operands = [operand for site in sites for operand in gemms.operand_arrays(module, site)]
   fp8 = all(gemms.is_fp8(module, site) for site in sites)
   return Kernel(

@@ -6,12 +6,11 @@ import dataclasses
 from typing import Any
 
 import jax
-from jax import lax
 
 from flax_fp8.capability import Needs
 from flax_fp8.contraction import Gemm, View
 from flax_fp8.products import dot_per_tensor, scaled_matrices
-from flax_fp8.quantize import QTensor, current_scale, quantize
+from flax_fp8.quantize import QTensor, cast_apart, current_scale, quantize
 from flax_fp8.recipes.base import GemmKind, Role, StatelessRecipe
 
 
@@ -63,9 +62,7 @@ class Float8CurrentScaling(StatelessRecipe):
     del views
     float8 = self.float8(role)
     scale, inverse = current_scale(x, float8, power_of_two=self.power_of_two)
-    q = quantize(x, scale, float8, inverse, key)
-    # XLA's kernel that casts and transposes is slower than a cast and a transposition of FP8 data.
-    q = QTensor(lax.optimization_barrier(q.data), q.scale)
+    q = cast_apart(quantize(x, scale, float8, inverse, key))
     return q, q
 
   def in_matrices(self, q: QTensor, view: View) -> QTensor:

@@ -20,7 +20,7 @@ from flax_fp8.capability import Needs
 from flax_fp8.contraction import Gemm, View
 from flax_fp8.formats import E5M2
 from flax_fp8.products import dot_per_tensor, scaled_matrices
-from flax_fp8.quantize import QTensor, quantize, scale_from_amax
+from flax_fp8.quantize import QTensor, cast_apart, quantize, scale_from_amax
 from flax_fp8.recipes.base import GemmKind, Role, StatefulRecipe, TensorState
 
 AmaxComputeAlgo = Literal["max", "most_recent"]
@@ -216,9 +216,7 @@ class DelayedScaling(StatefulRecipe):
     seen = amax(x, state) if waits or observed else None
     scale, inverse = self._scale(state, seen if waits else None, role)
     q = quantize(x, scale.reshape(()), self.float8(role), inverse.reshape(()), key, stale=True)
-    # With the barrier, one kernel casts and computes the amax, and another transposes FP8 data.
-    # Without it, XLA casts and transposes at once, which is slower, and reads the tensor again.
-    q = QTensor(lax.optimization_barrier(q.data), q.scale)
+    q = cast_apart(q)
     if seen is None:
       return (q, q), state
     return (q, q), self._record(state, scale, seen)

@@ -1,5 +1,7 @@
 """FLOPs of cuDNN's attention, from calls as XLA prints them for a GPU."""
 
+import dataclasses
+
 import pytest
 
 from flax_fp8.explain import attention, gemms, hlo, roofline, schedule, traffic
@@ -63,6 +65,14 @@ def test_what_a_mask_leaves_out_does_not_count(mask, window, kept):
 
 def test_other_calls_have_none():
   assert flops("__cudnn$convForward") == 0
+
+
+def test_a_call_that_does_not_say_its_scores_has_none():
+  module = program("__cudnn$fmhaSoftmax")
+  call = module.computations[module.entry].root
+  config = '{"cudnn_fmha_backend_config":{"mask_type":"CAUSAL"}}'
+  attributes = {**call.attributes, "backend_config": config}
+  assert attention.flops(module, dataclasses.replace(call, attributes=attributes)) == 0
 
 
 def test_the_estimate_has_the_time_of_attention():
