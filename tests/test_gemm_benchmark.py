@@ -161,7 +161,10 @@ ATTENTION_PASSES = {"block": 3.5, "model": 12 * 4.5}
 
 
 def estimated_ms(case, name, each, target):
-  """What ``Report.estimated_seconds`` adds up, from what the JSON says of a program."""
+  """What ``Report.estimated_seconds`` adds up, from what the JSON says of a program.
+
+  The JSON does not say which kernels both quantize and transpose, so their rate is that of others.
+  """
   rates = roofline.sustained(target)
   attention = roofline.SUSTAINED_ATTENTION["bf16"] * target.peak_flops["bf16"]
   moved = each["mib_outside_gemms"] * compiling.MIB / rates.memory_bandwidth

@@ -8,8 +8,11 @@ import pytest
 from rich.console import Console
 
 import kernel_times
+from flax_fp8.explain import roofline
 from flax_fp8.explain.target import GpuTarget
 from flax_fp8.explain.traffic import Kernel, KernelClass
+from harness import output
+from harness.names import BF16, FLAX
 from kernel_times import Event
 
 H100 = GpuTarget.named("h100")
@@ -68,3 +71,14 @@ def test_tiny(monkeypatch, capsys, tmp_path):
   assert list(found["found"]) == ["BF16", "delayed"]
   assert found["found"]["delayed"]["launches"] == 0
   assert "idle" in capsys.readouterr().out
+
+
+def test_kernels_that_quantize_and_transpose_sustain_half_of_the_memory_rate():
+  """XLA fuses both in Flax's ops and in rowwise scaling. Other recipes keep them apart."""
+  found = output.read_json(output.RESULTS, "kernel_times")["found"]
+  classes = {name: each["classes"]["quantize"] for name, each in found.items() if name != BF16}
+  rates = {name: each["roofline_ms"] / each["ms"] for name, each in classes.items()}
+  for name in ("rowwise", FLAX):
+    assert rates[name] == pytest.approx(roofline.SUSTAINED_TRANSPOSING, rel=0.1)
+  for name in ("delayed", "current"):
+    assert rates[name] > roofline.SUSTAINED_MEMORY

@@ -22,13 +22,16 @@ from flax_fp8.explain.traffic import Kernel, KernelClass
 SUSTAINED = {"fp8": 0.67, "bf16": 0.69, "tf32": 0.69}
 SUSTAINED_ATTENTION = dict.fromkeys(SUSTAINED, 0.48)  # cuDNN's, with 8,192 causal tokens
 SUSTAINED_MEMORY = 0.66
+SUSTAINED_TRANSPOSING = 0.50  # memory, by kernels that both quantize and transpose a tensor
 LAUNCH_SECONDS = 2.5e-6
 
 
-def sustained(target: GpuTarget, fractions: Mapping[str, float] = SUSTAINED) -> GpuTarget:
+def sustained(
+  target: GpuTarget, fractions: Mapping[str, float] = SUSTAINED, memory: float = SUSTAINED_MEMORY
+) -> GpuTarget:
   """Returns the same GPU with sustained instead of peak rates."""
   rates = {dtype: fractions[dtype] * rate for dtype, rate in target.peak_flops.items()}
-  bandwidth = SUSTAINED_MEMORY * target.memory_bandwidth
+  bandwidth = memory * target.memory_bandwidth
   return dataclasses.replace(target, peak_flops=rates, memory_bandwidth=bandwidth)
 
 
@@ -37,7 +40,13 @@ def estimate(
 ) -> float:
   """Returns the estimated seconds of a step: kernels at sustained rates, launches, collectives."""
   likely, in_attention = sustained(target), sustained(target, SUSTAINED_ATTENTION)
-  rates = lambda kernel: in_attention if kernel.kind is KernelClass.LIBRARY else likely
+  transposing = sustained(target, memory=SUSTAINED_TRANSPOSING)
+
+  def rates(kernel: Kernel) -> GpuTarget:
+    if kernel.kind is KernelClass.LIBRARY:
+      return in_attention
+    return transposing if kernel.transposes else likely
+
   seconds = sum(kernel_seconds(each, rates(each)) + LAUNCH_SECONDS * each.times for each in kernels)
   return seconds + sum(collective_seconds(each, target) for each in collectives)
 

@@ -55,6 +55,7 @@ class Kernel:
     flops: FLOPs of the matrix units in one run.
     operand: operand dtype of the matrix units; empty if the kernel does not use them.
     what: name of a library call or unknown instruction; empty for all others.
+    transposes: whether the kernel quantizes a tensor and transposes it too.
   """
 
   name: str
@@ -65,6 +66,7 @@ class Kernel:
   flops: int = 0
   operand: str = ""
   what: str = ""
+  transposes: bool = False
 
   @property
   def bytes(self) -> int:
@@ -87,7 +89,9 @@ def _kernel(module: Module, launch: Launch, sites: list[Site]) -> Kernel:
     kind, what = _classify(module, instruction)
     flops = attention.flops(module, instruction)
     operand = module.operands(instruction)[0].array.dtype if flops else ""
-    return Kernel(instruction.name, kind, launch.times, read, written, flops, operand, what)
+    transposes = kind is KernelClass.QUANTIZE and "transpose" in _content(module, instruction)
+    moved = (read, written, flops, operand, what, transposes)
+    return Kernel(instruction.name, kind, launch.times, *moved)
   operands = [operand for site in sites for operand in gemms.operand_arrays(module, site)]
   fp8 = all(gemms.is_fp8(module, site) for site in sites)
   return Kernel(

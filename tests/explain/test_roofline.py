@@ -50,6 +50,15 @@ def test_the_estimate_has_sustained_rates_and_launches():
   assert roofline.estimate(kernels, sent, GPU) == pytest.approx(want)
 
 
+def test_a_cast_that_transposes_takes_longer():
+  of = lambda **how: roofline.estimate(
+    [Kernel("a", KernelClass.QUANTIZE, 1, 10**6, 0, **how)], [], GPU
+  )
+  casts, both = of() - roofline.LAUNCH_SECONDS, of(transposes=True) - roofline.LAUNCH_SECONDS
+  assert casts == pytest.approx(1e-3 / roofline.SUSTAINED_MEMORY)
+  assert both == pytest.approx(1e-3 / roofline.SUSTAINED_TRANSPOSING)
+
+
 def test_sustained_rates_are_below_the_data_sheet():
   likely = roofline.sustained(A100)
   assert likely.peak_flops["bf16"] < A100.peak_flops["bf16"]
