@@ -117,6 +117,29 @@ def _reduce_all_but(kept: int) -> Callable[[jax.Array, Any], jax.Array]:
   return reduce
 
 
+@custom_vmap
+def joined(value: jax.Array, state: Any) -> jax.Array:
+  """Returns a new state that is mapped only if the old state is mapped.
+
+  ``value``, or its maximum over mapped axes that ``state`` does not have.
+
+  Args:
+    value: new value of a state variable; float32.
+    state: the old value. Its batching decides how far to reduce.
+  """
+  del state
+  return value
+
+
+@joined.def_vmap
+def _joined_rule(axis_size: int, in_batched: Any, value: jax.Array, state: Any) -> Any:
+  del axis_size
+  value_mapped, state_mapped = in_batched
+  if value_mapped and not state_mapped:
+    return joined(jnp.max(value, axis=0), state), False
+  return joined(value, state), value_mapped
+
+
 def across_devices(largest: jax.Array, state: Any) -> jax.Array:
   """Reduces an amax over the devices of a shard_map that share ``state``.
 

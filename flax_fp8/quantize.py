@@ -14,9 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from flax_fp8.amax import largest_magnitude
 from flax_fp8.formats import Float8
+
+# Name of the amaxes that scales of the same step come from, for policies of ``jax.checkpoint``.
+AMAX = "fp8_amax"
 
 # Scales and their reciprocals stay within the normal float32 range.
 _SMALLEST_SCALE = 2.0**-126
@@ -312,7 +316,7 @@ def current_scale(
   References:
     Transformer Engine, transformer_engine.common.recipe.Float8CurrentScaling.
   """
-  amax = largest_magnitude(x, axes)
+  amax = checkpoint_name(largest_magnitude(x, axes), AMAX)
   fallback = jnp.where(jnp.isfinite(amax), 1.0, amax * 0.0)  # NaN if amax is infinite or NaN
   return scale_from_amax(amax, fallback, float8.max, power_of_two=power_of_two)
 

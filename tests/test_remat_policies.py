@@ -22,6 +22,7 @@ POLICIES = {
   "dots": (remat_policies.dots_saveable, 6),
   "dots, no batch": (remat_policies.dots_with_no_batch_dims_saveable, 6),
   "inputs": (remat_policies.save_fp8_inputs, 7),
+  "scales": (remat_policies.save_fp8_scales, 7),
   "everything": (JAX.everything_saveable, 6),
 }
 
@@ -88,3 +89,21 @@ def test_what_is_computed_again(described, policy, gemms):
   variables = jax.eval_shape(model.init, jax.random.key(0), x)
   report = fp8.explain(functools.partial(step, model), variables, x, target="h100")
   assert report.fp8_gemms == report.total_gemms == gemms
+
+
+@pytest.mark.parametrize("name", ["current", "rowwise"])
+def test_saved_amaxes_are_not_computed_again(described, name):
+  del described
+  moved = {}
+  for policy in ("nothing", "scales"):
+    block = nn.remat(nn.Dense, policy=POLICIES[policy][0])
+    cls = fp8.get_recipe(name).dot_general_cls
+    layer = block(1024, use_bias=False, dtype=jnp.bfloat16, dot_general_cls=cls)
+    x = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+    loss = lambda v, x, layer=layer: jnp.mean(jnp.square(layer.apply(v, x).astype(jnp.float32)))
+    report = fp8.explain(jax.grad(loss, (0, 1)), variables, x, target="h100")
+    moved[policy] = report.bytes_outside_gemms
+  # The kernel in float32 and the input in bfloat16 are read once less for their amaxes, which are
+  # written and read instead.
+  assert moved["nothing"] - moved["scales"] > 0.99 * 2**20 * (4 + 2)

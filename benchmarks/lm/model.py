@@ -126,7 +126,8 @@ class Transformer(nn.Module):
 
   def layers(self) -> nn.Module:
     """Stacks the blocks on a leading axis; each layer has its own kernels and FP8 state."""
-    block = nn.remat(Block, prevent_cse=False) if self.shape.remat else Block
+    policy = fp8.remat_policies.save_fp8_scales  # a few bytes; none without FP8
+    block = nn.remat(Block, prevent_cse=False, policy=policy) if self.shape.remat else Block
     return nn.scan(
       block,
       variable_axes={"params": 0, fp8.OVERWRITE_WITH_GRADIENT: 0},

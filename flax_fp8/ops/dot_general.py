@@ -8,20 +8,18 @@ the state is the new state.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from flax_fp8.amax import joined
 from flax_fp8.meta_dtype import like, to_float32
 from flax_fp8.ops import check, saved
 from flax_fp8.ops.plan import Plan, make_plan
-from flax_fp8.ops.quantized import Quantized, multiply, quantize
+from flax_fp8.ops.quantized import Quantized, State, multiply, prepare, quantize, record
 from flax_fp8.recipes.base import Recipe, Role, TensorState
 from flax_fp8.state_cast import cast_once, emit_once
-
-State: TypeAlias = Mapping[str, TensorState]
 
 
 def dot_general(
@@ -140,42 +138,54 @@ def _contract(
 ) -> jax.Array:
   """Contracts without differentiation: records no state and saves no residuals."""
   del key
-  (q_lhs, _), _ = quantize(plan, plan.lhs, lhs, state[plan.lhs.role.value], observed=False)
-  (q_rhs, _), _ = quantize(plan, plan.rhs, rhs, state[plan.rhs.role.value], observed=False)
-  return multiply(plan, plan.fprop, q_lhs, q_rhs)
+  prepared = prepare(plan, state, plan.lhs, plan.rhs)
+  operands: list[Quantized] = []
+  for operand, x in ((plan.lhs, lhs), (plan.rhs, rhs)):
+    role = operand.role.value
+    of_tensor = state[role], prepared.get(role)
+    (q, _), _ = quantize(plan, operand, x, *of_tensor, observed=False)
+    operands.append(q)
+  return multiply(plan, plan.fprop, *operands)
 
 
 def _forward(
   plan: Plan, lhs: jax.Array, rhs: jax.Array, state: State, key: jax.Array | None
 ) -> tuple[jax.Array, Any]:
-  """Quantizes and multiplies both operands. Saves them and the new states for the backward pass."""
+  """Quantizes and multiplies both operands. Saves them and their amaxes for the backward pass."""
   now: list[Quantized] = []
   later: list[Quantized] = []
-  new: dict[str, TensorState] = {}
+  seen: dict[str, TensorState] = {}
+  prepared = prepare(plan, state, plan.lhs, plan.rhs, plan.output_grad)
+  prepared = saved.name(prepared, saved.PREPARED)
   for operand, x in ((plan.lhs, lhs), (plan.rhs, rhs)):
-    role, own = operand.role, state[operand.role.value]
-    (forward, backward), seen = quantize(plan, operand, x, own)
-    is_kernel = role is Role.KERNEL
+    role = operand.role.value
+    of_tensor = state[role], prepared.get(role)
+    (forward, backward), seen[role] = quantize(plan, operand, x, *of_tensor)
+    is_kernel = operand.role is Role.KERNEL
     now.append(saved.name(forward, saved.KERNEL_FORWARD) if is_kernel else forward)
-    later.append(saved.name(backward, saved.OF_ROLE[role]))
-    new[role.value] = saved.name(_as_cotangent(seen, own), saved.SCALARS)
+    later.append(saved.name(backward, saved.OF_ROLE[operand.role]))
   out = multiply(plan, plan.fprop, *now)
   is_batched = bool(plan.fprop.gemm.lhs.batch)
   out = saved.name(out, saved.BATCHED_OUTPUT if is_batched else saved.OUTPUT)
-  return out, (*later, new, state[Role.OUTPUT_GRAD.value], key)
+  scalars = saved.pack((seen, prepared.get(Role.OUTPUT_GRAD.value)))
+  return out, (*later, state, saved.name(scalars, saved.SCALARS), key)
 
 
 def _backward(
   plan: Plan, residuals: Any, grad: jax.Array
 ) -> tuple[jax.Array, jax.Array, State, None]:
-  """Quantizes the output gradient and multiplies it with both operands."""
-  q_lhs, q_rhs, new, own, key = residuals
+  """Quantizes the output gradient, multiplies it with both operands, and records all tensors."""
+  q_lhs, q_rhs, state, scalars, key = residuals
+  seen, prepared = saved.unpack(scalars)
   if plan.rounds_gradients:
     check.key(plan.name, plan.recipe, key)
-  (grad_for_lhs, grad_for_rhs), new_own = quantize(plan, plan.output_grad, grad, own, key)
+  role = Role.OUTPUT_GRAD.value
+  quantized = quantize(plan, plan.output_grad, grad, state[role], prepared, key)
+  (grad_for_lhs, grad_for_rhs), of_grad = quantized
   lhs_grad = multiply(plan, plan.lhs_gemm, grad_for_lhs, q_rhs)
   rhs_grad = multiply(plan, plan.rhs_gemm, grad_for_rhs, q_lhs)
-  new = {**new, Role.OUTPUT_GRAD.value: _as_cotangent(new_own, own)}
+  new = record(plan, state, {**seen, role: of_grad})
+  new = {role: _as_cotangent(new[role], state[role]) for role in state}
   if axes := plan.summed_axes():
     new = jax.tree.map(lambda leaf: like(emit_once(to_float32(leaf), axes), leaf), new)
   return plan.lhs.reduce(lhs_grad), plan.rhs.reduce(rhs_grad), new, None
@@ -183,7 +193,9 @@ def _backward(
 
 def _as_cotangent(new: TensorState, old: TensorState) -> TensorState:
   """Casts and reshapes a new state into a cotangent of the old state."""
-  return jax.tree.map(lambda new, old: like(new.reshape(old.shape), old), new, dict(old))
+  return jax.tree.map(
+    lambda new, old: like(joined(new, old).reshape(old.shape), old), new, dict(old)
+  )
 
 
 _contract.defvjp(_forward, _backward)

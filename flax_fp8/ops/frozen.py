@@ -12,9 +12,8 @@ import numpy as np
 from jax import lax
 
 from flax_fp8.contraction import View
-from flax_fp8.ops.dot_general import State
 from flax_fp8.ops.plan import Operand, Plan
-from flax_fp8.ops.quantized import multiply, quantize
+from flax_fp8.ops.quantized import State, multiply, prepare, quantize
 from flax_fp8.quantize import QTensor
 from flax_fp8.straight_through import QuantizedDType
 
@@ -50,7 +49,9 @@ def contract_frozen(plan: Plan, x: jax.Array, kernel: QTensor, state: State) -> 
     The product.
   """
   operand, other = plan.rhs if plan.kernel_is_left else plan.lhs, kernel_operand(plan)
-  (q, _), _ = quantize(plan, operand, x, state.get(operand.role.value, {}), observed=False)
+  role = operand.role.value
+  prepared = prepare(plan, state, operand).get(role)
+  (q, _), _ = quantize(plan, operand, x, state.get(role, {}), prepared, observed=False)
   data = kernel.data
   if _is_plain(kernel):
     data = lax.transpose(data, np.argsort(_order(other.views[0])).tolist())

@@ -13,7 +13,7 @@ from flax_fp8 import _compat, contraction
 from flax_fp8.contraction import DimensionNumbers, Gemm, View
 from flax_fp8.ops import calibration
 from flax_fp8.ops.calibration import Calibration
-from flax_fp8.recipes.base import GemmKind, Recipe, Role
+from flax_fp8.recipes.base import GemmKind, Recipe, Role, StatefulRecipe
 from flax_fp8.sharding import explicit_sharding, replicated_as
 
 Roles: TypeAlias = tuple[Role, Role]
@@ -106,10 +106,20 @@ class Plan:
   rhs_gemm: PlannedGemm
   body: weakref.ref[Any] | None
 
+  def in_high_precision(self, tensor: Tensor) -> tuple[bool, bool]:
+    """Whether each of the two GEMMs that take a tensor is in high precision."""
+    first, second = map(self.recipe.is_high_precision, tensor.kinds)
+    return first, second
+
+  def records(self, tensor: Tensor) -> bool:
+    """Whether the recipe prepares and records a tensor, as a recipe with state does."""
+    stateful = isinstance(self.recipe, StatefulRecipe) and self.calibration is None
+    return stateful and not all(self.in_high_precision(tensor))
+
   @property
   def rounds_gradients(self) -> bool:
     """Whether the output gradient is rounded stochastically, which needs a PRNG key."""
-    in_fp8 = not all(map(self.recipe.is_high_precision, self.output_grad.kinds))
+    in_fp8 = not all(self.in_high_precision(self.output_grad))
     return in_fp8 and self.recipe.rounds_by_key and self.calibration is None
 
   def summed_axes(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ value.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -20,11 +21,26 @@ from flax_fp8.ops.calibration import Calibration
 from flax_fp8.ops.plan import Plan, PlannedGemm, Tensor
 from flax_fp8.products import dot_high_precision
 from flax_fp8.quantize import QTensor, dequantize
-from flax_fp8.recipes.base import Recipe, TensorState
+from flax_fp8.recipes.base import Recipe, StatefulRecipe, TensorState
 from flax_fp8.sharding import explicit_sharding, in_auto, replicated_as
 from flax_fp8.straight_through import QuantizedDType, with_tangent
 
+State: TypeAlias = Mapping[str, TensorState]  # by the values of ``Role``
 Quantized: TypeAlias = QTensor | jax.Array  # an array if the GEMM is in high precision
+
+
+def read(state: TensorState) -> TensorState:
+  """Returns the state of a tensor in float32, without a derivative."""
+  return {name: lax.stop_gradient(to_float32(leaf)) for name, leaf in state.items()}
+
+
+def prepare(plan: Plan, state: State, *tensors: Tensor) -> dict[str, TensorState]:
+  """Prepares the scales of tensors together. Leaves out tensors that need no preparation."""
+  recipe = plan.recipe
+  own = {each.role.value: read(state[each.role.value]) for each in tensors if plan.records(each)}
+  if not own or not isinstance(recipe, StatefulRecipe):
+    return {}
+  return recipe.prepare({role: metrics.split(leaves)[0] for role, leaves in own.items()})
 
 
 def quantize(
@@ -32,41 +48,68 @@ def quantize(
   tensor: Tensor,
   x: jax.Array,
   state: TensorState,
+  prepared: TensorState | None,
   key: jax.Array | None = None,
   *,
   observed: bool = True,
 ) -> tuple[tuple[Quantized, Quantized], TensorState]:
-  """Prepares a tensor for its two GEMMs: in FP8, or unchanged for a high-precision GEMM.
+  """Readies a tensor for its two GEMMs: in FP8, or unchanged for a high-precision GEMM.
 
   Args:
     plan: plan of the contraction.
     tensor: the tensor of the plan that ``x`` is the value of.
     x: float32, bfloat16 or float16.
     state: state of the tensor, with its metrics if any; float32 or fp32_max_grad.
+    prepared: what ``prepare`` returned for the tensor, if anything.
     key: PRNG key for stochastic rounding, or None.
-    observed: whether to compute the new state.
+    observed: whether to observe the tensor.
 
   Returns:
-    The tensor for each GEMM, and its new state in float32. The state stays unchanged if neither
-    GEMM is in FP8.
+    The tensor for each GEMM, and what ``record`` needs to know of it.
   """
-  recipe = plan.recipe
-  state = {name: lax.stop_gradient(to_float32(leaf)) for name, leaf in state.items()}
-  as_is = [recipe.is_high_precision(kind) for kind in tensor.kinds]
+  recipe, as_is = plan.recipe, plan.in_high_precision(tensor)
   if all(as_is):
-    return (x, x), state
-  own, old_metrics = metrics.split(state)
+    return (x, x), {}
+  own, old_metrics = metrics.split(read(state))
   values = lax.stop_gradient(x)
   if plan.calibration is not None:
     return (x, x), _calibrate(plan, plan.calibration, tensor, values, own, old_metrics)
-  pair, new = recipe.quantize(values, own, tensor.role, tensor.views, key, observed=observed)
+  if prepared is not None and isinstance(recipe, StatefulRecipe):
+    q, seen = recipe.quantize_prepared(values, prepared, tensor.role, key, observed=observed)
+    pair = q, q
+  else:
+    pair, seen = recipe.quantize(values, own, tensor.role, tensor.views, key, observed=observed)
   if old_metrics and observed:
-    new = {**new, **_measure(plan, tensor, values, pair, old_metrics)}
+    seen = {**seen, **_measure(plan, tensor, values, pair, old_metrics)}
   first = x if as_is[0] else _stand_for(recipe, pair[0], x, tensor.views[0])
   if pair[0] is pair[1] and not any(as_is):
-    return (first, first), new
+    return (first, first), seen
   second = x if as_is[1] else _stand_for(recipe, pair[1], x, tensor.views[1])
-  return (first, second), new
+  return (first, second), seen
+
+
+def record(plan: Plan, state: State, seen: Mapping[str, TensorState]) -> dict[str, TensorState]:
+  """Returns the new states of all tensors, in float32.
+
+  Args:
+    plan: plan of the contraction.
+    state: the old states.
+    seen: what ``quantize`` returned of each tensor.
+
+  Returns:
+    The new states, with metrics if any. The state of a tensor stays unchanged if both of its GEMMs
+    are in high precision.
+  """
+  recipe = plan.recipe
+  old = {role: read(leaves) for role, leaves in state.items()}
+  own, measured = ({r: metrics.split(s)[part] for r, s in seen.items()} for part in (0, 1))
+  recorded = {
+    each.role.value for each in (plan.lhs, plan.rhs, plan.output_grad) if plan.records(each)
+  }
+  if isinstance(recipe, StatefulRecipe) and recorded:
+    before = {role: metrics.split(old[role])[0] for role in own if role in recorded}
+    own |= recipe.record(before, {role: own[role] for role in before})
+  return {role: {**old[role], **own[role], **measured[role]} for role in seen}
 
 
 def _calibrate(

@@ -1,4 +1,6 @@
-"""Names the values that a contraction saves, for policies of ``jax.checkpoint``.
+"""Names and packs the values that a contraction saves for its backward pass.
+
+Policies of ``jax.checkpoint`` know the names.
 
 If a policy saves a value that the forward pass also uses, ``jax.checkpoint`` applies
 ``lax.reduce_precision`` to it. For plain E4M3 arrays this turns values beyond 240 into NaN and
@@ -7,11 +9,16 @@ subnormals into zero. The operands of the forward GEMM therefore have no name th
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from flax_fp8 import _compat
 from flax_fp8.recipes.base import Role
 
 INPUT = "fp8_input"
@@ -22,10 +29,11 @@ BATCHED_OUTPUT = "fp8_batched_output"
 
 # Only for ``training.once``, not for policies of ``jax.checkpoint``.
 KERNEL_FORWARD = "fp8_kernel_forward"
+PREPARED = "fp8_prepared"
 
 OF_ROLE = {Role.INPUT: INPUT, Role.KERNEL: KERNEL}
 # Values that may depend only on kernels and their state, and are then equal in several passes.
-OF_KERNELS = (KERNEL, KERNEL_FORWARD, SCALARS)
+OF_KERNELS = (KERNEL, KERNEL_FORWARD, PREPARED, SCALARS)
 
 Tree = TypeVar("Tree")
 
@@ -34,3 +42,37 @@ def name(tree: Tree, as_: str) -> Tree:
   """Names every array of a pytree."""
   named: Any = jax.tree.map(lambda leaf: checkpoint_name(leaf, as_), tree)
   return named
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=("values",), meta_fields=("structure",)
+)
+@dataclasses.dataclass(frozen=True)
+class Packed:
+  """The single values of a pytree as one array, so that a loop over layers stacks one array.
+
+  Attributes:
+    values: float32 vector.
+    structure: structure of the pytree, whose leaves have shape ``(1,)``.
+  """
+
+  values: jax.Array
+  structure: Any
+
+
+def pack(tree: Any) -> Any:
+  """Packs a pytree. Returns it as it is if it has a leaf that is not a single value."""
+  leaves, structure = jax.tree.flatten(tree)
+  varying = {_compat.varying_axes(leaf) for leaf in leaves}
+  if len(varying) != 1 or any(leaf.size != 1 for leaf in leaves):
+    return tree
+  return Packed(jnp.concatenate([leaf.reshape(1) for leaf in leaves]), structure)
+
+
+def unpack(tree: Any) -> Any:
+  """Inverts ``pack``. All leaves of a packed pytree have shape ``(1,)``."""
+  if not isinstance(tree, Packed):
+    return tree
+  count = tree.structure.num_leaves
+  parts = [lax.slice_in_dim(tree.values, index, index + 1) for index in range(count)]
+  return jax.tree.unflatten(tree.structure, parts)

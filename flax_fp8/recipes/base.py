@@ -13,7 +13,7 @@ import dataclasses
 import enum
 import functools
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NoReturn, TypeAlias, final, get_args
 
 import jax
@@ -246,7 +246,67 @@ class StatelessRecipe(Recipe):
 
 
 class StatefulRecipe(Recipe):
-  """A recipe with state: scales come from earlier steps and are known before the tensor."""
+  """A recipe with state: scales come from earlier steps and are known before the tensor.
+
+  A contraction first prepares the scales of all its tensors, then quantizes each tensor, and
+  records all of them at the end. The states of several tensors are keyed by the values of ``Role``.
+  """
+
+  @abc.abstractmethod
+  def prepare(self, state: Mapping[str, TensorState]) -> dict[str, TensorState]:
+    """Returns what quantization needs to know of each state. It does not depend on the tensors.
+
+    Args:
+      state: states of one or more tensors; float32.
+    """
+
+  @abc.abstractmethod
+  def quantize_prepared(
+    self, x: jax.Array, prepared: TensorState, role: Role, key: jax.Array | None, *, observed: bool
+  ) -> tuple[QTensor, TensorState]:
+    """Quantizes a tensor once for both of its GEMMs.
+
+    Args:
+      x: float32, bfloat16 or float16; any shape.
+      prepared: what ``prepare`` returned for this tensor.
+      role: role of ``x``.
+      key: PRNG key for stochastic rounding, or None to round to nearest.
+      observed: whether to observe the tensor. If False, a pass over ``x`` may be skipped.
+
+    Returns:
+      The ``QTensor``, and what ``record`` needs to know of the tensor; ``{}`` if not observed.
+    """
+
+  @abc.abstractmethod
+  def record(
+    self, state: Mapping[str, TensorState], seen: Mapping[str, TensorState]
+  ) -> dict[str, TensorState]:
+    """Returns the states for the next step.
+
+    Args:
+      state: states of one or more tensors; float32.
+      seen: what ``quantize_prepared`` observed of each tensor.
+    """
+
+  @final
+  def quantize(
+    self,
+    x: jax.Array,
+    state: TensorState,
+    role: Role,
+    views: tuple[View, View],
+    key: jax.Array | None = None,
+    *,
+    observed: bool = True,
+  ) -> tuple[tuple[QTensor, QTensor], TensorState]:
+    """Prepares, quantizes and records one tensor."""
+    del views
+    (prepared,) = self.prepare({role.value: state}).values()
+    q, seen = self.quantize_prepared(x, prepared, role, key, observed=observed)
+    if not observed:
+      return (q, q), state
+    (new,) = self.record({role.value: state}, {role.value: seen}).values()
+    return (q, q), new
 
   @abc.abstractmethod
   def finalize_scale(self, state: TensorState, role: Role) -> TensorState:

@@ -7,6 +7,7 @@ tensor: a scale and an amax history.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -22,6 +23,7 @@ from flax_fp8.formats import E5M2
 from flax_fp8.products import dot_per_tensor, scaled_matrices
 from flax_fp8.quantize import QTensor, cast_apart, quantize, scale_from_amax
 from flax_fp8.recipes.base import GemmKind, Role, StatefulRecipe, TensorState
+from flax_fp8.together import together
 
 AmaxComputeAlgo = Literal["max", "most_recent"]
 FirstStep = Literal["stored", "current"]
@@ -48,7 +50,7 @@ def roll_history(history: jax.Array, newest: jax.Array) -> jax.Array:
 def next_scale(
   scale: jax.Array,
   history: jax.Array,
-  float8_max: float,
+  float8_max: float | jax.Array,
   *,
   algo: AmaxComputeAlgo = "max",
   margin: float = 0,
@@ -200,30 +202,48 @@ class DelayedScaling(StatefulRecipe):
       state["steps_to_update"] = np.zeros((1,), np.float32)
     return state
 
-  def quantize(
-    self,
-    x: jax.Array,
-    state: TensorState,
-    role: Role,
-    views: tuple[View, View],
-    key: jax.Array | None = None,
-    *,
-    observed: bool = True,
-  ) -> tuple[tuple[QTensor, QTensor], TensorState]:
-    """Quantizes once for both GEMMs, stores the scale, and records the amax."""
-    del views
-    waits = self.first_step == "current" or self.overflow == "current"
-    seen = amax(x, state) if waits or observed else None
-    scale, inverse = self._scale(state, seen if waits else None, role)
-    q = quantize(x, scale.reshape(()), self.float8(role), inverse.reshape(()), key, stale=True)
-    q = cast_apart(q)
-    if seen is None:
-      return (q, q), state
-    return (q, q), self._record(state, scale, seen)
+  def prepare(self, state: Mapping[str, TensorState]) -> dict[str, TensorState]:
+    """Computes the scales of all tensors from their histories."""
+    limits = [jnp.full((1,), self.float8(Role(role)).max, jnp.float32) for role in state]
+    prepared = together(self._prepare, [*state.values()], limits)
+    for each in prepared:
+      # Without the barrier, XLA computes the inverses in another kernel than the scales.
+      each["inverse"] = lax.optimization_barrier(each["inverse"])
+    return dict(zip(state, prepared, strict=True))
 
-  def _record(self, state: TensorState, scale: jax.Array, seen: jax.Array) -> TensorState:
-    """Returns the state after a step with the given scale and amax."""
-    new = {"scale": scale, "amax_history": roll_history(state["amax_history"], seen)}
+  def quantize_prepared(
+    self, x: jax.Array, prepared: TensorState, role: Role, key: jax.Array | None, *, observed: bool
+  ) -> tuple[QTensor, TensorState]:
+    """Quantizes with the scale, and observes the scale and the amax."""
+    waits = self.first_step == "current" or self.overflow == "current"
+    seen = amax(x, prepared) if waits or observed else None
+    scale, inverse = self._scale(prepared, seen if waits else None, role)
+    q = quantize(x, scale.reshape(()), self.float8(role), inverse.reshape(()), key, stale=True)
+    observations = {} if seen is None else {"scale": scale, "newest": seen.reshape(1)}
+    return cast_apart(q), observations
+
+  def record(
+    self, state: Mapping[str, TensorState], seen: Mapping[str, TensorState]
+  ) -> dict[str, TensorState]:
+    """Stores the scales and adds the amaxes to the histories."""
+    new = together(self._record, [state[role] for role in seen], [*seen.values()])
+    return dict(zip(seen, new, strict=True))
+
+  def _prepare(self, state: TensorState, float8_max: jax.Array) -> TensorState:
+    """Returns the scale and its inverse, and the largest amax if it matters."""
+    scale, inverse = self._scale_of_history(state, float8_max)
+    if self.interval > 1:
+      due, stored = self._is_due(state), state["scale"]
+      scale, inverse = jnp.where(due, scale, stored), jnp.where(due, inverse, 1.0 / stored)
+    prepared = {"scale": scale, "inverse": inverse}
+    if self.first_step == "current":
+      prepared["largest"] = jnp.max(state["amax_history"], axis=0).reshape(1)
+    return prepared
+
+  def _record(self, state: TensorState, seen: TensorState) -> TensorState:
+    """Returns the state after a step with the observed scale and amax."""
+    history = roll_history(state["amax_history"], seen["newest"])
+    new = {"scale": seen["scale"], "amax_history": history}
     if self.interval > 1:
       due, empty = self._is_due(state), self._is_empty(state)
       waited = jnp.where(due & ~empty, self.interval, state["steps_to_update"]) - 1.0
@@ -251,7 +271,7 @@ class DelayedScaling(StatefulRecipe):
 
   def finalize_scale(self, state: TensorState, role: Role) -> TensorState:
     """Computes the scale from the history now, regardless of the interval."""
-    scale, _ = self._scale_of_history(state, role)
+    scale, _ = self._scale_of_history(state, self.float8(role).max)
     due = {"steps_to_update": jnp.zeros((1,), jnp.float32)} if self.interval > 1 else {}
     return {**state, "scale": scale, **due}
 
@@ -279,20 +299,16 @@ class DelayedScaling(StatefulRecipe):
     return Needs(self.fp8_format)
 
   def _scale(
-    self, state: TensorState, seen: jax.Array | None, role: Role
+    self, prepared: TensorState, seen: jax.Array | None, role: Role
   ) -> tuple[jax.Array, jax.Array]:
     """Returns the scale of this step and its inverse. They may depend on the amax, if given."""
-    stored, float8 = state["scale"], self.float8(role)
-    scale, inverse = self._scale_of_history(state, role)
-    if self.interval > 1:
-      due = self._is_due(state)
-      scale, inverse = jnp.where(due, scale, stored), jnp.where(due, inverse, 1.0 / stored)
+    scale, inverse = prepared["scale"], prepared["inverse"]
     if seen is None:
       return scale, inverse
     if self.first_step == "current":
-      scale, inverse = self._scale_of(seen, self._is_empty(state), scale, inverse, role)
+      scale, inverse = self._scale_of(seen, prepared["largest"] == 0.0, scale, inverse, role)
     if self.overflow == "current":
-      beyond = seen > jnp.float32(float8.max) * scale
+      beyond = seen > jnp.float32(self.float8(role).max) * scale
       scale, inverse = self._scale_of(seen, beyond, scale, inverse, role)
     return scale, inverse
 
@@ -306,12 +322,14 @@ class DelayedScaling(StatefulRecipe):
     )
     return jnp.where(where, now, scale), jnp.where(where, now_inverse, inverse)
 
-  def _scale_of_history(self, state: TensorState, role: Role) -> tuple[jax.Array, jax.Array]:
+  def _scale_of_history(
+    self, state: TensorState, float8_max: float | jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
     """Returns the scale that follows from the history, and its inverse."""
     return next_scale(
       state["scale"],
       state["amax_history"],
-      self.float8(role).max,
+      float8_max,
       algo=self.amax_compute_algo,
       margin=self.margin,
       power_of_two=self.power_of_two,

@@ -9,6 +9,11 @@ import jax.numpy as jnp
 import pytest
 
 import flax_fp8 as fp8
+from harness.models import Mlp, Stack
+from harness.names import FLAX
+from harness.variants import VARIANTS
+from questions.base import array
+from questions.layers import explain_step
 
 M, N, K = 512, 256, 384
 ALL_FP8 = {"fprop": True, "dgrad": True, "wgrad": True}
@@ -85,3 +90,21 @@ def test_stochastic_rounding_keeps_the_gemms_fp8():
     return out, vjp(g)
 
   fp8.assert_fp8(step, variables, x, g, jax.ShapeDtypeStruct((), jnp.int32), target="h100")
+
+
+@pytest.mark.parametrize("layers", [2, 8])
+def test_scanned_layers_start_no_more_kernels_than_with_flax_fp8_ops(layers):
+  kernels = {}
+  for name in ("delayed", FLAX):
+    stack = Stack(Mlp, (VARIANTS[name],), layers, scan=True)
+    figures = explain_step(stack, array(1024, 2048), "h100", max_grad=name == "delayed")
+    kernels[name] = figures["kernels"]
+  assert kernels["delayed"] < kernels[FLAX]
+
+
+def test_a_layer_with_delayed_scaling_updates_its_state_in_few_kernels():
+  got = report(fp8.DelayedScaling(), "h100")
+  tensors = ("quantize", "transpose", "FP8 GEMM")
+  others = {each.kind.value: each.kernels for each in got.classes if each.kind.value not in tensors}
+  # History maxima, scales, new histories; then an amax, and its last reduction, of each tensor.
+  assert sum(others.values()) <= 3 + 2 * 3

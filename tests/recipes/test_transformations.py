@@ -5,6 +5,7 @@ Sums of products are exact here (see ``cases.integers``), so results are equal b
 """
 
 import functools
+import itertools
 
 import flax.linen as nn
 import jax
@@ -74,6 +75,37 @@ def test_vmap_with_shared_state_sees_all_copies(name):
   state = quickly(run)(XS, WS[0], CS, ops.init_state(recipe))
   for role, seen in (("input", XS), ("kernel", WS[0]), ("output_grad", CS)):
     assert float(state[role]["amax_history"][0]) == np.abs(seen).max()
+
+
+@pytest.mark.parametrize("mapped", [*itertools.product((False, True), repeat=3)], ids=str)
+def test_vmap_that_maps_the_state_of_some_tensors(mapped):
+  recipe = RECIPES["delayed"]
+  seen = cases.step(recipe, XS[0], WS[0], CS[0])[3]
+  states = jax.tree.map(lambda leaf: jnp.stack([leaf * 2**i for i in range(COPIES)]), seen)
+  is_mapped = dict(zip(seen, mapped, strict=True))
+  take = lambda role, i: jax.tree.map(lambda leaf: leaf[i], states[role])
+  state = {role: states[role] if is_mapped[role] else take(role, 0) for role in states}
+  of_copy = lambda i: {role: take(role, i if is_mapped[role] else 0) for role in states}
+
+  def run(x, w, c, state):
+    axes = {role: 0 if is_mapped[role] else None for role in state}
+    apply = lambda x, w, state: ops.dot_general(x, w, cases.DIMS, recipe=recipe, state=state)
+    out, vjp = jax.vjp(jax.vmap(apply, in_axes=(0, None, axes)), x, w, state)
+    x_grad, _, new = vjp(c)
+    return out, x_grad, new
+
+  out, x_grad, new = quickly(run)(XS, WS[0], CS, state)
+  each = [
+    compiled_quickly(recipe, x, WS[0], c, of_copy(i))
+    for i, (x, c) in enumerate(zip(XS, CS, strict=True))
+  ]
+  cases.equal(
+    (out, x_grad), jax.tree.map(lambda *leaves: jnp.stack(leaves), *(e[:2] for e in each))
+  )
+  for role in new:
+    join = jnp.stack if is_mapped[role] else lambda leaves: jnp.max(jnp.stack(leaves), axis=0)
+    want = jax.tree.map(lambda *leaves, join=join: join(leaves), *(e[3][role] for e in each))
+    cases.equal(new[role], want)
 
 
 class Layers(nn.Module):
