@@ -28,6 +28,7 @@ from flax_fp8.linen import (
 )
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT
 from flax_fp8.meta_dtype import fp32_max_grad
+from flax_fp8.ops.gated import geglu, reglu, swiglu
 from flax_fp8.recipes import (
   RECIPES,
   DelayedScaling,
@@ -71,6 +72,10 @@ __all__ = [
   "cond",
   "scan",
   "vmap",
+  # Activations
+  "geglu",
+  "reglu",
+  "swiglu",
   # Models
   "ConversionReport",
   "Fp8Config",

@@ -145,6 +145,16 @@ def quantize(
   return QTensor(saturating_cast(quotient, float8, key), scale)
 
 
+def round_in_place(x: jax.Array) -> jax.Array:
+  """Makes XLA keep the rounding of ``x`` to its dtype, so that all kernels read ``x`` as rounded.
+
+  XLA removes a cast from float32 to bfloat16 and back. A kernel that quantizes then needs the
+  float32 value: XLA computes it again in each kernel, or writes it to memory at twice the size.
+  """
+  kind = jnp.finfo(x.dtype)
+  return lax.reduce_precision(x, kind.nexp, kind.nmant)
+
+
 def cast_apart(q: QTensor) -> QTensor:
   """Keeps the cast of a tensor in a GPU kernel apart from a transposition of its FP8 data.
 

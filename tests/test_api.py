@@ -21,9 +21,11 @@ NAMES = {
   "calibrate", "capability", "check_train_step", "cond", "downgrade_variables", "drop_metrics",
   "explain",
   "fp32_max_grad",
-  "fp8_linear_layers", "fp8_ops", "freeze_for_inference", "from_flax_fp8_ops", "get_recipe",
-  "grad", "ops", "partition_for_grad_overwrite", "restore_checkpoint", "save_checkpoint", "scan",
-  "remat_policies", "stats", "upgrade_variables", "use_kernels", "value_and_grad", "vmap",
+  "fp8_linear_layers", "fp8_ops", "freeze_for_inference", "from_flax_fp8_ops", "geglu",
+  "get_recipe",
+  "grad", "ops", "partition_for_grad_overwrite", "reglu", "restore_checkpoint", "save_checkpoint",
+  "scan", "remat_policies", "stats", "swiglu", "upgrade_variables",
+  "use_kernels", "value_and_grad", "vmap",
 }  # fmt: skip
 MODULES = sorted(m.name for m in pkgutil.walk_packages(fp8.__path__, "flax_fp8."))
 RULES = ("_fwd", "_bwd", "_jvp")  # differentiation rules that Flax's namespace exports

@@ -138,3 +138,13 @@ def test_product_of_scales_does_not_overflow():
   big = jnp.float32(2.0**120)
   assert float(quantize.product(big, big)) == F32_MAX
   assert float(quantize.product(jnp.float32(3), jnp.float32(0.5))) == 1.5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_rounding_in_place_changes_no_value(dtype):
+  info = jnp.finfo(dtype)
+  values = [0.0, -0.0, 1.0, float(info.max), float(info.tiny), np.inf, -np.inf, np.nan, 1 / 3]
+  x = jnp.asarray(values, dtype)
+  got = jax.jit(quantize.round_in_place)(x)
+  assert got.dtype == x.dtype
+  np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(x, np.float32))

@@ -241,6 +241,24 @@ def _contractions() -> Iterator[Wrong]:
     yield Wrong("init_state", f"{show(value):.20}", call, TypeError, words)
 
 
+def _activations() -> Iterator[Wrong]:
+  for fun in (fp8.swiglu, fp8.geglu, fp8.reglu):
+    name = fun.__name__
+    run = lambda gate=X, up=X, fun=fun: jax.eval_shape(lambda: fun(gate, up))
+    dtypes = "operands must be of dtype float32, bfloat16, float16; got "
+    for i, (value, shown) in enumerate(_operands()):
+      for side in ("gate", "up"):
+        call = functools.partial(run, **{side: value})
+        yield Wrong(name, f"{side} {i}", call, TypeError, f"{dtypes}{side} {shown}")
+    words = r"gate and up must have the same shape; got gate=float32\[4, 16\], up=float32"
+    for up in (X[:1], X[:, :8], X[0], 1.0):
+      call = functools.partial(run, up=up)
+      yield Wrong(name, f"up {np.shape(up)}", call, ValueError, words)
+  run = lambda approximate: fp8.geglu(X, X, approximate=approximate)
+  words = "must be True or False; got"
+  yield from fields("geglu", run, TypeError, words, approximate=("tanh", None, 1))
+
+
 def _modules() -> Iterator[Wrong]:
   arguments = {"Fp8DotGeneral": (X, W, DIMS), "Fp8Einsum": ("mk,kn->mn", X, W)}
   for cls in (fp8.Fp8DotGeneral, fp8.Fp8Einsum):
@@ -327,4 +345,10 @@ def _fused() -> Iterator[Wrong]:
   )
 
 
-TABLE: tuple[Wrong, ...] = (*_recipes(), *_formats(), *_contractions(), *_modules())
+TABLE: tuple[Wrong, ...] = (
+  *_recipes(),
+  *_formats(),
+  *_contractions(),
+  *_activations(),
+  *_modules(),
+)

@@ -61,7 +61,7 @@ class SwiGLU(nn.Module):
       gate, up = jnp.split(dense(2 * hidden, variant, "gate_up")(x), 2, axis=-1)
     else:
       gate, up = (dense(hidden, variant, name)(x) for name in ("gate", "up"))
-    return dense(self.shape.d_model, variant, "down")(nn.silu(gate) * up)
+    return dense(self.shape.d_model, variant, "down")(fp8.swiglu(gate, up))
 
 
 class Attention(nn.Module):

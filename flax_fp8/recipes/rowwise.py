@@ -11,7 +11,7 @@ from flax_fp8.capability import Needs
 from flax_fp8.contraction import Gemm, View
 from flax_fp8.formats import Format
 from flax_fp8.products import dot_per_row, scaled_matrices
-from flax_fp8.quantize import QTensor, current_scale, quantize
+from flax_fp8.quantize import QTensor, current_scale, quantize, round_in_place
 from flax_fp8.recipes.base import GemmKind, Role, StatelessRecipe, split_key
 
 
@@ -66,6 +66,7 @@ class Float8RowwiseScaling(StatelessRecipe):
   ) -> tuple[QTensor, QTensor]:
     """Quantizes once for each GEMM, along the axes that it contracts."""
     float8 = self.float8(role)
+    x = round_in_place(x)
 
     def along(view: View, key: jax.Array | None) -> QTensor:
       scale, inverse = current_scale(x, float8, view.contracting, self.power_of_two)
