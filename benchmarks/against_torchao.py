@@ -6,6 +6,8 @@ BF16 is PyTorch's own. Block and layers are those of ``block.py`` and ``gemm.py`
 are over JAX's BF16. If their JSON is in ``--out`` too, the last table has both, with times: a ratio
 alone flatters the framework with the slower BF16. Everything is bfloat16, without bias, forward and
 backward from a random output gradient, compiled by ``torch.compile`` for fixed shapes as one graph.
+The block of ``block.py`` has a loss, so that XLA runs nothing of the backward pass ahead. PyTorch
+never does: it compiles the two passes apart.
 The variants are torchao's recipes ``tensorwise`` and ``rowwise``, which scale by current values as
 our ``current`` and ``rowwise`` do. It has no delayed scaling. Every linear layer is converted.
 

@@ -3,6 +3,7 @@
     python benchmarks/crossover.py           # needs an H100 or H200; about a minute
 
 Square layers without bias, all in bfloat16, forward and backward, with several numbers of tokens.
+A layer stands alone, so its output gradient is an argument.
 The rule is that of ``fp8.Fp8Config(min_kernel_size=...)``: layers with a smaller kernel stay BF16.
 The smallest measured size is chosen from which no layer is slower than BF16 in the odd rounds. The
 even rounds give the worst speedup with that rule, where layers below it are BF16 itself, at 1. It

@@ -6,9 +6,10 @@ Layers without bias, all in bfloat16, forward and backward:
 
     out = x @ kernel;  x_grad = grad @ kernel.T;  kernel_grad = x.T @ grad
 
-Their shapes are those of Transformer Engine's published figures, and of Llama 3 8B's and 70B's
-projections with 8192 tokens (``harness/sizes.py``). ``speedup`` is BF16's time over a variant's,
-the median over rounds in which all variants ran in turn. Beside the layers, the bare GEMMs: their
+A layer stands alone, so ``grad`` is an argument as ``x`` and ``kernel`` are. Shapes are those of
+Transformer Engine's published figures, and of Llama 3 8B's and 70B's projections with 8192 tokens
+(``harness/sizes.py``). ``speedup`` is BF16's time over a variant's, the median over rounds in which
+all variants ran in turn. Beside the layers, the bare GEMMs: their
 operands are quantized already, in the layout that FP8 takes, and BF16's are ready too. Each GEMM of
 the compiled programs is checked to have the dtype that its row says. Transformer Engine publishes
 speedups of 1.69 (delayed) and 1.58 (current) for its layers; the goal for rowwise is 1.45.

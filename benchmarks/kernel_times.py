@@ -2,7 +2,7 @@
 
     python benchmarks/kernel_times.py        # needs an H100 or H200; about a minute
 
-Traces a few steps of ``block.py``'s block with JAX's profiler, in BF16 and with each variant, and
+Traces a few steps of ``block.py``'s block and its loss with JAX's profiler, in each variant, and
 sets each kernel's time beside the roofline that ``fp8.explain`` gives it:
 
     ratio = measured seconds / max(FLOPs / peak rate, bytes / memory bandwidth)

@@ -1,5 +1,6 @@
 """The benchmark of a Transformer block and a model of them, in small."""
 
+import functools
 import json
 import sys
 
@@ -57,12 +58,29 @@ def test_attention_is_causal():
 def test_a_loop_computes_gradients_and_moves_state(kind):
   program = make(kind, "delayed")
   arguments = programs.Arrays().fill(program.shapes)
-  _, state, (out, x_grad, params_grad) = program.fn(*arguments)
-  found = [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves((out, x_grad, params_grad))]
+  _, state, (loss, x_grad, params_grad) = program.fn(*arguments)
+  found = [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves((loss, x_grad, params_grad))]
   assert all(np.isfinite(leaf).all() and leaf.any() for leaf in found)
   moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), state, arguments[0])
   assert all(jax.tree.leaves(moved))
-  assert out.shape == (1, 16, 32)
+  assert (loss.shape, loss.dtype, x_grad.shape) == ((), jnp.float32, (1, 16, 32))
+
+
+@pytest.mark.slow
+def test_gradients_are_those_of_half_the_sum_of_squares():
+  module = Stack(Block, (TINY_LLAMA, block.ALL[BF16], "xla"))
+  program = block.program("block", TINY_LLAMA, 16, BF16, 1)
+  state, params, x, one = programs.Arrays().fill(program.shapes)
+  assert one == 1
+  variables = {"params": params}
+  loss = lambda variables, x: (
+    jnp.sum(jnp.square(module.apply(variables, x).astype(jnp.float32))) / 2
+  )
+  wanted, (grads, x_grad) = fp8.value_and_grad(loss, argnums=(0, 1))(variables, x)
+  _, _, found = program.fn(state, params, x, one)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-2, atol=1e-2)
+  as_float32 = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), tree)
+  jax.tree.map(close, as_float32(found), as_float32((wanted, x_grad, dict(grads)["params"])))
 
 
 @pytest.mark.slow

@@ -228,7 +228,7 @@ def test_each_step_goes_on_from_the_last_ones_state():
   arguments = programs.Arrays().fill(program.shapes)
   counter, state, results = program.fn(*arguments)
   module = dense(32, VARIANTS["delayed"])
-  jitted = jax.jit(programs.forward_and_backward(module, max_grad=True))
+  jitted = jax.jit(programs.forward_and_backward(module.apply, max_grad=True))
   by_hand = arguments[0]
   for _ in range(REPEAT):
     by_hand, last = jitted(by_hand, *arguments[1:])

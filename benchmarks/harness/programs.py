@@ -31,6 +31,7 @@ from harness.sizes import Shape
 from harness.variants import VARIANTS, Variant
 
 Step: TypeAlias = Callable[..., tuple[Any, Any]]
+Apply: TypeAlias = Callable[[Any, jax.Array], Any]  # from variables and input to an output
 KERNEL_SIZE = 1 / 64  # standard deviation: results of thousands of terms are near 1
 
 
@@ -71,17 +72,28 @@ def repeated(step: Step, repeat: int) -> Any:
   return jax.jit(loop)
 
 
-def forward_and_backward(module: nn.Module, *, max_grad: bool) -> Step:
+def loss_of(module: nn.Module) -> Apply:
+  """From variables and input to half the sum of squares of the output, in float32.
+
+  The output gradient is then the output. So no part of the backward pass can run beside the forward
+  pass, as XLA may do where the output gradient is an argument.
+  """
+  apply: Any = module.apply
+  return lambda variables, x: 0.5 * jnp.sum(jnp.square(apply(variables, x).astype(jnp.float32)))
+
+
+def forward_and_backward(apply: Apply, *, max_grad: bool) -> Step:
   """A step from state, parameters, input and output gradient.
 
-  Its results are the output and the gradients of input and parameters. ``max_grad`` casts the
-  state, as ``fp8.value_and_grad`` does; Flax's own ops do not know that dtype.
+  ``apply`` is a layer's, whose output gradient is given, or a loss, whose output gradient is 1.
+  Results are its output and the gradients of input and parameters. ``max_grad`` casts the state, as
+  ``fp8.value_and_grad`` does; Flax's own ops do not know that dtype.
   """
 
   def step(state: Any, params: Any, x: jax.Array, grad: Any) -> tuple[Any, Any]:
     variables = {"params": params, **state}
     variables = fp8.as_max_grad(variables) if max_grad else variables
-    out, pull_back = jax.vjp(module.apply, variables, x)
+    out, pull_back = jax.vjp(apply, variables, x)
     grads, x_grad = pull_back(grad)
     new = dict(jax.tree.map(to_float32, grads))
     params_grad = new.pop("params")
@@ -90,33 +102,45 @@ def forward_and_backward(module: nn.Module, *, max_grad: bool) -> Step:
   return step
 
 
-def argument_shapes(module: nn.Module, x: jax.ShapeDtypeStruct) -> tuple[Any, ...]:
-  """State, parameters, input and output gradient of a module."""
+def argument_shapes(module: nn.Module, apply: Apply, x: jax.ShapeDtypeStruct) -> tuple[Any, ...]:
+  """A module's state, parameters and input, and the output gradient of ``apply``."""
   variables: Mapping[str, Any] = jax.eval_shape(module.init, jax.random.key(0), x)
   state = {name: leaves for name, leaves in variables.items() if name != "params"}
-  return state, variables["params"], x, jax.eval_shape(module.apply, variables, x)
+  return state, variables["params"], x, jax.eval_shape(apply, variables, x)
 
 
 def make_program(
-  variant: Variant, module: nn.Module, shape: tuple[int, ...], *, repeat: int, flops: int
+  variant: Variant,
+  module: nn.Module,
+  apply: Apply,
+  shape: tuple[int, ...],
+  *,
+  repeat: int,
+  flops: int,
 ) -> Program:
-  """The loop of forward and backward of a module with a variant's GEMMs; its input has a shape."""
-  step = forward_and_backward(module, max_grad=not variant.flax)
-  shapes = argument_shapes(module, jax.ShapeDtypeStruct(shape, jnp.bfloat16))
+  """The loop of forward and backward of a module with a variant's GEMMs; its input has a shape.
+
+  What is differentiated is ``module.apply`` of a layer alone, and ``loss_of(module)`` of models.
+  """
+  step = forward_and_backward(apply, max_grad=not variant.flax)
+  shapes = argument_shapes(module, apply, jax.ShapeDtypeStruct(shape, jnp.bfloat16))
   tokens = math.prod(shape[:-1])
   return Program(repeated(step, repeat), shapes, repeat, flops, variant.is_fp8, tokens)
 
 
 def layer_programs(shape: Shape, names: Iterable[str], repeat: int) -> dict[str, Program]:
-  """A layer without bias in several variants, by name."""
+  """A layer alone, without bias, in several variants, by name: its output gradient is given."""
   how = {"repeat": repeat, "flops": shape.flops}
-  made = {name: (VARIANTS[name], dense(shape.features, VARIANTS[name])) for name in names}
+  made = {name: dense(shape.features, VARIANTS[name]) for name in names}
   x = (shape.tokens, shape.width)
-  return {name: make_program(*each, x, **how) for name, each in made.items()}
+  return {
+    name: make_program(VARIANTS[name], module, module.apply, x, **how)
+    for name, module in made.items()
+  }
 
 
 class Arrays:
-  """Makes arrays for shapes: scales 1, histories 0, all else normal.
+  """Makes arrays for shapes: scales and scalars 1, histories 0, all else normal.
 
   Arrays with the same name, shape and dtype are the same array: programs share their parameters.
   ``given`` is a pytree of arrays that are taken as they are.
@@ -142,7 +166,7 @@ class Arrays:
 
 def make_array(name: str, shape: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
   """One array, by the name of the variable."""
-  if "scale" in name or "history" in name:
-    return jnp.full(shape.shape, "scale" in name, shape.dtype)
+  if not shape.shape or "scale" in name or "history" in name:
+    return jnp.full(shape.shape, "history" not in name, shape.dtype)
   size = KERNEL_SIZE if "kernel" in name else 1.0
   return (size * jax.random.normal(key, shape.shape, jnp.bfloat16)).astype(shape.dtype)

@@ -14,6 +14,7 @@ from flax_fp8.meta_dtype import to_float32
 from harness import plot
 from harness.models import Block, Heads, Mlp, Stack, SwiGLU, dense
 from harness.names import BF16, FLAX
+from harness.programs import loss_of
 from harness.sizes import LLAMA, Shape
 from harness.table import Column
 from harness.variants import OTHERS, RECIPES, VARIANTS, Variant
@@ -28,27 +29,30 @@ def explain_step(
   x: jax.ShapeDtypeStruct,
   target: str,
   *,
+  loss: bool = False,
   max_grad: bool = False,
   metrics: bool = False,
   descend: bool = False,
 ) -> Figures:
-  """Forward and backward of a module, from an output gradient that is an argument.
+  """Forward and backward of a layer or of parts of a block, whose output gradient is an argument.
 
   Args:
     module: what is differentiated.
     x: its input.
     target: the GPU.
+    loss: differentiate a loss of the output instead, as one does with whole models.
     max_grad: cast the state, as ``fp8.value_and_grad`` does.
     metrics: add ``fp8.add_metrics`` to the state.
     descend: take a step of gradient descent too.
   """
   variables: Any = jax.eval_shape(module.init, jax.random.key(0), x)
   variables = fp8.add_metrics(module, variables, x) if metrics else variables
-  grad = jax.eval_shape(module.apply, variables, x)
+  apply = loss_of(module) if loss else module.apply
+  grad = jax.eval_shape(apply, variables, x)
 
   def step(variables: Any, x: jax.Array, grad: Any) -> Any:
     cast = fp8.as_max_grad(variables) if max_grad else variables
-    out, pull_back = jax.vjp(module.apply, cast, x)
+    out, pull_back = jax.vjp(apply, cast, x)
     grads, x_grad = jax.tree.map(to_float32, pull_back(grad))
     if not descend:
       return out, (grads, x_grad)
@@ -78,8 +82,9 @@ def floor_mib(shape: Shape) -> float:
 def traffic() -> Iterator[Case]:
   """What moves besides GEMMs, in a layer, a Llama block without attention, and stacks of MLPs?
 
-  All in bfloat16, forward and backward. ``floor`` reads each tensor once and writes each of its two
-  FP8 layouts once.
+  All in bfloat16, forward and backward. A layer's output gradient is an argument. Block and stacks
+  have a loss, half the sum of squares of the output. ``floor`` reads each tensor once and writes
+  each of its two FP8 layouts once.
   """
   for shape in (LAYER, Shape(15872, 4096, 16384)):
     for name, variant in base.THREE.items():
@@ -97,7 +102,8 @@ def traffic() -> Iterator[Case]:
     for name, variant in base.THREE.items():
       arguments = (LLAMA, variant, "mix") if block is Block else (variant,)
       module, x = Stack(block, arguments, length, **how), array(8192, 4096 if length == 1 else 2048)
-      yield case, name, functools.partial(explain_step, module, x, max_grad=name == "delayed"), {}
+      asked = {"loss": True, "max_grad": name == "delayed"}
+      yield case, name, functools.partial(explain_step, module, x, **asked), {}
 
 
 ASKED: dict[str, Variant] = {
@@ -121,7 +127,8 @@ ASKED: dict[str, Variant] = {
 def recipe_cost() -> Iterator[Case]:
   """What does each recipe cost?
 
-  One Dense of 4096 by 4096, 8192 tokens, float32 parameters, forward and backward.
+  One Dense of 4096 by 4096, 8192 tokens, float32 parameters, forward and backward from a given
+  output gradient.
   """
   for name, variant in ASKED.items():
     yield "Dense 4096 x 4096", name, functools.partial(layer, LAYER, variant), {}
@@ -145,8 +152,8 @@ def metrics_cost() -> Iterator[Case]:
 def fused_cost() -> Iterator[Case]:
   """What do fused projections save?
 
-  Llama 3 8B's widths, 8192 tokens, float32 parameters; forward, backward and a step of gradient
-  descent.
+  Llama 3 8B's widths, 8192 tokens, float32 parameters; forward, backward from given output
+  gradients, and a step of gradient descent.
   """
   variants = {BF16: Variant()}
   for name in ("delayed", "current"):
@@ -192,7 +199,7 @@ def growth() -> Iterator[Case]:
   """How do time and memory grow with tokens, widths, layers and the length of the history?
 
   A layer of 4096 by 4096 and 8192 tokens, one size changed at a time, and stacks of MLPs under
-  ``nn.scan``; all in bfloat16, forward and backward.
+  ``nn.scan``; all in bfloat16, forward and backward. The stacks have a loss, as in ``traffic``.
   """
   for sweep, values in SWEEPS.items():
     for size, name in itertools.product(values, base.THREE):
@@ -212,7 +219,8 @@ def grown(sweep: str, size: int, name: str, target: str) -> Figures:
   if sweep == "layers":
     module, sizes["width"] = Stack(Mlp, (variant,), size, scan=True), 2048
   x = array(sizes["tokens"], sizes["width"])
-  return explain_step(module, x, target, max_grad=name == "delayed")
+  how = {"loss": sweep == "layers", "max_grad": name == "delayed"}
+  return explain_step(module, x, target, **how)
 
 
 @question(base.MS_OF_BF16, extra("launches", "kernels"))

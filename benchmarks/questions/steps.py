@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from flax_fp8.doctor import allow_missing_cuda
 from harness import output, plot
 from harness.models import Decoder, Mlp, Stack
 from harness.names import BF16, label
+from harness.programs import loss_of
 from harness.sizes import LLAMA
 from harness.table import Column, Row
 from harness.variants import VARIANTS, Variant
@@ -77,11 +78,6 @@ def gradients(variant: Variant, how: Mapping[str, Any], target: str) -> Figures:
   variables = jax.eval_shape(model.init, jax.random.key(0), x)
   differentiate: Any = jax.value_and_grad if variant.recipe is None else fp8.value_and_grad
   return figures(fp8.explain(differentiate(loss_of(model)), variables, x, target=target))
-
-
-def loss_of(model: Any) -> Callable[[Any, jax.Array], jax.Array]:
-  """The mean of squares of a model's output."""
-  return lambda variables, x: jnp.mean(jnp.square(model.apply(variables, x).astype(jnp.float32)))
 
 
 @question(base.MS, base.MS_OF_BF16, base.MOVED, base.TEMP)
