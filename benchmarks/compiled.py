@@ -19,6 +19,7 @@ by data-sheet rates: a lower bound without launches. It compares programs and pr
 import itertools
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -26,7 +27,7 @@ from rich.console import Console
 from flax_fp8.doctor import allow_missing_cuda
 from harness import output
 from harness.environment import environment
-from harness.names import BF16, label
+from harness.names import BF16, FLAX, label
 from harness.table import Column, print_table
 from questions import QUESTIONS, Case, Figures
 
@@ -50,9 +51,12 @@ def measure(cases: Iterable[Case], targets: Iterable[str], console: Console) -> 
 def show(name: str, content: Mapping[str, Any], console: Console) -> None:
   """Prints the table, and what the reports doubt."""
   rows: list[Figures] = [dict(row) for row in content["rows"]]
+  place = lambda row: (row["target"], row["case"])
   bases: dict[Any, Figures] = {}
+  flax = {place(row): row for row in rows if row["variant"] == FLAX}
   for row in rows:
-    row.update(base=bases.setdefault((row["target"], row["case"]), row), first=rows[0])
+    own = {"base": bases.setdefault(place(row), row), "flax": flax.get(place(row))}
+    row.update(own, first=rows[0])
   case = lambda row: f"{row['case']} ({row['target'].upper()})" if row is row["base"] else ""
   variant = lambda row: label(row["variant"]) + (" (?)" if row.get("doubts") else "")
   left = (Column("case", case, left=True), Column("variant", variant, left=True))
@@ -60,6 +64,24 @@ def show(name: str, content: Mapping[str, Any], console: Console) -> None:
   for row in rows:
     doubts = [f"(?) {row['case']}, {row['variant']}: {each}" for each in row.get("doubts", ())]
     output.say(console, *doubts)
+
+
+def answer(
+  name: str, cases: Iterable[Case], targets: Iterable[str], out: Path, note: str = ""
+) -> None:
+  """Compiles the cases of a question, writes its JSON, prints and draws it."""
+  asked, console = QUESTIONS[name], output.make_console()
+  rows = measure(cases, targets, console)
+  made = {"environment": environment(), "note": note or asked.note, "target": ", ".join(targets)}
+  output.write_json(out, name, {**made, "rows": rows})
+  redraw(name, out, console)
+
+
+def redraw(name: str, out: Path, console: Console) -> None:
+  """Prints and draws the JSON of a question."""
+  show(name, output.read_json(out, name), console)
+  if draw := QUESTIONS[name].draw:
+    output.redraw(out, name, draw)
 
 
 def main() -> None:
@@ -70,17 +92,13 @@ def main() -> None:
   parser.add_argument("--cases", default="*", metavar="GLOB", help="only cases of such names")
   parser.add_argument("--target", nargs="+", metavar="GPU", help="as fp8.explain knows them")
   arguments = parser.parse_args()
-  name, console, asked = arguments.question, output.make_console(), QUESTIONS[arguments.question]
-  if not arguments.redraw:
-    allow_missing_cuda()
-    targets = arguments.target or asked.targets
-    cases = [each for each in asked.cases() if fnmatch(each[0], arguments.cases)]
-    rows = measure(cases, targets, console)
-    made = {"environment": environment(), "note": asked.note, "target": ", ".join(targets)}
-    output.write_json(arguments.out, name, {**made, "rows": rows})
-  show(name, output.read_json(arguments.out, name), console)
-  if asked.draw:
-    output.redraw(arguments.out, name, asked.draw)
+  name, asked = arguments.question, QUESTIONS[arguments.question]
+  if arguments.redraw:
+    redraw(name, arguments.out, output.make_console())
+    return
+  allow_missing_cuda()
+  cases = [each for each in asked.cases() if fnmatch(each[0], arguments.cases)]
+  answer(name, cases, arguments.target or asked.targets, arguments.out)
 
 
 if __name__ == "__main__":

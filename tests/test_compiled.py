@@ -30,7 +30,8 @@ def test_committed_results_are_the_answers_of_todays_cases(name):
   rows = COMMITTED[name]["rows"]
   asked = {each[:2] for each in QUESTIONS[name].cases()}
   assert {(row["case"], row["variant"]) for row in rows} == asked
-  assert COMMITTED[name]["environment"]["command"] == f"python benchmarks/compiled.py {name}"
+  command = "step.py" if name == "step_compiled" else f"compiled.py {name}"
+  assert COMMITTED[name]["environment"]["command"] == f"python benchmarks/{command}"
   assert COMMITTED[name]["note"] == QUESTIONS[name].note
   assert all(row["operands"] == ["bf16"] for row in rows if row.get("operands") and is_bf16(row))
 

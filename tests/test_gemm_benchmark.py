@@ -16,7 +16,6 @@ import crossover
 import flax_fp8 as fp8
 import gemm
 import kernel_times
-import step
 from flax_fp8.explain import roofline
 from flax_fp8.explain.target import GpuTarget
 from flax_fp8.explain.traffic import KernelClass
@@ -211,7 +210,7 @@ def test_estimates_tell_whether_fp8_is_faster():
   assert wrong == [("8192 tokens, 4096", "rowwise")]
 
 
-@pytest.mark.parametrize("script", [block, card, crossover, gemm, kernel_times, step])
+@pytest.mark.parametrize("script", [block, card, crossover, gemm, kernel_times])
 def test_each_script_refuses_a_cpu(script, monkeypatch, capsys, tmp_path):
   monkeypatch.setattr(sys, "argv", ["a.py", "--out", str(tmp_path)])
   monkeypatch.setenv("XLA_FLAGS", "")

@@ -133,24 +133,25 @@ class Stack(nn.Module):
 
 
 class SplitBlock(nn.Module):
-  """A block of ``train_lm.py``; with ``split``, its residual stream is sharded along the batch."""
+  """A block of a class; with ``split``, its residual stream is sharded along the batch."""
 
-  shape: ModelShape
-  dot_general_cls: Any
+  block: Any
+  arguments: tuple[Any, ...]  # of the class
   split: bool
 
   @nn.compact
   def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
     if self.split:
       x = jax.lax.with_sharding_constraint(x, PartitionSpec("data"))
-    return lm.Block(self.shape, dot_general_cls=self.dot_general_cls, name="block")(x, None)
+    return self.block(*self.arguments, name="block")(x, None)
 
 
 class Decoder(nn.Module):
-  """The decoder of ``train_lm.py``, from tokens ``[B, T]`` to float32 logits."""
+  """A decoder of blocks of a class, from tokens ``[B, T]`` to float32 logits."""
 
   shape: ModelShape
-  dot_general_cls: Any
+  block: Any
+  arguments: tuple[Any, ...]  # of the class
   scan: bool
   split: bool = False
 
@@ -158,7 +159,7 @@ class Decoder(nn.Module):
   def __call__(self, tokens: jax.Array) -> jax.Array:
     shape = self.shape
     x = nn.Embed(shape.vocabulary, shape.d_model, dtype=jnp.bfloat16, name="embedding")(tokens)
-    arguments = (shape, self.dot_general_cls, self.split)
-    x = Stack(SplitBlock, arguments, shape.layers, self.scan, name="layers")(x)
+    arguments = (self.block, self.arguments, self.split)
+    x = Stack(SplitBlock, arguments, shape.layers, self.scan, shape.remat, name="layers")(x)
     head = nn.Dense(shape.vocabulary, use_bias=False, dtype=jnp.bfloat16, name="head")
     return head(nn.RMSNorm(dtype=jnp.bfloat16)(x)).astype(jnp.float32)

@@ -42,8 +42,8 @@ class Options:
       self.failures.append(f"{name}: {type(error).__name__}: {str(error)[:1000]}")
 
 
-def read_options(doc: str | None, name: str) -> Options:
-  """Reads the command line; ends the process where nothing can be timed."""
+def read_options(doc: str | None, name: str, *, times: bool = True) -> Options:
+  """Reads the command line; with ``times``, ends the process where nothing can be timed."""
   parser = make_parser(doc)
   parser.add_argument("--rounds", type=positive, default=10, help="each runs every variant once")
   parser.add_argument("--repeat", type=positive, default=10, help="steps in a run, at least")
@@ -55,7 +55,7 @@ def read_options(doc: str | None, name: str) -> Options:
   parser.add_argument("--variants", nargs="+", default=[], help="some, by name, besides BF16")
   options = Options(**vars(parser.parse_args()))
   able, reason = capability(jax.devices()[0])
-  if not options.tiny and not options.redraw and not (on_gpu() and able):
+  if times and not options.tiny and not options.redraw and not (on_gpu() and able):
     small = "--tiny runs small shapes here, as a test of the script."
     parser.exit(2, f"{name}: needs a GPU that multiplies FP8; got {reason}. {small}\n")
   return options

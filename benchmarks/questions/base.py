@@ -65,6 +65,8 @@ def figures(report: fp8.Report) -> Figures:
     "mib_outside_gemms": report.bytes_outside_gemms / MIB,
     "temp_mib": report.memory.temp / MIB,
     "roofline_ms": 1e3 * report.seconds,
+    "estimated_ms": report.estimated_seconds and 1e3 * report.estimated_seconds,
+    "mib_sent": report.bytes_sent / MIB,
     "operands": sorted({gemm.lhs for gemm in report.gemms} | {gemm.rhs for gemm in report.gemms}),
     "refusals": sorted(report.refusals),
     "doubts": list(report.doubts),
@@ -77,10 +79,10 @@ def extra(heading: str, key: str, form: str = "+,.0f") -> Column:
   return Column(heading, lambda row: "" if row is row["base"] else more(row))
 
 
-def ratio(heading: str, key: str) -> Column:
-  """A figure over that of the first program of its case."""
-  cell = lambda row: f"{row[key] / row['base'][key]:.2f}" if row["base"][key] >= 0.01 else "-"
-  return Column(heading, cell)
+def ratio(heading: str, key: str, of: str = "base") -> Column:
+  """A figure over that of the first program of its case, or of Flax's with ``of="flax"``."""
+  known = lambda row: row[of] is not None and row[of][key] >= 0.01
+  return Column(heading, lambda row: f"{row[key] / row[of][key]:.2f}" if known(row) else "-")
 
 
 GEMMS, KERNELS = Column("FP8 GEMMs", "{fp8_gemms}/{gemms}"), Column("kernels", "{kernels:,}")

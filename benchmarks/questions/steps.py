@@ -29,7 +29,7 @@ from harness.sizes import LLAMA
 from harness.table import Column, Row
 from harness.variants import VARIANTS, Variant
 from lm.config import PRESETS
-from lm.model import ModelShape
+from lm.model import Block, ModelShape
 from lm.step import optimizer, train_step
 from questions import base
 from questions.base import Case, Figures, array, figures, question
@@ -164,7 +164,7 @@ def collectives(shape: ModelShape = WIDE, length: int = 1024) -> Iterator[Case]:
   """
   for scan, (name, layout) in itertools.product((False, True), LAYOUTS.items()):
     for variant in (BF16, "delayed"):
-      model = Decoder(shape, VARIANTS[variant].dot_general_cls, scan, split=True)
+      model = Decoder(shape, Block, (shape, VARIANTS[variant].dot_general_cls), scan, split=True)
       case = f"{'nn.scan' if scan else 'unrolled'}, {name}"
       yield case, variant, functools.partial(travelled, model, layout, length), {}
 
@@ -248,7 +248,8 @@ def explain_here(layers: int, scan: bool, target: str) -> None:
   """Prints what it costs to explain a train step."""
   allow_missing_cuda()
   shape = dataclasses.replace(LLAMA, layers=layers)
-  state = jax.eval_shape(lambda: make_state(Decoder(shape, fp8.Fp8DotGeneral, scan), 1, 4096))
+  model = Decoder(shape, Block, (shape, fp8.Fp8DotGeneral), scan)
+  state = jax.eval_shape(lambda: make_state(model, 1, 4096))
   windows = jax.ShapeDtypeStruct((2, 4097), jnp.uint8)
   begun = time.perf_counter()
   report = fp8.explain(jax.jit(train_step, donate_argnums=0), state, windows, target=target)

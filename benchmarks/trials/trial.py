@@ -16,6 +16,7 @@ import numpy as np
 import flax_fp8 as fp8
 from harness.models import Decoder
 from lm.config import TrainConfig, UsageError
+from lm.model import Block
 from lm.step import mean_loss, optimizer, perturb
 from lm.text import Corpus
 from trials.arms import GATES, Arm
@@ -27,7 +28,7 @@ SPIKE, EVERY = 4096.0, 8
 
 def plain_model(config: TrainConfig, arm: Arm | None = None) -> nn.Module:
   """The model of ``train_lm.py``, with blocks that are not stacked, so each has a path."""
-  return Decoder(config.shape, arm and arm.dot_general_cls, scan=False)
+  return Decoder(config.shape, Block, (config.shape, arm and arm.dot_general_cls), scan=False)
 
 
 def make_model(config: TrainConfig, arm: Arm) -> nn.Module:
