@@ -64,7 +64,9 @@ def step_compiled(shape: ModelShape = WIDTHS, length: int = 8192) -> Iterator[Ca
   Layers of Llama 3 8B's widths between an embedding and a head of 128,256 tokens: gradients and
   AdamW, float32 parameters, 8,192 tokens a GPU, two layers where no number is given. The state is
   donated. An elementwise product stands for attention in every variant, because cuDNN's cannot be
-  compiled without cuDNN. ``ms`` are ``Report.estimated_seconds``.
+  compiled without cuDNN. With remat, the backward pass recomputes everything but the amaxes of
+  ``current`` and ``rowwise`` (``fp8.remat_policies.save_fp8_scales``). ``ms`` are
+  ``Report.estimated_seconds``.
 
   FSDP shares a batch of eight sequences between eight GPUs. Kernels, embedding, head and their Adam
   moments are split along their last axis, the features. Norms and FP8 state are on every GPU. The
