@@ -160,7 +160,11 @@ class Decoder(nn.Module):
     shape = self.shape
     x = nn.Embed(shape.vocabulary, shape.d_model, dtype=jnp.bfloat16, name="embedding")(tokens)
     arguments = (self.block, self.arguments, self.split)
-    how: Any = {"scan": self.scan, "remat": shape.remat, "policy": fp8.remat_policies.save_fp8_scales}
+    how: Any = {
+      "scan": self.scan,
+      "remat": shape.remat,
+      "policy": fp8.remat_policies.save_fp8_scales,
+    }
     x = Stack(SplitBlock, arguments, shape.layers, **how, name="layers")(x)
     head = nn.Dense(shape.vocabulary, use_bias=False, dtype=jnp.bfloat16, name="head")
     return head(nn.RMSNorm(dtype=jnp.bfloat16)(x)).astype(jnp.float32)
