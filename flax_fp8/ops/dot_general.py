@@ -156,13 +156,15 @@ def _forward(
   later: list[Quantized] = []
   seen: dict[str, TensorState] = {}
   prepared = prepare(plan, state, plan.lhs, plan.rhs, plan.output_grad)
-  prepared = saved.name(prepared, saved.PREPARED)
+  prepared = saved.name(prepared, saved.ONCE)
   for operand, x in ((plan.lhs, lhs), (plan.rhs, rhs)):
     role = operand.role.value
     of_tensor = state[role], prepared.get(role)
-    (forward, backward), seen[role] = quantize(plan, operand, x, *of_tensor)
-    is_kernel = operand.role is Role.KERNEL
-    now.append(saved.name(forward, saved.KERNEL_FORWARD) if is_kernel else forward)
+    (forward, backward), of_operand = quantize(plan, operand, x, *of_tensor)
+    if operand.role is Role.KERNEL:
+      forward, of_operand = saved.name((forward, of_operand), saved.ONCE)
+    now.append(forward)
+    seen[role] = of_operand
     later.append(saved.name(backward, saved.OF_ROLE[operand.role]))
   out = multiply(plan, plan.fprop, *now)
   is_batched = bool(plan.fprop.gemm.lhs.batch)

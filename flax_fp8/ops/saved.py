@@ -28,12 +28,11 @@ OUTPUT = "fp8_output"
 BATCHED_OUTPUT = "fp8_batched_output"
 
 # Only for ``training.once``, not for policies of ``jax.checkpoint``.
-KERNEL_FORWARD = "fp8_kernel_forward"
-PREPARED = "fp8_prepared"
+ONCE = "fp8_once"
 
 OF_ROLE = {Role.INPUT: INPUT, Role.KERNEL: KERNEL}
 # Values that may depend only on kernels and their state, and are then equal in several passes.
-OF_KERNELS = (KERNEL, KERNEL_FORWARD, PREPARED, SCALARS)
+OF_KERNELS = (KERNEL, SCALARS, ONCE)
 
 Tree = TypeVar("Tree")
 
