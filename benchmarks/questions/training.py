@@ -39,13 +39,13 @@ NOTE = f"{output.COMPILED}; an elementwise product stands for attention; ms are 
 
 
 def draw(content: Mapping[str, Any]) -> Any:
-  """Draws the speed of each variant by the model of the card."""
+  """Draws the speed of each variant by the estimate of time."""
   found: dict[str, dict[str, Any]] = {}
   for row in content["rows"]:
     own = found.setdefault(row["case"], {})
     first = next(iter(own.values()), row)
     own[row["variant"]] = row | {"speed": first["estimated_ms"] / row["estimated_ms"]}
-  figure = plot.make_figure("A train step, by the model of the card", content, (13, 4.5))
+  figure = plot.make_figure("A train step, estimated", content, (13, 4.5))
   timed.bars(figure.subplots(), found, "speed, BF16 = 1", "speed")
   plot.legend(figure)
   return figure
@@ -59,7 +59,7 @@ def draw(content: Mapping[str, Any]) -> Any:
   draw=draw,
 )
 def step_compiled(shape: ModelShape = WIDTHS, length: int = 8192) -> Iterator[Case]:
-  """How fast is a whole train step in FP8, by the model of the card?
+  """How fast is a whole train step in FP8, by the estimate of time?
 
   Layers of Llama 3 8B's widths between an embedding and a head of 128,256 tokens: gradients and
   AdamW, float32 parameters, 8,192 tokens a GPU, two layers where no number is given. The state is
