@@ -118,26 +118,29 @@ def _reduce_all_but(kept: int) -> Callable[[jax.Array, Any], jax.Array]:
 
 
 @custom_vmap
-def joined(value: jax.Array, state: Any) -> jax.Array:
-  """Returns a new state that is mapped only if the old state is mapped.
+def joined(new: Any, old: Any) -> Any:
+  """Returns the new state of a tensor, mapped only if the old state is mapped.
 
-  ``value``, or its maximum over mapped axes that ``state`` does not have.
+  ``new``, or its maximum over mapped axes that the old state does not have. A joint computation
+  with the states of other tensors may have mapped it.
 
   Args:
-    value: new value of a state variable; float32.
-    state: the old value. Its batching decides how far to reduce.
+    new: pytree of float32 arrays.
+    old: the old state, a pytree of arrays. Its batching decides how far to reduce.
   """
-  del state
-  return value
+  del old
+  return new
 
 
 @joined.def_vmap
-def _joined_rule(axis_size: int, in_batched: Any, value: jax.Array, state: Any) -> Any:
+def _joined_rule(axis_size: int, in_batched: Any, new: Any, old: Any) -> tuple[Any, Any]:
   del axis_size
-  value_mapped, state_mapped = in_batched
-  if value_mapped and not state_mapped:
-    return joined(jnp.max(value, axis=0), state), False
-  return joined(value, state), value_mapped
+  new_mapped, old_mapped = in_batched
+  if any(jax.tree.leaves(old_mapped)):
+    return joined(new, old), new_mapped
+  whole = lambda leaf, is_mapped: jnp.max(leaf, axis=0) if is_mapped else leaf
+  reduced = jax.tree.map(whole, new, new_mapped)
+  return joined(reduced, old), jax.tree.map(lambda _: False, new)
 
 
 def across_devices(largest: jax.Array, state: Any) -> jax.Array:

@@ -13,11 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_fp8.amax import joined
 from flax_fp8.meta_dtype import like, to_float32
 from flax_fp8.ops import check, saved
 from flax_fp8.ops.plan import Plan, make_plan
-from flax_fp8.ops.quantized import Quantized, State, multiply, prepare, quantize, read, record
+from flax_fp8.ops.quantized import Quantized, State, multiply, prepare, quantize, record
 from flax_fp8.recipes.base import Recipe, Role, TensorState
 from flax_fp8.state_cast import cast_once, emit_once
 
@@ -194,9 +193,8 @@ def _backward(
 
 
 def _as_cotangent(new: TensorState, old: TensorState) -> TensorState:
-  """Reduces, casts and reshapes a new state into a cotangent of the old state."""
-  whole = jax.tree.map(joined, new, read(old))
-  return jax.tree.map(lambda new, old: like(new.reshape(old.shape), old), whole, dict(old))
+  """Casts and reshapes a new state into a cotangent of the old state."""
+  return jax.tree.map(lambda new, old: like(new.reshape(old.shape), old), new, dict(old))
 
 
 _contract.defvjp(_forward, _backward)

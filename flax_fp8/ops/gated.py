@@ -133,8 +133,8 @@ def _gated(
       f"{name}: gate and up must have the same shape; got gate={fields.show(gate)}, "
       f"up={fields.show(up)}. Broadcast one of them with jnp.broadcast_to."
     )
-  dtype = jnp.promote_types(gate.dtype, up.dtype)
-  wide = jnp.promote_types(dtype, jnp.float32)
+  dtype = jnp.result_type(gate, up)
+  wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
 
   def product(gate: jax.Array, up: jax.Array) -> jax.Array:
     return (activation(gate.astype(wide)) * up.astype(wide)).astype(dtype)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flax_fp8.amax import joined
 from flax_fp8.contraction import View
 from flax_fp8.meta_dtype import to_float32
 from flax_fp8.ops import metrics
@@ -75,7 +76,7 @@ def quantize(
   if plan.calibration is not None:
     return (x, x), _calibrate(plan, plan.calibration, tensor, values, own, old_metrics)
   if prepared is not None and isinstance(recipe, StatefulRecipe):
-    q, seen = recipe.quantize_prepared(values, prepared, tensor.role, key, observed=observed)
+    q, seen = recipe.quantize_prepared(values, own, prepared, tensor.role, key, observed=observed)
     pair = q, q
   else:
     pair, seen = recipe.quantize(values, own, tensor.role, tensor.views, key, observed=observed)
@@ -108,7 +109,8 @@ def record(plan: Plan, state: State, seen: Mapping[str, TensorState]) -> dict[st
   }
   if isinstance(recipe, StatefulRecipe) and recorded:
     before = {role: metrics.split(old[role])[0] for role in own if role in recorded}
-    own |= recipe.record(before, {role: own[role] for role in before})
+    after = recipe.record(before, {role: own[role] for role in before})
+    own |= {role: joined(after[role], before[role]) for role in before}
   return {role: {**old[role], **own[role], **measured[role]} for role in seen}
 
 

@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from flax_fp8 import _compat
 from flax_fp8.recipes.base import Role
+from flax_fp8.sharding import explicit_sharding
 
 INPUT = "fp8_input"
 KERNEL = "fp8_kernel"
@@ -60,10 +61,14 @@ class Packed:
 
 
 def pack(tree: Any) -> Any:
-  """Packs a pytree. Returns it as it is if it has a leaf that is not a single value."""
+  """Packs a pytree.
+
+  Returns it as it is if it has a leaf that is not a single value, if its leaves vary along
+  different mesh axes, or on a mesh with explicit axes.
+  """
   leaves, structure = jax.tree.flatten(tree)
   varying = {_compat.varying_axes(leaf) for leaf in leaves}
-  if len(varying) != 1 or any(leaf.size != 1 for leaf in leaves):
+  if len(varying) != 1 or any(leaf.size != 1 or explicit_sharding(leaf) for leaf in leaves):
     return tree
   return Packed(jnp.concatenate([leaf.reshape(1) for leaf in leaves]), structure)
 

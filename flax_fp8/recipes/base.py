@@ -262,12 +262,20 @@ class StatefulRecipe(Recipe):
 
   @abc.abstractmethod
   def quantize_prepared(
-    self, x: jax.Array, prepared: TensorState, role: Role, key: jax.Array | None, *, observed: bool
+    self,
+    x: jax.Array,
+    state: TensorState,
+    prepared: TensorState,
+    role: Role,
+    key: jax.Array | None,
+    *,
+    observed: bool,
   ) -> tuple[QTensor, TensorState]:
     """Quantizes a tensor once for both of its GEMMs.
 
     Args:
       x: float32, bfloat16 or float16; any shape.
+      state: state of this tensor; float32. Its batching and sharding say what the tensor is.
       prepared: what ``prepare`` returned for this tensor.
       role: role of ``x``.
       key: PRNG key for stochastic rounding, or None to round to nearest.
@@ -302,7 +310,7 @@ class StatefulRecipe(Recipe):
     """Prepares, quantizes and records one tensor."""
     del views
     (prepared,) = self.prepare({role.value: state}).values()
-    q, seen = self.quantize_prepared(x, prepared, role, key, observed=observed)
+    q, seen = self.quantize_prepared(x, state, prepared, role, key, observed=observed)
     if not observed:
       return (q, q), state
     (new,) = self.record({role.value: state}, {role.value: seen}).values()

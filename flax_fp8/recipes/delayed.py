@@ -212,11 +212,18 @@ class DelayedScaling(StatefulRecipe):
     return dict(zip(state, prepared, strict=True))
 
   def quantize_prepared(
-    self, x: jax.Array, prepared: TensorState, role: Role, key: jax.Array | None, *, observed: bool
+    self,
+    x: jax.Array,
+    state: TensorState,
+    prepared: TensorState,
+    role: Role,
+    key: jax.Array | None,
+    *,
+    observed: bool,
   ) -> tuple[QTensor, TensorState]:
     """Quantizes with the scale, and observes the scale and the amax."""
     waits = self.first_step == "current" or self.overflow == "current"
-    seen = amax(x, prepared) if waits or observed else None
+    seen = amax(x, state) if waits or observed else None
     scale, inverse = self._scale(prepared, seen if waits else None, role)
     q = quantize(x, scale.reshape(()), self.float8(role), inverse.reshape(()), key, stale=True)
     observations = {} if seen is None else {"scale": scale, "newest": seen.reshape(1)}

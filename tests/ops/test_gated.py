@@ -286,3 +286,16 @@ def test_one_kernel_makes_both_gradients_in_fp8():
 def test_rowwise_moves_no_more_bytes():
   ours, plain_report = compiled(fp8.swiglu, "rowwise"), compiled(plain(jax.nn.silu), "rowwise")
   assert ours.bytes_outside_gemms <= 1.01 * plain_report.bytes_outside_gemms
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("fun", [fp8.swiglu, fp8.geglu, fp8.reglu], ids=lambda fun: fun.__name__)
+def test_strict_promotion(fun, dtype):
+  x = jnp.ones((2, 3), dtype)
+  with jax.numpy_dtype_promotion("strict"):
+    grads = jax.grad(lambda gate, up: jnp.sum(fun(gate, up)), (0, 1))(x, x)
+  assert {grad.dtype for grad in grads} == {jnp.dtype(dtype)}
+
+
+def test_a_weak_scalar_takes_the_dtype_of_the_other():
+  assert fp8.swiglu(1.0, jnp.bfloat16(2)).dtype == jnp.bfloat16

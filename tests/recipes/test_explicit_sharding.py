@@ -230,3 +230,25 @@ def test_parameters_that_know_no_mesh(name, jit):
   want = np.asarray(jax.grad(loss)(place(W, P()), place(X, P())))
   grad = jax.jit(jax.grad(loss)) if jit else jax.grad(loss)
   np.testing.assert_array_equal(grad(OUTSIDE, place(X, P("data"))), want)
+
+
+@pytest.mark.parametrize("shared", ["x", "w", "neither"])
+@pytest.mark.parametrize("name", ["delayed", "delayed, first step", "delayed, interval"])
+def test_experts_with_states_of_their_own_on_a_mesh_axis(name, shared):
+  recipe, copies = RECIPES[name], 2
+  stack = lambda leaf: place(jnp.stack([leaf] * copies), P("data"))
+  state = jax.tree.map(stack, ops.init_state(recipe))
+  x, w = X if shared == "x" else stack(X), W if shared == "w" else stack(W)
+  axes = tuple(None if shared == each else 0 for each in "xw")
+
+  def run(x, w, state):
+    apply = lambda x, w, state: ops.dot_general(x, w, DIMS, recipe=recipe, state=state)
+    out, vjp = jax.vjp(jax.vmap(apply, (*axes, 0)), x, w, state)
+    return out, vjp(jax.sharding.reshard(jnp.stack([C] * copies), jax.typeof(out).sharding))[2]
+
+  out, new = jax.device_get(cases.quickly(run)(x, w, state))
+  want_out, _, _, want_new = alone(name)
+  for index in range(copies):
+    cases.equal(
+      jax.tree.map(lambda leaf, index=index: leaf[index], (out, new)), (want_out, want_new)
+    )

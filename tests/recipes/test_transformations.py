@@ -108,6 +108,52 @@ def test_vmap_that_maps_the_state_of_some_tensors(mapped):
     cases.equal(new[role], want)
 
 
+OWN_AMAX = {
+  "delayed": fp8.DelayedScaling(amax_history_len=2),
+  "first step": fp8.DelayedScaling(amax_history_len=2, first_step="current"),
+  "overflow": fp8.DelayedScaling(amax_history_len=2, overflow="current"),
+}
+
+
+@pytest.mark.parametrize("bad", [1.0, np.nan], ids=["finite", "NaN"])
+@pytest.mark.parametrize("name", OWN_AMAX)
+def test_a_mapped_state_of_the_kernel_does_not_split_the_other_tensors(name, bad):
+  recipe = OWN_AMAX[name]
+  state = ops.init_state(recipe)
+  copies = jax.tree.map(lambda leaf: jnp.stack([leaf] * COPIES), state["kernel"])
+  large = jnp.asarray(XS * 2.0 ** np.arange(10, 10 + COPIES)[:, None, None]).at[1, 0, 0].mul(bad)
+
+  def run(kernel, axis):
+    def apply(x, other):
+      one = lambda x, kernel: ops.dot_general(
+        x, WS[0], cases.DIMS, recipe=recipe, state={**other, "kernel": kernel}
+      )
+      return jax.vmap(one, in_axes=(0, axis))(x, kernel)
+
+    other = {role: leaves for role, leaves in state.items() if role != "kernel"}
+    out, vjp = jax.vjp(apply, large, other)
+    return out, vjp(jnp.asarray(CS))
+
+  compiled = quickly(run, static_argnums=1)
+  cases.equal(compiled(copies, 0), compiled(state["kernel"], None))
+
+
+@pytest.mark.parametrize("role", ["input", "kernel", "output_grad"])
+def test_vmap_of_grad_that_maps_the_history_of_a_tensor_but_not_its_scale(role):
+  recipe = RECIPES["delayed"]
+  state = ops.init_state(recipe)
+  histories = jnp.stack([jnp.full((4,), 4.48 * 100**i, jnp.float32) for i in range(COPIES)])
+
+  def run(history, x, w, c):
+    own = {**state, role: {**state[role], "amax_history": history}}
+    out, x_grad, w_grad, new = cases.step(recipe, x, w, c, own)
+    return out, x_grad, w_grad, new[role]  # the states of other tensors see all copies
+
+  mapped = quickly(jax.vmap(run))(histories, XS, WS, CS)
+  each = [quickly(run)(*copy) for copy in zip(histories, XS, WS, CS, strict=True)]
+  cases.equal(mapped, jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
+
+
 class Layers(nn.Module):
   """Two layers in sequence: scanned or unrolled, with or without remat."""
 
