@@ -104,11 +104,9 @@ def record(plan: Plan, state: State, seen: Mapping[str, TensorState]) -> dict[st
   recipe = plan.recipe
   old = {role: read(leaves) for role, leaves in state.items()}
   own, measured = ({r: metrics.split(s)[part] for r, s in seen.items()} for part in (0, 1))
-  recorded = {
-    each.role.value for each in (plan.lhs, plan.rhs, plan.output_grad) if plan.records(each)
-  }
+  recorded = [t.role.value for t in (plan.lhs, plan.rhs, plan.output_grad) if plan.records(t)]
   if isinstance(recipe, StatefulRecipe) and recorded:
-    before = {role: metrics.split(old[role])[0] for role in own if role in recorded}
+    before = {role: metrics.split(old[role])[0] for role in recorded}
     after = recipe.record(before, {role: own[role] for role in before})
     own |= {role: joined(after[role], before[role]) for role in before}
   return {role: {**old[role], **own[role], **measured[role]} for role in seen}
