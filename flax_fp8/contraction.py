@@ -82,6 +82,13 @@ class Gemm:
     """The sharding of the result before the transposition, for ``lax.dot_general``."""
     return transposed(self.sharding, np.argsort(self.permutation).tolist())
 
+  @property
+  def is_exchanged(self) -> bool:
+    """Whether the same GEMM with its operands swapped needs no transposition of its result."""
+    axes, n_batch, n_lhs = range(len(self.shape)), len(self.lhs.batch), len(self.lhs.kept)
+    of_lhs, of_rhs = axes[n_batch : n_batch + n_lhs], axes[n_batch + n_lhs :]
+    return self.permutation == (*axes[:n_batch], *of_rhs, *of_lhs)
+
   def sharded(self, sharding: NamedSharding | None) -> Gemm:
     """Returns the same GEMM with another sharding of its transposed result."""
     return dataclasses.replace(self, sharding=sharding)

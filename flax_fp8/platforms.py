@@ -7,6 +7,7 @@ branch for all of them, and the CPU rejects a dot_general with an explicit FP8 a
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -136,3 +137,34 @@ def _batch_in_rows(args: Any, axes: Any) -> tuple[jax.Array, int]:
 batching.primitive_batchers[_in_rows] = _batch_in_rows
 mlir.register_lowering(_in_rows, lambda _, x: [x])
 mlir.register_lowering(_in_rows, _lower_in_rows, platform="cuda")
+
+
+def hopper_refusal(module: Any) -> str:
+  """Returns why a program that is being lowered does not run on one Hopper GPU; empty if it does.
+
+  Args:
+    module: the context of the module, from a lowering rule.
+  """
+  if not _is_alone(module.axis_context):
+    return "the compiler shards the program"
+  if kind := _described(module):
+    return "" if _HOPPER.search(kind) else f"a kernel for {kind} does not exist"
+  if module.lowering_parameters.for_export:
+    return "an exported program may run on any GPU"
+  devices = getattr(module.axis_context, "device_assignment", None) or jax.devices()
+  kind = devices[0].device_kind
+  return "" if _HOPPER.search(kind) else f"a kernel for {kind} does not exist"
+
+
+_HOPPER = re.compile(r"\bG?H[12]00\b|\bH20\b")  # compute capability 9.0
+_described_gpu: Any = jax.extend.core.Primitive("described_gpu")
+
+
+def described_gpu(device_kind: str) -> tuple[Any, Callable[..., Any]]:
+  """Returns an entry for JAX's override of lowering rules that names the GPU of the program."""
+  return _described_gpu, lambda *_: device_kind
+
+
+def _described(module: Any) -> str:
+  rules = module.lowering_parameters.override_lowering_rules or ()
+  return next((rule() for primitive, rule in rules if primitive is _described_gpu), "")

@@ -17,15 +17,13 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from flax_fp8 import _compat
-from flax_fp8.capability import lacks_fp8_units
-from flax_fp8.contraction import DimensionNumbers, Gemm, View
+from flax_fp8.contraction import Gemm, View
+from flax_fp8.fp8_dot import at_least, fp8_dot, is_fp8_gemm
 from flax_fp8.platforms import by_platform, in_rows
 from flax_fp8.quantize import QTensor, dequantize, dequantize_product, product
 
 Product: TypeAlias = Callable[[QTensor, QTensor], jax.Array]
 
-_E4M3, _E5M2 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)
-_LEAST_ROWS = 16
 # Number of elements of a product that keeps all cores of a GPU busy. For smaller products, XLA may
 # split the contracted axis and add the parts in a separate kernel, which also applies the scale.
 _LARGE = 2**21
@@ -106,10 +104,10 @@ def dot_per_tensor(
     the contracted axis; and if XLA shards the program and makes the result column-major.
   """
   dims, sharding = gemm.dimension_numbers, gemm.dot_sharding
-  is_large = _at_least(math.prod(gemm.shape), _LARGE)
+  is_large = at_least(math.prod(gemm.shape), _LARGE)
 
   def scaled_after(lhs: QTensor, rhs: QTensor) -> jax.Array:
-    out = _dot(lhs.data, rhs.data, dims, jnp.float32, fast_accumulation, sharding)
+    out = fp8_dot(lhs.data, rhs.data, dims, jnp.float32, fast_accumulation, sharding)
     out = lax.transpose(out, gemm.permutation)
     if scales_at_once:
       return dequantize(out, product(lhs.scale, rhs.scale), dtype)
@@ -131,7 +129,7 @@ def dot_per_tensor(
     ]
     return scaled_after(*hidden)
 
-  if dtype != jnp.bfloat16 or not _is_fp8_gemm(lhs.data, rhs.data, dims):
+  if dtype != jnp.bfloat16 or not is_fp8_gemm(lhs.data, rhs.data, dims):
     return scaled_after(lhs, rhs)
 
   either = functools.partial(by_platform, cuda=cuda, default=scaled_after)
@@ -198,9 +196,9 @@ def dot_per_row(
     rounded before that too. With scales that are powers of two, this changes no result.
   """
   dims, sharding = gemm.dimension_numbers, gemm.dot_sharding
-  is_large = _at_least(math.prod(gemm.shape), _LARGE)
+  is_large = at_least(math.prod(gemm.shape), _LARGE)
   sums = dtype if is_large and dtype == jnp.bfloat16 else jnp.float32  # float16 might overflow
-  out = _dot(lhs.data, rhs.data, dims, sums, fast_accumulation, sharding)
+  out = fp8_dot(lhs.data, rhs.data, dims, sums, fast_accumulation, sharding)
   n_batch, n_lhs = len(gemm.lhs.batch), len(gemm.lhs.kept)
   lhs_axes = tuple(range(n_batch + n_lhs))
   rhs_axes = (*range(n_batch), *range(n_batch + n_lhs, out.ndim))
@@ -211,113 +209,22 @@ def dot_per_row(
   return lax.transpose(scaled, gemm.permutation)
 
 
-def _dot(
-  lhs: jax.Array,
-  rhs: jax.Array,
-  dims: DimensionNumbers,
-  dtype: Any,
-  fast_accumulation: bool,
-  sharding: Any = None,
-) -> jax.Array:
-  """Multiplies FP8 operands. On an NVIDIA GPU this is an FP8 GEMM regardless of XLA's flags.
-
-  The FP8 algorithm is explicit there if JAX supports it. Otherwise XLA tries Triton fusions first.
-  They multiply in a wider type unless ``--xla_gpu_enable_triton_gemm=false``.
-  """
-
-  def with_precision(precision: Any) -> Callable[..., jax.Array]:
-    return lambda lhs, rhs: lax.dot_general(lhs, rhs, dims, precision, dtype, out_sharding=sharding)
-
-  plain = with_precision(lax.Precision.DEFAULT if fast_accumulation else lax.Precision.HIGHEST)
-  if not _is_fp8_gemm(lhs, rhs, dims):
-    return plain(lhs, rhs)
-  # XLA requires the contracted axes to be last in memory. Without this constraint it transposes the
-  # array that an operand is computed from, such as the float32 stacked parameters of a scan.
-  lhs, rhs = in_rows(lhs), in_rows(rhs)
-  if not _compat.NAMES_FP8_ALGORITHM:
-    return plain(lhs, rhs)
-  named = lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32
-  named_fast = lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32_FAST_ACCUM
-  cuda = with_precision(named_fast if fast_accumulation else named)
-  return by_platform(lhs, rhs, cuda=cuda, default=plain)
-
-
 def _dot_transposed(
   lhs: jax.Array, rhs: jax.Array, gemm: Gemm, dtype: Any, fast_accumulation: bool
 ) -> jax.Array:
   """``transpose(dot_general(lhs, rhs))``. Swaps the operands if that avoids the transposition."""
-  dims, n_batch, n_lhs = gemm.dimension_numbers, len(gemm.lhs.batch), len(gemm.lhs.kept)
-  axes = range(len(gemm.shape))
-  exchanged = (*axes[:n_batch], *axes[n_batch + n_lhs :], *axes[n_batch : n_batch + n_lhs])
-  if gemm.permutation == exchanged:
+  dims = gemm.dimension_numbers
+  if gemm.is_exchanged:
     (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dims
     dims = ((rhs_contracting, lhs_contracting), (rhs_batch, lhs_batch))
-    return _dot(rhs, lhs, dims, dtype, fast_accumulation, gemm.sharding)
-  out = _dot(lhs, rhs, dims, dtype, fast_accumulation, gemm.dot_sharding)
+    return fp8_dot(rhs, lhs, dims, dtype, fast_accumulation, gemm.sharding)
+  out = fp8_dot(lhs, rhs, dims, dtype, fast_accumulation, gemm.dot_sharding)
   return lax.transpose(out, gemm.permutation)
-
-
-def _is_fp8_gemm(lhs: jax.Array, rhs: jax.Array, dims: DimensionNumbers) -> bool:
-  """Tells whether NVIDIA GPUs with FP8 matrix units have an FP8 GEMM for a product.
-
-  XLA rejects an explicit FP8 algorithm without such a GEMM: for E5M2 by E5M2, for a vector, and on
-  an older GPU. FP8 has no benefit for matrices of less than ``_LEAST_ROWS`` rows.
-  """
-  contracting, batch = dims
-  rows = (
-    math.prod(size for axis, size in enumerate(x.shape) if axis not in (*summed, *kept))
-    for x, summed, kept in zip((lhs, rhs), contracting, batch, strict=True)
-  )
-  formats = {lhs.dtype, rhs.dtype}
-  exists = _E4M3 in formats and formats <= {_E4M3, _E5M2}
-  wide = all(_at_least(size, _LEAST_ROWS) for size in rows)
-  return exists and wide and not lacks_fp8_units()
-
-
-def _at_least(size: Any, bound: int) -> bool:
-  """Tells whether a size is at least a bound. False for a symbolic size if unknown."""
-  try:
-    return bool(size >= bound)
-  except _compat.InconclusiveDimensionOperation:
-    return False
 
 
 def _without_contracted(scale: jax.Array, view: View) -> jax.Array:
   ordered = lax.transpose(scale, view.batch + view.kept + view.contracting)
   return lax.squeeze(ordered, range(len(view.batch + view.kept), scale.ndim))
-
-
-def dot_chunks(lhs: QTensor, rhs: QTensor) -> jax.Array:
-  """Multiplies two stacks of matrices that are cut into chunks along the contracted axis.
-
-  Each chunk is one FP8 GEMM. Its sums are promoted to float32, scaled, and added::
-
-      sum(lhs.data[c] @ rhs.data[c].T * outer(lhs.scale[c], rhs.scale[c]) for c in chunks)
-
-  Args:
-    lhs: data ``[chunks, batch, M, block]``; scale ``[chunks, batch, M]``, float32.
-    rhs: data ``[chunks, batch, N, block]``; scale ``[chunks, batch, N]``, float32.
-
-  Returns:
-    float32 ``[batch, M, N]``.
-  """
-  dims = (((2,), (2,)), ((0,), (0,)))
-
-  def scaled(chunk: tuple[QTensor, QTensor]) -> jax.Array:
-    x, y = chunk
-    out = _dot(x.data, y.data, dims, jnp.float32, fast_accumulation=True)
-    lhs_scale = jnp.broadcast_to(x.scale[:, :, None], out.shape)
-    rhs_scale = jnp.broadcast_to(y.scale[:, None, :], out.shape)
-    return dequantize_product(out, lhs_scale, rhs_scale, jnp.float32)
-
-  def add(total: jax.Array, chunk: tuple[QTensor, QTensor]) -> tuple[jax.Array, None]:
-    return total + scaled(chunk), None
-
-  zeros = jnp.zeros((lhs.data.shape[1], lhs.data.shape[2], rhs.data.shape[2]), jnp.float32)
-  if lhs.data.shape[0] == 0:
-    return zeros
-  operands = jax.tree.leaves((lhs, rhs))
-  return lax.scan(add, _compat.vary_as(zeros, *operands), (lhs, rhs))[0]
 
 
 def dot_microscaled(lhs: QTensor, rhs: QTensor, dtype: Any) -> jax.Array:

@@ -284,7 +284,7 @@ def scale_from_amax(
   References:
     Micikevicius et al., FP8 Formats for Deep Learning, https://arxiv.org/abs/2209.05433, section 4.
   """
-  usable = (amax > 0.0) & jnp.isfinite(amax)
+  usable = (amax > 0.0) & (amax < np.inf)
   # Avoids an intermediate infinity, at which JAX's debug modes would stop.
   inverse = (jnp.float32(float8_max) / jnp.where(usable, amax, 1.0)) / jnp.float32(2.0**margin)
   inverse = jnp.clip(inverse, 1.0 / _LARGEST_SCALE, 1.0 / _SMALLEST_SCALE)
@@ -327,7 +327,17 @@ def current_scale(
     Transformer Engine, transformer_engine.common.recipe.Float8CurrentScaling.
   """
   amax = checkpoint_name(largest_magnitude(x, axes), AMAX)
-  fallback = jnp.where(jnp.isfinite(amax), 1.0, amax * 0.0)  # NaN if amax is infinite or NaN
+  return scale_of_amax(amax, float8, power_of_two)
+
+
+def scale_of_amax(
+  amax: jax.Array, float8: Float8, power_of_two: bool
+) -> tuple[jax.Array, jax.Array]:
+  """Computes scales of current values from their amax, as ``current_scale`` does.
+
+  Kernels call this function too, so it uses only operations that Pallas has.
+  """
+  fallback = jnp.where(amax < np.inf, 1.0, amax * 0.0)  # NaN if amax is infinite or NaN
   return scale_from_amax(amax, fallback, float8.max, power_of_two=power_of_two)
 
 

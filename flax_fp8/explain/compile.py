@@ -24,6 +24,7 @@ from flax_fp8.capability import capability
 from flax_fp8.explain.child import run_child
 from flax_fp8.explain.plugin import require_compiler
 from flax_fp8.explain.target import NAMES, GpuTarget
+from flax_fp8.platforms import described_gpu
 
 AnyMesh = Mesh | AbstractMesh
 
@@ -92,7 +93,7 @@ def compile_program(
   gpu = _target(target)
   require_compiler()
   with _mesh_context(mesh), _device_context(gpu):
-    request, program = _export(jitted, args)
+    request, program = _export(jitted, args, gpu)
   request["description"] = gpu.description
   reply = run_child(request, program, timeout)
   return Program(
@@ -175,10 +176,10 @@ def _device_context(gpu: GpuTarget) -> contextlib.AbstractContextManager[Any]:
   return jax.sharding.use_abstract_mesh(mesh((), (), abstract_device=device))
 
 
-def _export(jitted: Any, args: tuple[Any, ...]) -> tuple[dict[str, Any], bytes]:
+def _export(jitted: Any, args: tuple[Any, ...], gpu: GpuTarget) -> tuple[dict[str, Any], bytes]:
   """Returns the request and the program for the child, with flat arguments and results."""
   traced = jitted.trace(*args)
-  exported = _export_any(jitted, args)
+  exported = _export_any(jitted, args, gpu)
   _require_serializable([*exported.in_avals, *exported.out_avals])
   if exported.ordered_effects:  # JAX can't serialize them
     raise ValueError(_REFUSALS["ordered effects"])
@@ -230,13 +231,16 @@ def _refusal(words: str) -> ValueError | None:
   return next((ValueError(ours) for theirs, ours in _REFUSALS.items() if theirs in words), None)
 
 
-def _export_any(jitted: Any, args: tuple[Any, ...]) -> Any:
+def _export_any(jitted: Any, args: tuple[Any, ...], gpu: GpuTarget) -> Any:
   """Exports with all custom calls allowed, because the same JAX version reads the program."""
   export: Any = functools.partial(
     jax.export.export,
     jitted,
     platforms=["cuda"],
-    _override_lowering_rules=uncalled_host_callbacks("cuda"),
+    _override_lowering_rules=(
+      *uncalled_host_callbacks("cuda"),
+      described_gpu(gpu.device_kind),
+    ),
   )
   try:
     return export()(*args)

@@ -33,7 +33,9 @@ def quantize_kernel(plan: Plan, kernel: jax.Array, state: State) -> QTensor:
   operand = kernel_operand(plan)
   own = state.get(operand.role.value, {})
   (q, _), _ = plan.recipe.quantize(kernel, own, operand.role, operand.views, observed=False)
-  return QTensor(lax.transpose(q.data, _order(operand.views[0])), q.scale) if _is_plain(q) else q
+  if plan.recipe.in_gemm_layout:
+    return q
+  return QTensor(lax.transpose(q.data, _order(operand.views[0])), q.scale)
 
 
 def contract_frozen(plan: Plan, x: jax.Array, kernel: QTensor, state: State) -> jax.Array:
@@ -53,7 +55,7 @@ def contract_frozen(plan: Plan, x: jax.Array, kernel: QTensor, state: State) -> 
   prepared = prepare(plan, state, operand).get(role)
   (q, _), _ = quantize(plan, operand, x, state.get(role, {}), prepared, observed=False)
   data = kernel.data
-  if _is_plain(kernel):
+  if not plan.recipe.in_gemm_layout:
     data = lax.transpose(data, np.argsort(_order(other.views[0])).tolist())
   dtype = QuantizedDType(data.dtype, jnp.dtype(other.dtype))
   frozen = QTensor(lax.convert_element_type(data, dtype), kernel.scale)
@@ -70,11 +72,6 @@ def contract_as_is(plan: Plan, x: jax.Array, kernel: jax.Array) -> jax.Array:
 def kernel_operand(plan: Plan) -> Operand:
   """Returns the operand that is the kernel."""
   return plan.lhs if plan.kernel_is_left else plan.rhs
-
-
-def _is_plain(q: QTensor) -> bool:
-  """Tells whether data has the axes of the tensor and is not cut into blocks."""
-  return q.scale.dtype == jnp.float32 and q.scale.ndim in (0, q.data.ndim)
 
 
 def _order(view: View) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ import enum
 import functools
 import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NoReturn, TypeAlias, final, get_args
+from typing import Any, ClassVar, Literal, NoReturn, TypeAlias, final, get_args
 
 import jax
 import numpy as np
@@ -71,6 +71,9 @@ class Recipe(abc.ABC):
     >>> isinstance(recipe, fp8.Recipe)
     True
   """
+
+  # Whether quantized data is in matrices, ``[batch, kept, contracted]``, and not as the tensor was.
+  in_gemm_layout: ClassVar[bool] = False
 
   fp8_format: Format = Format.HYBRID
   high_precision: tuple[GemmName, ...] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,12 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from flax_fp8.capability import Needs
-from flax_fp8.contraction import Gemm, View, in_blocks
+from flax_fp8.contraction import Gemm, View
 from flax_fp8.formats import Format
-from flax_fp8.products import dot_chunks
-from flax_fp8.quantize import QTensor, current_scale, quantize
+from flax_fp8.kernels.block_gemm import BlockScaledGemm, by_rows
+from flax_fp8.kernels.block_quantize import BlockQuantize, quantize_strips
+from flax_fp8.kernels.call import call
+from flax_fp8.quantize import QTensor
 from flax_fp8.recipes.base import GemmKind, Role, StatelessRecipe, split_key
 from flax_fp8.sharding import evenly, explicit_sharding, in_auto
 
@@ -64,64 +66,65 @@ class Float8BlockScaling(StatelessRecipe):
     Transformer Engine, transformer_engine.common.recipe.Float8BlockScaling.
   """
 
+  in_gemm_layout: ClassVar[bool] = True
+
   fp8_format: Format = Format.E4M3
   power_of_two: bool = True
 
   def quantize_by_itself(
     self, x: jax.Array, role: Role, views: tuple[View, View], key: jax.Array | None
   ) -> tuple[QTensor, QTensor]:
-    """Quantizes kernels once for both GEMMs, and other tensors once for each GEMM.
+    """Quantizes a tensor for both of its GEMMs; kernels with the same values for both.
 
     Returns:
-      Data ``[chunks, batch, rows, 128]`` and scales ``[chunks, batch, rows]``.
+      For each GEMM, data ``[batch, rows, K]``, with K padded to whole blocks. Scales are
+      ``[batch, blocks of K, rows]``; those of kernels ``[batch, blocks of K, blocks of rows]``.
     """
-    first, second = (_sharding(x, view) for view in views)
-    if role is Role.KERNEL:
-      return in_auto(lambda x: self._tiles(x, views), (first, second), x)
-    strips = lambda x, keys: (
-      self._strips(x, role, views[0], keys[0]),
-      self._strips(x, role, views[1], keys[1]),
+    rows_of_scale = BLOCK if role is Role.KERNEL else 1
+    shardings = tuple(_sharding(x, view, rows_of_scale) for view in views)
+    one_pass = BlockQuantize(
+      float8=self.float8(role), tiles=role is Role.KERNEL, power_of_two=self.power_of_two
     )
-    return in_auto(strips, (first, second), x, split_key(key))
 
-  def _strips(self, x: jax.Array, role: Role, view: View, key: jax.Array | None) -> QTensor:
-    """Quantizes in blocks of 1×128."""
-    matrices = view.matrices(x)
-    blocks = in_blocks(matrices, 1, BLOCK)
-    return _chunks(self._quantize_blocks(blocks, role, key), matrices.shape[1])
+    def at_once(x: jax.Array) -> tuple[QTensor, QTensor]:
+      flips = _is_natural(views[1])  # then no array is transposed
+      data, scale, *of_transpose = call(one_pass, views[flips].matrices(x))
+      q, transpose = QTensor(data, scale), QTensor(*of_transpose)
+      return (transpose, q) if flips else (q, transpose)
 
-  def _tiles(self, x: jax.Array, views: tuple[View, View]) -> tuple[QTensor, QTensor]:
-    """Quantizes in blocks of 128×128. Both GEMMs take the same values and scales."""
-    matrices = views[0].matrices(x)
-    _, rows, columns = matrices.shape
-    q = self._quantize_blocks(in_blocks(matrices, BLOCK, BLOCK), Role.KERNEL, None)
-    transposed = jax.tree.map(lambda x: lax.transpose(x, (0, 3, 4, 1, 2)), q)
-    return _chunks(q, rows), _chunks(transposed, columns)
+    def one_by_one(x: jax.Array, keys: Any) -> tuple[QTensor, QTensor]:
+      first, second = (
+        quantize_strips(view.matrices(x), one_pass.float8, self.power_of_two, key)
+        for view, key in zip(views, keys, strict=True)
+      )
+      return first, second
 
-  def _quantize_blocks(self, blocks: jax.Array, role: Role, key: jax.Array | None) -> QTensor:
-    float8 = self.float8(role)
-    scale, inverse = current_scale(blocks, float8, (2, 4), self.power_of_two)
-    return quantize(blocks, scale, float8, inverse, key)
+    if key is None and _are_transposes(*views):
+      return in_auto(at_once, shardings, x)
+    return in_auto(one_by_one, shardings, x, split_key(key))
 
   def in_matrices(self, q: QTensor, view: View) -> QTensor:
-    """Joins the blocks of each row."""
+    """Removes the padding, and gives each element its scale."""
     columns = view.sizes[2]
-
-    def join(x: jax.Array) -> jax.Array:
-      chunks, batch, rows, width = x.shape
-      return lax.transpose(x, (1, 2, 0, 3)).reshape(batch, rows, chunks * width)[:, :, :columns]
-
-    return QTensor(join(q.data), join(jnp.broadcast_to(q.scale[..., None], q.data.shape)))
+    scale = jnp.repeat(lax.transpose(by_rows(q), (0, 2, 1)), BLOCK, axis=2)
+    return QTensor(q.data[:, :, :columns], scale[:, :, :columns])
 
   def contract(
     self, lhs: QTensor, rhs: QTensor, gemm: Gemm, kind: GemmKind, dtype: Any
   ) -> jax.Array:
-    """Multiplies with one GEMM per block of the contracted axis, and adds in float32."""
+    """Multiplies. Sums of each block of K are scaled in float32 before they are added."""
     del kind
+    kernel_is_left = lhs.scale.shape[2] < lhs.data.shape[1]  # the GEMM takes it on the right
+    kernel_is_right = rhs.scale.shape[2] < rhs.data.shape[1]
+    swaps = kernel_is_left or (gemm.is_exchanged and not kernel_is_right)
 
     def multiply(lhs: QTensor, rhs: QTensor) -> jax.Array:
-      out = dot_chunks(lhs, rhs).reshape(gemm.shape)
-      return lax.transpose(out, gemm.permutation).astype(dtype)
+      a, b = (rhs, lhs) if swaps else (lhs, rhs)
+      (out,) = call(BlockScaledGemm(out_dtype=dtype), a.data, b.data, a.scale, b.scale)
+      if swaps and gemm.is_exchanged:
+        return out.reshape([gemm.shape[axis] for axis in gemm.permutation])
+      out = lax.transpose(out, (0, 2, 1)) if swaps else out
+      return lax.transpose(out.reshape(gemm.shape), gemm.permutation)
 
     return in_auto(multiply, gemm.sharding, lhs, rhs)
 
@@ -131,30 +134,31 @@ class Float8BlockScaling(StatelessRecipe):
     return Needs(self.fp8_format)
 
 
-def _sharding(x: jax.Array, view: View) -> NamedSharding | None:
-  """Returns the sharding of chunks and scales: as the tensor, if the chunks divide evenly."""
+def _is_natural(view: View) -> bool:
+  """Tells whether a GEMM sees a tensor's matrices as they are in memory."""
+  return view.batch + view.kept + view.contracting == tuple(range(len(view.shape)))
+
+
+def _are_transposes(first: View, second: View) -> bool:
+  """Tells whether two GEMMs see the same matrices, one of them transposed.
+
+  With several contracted axes, their order may differ.
+  """
+  same_batch = first.batch == second.batch
+  return same_batch and (first.kept, first.contracting) == (second.contracting, second.kept)
+
+
+def _sharding(x: jax.Array, view: View, rows_of_scale: int) -> QTensor | None:
+  """Returns shardings of data and scales: as the tensor, if the blocks divide evenly."""
   if (sharding := explicit_sharding(x)) is None:
     return None
-  batch, kept, columns = view.sizes
-  by_batch, by_kept, by_columns = view.mesh_axes(sharding)
-  return evenly(sharding, (-(-columns // BLOCK), batch, kept), (by_columns, by_batch, by_kept))
-
-
-def _chunks(blocks: QTensor, rows: int) -> QTensor:
-  """Moves the contracted chunks first, and gives each of the first ``rows`` rows its own scale.
-
-  Args:
-    blocks: data ``[batch, blocks of rows, rows of a block, chunks, 128]``. The scale has size 1
-      along the axes of a block.
-    rows: number of rows before padding.
-
-  Returns:
-    Data ``[chunks, batch, rows, 128]`` and scales ``[chunks, batch, rows]``.
-  """
-  data, scale = (lax.transpose(x, (3, 0, 1, 2, 4)) for x in (blocks.data, blocks.scale))
-  chunks, batch, height, width = data.shape[:4]
-  scale = jnp.broadcast_to(scale, (chunks, batch, height, width, 1))
-  return QTensor(
-    data.reshape(chunks, batch, height * width, BLOCK)[:, :, :rows],
-    scale.reshape(chunks, batch, height * width)[:, :, :rows],
+  (batch, kept, columns), (by_batch, by_kept, by_columns) = view.sizes, view.mesh_axes(sharding)
+  blocks, groups = -(-columns // BLOCK), -(-kept // rows_of_scale)
+  by_blocks = evenly(sharding, (blocks,), (by_columns,)).spec
+  named = by_blocks[0] or () if by_blocks else ()
+  names = (named,) if isinstance(named, str) else named
+  shardings: tuple[NamedSharding, NamedSharding] = (
+    evenly(sharding, (batch, kept, blocks * BLOCK), (by_batch, by_kept, names)),
+    evenly(sharding, (batch, blocks, groups), (by_batch, names, by_kept)),
   )
+  return QTensor(*shardings)  # type: ignore[arg-type]

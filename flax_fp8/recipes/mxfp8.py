@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +114,8 @@ class MXFP8BlockScaling(StatelessRecipe):
     OCP Microscaling Formats (MX) Specification, version 1.0; Mishra et al., Recipes for
     Pre-training LLMs with MXFP8, https://arxiv.org/abs/2506.08027; jax.nn.scaled_matmul.
   """
+
+  in_gemm_layout: ClassVar[bool] = True
 
   fp8_format: Format = Format.E4M3
   scale_rounding: ScaleRounding = "up"

@@ -1,0 +1,152 @@
+"""Calls a kernel on GPUs that have it, and plain JAX elsewhere.
+
+A program is traced with the plain code, which also defines shapes, dtypes and mesh axes. Only when
+it is lowered for CUDA, the kernel is chosen. A program for a CPU therefore never imports Pallas.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, get_args
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+from jax.interpreters import batching, mlir
+
+from flax_fp8 import fields
+from flax_fp8.platforms import hopper_refusal
+
+Kernels = Literal["auto", "all", "off"]
+
+_use: Any = jax.make_user_context("auto")  # jax.jit traces again if it changes
+
+
+def use_kernels(which: Kernels) -> contextlib.AbstractContextManager[Any]:
+  """Selects which hand-written kernels to use in code that is traced inside the context.
+
+  ``Float8BlockScaling`` has kernels for NVIDIA GPUs of compute capability 9.0 (Hopper). The other
+  recipes have none: XLA's code was measured to be as fast.
+
+  Args:
+    which: "auto" uses kernels that were measured to be faster, as without this context. "all" uses
+      every kernel that can run. At present this is the same. "off" uses plain JAX everywhere.
+
+  Returns:
+    A context manager.
+
+  Raises:
+    ValueError: ``which`` is not one of these strings.
+
+  Numerics:
+    Quantized values and scales are the same bits. Sums of products may be added in another order.
+
+  Example:
+    >>> import flax_fp8 as fp8
+    >>> with fp8.use_kernels("off"):
+    ...   pass  # trace, or call a compiled function
+
+  References:
+    docs/results.md, "Timed on an H100".
+  """
+  fields.choice("use_kernels", "which", which, get_args(Kernels))
+  return _use(which)
+
+
+class Kernel(abc.ABC):
+  """A computation that has both a kernel and plain JAX code. Subclasses are frozen dataclasses.
+
+  Attributes:
+    name: name scope of the computation, by which ``explain`` knows it.
+  """
+
+  name: ClassVar[str]
+
+  @abc.abstractmethod
+  def plain(self, *args: jax.Array) -> tuple[jax.Array, ...]:
+    """Computes in plain JAX."""
+
+  @abc.abstractmethod
+  def run(self, *args: jax.Array) -> tuple[jax.Array, ...]:
+    """Computes with the kernel, on one GPU."""
+
+  @abc.abstractmethod
+  def refusal(self, *args: Any) -> str:
+    """Returns why the kernel can't take arguments of these shapes and dtypes; empty if it can."""
+
+  @abc.abstractmethod
+  def batch(
+    self, size: int, args: Sequence[jax.Array], is_mapped: Sequence[bool]
+  ) -> tuple[jax.Array, ...]:
+    """Computes for arguments with a mapped leading axis, with one call.
+
+    Args:
+      size: size of the mapped axis.
+      args: arguments; those that are mapped have the axis first.
+      is_mapped: whether each argument is mapped.
+
+    Returns:
+      Results with the mapped axis first.
+    """
+
+
+def call(kernel: Kernel, *args: jax.Array) -> tuple[jax.Array, ...]:
+  """Runs a kernel where the program's GPU has it, and its plain code elsewhere.
+
+  It has no derivative.
+  """
+  with jax.named_scope(kernel.name):
+    if _use.value == "off":
+      return kernel.plain(*args)
+    plain = jax.make_jaxpr(kernel.plain)(*args)
+    return tuple(_kernel.bind(*args, kernel=kernel, plain=plain))
+
+
+_kernel: Any = jax.extend.core.Primitive("kernel")
+_kernel.multiple_results = True
+_kernel.def_abstract_eval(lambda *avals, plain, **_: plain.out_avals)
+
+
+@_kernel.def_impl
+def _run_now(*args: jax.Array, kernel: Kernel, plain: Any) -> Any:
+  """Compiles even under ``jax.disable_jit``, since the platform is known only when lowering."""
+  del plain
+  with jax.disable_jit(False):
+    return _compiled(kernel)(*args)
+
+
+@functools.cache
+def _compiled(kernel: Kernel) -> Any:
+  return jax.jit(functools.partial(call, kernel))
+
+
+def _batch(args: Any, axes: Any, *, kernel: Kernel, plain: Any) -> tuple[Any, list[int]]:
+  del plain
+  is_mapped = [axis is not None for axis in axes]
+  sizes = {x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None}
+  first = [
+    x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(args, axes, strict=True)
+  ]
+  out = kernel.batch(sizes.pop(), first, is_mapped)
+  return out, [0] * len(out)
+
+
+def _lower_plain(context: Any, *args: Any, kernel: Kernel, plain: Any) -> Any:
+  del kernel
+  fun: Any = jax.extend.core.jaxpr_as_fun(plain)
+  return mlir.lower_fun(fun, multiple_results=True)(context, *args)
+
+
+def _lower_on_cuda(context: Any, *args: Any, kernel: Kernel, plain: Any) -> Any:
+  why_not = hopper_refusal(context.module_context) or kernel.refusal(*context.avals_in)
+  if why_not:
+    return _lower_plain(context, *args, kernel=kernel, plain=plain)
+  return mlir.lower_fun(kernel.run, multiple_results=True)(context, *args)
+
+
+batching.primitive_batchers[_kernel] = _batch
+mlir.register_lowering(_kernel, _lower_plain)
+mlir.register_lowering(_kernel, _lower_on_cuda, platform="cuda")
