@@ -9,8 +9,8 @@ therefore scaled and added to a float32 total in registers.
 
 The last warpgroup only loads: it fills a ring of stages with 128 of K of both operands, by TMA.
 Each other warpgroup, a consumer, owns some rows of the tile and all of its columns, cut into cells
-of 64 rows. A cell's product of one stage has its own accumulator. While the tensor cores multiply one
-cell, the threads scale the cell before it and add it to its total.
+of 64 rows. A cell's product of one stage has its own accumulator. While the tensor cores multiply
+one cell, the threads scale the cell before it and add it to its total.
 """
 
 from __future__ import annotations

@@ -34,12 +34,14 @@ def cut(x, rows, columns, power_of_two=True):
 
 
 def flat(q, rows, size):
-  """Reshapes chunks ``[chunks, 1, rows, 128]`` to ``[rows, size]``, without padding."""
-  data, scale = np.asarray(q.data, np.float64)[:, 0], np.asarray(q.scale)[:, 0]
-  scale = np.repeat(scale[..., None], 128, axis=2)
-  lines = [np.moveaxis(t, 0, 1).reshape(rows, -1) for t in (data, scale)]
-  assert not np.any(lines[0][:, size:])
-  return tuple(line[:, :size] for line in lines)
+  """Returns values, and the scale of each, of data ``[1, rows, K]`` without padding.
+
+  Scales are ``[1, K / 128, rows]`` or ``[1, K / 128, blocks of 128 rows]``.
+  """
+  data, scale = np.asarray(q.data, np.float64)[0], np.asarray(q.scale)[0].T
+  scale = np.repeat(scale, 128 if len(scale) < rows else 1, axis=0)[:rows]
+  assert not np.any(data[:, size:])
+  return data[:, :size], np.repeat(scale, 128, axis=1)[:, :size]
 
 
 @pytest.mark.parametrize("power_of_two", [True, False], ids=["power of two", ""])
