@@ -59,7 +59,7 @@ class BlockQuantize(Kernel):
 
     (x,) = args
     batch, rows, columns = x.shape
-    x = pad(x, -rows % 8, -columns % 8)
+    x = pad(x, -rows % 8, -columns % SIDE)
     quantizer = BlockQuantizer(
       batch=batch,
       rows=x.shape[1],

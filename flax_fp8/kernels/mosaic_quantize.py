@@ -31,7 +31,7 @@ class BlockQuantizer:
   Attributes:
     batch: number of matrices.
     rows: rows of a matrix; a multiple of 8.
-    columns: columns of a matrix; a multiple of 8.
+    columns: columns of a matrix; a multiple of 128.
     dtype: dtype of the matrices; bfloat16 or float16.
     float8: the format.
     tiles: whether 128×128 elements share a scale, and not 1×128.
@@ -47,18 +47,18 @@ class BlockQuantizer:
   power_of_two: bool
 
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Quantizes ``x [batch, R, C]``, with ``R'`` and ``C'`` the next multiples of 128.
+    """Quantizes ``x [batch, R, C]``, with ``R'`` the next multiple of 128 after R.
 
     Returns:
-      Data ``[batch, R, C']`` and its scales, then data ``[batch, C, R']`` and its scales. Scales
-      are ``[batch, C' / 128, R]`` and ``[batch, R' / 128, C]``. With ``tiles``, they are
-      ``[batch, C' / 128, R' / 128]`` and ``[batch, R' / 128, C' / 128]``.
+      Data ``[batch, R, C]`` and its scales, then data ``[batch, C, R']`` and its scales. Scales
+      are ``[batch, C / 128, R]`` and ``[batch, R' / 128, C]``. With ``tiles``, they are
+      ``[batch, C / 128, R' / 128]`` and ``[batch, R' / 128, C / 128]``.
     """
-    high, wide = pl.cdiv(self.rows, SIDE), pl.cdiv(self.columns, SIDE)
+    high, wide = pl.cdiv(self.rows, SIDE), self.columns // SIDE
     lines = (high, wide) if self.tiles else (self.rows, self.columns)
     array = lambda shape, dtype: jax.ShapeDtypeStruct((self.batch, *shape), dtype)
     out = (
-      array((self.rows, wide * SIDE), self.float8.dtype),
+      array((self.rows, self.columns), self.float8.dtype),
       array((wide, lines[0]), F32),
       array((self.columns, high * SIDE), self.float8.dtype),
       array((high, lines[1]), F32),
