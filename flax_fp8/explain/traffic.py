@@ -86,9 +86,10 @@ def _kernel(module: Module, launch: Launch, sites: list[Site]) -> Kernel:
   instruction = launch.instruction
   read, written = _traffic(module, instruction, is_gemm=bool(sites))
   if not sites:
-    kind, what = _classify(module, instruction)
-    flops = attention.flops(module, instruction)
-    operand = module.operands(instruction)[0].array.dtype if flops else ""
+    work = _call_inside(module, instruction) or instruction
+    kind, what = _classify(module, work)
+    flops = attention.flops(module, work)
+    operand = module.operands(work)[0].array.dtype if flops else ""
     transposes = kind is KernelClass.QUANTIZE and "transpose" in _content(module, instruction)
     moved = (read, written, flops, operand, what, transposes)
     return Kernel(instruction.name, kind, launch.times, *moved)
@@ -123,6 +124,14 @@ _ELEMENTWISE = opcodes(
 )
 _KNOWN = _MOVES | _REDUCTIONS | _ELEMENTWISE | {"fusion", "dot"}
 _FILLS = frozenset({"broadcast", "iota"})
+
+
+def _call_inside(module: Module, instruction: Instruction) -> Instruction | None:
+  """Returns the custom call that a fusion runs on a slice; None for any other instruction."""
+  if instruction.opcode != "fusion":
+    return None
+  body = _body(module, instruction).instructions.values()
+  return next((inner for inner in body if inner.opcode == "custom-call"), None)
 
 
 def _classify(module: Module, instruction: Instruction) -> tuple[KernelClass, str]:
@@ -188,7 +197,7 @@ def _traffic(module: Module, instruction: Instruction, *, is_gemm: bool) -> tupl
     read = sum(_read_of(body, number, operand) for number, operand in enumerate(operands))
     roots = _roots(body)
     kept = [r for r in roots if not (is_gemm and _is_workspace(r.array, roots))]
-    return read, sum(_written(body, result) for result in kept)
+    return read, sum(_written(body, result, is_gemm=is_gemm) for result in kept)
   if instruction.opcode in _SLICES:
     return instruction.array.bytes, instruction.array.bytes
   if instruction.opcode in _UPDATES:
@@ -257,11 +266,14 @@ def _roots(body: Computation) -> list[Instruction]:
   return [body.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
 
 
-def _written(body: Computation, result: Instruction) -> int:
+def _written(body: Computation, result: Instruction, *, is_gemm: bool) -> int:
   """Returns the bytes that a fusion writes of a result: the whole result, or its update."""
   source = result
   while source.opcode == "bitcast":
     source = body.instructions[source.operands[0]]
   if source.opcode in _UPDATES:
     return body.instructions[source.operands[_UPDATES[source.opcode]]].array.bytes
-  return result.array.bytes
+  results = list(arrays(result.shape))
+  if is_gemm:
+    results = [array for array in results if not _is_workspace(array, results)]
+  return sum(array.bytes for array in results)

@@ -164,3 +164,33 @@ ENTRY %main (p: bf16[8,8]) -> {shape} {{
   assert kernel.what == {"library": "lib", "unknown": "from-the-future"}.get(
     kind.value.split()[0], ""
   )
+
+
+# JAX 0.12 puts the slice that a custom call reads, and the update of its result, into a fusion.
+FUSED_CALL = """HloModule m
+
+%called (stack: bf16[4,8,8], i: s32[]) -> (f8e4m3fn[8,8], f32[8], f8e4m3fn[8,8]) {{
+  %stack = bf16[4,8,8]{{2,1,0}} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = bf16[1,8,8]{{2,1,0}} dynamic-slice(%stack, %i, %zero, %zero), \
+dynamic_slice_sizes={{1,8,8}}
+  %x = bf16[8,8]{{1,0}} bitcast(%slice)
+  ROOT %call = (f8e4m3fn[8,8]{{1,0}}, f32[8]{{0}}, f8e4m3fn[8,8]{{1,0}}) custom-call(%x), \
+custom_call_target="{target}"
+}}
+
+ENTRY %main (stack: bf16[4,8,8], i: s32[]) -> (f8e4m3fn[8,8], f32[8], f8e4m3fn[8,8]) {{
+  %stack = bf16[4,8,8]{{2,1,0}} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %f = (f8e4m3fn[8,8]{{1,0}}, f32[8]{{0}}, f8e4m3fn[8,8]{{1,0}}) fusion(%stack, %i), \
+kind=kCustom, calls=%called
+}}
+"""
+
+
+def test_a_call_in_a_fusion_is_a_call_and_writes_all_its_results():
+  module = hlo.parse(FUSED_CALL.format(target="lib"))
+  (kernel,) = traffic.kernels(module, schedule.launches(module), [])
+  assert (kernel.kind, kernel.what) == (KernelClass.LIBRARY, "lib")
+  assert (kernel.read, kernel.written) == (2 * 64 + 4, 64 + 4 * 8 + 64)
