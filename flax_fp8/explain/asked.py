@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-from flax_fp8.explain import names
+from flax_fp8.explain import mosaic, names
 from flax_fp8.explain.gemms import Extent, Site, extent_of, has_block_scales
 from flax_fp8.explain.hlo import Instruction, Module
 from flax_fp8.explain.names import Phase
@@ -37,10 +37,16 @@ def asked_for(module: Module) -> list[Asked]:
   found = []
   for computation in module.computations.values():
     for dot in computation.instructions.values():
-      if (dot.opcode == "dot" or has_block_scales(dot)) and (extent := extent_of(module, dot)):
+      may_be = dot.opcode == "dot" or has_block_scales(dot) or mosaic.is_kernel(dot)
+      if may_be and (extent := extent_of(module, dot)):
         prefixes = _prefixes(module, computation.name, frozenset())
-        found += [Asked(dot, extent, f"{prefix}{dot.op_name}") for prefix in sorted(prefixes)]
+        stacks = [f"{prefix}{dot.op_name}" for prefix in sorted(prefixes)]
+        found += [Asked(dot, extent, stack) for stack in stacks if _is_product(dot, stack)]
   return found
+
+
+def _is_product(dot: Instruction, op_name: str) -> bool:
+  return not mosaic.is_kernel(dot) or mosaic.is_gemm(dot, op_name)
 
 
 def _prefixes(module: Module, computation: str, above: frozenset[str]) -> set[str]:

@@ -23,6 +23,9 @@ from typing import IO, Any
 
 import jax
 
+from flax_fp8.explain import mosaic
+from flax_fp8.explain.plugin import tools_package
+
 _LONGEST = 300  # characters of a quoted message in an error
 _CHILD = Path(__file__).with_name("deviceless.py")
 
@@ -36,12 +39,12 @@ def run_child(request: dict[str, Any], program: bytes, timeout: float) -> dict[s
     timeout: seconds until the child is stopped.
 
   Returns:
-    The reply of the child.
+    The reply of the child, and what the child printed as ``log``.
 
   Raises:
     TimeoutError: the child took longer than ``timeout``.
     MemoryError: the child ran out of memory.
-    RuntimeError: the compiler refused the program, or the child was killed.
+    RuntimeError: the compiler refused the program, or misses CUDA's tools, or the child was killed.
   """
   with (
     _standard_streams(),
@@ -166,7 +169,7 @@ def _last(words: str) -> str:
 
 def _death(code: int, log: str) -> Exception:
   """Returns the error for a child that ended without a reply."""
-  if error := _out_of_memory(log):
+  if error := _out_of_memory(log) or mosaic.missing_tools(log, tools_package()):
     return error
   how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
   hint = " (the system's out-of-memory killer sends this)" if code == -signal.SIGKILL else ""
@@ -179,9 +182,11 @@ def _death(code: int, log: str) -> Exception:
 def _checked(reply: dict[str, Any], log: str) -> dict[str, Any]:
   """Returns the reply, or raises the error that it contains."""
   if "error" not in reply:
-    return reply
+    return reply | {"log": log}
   message = f"{reply['error']}: {reply['message']}"
   if error := _out_of_memory(f"{log}\n{message}"):
+    raise error
+  if error := mosaic.missing_tools(message, tools_package()):
     raise error
   if "topology not implemented" in message:
     raise RuntimeError(

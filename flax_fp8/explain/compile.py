@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -21,8 +21,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from flax_fp8._compat import uncalled_host_callbacks
 from flax_fp8.capability import capability
+from flax_fp8.explain import mosaic
 from flax_fp8.explain.child import run_child
-from flax_fp8.explain.plugin import require_compiler
+from flax_fp8.explain.plugin import require_compiler, tools_package
 from flax_fp8.explain.target import NAMES, GpuTarget
 from flax_fp8.platforms import described_gpu
 
@@ -65,6 +66,7 @@ class Program:
     devices: number of devices.
     described: whether it was compiled for a described GPU.
     fp8_units: whether the GPU has FP8 matrix units.
+    log: what the compiler's process printed; empty for an attached GPU.
   """
 
   hlo: str
@@ -75,6 +77,7 @@ class Program:
   devices: int
   described: bool
   fp8_units: bool
+  log: str = ""
 
 
 def compile_program(
@@ -88,11 +91,11 @@ def compile_program(
   """Compiles for the attached GPU if ``target`` is None, else for the described GPU."""
   jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
   if target is None:
-    with _mesh_context(mesh):
+    with _mesh_context(mesh), _tools_advice():
       return compile_for(_attached_gpu(), jitted, args)
   gpu = _target(target)
   require_compiler()
-  with _mesh_context(mesh), _device_context(gpu):
+  with _mesh_context(mesh), _device_context(gpu), _tools_advice():
     request, program = _export(jitted, args, gpu)
   request["description"] = gpu.description
   reply = run_child(request, program, timeout)
@@ -105,6 +108,7 @@ def compile_program(
     devices=math.prod(request["mesh"].values()),
     described=True,
     fp8_units="fp8" in gpu.peak_flops,
+    log=reply.get("log", ""),
   )
 
 
@@ -146,6 +150,17 @@ def compile_for(device: Any, jitted: Any, args: tuple[Any, ...]) -> Program:
     described=False,
     fp8_units=capability(device)[0],
   )
+
+
+@contextlib.contextmanager
+def _tools_advice() -> Generator[None]:
+  """Adds advice to JAX's error for Mosaic kernels without CUDA's tools, which lowering needs."""
+  try:
+    yield
+  except RuntimeError as error:
+    if ours := mosaic.missing_tools(str(error), tools_package()):
+      raise ours from error
+    raise
 
 
 def _mesh_context(mesh: AnyMesh | None) -> contextlib.AbstractContextManager[Any]:

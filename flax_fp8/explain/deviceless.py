@@ -105,8 +105,11 @@ def main() -> None:
   end_with_parent(lifeline)
   prefer_for_oom_killer()
   request = json.loads(sys.stdin.buffer.readline())
+  program = sys.stdin.buffer.read()
+  if b"mosaic_gpu" in program:
+    os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"  # prints registers and spills to stdout
   try:
-    reply = answer(request, sys.stdin.buffer.read())
+    reply = answer(request, program)
   except Exception as error:  # the parent reports any error to the user
     reply = {"error": type(error).__name__, "message": str(error)}
   with open(outbox, "w", encoding="utf-8") as file:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from flax_fp8 import fields
-from flax_fp8.explain import collectives, gemms, hlo, reasons, roles, schedule, traffic
+from flax_fp8.explain import collectives, gemms, hlo, mosaic, reasons, roles, schedule, traffic
 from flax_fp8.explain.asked import asked_for
 from flax_fp8.explain.compile import AnyMesh, Program, compile_program
 from flax_fp8.explain.gemms import Gemm, Site
@@ -57,7 +57,8 @@ def explain(
       that installs it.
     TimeoutError: the compiler took longer than ``timeout``.
     MemoryError: the compiler ran out of memory.
-    RuntimeError: the compiler refused the program, or was killed.
+    RuntimeError: the compiler refused the program, or was killed, or has no ptxas for a Pallas
+      kernel.
 
   Numerics:
     Nothing is computed. If XLA finds no FP8 kernel, it multiplies in a wider dtype and also drops
@@ -107,6 +108,7 @@ def read_program(program: Program, name: str) -> Report:
     memory=program.memory,
     target=program.target,
     doubts=tuple(_doubts(module, asked, launched, kernels)),
+    registers=mosaic.read_registers(program.log),
   )
 
 
@@ -134,7 +136,7 @@ def _gemms(
       kernel=site.kernel,
       times=site.launch.times,
       bytes=moved[site.launch.instruction.name],
-      notes=gemms.padding(module, site),
+      notes=(*gemms.padding(module, site), *gemms.plain_jax(site)),
       op_name=site.op_name,
       reason=why_not,
     )

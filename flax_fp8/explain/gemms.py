@@ -8,7 +8,7 @@ import functools
 import re
 from collections.abc import Iterator, Sequence
 
-from flax_fp8.explain import dataflow, names
+from flax_fp8.explain import dataflow, mosaic, names
 from flax_fp8.explain.dataflow import Value
 from flax_fp8.explain.hlo import Array, Instruction, Module, product
 from flax_fp8.explain.names import Phase
@@ -24,6 +24,7 @@ _LIBRARY_CALLS = {
 }
 # Block-scaled products of ``[batch, m, k]`` and ``[batch, n, k]``: after and before optimization.
 _SCALED_CALLS = ("__cudnn$blockScaledDot", "__op$block_scaled_dot")
+PLAIN_JAX = "block scales in plain JAX"  # begins a note
 _FUSION_KINDS = {"triton": "Triton", "cudnn": "cuDNN", "cutlass": "CUTLASS", "cublas": "cuBLAS"}
 
 
@@ -72,7 +73,7 @@ class Gemm:
     times: number of runs in a step.
     bytes: bytes that one run reads and writes.
     reason: why it is not FP8; empty if it is.
-    notes: remarks, such as padding of operands.
+    notes: remarks, such as padding of operands, or why plain JAX applies its block scales.
     op_name: name stack, as the compiler kept it.
   """
 
@@ -145,7 +146,7 @@ def _dots(module: Module, instruction: Instruction) -> Iterator[tuple[Instructio
   if instruction.opcode in ("dot", "scaled-dot"):
     yield instruction, "XLA"
   elif instruction.opcode == "custom-call" and is_gemm_call(instruction):
-    yield instruction, _LIBRARY_CALLS.get(instruction.target, instruction.target)
+    yield instruction, _library(instruction)
   elif instruction.opcode == "fusion":
     for name in instruction.called("calls"):
       for inner in module.computations[name].instructions.values():
@@ -155,8 +156,16 @@ def _dots(module: Module, instruction: Instruction) -> Iterator[tuple[Instructio
           yield inner, "XLA, matrix-vector"
 
 
+def _library(call: Instruction) -> str:
+  if mosaic.is_kernel(call):
+    return "Mosaic GPU"
+  return _LIBRARY_CALLS.get(call.target, call.target)
+
+
 def is_gemm_call(instruction: Instruction) -> bool:
   """Returns whether a custom call is a matrix product."""
+  if mosaic.is_kernel(instruction):
+    return mosaic.is_gemm(instruction)
   return instruction.target in _LIBRARY_CALLS or "gemm_backend_config" in instruction.config
 
 
@@ -190,6 +199,8 @@ def extent_of(module: Module, dot: Instruction) -> Extent | None:
   if len(operands) < 2 or not (axes := _dimension_numbers(dot)):
     return None
   lhs, rhs = operands[0].array.dims, operands[1].array.dims
+  if mosaic.is_kernel(dot) and not len(lhs) == len(rhs) == 3:
+    return None
   lhs_contract, rhs_contract, lhs_batch, rhs_batch = axes
   batch = product(tuple(lhs[axis] for axis in lhs_batch))
   k = product(tuple(lhs[axis] for axis in lhs_contract))
@@ -207,7 +218,7 @@ def _dimension_numbers(dot: Instruction) -> list[tuple[int, ...]] | None:
   if dot.opcode in ("dot", "scaled-dot"):
     texts = (dot.attributes.get(f"{side}_{kind}s", "{}") for side, kind in sides)
     return [tuple(int(axis) for axis in re.findall(r"\d+", text)) for text in texts]
-  if has_block_scales(dot):
+  if has_block_scales(dot) or mosaic.is_kernel(dot):
     return [(2,), (2,), (0,), (0,)]
   numbers = dot.config.get("gemm_backend_config", {}).get("dot_dimension_numbers")
   if numbers is None:
@@ -258,6 +269,12 @@ def padding(module: Module, site: Site) -> tuple[str, ...]:
         )
         break
   return tuple(notes)
+
+
+def plain_jax(site: Site) -> tuple[str, ...]:
+  """Returns a note if plain JAX computes a block-scaled product, with the reason."""
+  reason = names.plain_reason(site.op_name)
+  return () if reason is None else (f"{PLAIN_JAX}: {reason}",)
 
 
 def _through_layout(module: Module) -> dataflow.Step:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 import re
 
+from flax_fp8 import scopes
+
 # Parts of a name stack that come from control flow and transformations, not from modules.
 _STEPS = frozenset(
   {
@@ -27,6 +29,7 @@ _STEPS = frozenset(
     "eval_jaxpr",
   }
 )
+_KERNELS = (scopes.GEMM, scopes.QUANTIZE)
 _BRANCH = re.compile(r"branch_\d+_fun$")
 _TRANSFORM = re.compile(r"^(jvp|transpose|vmap|remat|checkpoint)\((.*)\)$")
 
@@ -55,14 +58,32 @@ def model_path(op_name: str) -> str:
 
   ``jit(step)/transpose(jvp(Net))/while/body/closed_call/layers/layers.mlp/up/dot_general`` gives
   ``Net/layers/up``. Transformations, control flow, methods of modules and the operation itself are
-  dropped.
+  dropped. So is everything from a scope that ``flax_fp8.scopes`` defines.
   """
   path: list[str] = []
   for part in split(op_name)[:-1]:
     name = _bare(part)
+    if _is_ours(name):
+      break
     if name and not (path and name.startswith(f"{path[-1]}.")):
       path.append(name)
   return "/".join(path)
+
+
+def kernel_scope(op_name: str) -> str:
+  """Returns the innermost scope that says what a kernel computes; empty if there is none."""
+  found = (name for part in reversed(split(op_name)) if (name := _bare(part)) in _KERNELS)
+  return next(found, "")
+
+
+def plain_reason(op_name: str) -> str | None:
+  """Returns why plain JAX computes a block-scaled product; None for any other operation."""
+  reasons = (scopes.plain_reason(_bare(part)) for part in split(op_name))
+  return next((reason for reason in reasons if reason is not None), None)
+
+
+def _is_ours(name: str) -> bool:
+  return name in _KERNELS or scopes.plain_reason(name) is not None
 
 
 def within_loop(op_name: str, loop: str) -> str:

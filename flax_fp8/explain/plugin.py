@@ -23,6 +23,12 @@ def install_line() -> str:
   return f"pip install 'jax[cuda13-local]=={_base_version(jax.__version__)}' flatbuffers"
 
 
+def tools_package() -> str:
+  """Returns the package with ptxas and libdevice for the installed plugin's CUDA version."""
+  name, _ = find_compiler() or _PLUGINS
+  return "nvidia-cuda-nvcc-cu12" if "cuda12" in name else "nvidia-cuda-nvcc"
+
+
 def _base_version(version: str) -> str:
   return version.split("+")[0].split(".dev")[0]
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from flax_fp8 import fields, tables
-from flax_fp8.explain import plot, roofline
+from flax_fp8.explain import plot, roofline, sections
 from flax_fp8.explain.collectives import Collective
 from flax_fp8.explain.compare import Comparison
 from flax_fp8.explain.compile import Memory
 from flax_fp8.explain.gemms import Gemm
+from flax_fp8.explain.mosaic import Registers
 from flax_fp8.explain.roofline import ClassTotal
 from flax_fp8.explain.target import GpuTarget
 from flax_fp8.explain.traffic import Kernel, KernelClass
@@ -21,7 +22,6 @@ from flax_fp8.patterns import matches_path
 from flax_fp8.tables import Table
 
 _GEMMS = (KernelClass.FP8_GEMM, KernelClass.GEMM)
-_MIB = 2**20
 
 
 def require_patterns(exclude: Any) -> None:
@@ -50,6 +50,8 @@ class Report:
     memory: bytes of arguments, results and temporaries.
     target: the GPU with its peak rates; None if they are not known.
     doubts: what the report could not read, or had to assume.
+    registers: registers and spills of Pallas Mosaic GPU kernels; empty for an attached GPU, or if
+      ptxas did not report them.
 
   Numerics:
     Each input and result of a kernel counts once. Caches are not modeled. ``seconds`` is a
@@ -81,6 +83,7 @@ class Report:
   memory: Memory
   target: GpuTarget | None
   doubts: tuple[str, ...] = ()
+  registers: tuple[Registers, ...] = ()
 
   @property
   def fp8_gemms(self) -> int:
@@ -177,7 +180,7 @@ class Report:
       )
     matches = lambda gemm: any(_matches(pattern, gemm.path) for pattern in exclude)
     if wrong := [gemm for gemm in self.gemms if not gemm.is_fp8 and not matches(gemm)]:
-      lines = "\n".join(f"  {_line(gemm)}" for gemm in wrong)
+      lines = "\n".join(f"  {sections.gemm_line(gemm)}" for gemm in wrong)
       raise AssertionError(
         f"assert_fp8: every GEMM of {self.name} must be FP8 on {self.device_kind}; got "
         f"{len(wrong)} that {'is' if len(wrong) == 1 else 'are'} not. Quantize their operands, or "
@@ -218,11 +221,11 @@ class Report:
       "FP8 GEMMs": self.fp8_gemms,
       "GEMMs": self.total_gemms,
       "kernels": self.launches,
-      "MiB outside GEMMs": self.bytes_outside_gemms / _MIB,
-      **{f"MiB in {total.kind.value}": total.bytes / _MIB for total in self.classes},
-      "MiB sent": self.bytes_sent / _MIB,
-      "MiB of arguments": self.memory.argument / _MIB,
-      "MiB of temporaries": self.memory.temp / _MIB,
+      "MiB outside GEMMs": self.bytes_outside_gemms / sections.MIB,
+      **{f"MiB in {total.kind.value}": total.bytes / sections.MIB for total in self.classes},
+      "MiB sent": self.bytes_sent / sections.MIB,
+      "MiB of arguments": self.memory.argument / sections.MIB,
+      "MiB of temporaries": self.memory.temp / sections.MIB,
     }
     if self.seconds is not None:
       found["roofline ms"] = 1e3 * self.seconds
@@ -259,6 +262,7 @@ class Report:
         for gemm in self.gemms
       ],
       "doubts": list(self.doubts),
+      "registers": [dataclasses.asdict(each) for each in self.registers],
     }
 
   def to_markdown(self) -> str:
@@ -281,108 +285,19 @@ class Report:
     return plot.draw([(self.name, self.classes)], self.device_kind)
 
   def _parts(self) -> list[Table | str]:
-    parts: list[Table | str] = [self.title, _gemm_table(self)]
+    parts: list[Table | str] = [self.title, sections.gemm_table(self.gemms, self.refusals)]
     if self.refusals:
-      parts.append("\n".join(_refusal_lines(self.refusals)))
-    parts.append(_class_table(self))
+      parts.append("\n".join(sections.refusal_lines(self.refusals)))
+    parts += sections.note_lines(self.gemms)
+    parts.append(sections.class_table(self.classes, self.seconds))
     if self.collectives:
-      parts.append(_collective_table(self.collectives))
-    parts.append(_memory_line(self))
+      parts.append(sections.collective_table(self.collectives))
+    parts.append(sections.memory_line(self.memory, self.target))
+    parts += sections.register_lines(self.registers)
     parts += [f"Doubt: {doubt}" for doubt in self.doubts]
     return parts
-
-
-def short_dtype(dtype: str) -> str:
-  """Shortens FP8 dtypes: ``f8e4m3fn`` becomes ``e4m3``. Other dtypes are unchanged."""
-  return dtype.removeprefix("f8").removesuffix("fn") if dtype.startswith("f8") else dtype
 
 
 def _matches(pattern: str | re.Pattern[str], path: str) -> bool:
   model, _, inside = path.partition("/")
   return matches_path(pattern, path) or matches_path(pattern, inside, model)
-
-
-def _size(gemm: Gemm) -> str:
-  extent = gemm.extent
-  batch = f"{extent.batch} * " if extent.batch > 1 else ""
-  return f"{batch}{extent.m} x {extent.n} x {extent.k}"
-
-
-def _line(gemm: Gemm) -> str:
-  size = _size(gemm).replace(" ", "")
-  return f"{gemm.path or '(no module)'} {gemm.role.value}, {size} by {gemm.kernel}: {gemm.reason}"
-
-
-def _gemm_table(report: Report) -> Table:
-  """Builds a table with a row for each kind of GEMM, by module; equal rows are counted together."""
-  letters = {reason: f"no [{index}]" for index, reason in enumerate(report.refusals, 1)}
-  counts: dict[str, dict[tuple[str, ...], int]] = {}
-  for gemm in report.gemms:
-    types = " ".join(short_dtype(dtype) for dtype in (gemm.lhs, gemm.rhs, gemm.out))
-    kernel = " ".join([gemm.kernel, *(f"({note})" for note in gemm.notes)])
-    fp8 = letters.get(gemm.reason, "yes")
-    row = (gemm.role.value, _size(gemm), types, fp8, kernel)
-    rows = counts.setdefault(gemm.path or "(no module)", {})
-    rows[row] = rows.get(row, 0) + gemm.times
-  rows = (
-    (path, *row, str(times)) for path, found in counts.items() for row, times in found.items()
-  )
-  columns = ("<module", "<role", "<M x N x K", "<lhs rhs out", "<FP8", "<kernel", "times")
-  return Table(columns, tuple(rows), grouped=True)
-
-
-def _refusal_lines(refusals: dict[str, list[Gemm]]) -> Iterable[str]:
-  for index, (reason, gemms) in enumerate(refusals.items(), 1):
-    times = sum(gemm.times for gemm in gemms)
-    flops = sum(gemm.flops for gemm in gemms)
-    count = "1 GEMM" if times == 1 else f"{times} GEMMs"
-    yield f"[{index}] {reason} ({count}, {flops / 1e9:,.3g} GFLOP)"
-
-
-def _class_table(report: Report) -> Table:
-  totals = report.classes
-  rows = [
-    (
-      total.kind.value,
-      str(total.kernels),
-      f"{total.bytes / _MIB:,.1f}",
-      _milliseconds(total.seconds),
-    )
-    for total in totals
-  ]
-  everything = sum(total.bytes for total in totals) / _MIB
-  rows.append(("all", str(report.launches), f"{everything:,.1f}", _milliseconds(report.seconds)))
-  return Table(("<kernels", "times", "MiB moved", "roofline ms"), tuple(rows))
-
-
-def _milliseconds(seconds: float | None) -> str:
-  return "" if seconds is None else f"{1e3 * seconds:.3g}"
-
-
-def _collective_table(collectives: Iterable[Collective]) -> Table:
-  rows = tuple(
-    (
-      each.kind,
-      each.dtype,
-      f"{each.bytes / _MIB:,.2f}",
-      str(each.group),
-      str(each.times),
-      each.path,
-    )
-    for each in collectives
-  )
-  return Table(("<collective", "<dtype", "MiB", "devices", "times", "<module"), rows)
-
-
-def _memory_line(report: Report) -> str:
-  memory = report.memory
-  argument, output, alias, temp, total = (
-    f"{size / _MIB:,.1f}" for size in (*dataclasses.astuple(memory), memory.total)
-  )
-  line = (
-    f"Memory: {argument} MiB of arguments, {output} of results ({alias} of them written over "
-    f"arguments), {temp} of temporaries; {total} in all"
-  )
-  if report.target is None:
-    return line
-  return f"{line}, {100 * memory.total / report.target.memory_bytes:.1f} % of the GPU's"

@@ -10,12 +10,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from flax_fp8.explain import dataflow
+from flax_fp8 import scopes
+from flax_fp8.explain import dataflow, names
 from flax_fp8.explain.asked import Asked, candidates
 from flax_fp8.explain.dataflow import Value
 from flax_fp8.explain.gemms import Extent, GemmRole, Site, is_gemm_call
 from flax_fp8.explain.hlo import Instruction, Module
 from flax_fp8.explain.names import Phase
+
+_BLOCK = 128  # values that share a scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +41,8 @@ def roles(module: Module, sites: Sequence[Site], asked: Sequence[Asked]) -> list
   for site in sites:
     if site.phase is not Phase.BACKWARD:
       same = (a.extent for a in candidates(asked, site) if a.extent.product == site.extent.product)
-      whole = _Forward(site, next(same, site.extent))
-      forward.setdefault(site.path, []).append(whole)
+      whole = _whole(site, next(same, site.extent))
+      forward.setdefault(site.path, []).append(_Forward(site, whole))
   return [_role(module, site, forward.get(site.path, [])) for site in sites]
 
 
@@ -48,10 +51,25 @@ def _role(module: Module, site: Site, forward: list[_Forward]) -> GemmRole:
     return GemmRole.REMAT
   if site.phase is Phase.FORWARD:
     return GemmRole.FPROP
-  answers = {role for other in forward for role in _by_size(site.extent, other.extent)}
+  size = _whole(site, site.extent)
+  answers = {role for other in forward for role in _by_size(size, other.extent)}
+  if not answers and names.kernel_scope(site.op_name) == scopes.GEMM:
+    answers = {r for other in forward for r in _by_size(_padded(size), _padded(other.extent))}
   if len(answers) > 1:
     answers = {role for other in forward for role in _by_operands(module, site, other.site)}
   return answers.pop() if len(answers) == 1 else GemmRole.BACKWARD
+
+
+def _whole(site: Site, extent: Extent) -> Extent:
+  """Returns the sizes of a product: in plain JAX, a loop multiplies a chunk of K at a time."""
+  in_chunks = names.plain_reason(site.launch.loop) is not None
+  return dataclasses.replace(extent, k=extent.k * site.launch.trips) if in_chunks else extent
+
+
+def _padded(extent: Extent) -> Extent:
+  """Returns sizes rounded up to whole blocks, since block-scaled operands may be padded."""
+  sizes = (-(-size // _BLOCK) * _BLOCK for size in (extent.m, extent.n, extent.k))
+  return Extent(extent.batch, *sizes)
 
 
 def _by_size(backward: Extent, forward: Extent) -> Iterator[GemmRole]:

@@ -26,12 +26,14 @@ class Launch:
     doubt: why ``times`` may be wrong; empty if the HLO text states it.
     loop: name stack of the innermost loop that runs it; empty outside loops. XLA gives operations
       of loops with equal bodies the name stack of one of these loops.
+    trips: number of iterations of that loop.
   """
 
   instruction: Instruction
   times: int
   doubt: str = ""
   loop: str = ""
+  trips: int = 1
 
 
 def launches(module: Module) -> list[Launch]:
@@ -40,21 +42,25 @@ def launches(module: Module) -> list[Launch]:
   A loop body counts once per iteration if the compiler knows their number. Otherwise it counts
   once, with a doubt. Each branch of a conditional counts, with a doubt.
   """
-  return list(_walk(module, module.entry, 1, "", ""))
+  return list(_walk(module, module.entry, 1, "", "", 1))
 
 
-def _walk(module: Module, name: str, times: int, doubt: str, loop: str) -> Iterator[Launch]:
+def _walk(
+  module: Module, name: str, times: int, doubt: str, loop: str, trips: int
+) -> Iterator[Launch]:
   for instruction in module.computations[name].instructions.values():
     opcode = instruction.opcode
     if opcode in FREE or opcode.endswith(_ENDS):
       continue
     inner = _inner(instruction, times, doubt)
     if inner is None:
-      yield Launch(instruction, times, doubt, loop)
+      yield Launch(instruction, times, doubt, loop, trips)
       continue
-    within = names.within_loop(instruction.op_name, loop) if opcode == "while" else loop
+    within, count = loop, trips
+    if opcode == "while":
+      within, count = names.within_loop(instruction.op_name, loop), trip_count(instruction) or 1
     for called, inner_times, inner_doubt in inner:
-      yield from _walk(module, called, inner_times, inner_doubt, within)
+      yield from _walk(module, called, inner_times, inner_doubt, within, count)
 
 
 def _inner(instruction: Instruction, times: int, doubt: str) -> list[tuple[str, int, str]] | None:

@@ -11,7 +11,7 @@ import dataclasses
 import enum
 from collections.abc import Iterator, Sequence
 
-from flax_fp8.explain import attention, gemms
+from flax_fp8.explain import attention, gemms, mosaic
 from flax_fp8.explain.collectives import KINDS as COLLECTIVES
 from flax_fp8.explain.gemms import Site
 from flax_fp8.explain.hlo import (
@@ -55,7 +55,8 @@ class Kernel:
     flops: FLOPs of the matrix units in one run.
     operand: operand dtype of the matrix units; empty if the kernel does not use them.
     what: name of a library call or unknown instruction; empty for all others.
-    transposes: whether the kernel quantizes a tensor and transposes it too.
+    transposes: whether XLA's kernel quantizes a tensor and transposes it too. It does so below the
+      rate of memory. flax_fp8's own kernel writes both layouts near that rate, and does not count.
   """
 
   name: str
@@ -137,6 +138,8 @@ def _call_inside(module: Module, instruction: Instruction) -> Instruction | None
 def _classify(module: Module, instruction: Instruction) -> tuple[KernelClass, str]:
   if instruction.opcode.removesuffix("-start") in COLLECTIVES:
     return KernelClass.COLLECTIVE, ""
+  if mosaic.is_quantizer(instruction):
+    return KernelClass.QUANTIZE, ""
   if instruction.opcode == "custom-call":
     return KernelClass.LIBRARY, instruction.target
   if instruction.opcode not in _KNOWN:
@@ -207,9 +210,13 @@ def _traffic(module: Module, instruction: Instruction, *, is_gemm: bool) -> tupl
   results = list(arrays(instruction.shape))
   if instruction.opcode.endswith("-start"):  # repeats its operands before its results
     results = results[len(inputs) :] or results
-  if is_gemm:
-    results = [array for array in results if not _is_workspace(array, results)]
-  return sum(array.bytes for array in inputs), sum(array.bytes for array in results)
+  return sum(array.bytes for array in inputs), _total(results, is_gemm=is_gemm)
+
+
+def _total(results: Sequence[Array], *, is_gemm: bool) -> int:
+  """Returns the bytes of results, without the workspace of a library GEMM."""
+  kept = [array for array in results if not (is_gemm and _is_workspace(array, results))]
+  return sum(array.bytes for array in kept)
 
 
 def _is_workspace(array: Array, results: Sequence[object]) -> bool:
@@ -273,7 +280,4 @@ def _written(body: Computation, result: Instruction, *, is_gemm: bool) -> int:
     source = body.instructions[source.operands[0]]
   if source.opcode in _UPDATES:
     return body.instructions[source.operands[_UPDATES[source.opcode]]].array.bytes
-  results = list(arrays(result.shape))
-  if is_gemm:
-    results = [array for array in results if not _is_workspace(array, results)]
-  return sum(array.bytes for array in results)
+  return _total(list(arrays(result.shape)), is_gemm=is_gemm)

@@ -86,6 +86,19 @@ def test_crashed(replaced):
     run()
 
 
+def test_crashed_without_libdevice(replaced):
+  replaced("""
+    import os, sys
+    words = "load_ir_module.cc:29] ./libdevice.10.bc:-1:-1: Could not open input file"
+    print(words, file=sys.stderr, flush=True)
+    os.abort()
+  """)
+  with pytest.raises(
+    RuntimeError, match=r"needs ptxas and libdevice.*pip install nvidia-cuda-nvcc"
+  ):
+    run()
+
+
 def test_ended_without_an_answer(replaced):
   replaced("raise SystemExit(3)")
   with pytest.raises(RuntimeError, match="it ended with code 3"):

@@ -119,3 +119,13 @@ class TestHostCallbacks:
       match=r"pure_callback need a mesh with devices; .* Pass a jax\.sharding\.Mesh",
     ):
       fp8.explain(CALLBACKS[name], x, target="h100")
+
+
+def test_a_lowering_that_needs_ptxas_names_its_package():
+  def fn(x):
+    raise RuntimeError("UNAVAILABLE: No PTX compilation provider is available. Details: none")
+
+  with pytest.raises(
+    RuntimeError, match=r"needs ptxas and libdevice.*pip install nvidia-cuda-nvcc"
+  ):
+    fp8.explain(fn, spec(4), target="h100")

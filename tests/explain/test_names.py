@@ -19,6 +19,9 @@ NAMES = {
   "jit(f)/Net/vmap(layer)/vmap(ab,bc->ac)/dot_general": ("Net/layer", Phase.FORWARD),
   "jit(f)/cond/branch_1_fun/Net/dot_general": ("Net", Phase.FORWARD),
   "jit(f)/jvp()/dot_general": ("", Phase.FORWARD),
+  "jit(f)/transpose(jvp(Net))/up/fp8_gemm/body/mpmd_map": ("Net/up", Phase.BACKWARD),
+  "jit(f)/transpose(jvp(fp8_gemm))/body/mpmd_map": ("", Phase.BACKWARD),
+  "jit(f)/Net/fp8_gemm/plain_jax(JAX 0.8.1)/while/body/dot_general": ("Net", Phase.FORWARD),
   "": ("", Phase.FORWARD),
 }
 
@@ -26,6 +29,20 @@ NAMES = {
 @pytest.mark.parametrize(("op_name", "expected"), NAMES.items(), ids=range(len(NAMES)))
 def test_path_and_phase(op_name, expected):
   assert (names.model_path(op_name), names.phase(op_name)) == expected
+
+
+SCOPES = {
+  "jit(f)/Net/fp8_gemm/body/mpmd_map": "fp8_gemm",
+  "jit(f)/Net/vmap(fp8_quantize)/tokens/mpmd_map": "fp8_quantize",
+  "jit(f)/fp8_quantize/fp8_gemm/call": "fp8_gemm",
+  "jit(f)/Net/my_fp8_gemm/call": "",
+  "": "",
+}
+
+
+@pytest.mark.parametrize(("op_name", "scope"), SCOPES.items(), ids=range(len(SCOPES)))
+def test_scope_of_a_kernel(op_name, scope):
+  assert names.kernel_scope(op_name) == scope
 
 
 def test_slashes_in_parentheses_do_not_split():

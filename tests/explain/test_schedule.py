@@ -90,3 +90,9 @@ def test_doubts():
     ("deep", "loop of unknown length, counted once"),
     ("left_op", "branch, counted as taken"),
   }
+
+
+def test_iterations_of_the_innermost_loop():
+  launched = schedule.launches(hlo.parse(TEXT))
+  trips = [(launch.instruction.name, launch.trips) for launch in launched]
+  assert trips[:3] == [("deep", 3), ("deep", 1), ("shallow", 1)]
