@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_fp8 import _compat
+from flax_fp8 import _compat, scopes
 from flax_fp8.fp8_dot import fp8_dot
 from flax_fp8.kernels.call import Kernel, call
 from flax_fp8.kernels.folding import fold, pad, unfold
@@ -28,7 +28,7 @@ class BlockScaledGemm(Kernel):
     out_dtype: dtype of the result.
   """
 
-  name: ClassVar[str] = "fp8_gemm"
+  name: ClassVar[str] = scopes.GEMM
 
   out_dtype: Any
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flax_fp8 import scopes
 from flax_fp8.contraction import in_blocks
 from flax_fp8.formats import E4M3, E5M2, Float8
 from flax_fp8.kernels.call import Kernel, call
@@ -33,7 +34,7 @@ class BlockQuantize(Kernel):
     power_of_two: rounds scales up to powers of two.
   """
 
-  name: ClassVar[str] = "fp8_quantize"
+  name: ClassVar[str] = scopes.QUANTIZE
 
   float8: Float8
   tiles: bool

@@ -17,10 +17,12 @@ import jax.extend.core
 import jax.numpy as jnp
 from jax.interpreters import batching, mlir
 
-from flax_fp8 import fields
+from flax_fp8 import fields, scopes
 from flax_fp8.platforms import hopper_refusal
 
 Kernels = Literal["auto", "all", "off"]
+
+_FIRST_JAX = (0, 10, 2)  # whose Mosaic GPU compiles all kernels
 
 _use: Any = jax.make_user_context("auto")  # jax.jit traces again if it changes
 
@@ -141,10 +143,22 @@ def _lower_plain(context: Any, *args: Any, kernel: Kernel, plain: Any) -> Any:
 
 
 def _lower_on_cuda(context: Any, *args: Any, kernel: Kernel, plain: Any) -> Any:
-  why_not = hopper_refusal(context.module_context) or kernel.refusal(*context.avals_in)
-  if why_not:
-    return _lower_plain(context, *args, kernel=kernel, plain=plain)
-  return mlir.lower_fun(kernel.run, multiple_results=True)(context, *args)
+  """Lowers to the kernel, or to plain code under a name scope that says why."""
+  reason = _refusal(context, kernel)
+
+  def named(*args: jax.Array) -> Any:
+    fun: Any = jax.extend.core.jaxpr_as_fun(plain)
+    with jax.named_scope(scopes.plain_jax(reason)):
+      return fun(*args)
+
+  return mlir.lower_fun(named if reason else kernel.run, multiple_results=True)(context, *args)
+
+
+def _refusal(context: Any, kernel: Kernel) -> str:
+  """Returns why a program that is being lowered can't use a kernel; empty if it can."""
+  if jax.__version_info__ < _FIRST_JAX:
+    return f"JAX {jax.__version__} is older than {'.'.join(map(str, _FIRST_JAX))}"
+  return hopper_refusal(context.module_context) or kernel.refusal(*context.avals_in)
 
 
 batching.primitive_batchers[_kernel] = _batch
