@@ -158,7 +158,7 @@ def _dots(module: Module, instruction: Instruction) -> Iterator[tuple[Instructio
 
 def _library(call: Instruction) -> str:
   if mosaic.is_kernel(call):
-    return "Mosaic GPU"
+    return mosaic.NAME
   return _LIBRARY_CALLS.get(call.target, call.target)
 
 

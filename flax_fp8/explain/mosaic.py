@@ -12,6 +12,8 @@ from flax_fp8 import scopes
 from flax_fp8.explain import names
 from flax_fp8.explain.hlo import Instruction
 
+NAME = "Mosaic GPU"
+
 _TARGET = "mosaic_gpu"
 _SUFFIX = "_mosaic_gpu_kernel"
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from flax_fp8.explain import mosaic
 from flax_fp8.explain.collectives import Collective
 from flax_fp8.explain.hlo import bits
 from flax_fp8.explain.target import GpuTarget
@@ -21,6 +22,8 @@ from flax_fp8.explain.traffic import Kernel, KernelClass
 # seconds per launch. Fitted to what benchmarks/gemm.py and benchmarks/block.py measured there.
 SUSTAINED = {"fp8": 0.67, "bf16": 0.69, "tf32": 0.69}
 SUSTAINED_ATTENTION = dict.fromkeys(SUSTAINED, 0.48)  # cuDNN's, with 8,192 causal tokens
+# Block-scaled GEMMs of Pallas Mosaic GPU, which also add in float32 on the CUDA cores.
+SUSTAINED_MOSAIC = dict.fromkeys(SUSTAINED, 0.48)
 SUSTAINED_MEMORY = 0.66
 SUSTAINED_TRANSPOSING = 0.50  # memory, by kernels that both quantize and transpose a tensor
 LAUNCH_SECONDS = 2.5e-6
@@ -41,8 +44,11 @@ def estimate(
   """Returns the estimated seconds of a step: kernels at sustained rates, launches, collectives."""
   likely, in_attention = sustained(target), sustained(target, SUSTAINED_ATTENTION)
   transposing = sustained(target, memory=SUSTAINED_TRANSPOSING)
+  block_scaled = sustained(target, SUSTAINED_MOSAIC)
 
   def rates(kernel: Kernel) -> GpuTarget:
+    if kernel.maker == mosaic.NAME:
+      return block_scaled
     if kernel.kind is KernelClass.LIBRARY:
       return in_attention
     return transposing if kernel.transposes else likely

@@ -57,6 +57,7 @@ class Kernel:
     what: name of a library call or unknown instruction; empty for all others.
     transposes: whether XLA's kernel quantizes a tensor and transposes it too. It does so below the
       rate of memory. flax_fp8's own kernel writes both layouts near that rate, and does not count.
+    maker: library or compiler that made a GEMM; empty for other kernels.
   """
 
   name: str
@@ -68,6 +69,7 @@ class Kernel:
   operand: str = ""
   what: str = ""
   transposes: bool = False
+  maker: str = ""
 
   @property
   def bytes(self) -> int:
@@ -104,6 +106,7 @@ def _kernel(module: Module, launch: Launch, sites: list[Site]) -> Kernel:
     written,
     flops=sum(site.extent.flops for site in sites),
     operand=max((o.dtype for o in operands), key=bits),
+    maker=sites[0].kernel,
   )
 
 

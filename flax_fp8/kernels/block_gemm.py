@@ -46,10 +46,11 @@ class BlockScaledGemm(Kernel):
     out = dot_blocks(QTensor(a, a_scale), QTensor(b, b_scale))
     return (out.astype(self.out_dtype),)
 
-  def run(self, *args: jax.Array) -> tuple[jax.Array, ...]:
+  def run(self, *args: jax.Array, used: Sequence[bool] = (True,)) -> tuple[jax.Array, ...]:
     """Multiplies with one kernel. Pads odd sizes, which TMA can't address."""
     from flax_fp8.kernels.mosaic_gemm import BlockGemm  # noqa: PLC0415 - imports Pallas
 
+    del used
     a, b, a_scale, b_scale = args
     batch, m, k = a.shape
     n, by_rows = b.shape[1], b_scale.shape[2] == b.shape[1]

@@ -54,13 +54,16 @@ class BlockQuantize(Kernel):
       q, flipped = (quantize_strips(x, self.float8, self.power_of_two) for x in both)
     return q.data, q.scale, flipped.data, flipped.scale
 
-  def run(self, *args: jax.Array) -> tuple[jax.Array, ...]:
+  def run(
+    self, *args: jax.Array, used: Sequence[bool] = (True,) * 4
+  ) -> tuple[jax.Array | None, ...]:
     """Quantizes with one kernel. Pads odd sizes, which TMA can't address."""
     from flax_fp8.kernels.mosaic_quantize import BlockQuantizer  # noqa: PLC0415 - imports Pallas
 
     (x,) = args
     batch, rows, columns = x.shape
     x = pad(x, -rows % 8, -columns % SIDE)
+    as_is, flipped = any(used[:2]), any(used[2:])
     quantizer = BlockQuantizer(
       batch=batch,
       rows=x.shape[1],
@@ -69,11 +72,17 @@ class BlockQuantize(Kernel):
       float8=self.float8,
       tiles=self.tiles,
       power_of_two=self.power_of_two,
+      layouts=(as_is, flipped),
     )
-    q, scale, flipped, flipped_scale = quantizer(x)
-    if not self.tiles:
-      scale, flipped_scale = scale[:, :, :rows], flipped_scale[:, :, :columns]
-    return q[:, :rows], scale, flipped[:, :columns], flipped_scale
+    sizes = (rows,) * as_is + (columns,) * flipped
+    pairs = iter(
+      [
+        (data[:, :size], scale if self.tiles else scale[:, :, :size])
+        for size, (data, scale) in zip(sizes, quantizer(x), strict=True)
+      ]
+    )
+    nothing = None, None
+    return (*(next(pairs) if as_is else nothing), *(next(pairs) if flipped else nothing))
 
   def refusal(self, *args: Any) -> str:
     """Returns why the kernel can't quantize a stack of matrices."""

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, get_args
 import jax
 import jax.extend.core
 import jax.numpy as jnp
-from jax.interpreters import batching, mlir
+from jax.interpreters import batching, mlir, partial_eval
 
 from flax_fp8 import fields, scopes
 from flax_fp8.platforms import hopper_refusal
@@ -72,8 +72,16 @@ class Kernel(abc.ABC):
     """Computes in plain JAX."""
 
   @abc.abstractmethod
-  def run(self, *args: jax.Array) -> tuple[jax.Array, ...]:
-    """Computes with the kernel, on one GPU."""
+  def run(self, *args: jax.Array, used: Sequence[bool]) -> tuple[jax.Array | None, ...]:
+    """Computes with the kernel, on one GPU.
+
+    Args:
+      *args: arguments.
+      used: whether the program uses each result.
+
+    Returns:
+      The results; None is allowed for those that are not used.
+    """
 
   @abc.abstractmethod
   def refusal(self, *args: Any) -> str:
@@ -104,7 +112,8 @@ def call(kernel: Kernel, *args: jax.Array) -> tuple[jax.Array, ...]:
     if _use.value == "off":
       return kernel.plain(*args)
     plain = jax.make_jaxpr(kernel.plain)(*args)
-    return tuple(_kernel.bind(*args, kernel=kernel, plain=plain))
+    used = (True,) * len(plain.out_avals)
+    return tuple(_kernel.bind(*args, kernel=kernel, plain=plain, used=used))
 
 
 _kernel: Any = jax.extend.core.Primitive("kernel")
@@ -113,9 +122,8 @@ _kernel.def_abstract_eval(lambda *avals, plain, **_: plain.out_avals)
 
 
 @_kernel.def_impl
-def _run_now(*args: jax.Array, kernel: Kernel, plain: Any) -> Any:
+def _run_now(*args: jax.Array, kernel: Kernel, **_: Any) -> Any:
   """Compiles even under ``jax.disable_jit``, since the platform is known only when lowering."""
-  del plain
   with jax.disable_jit(False):
     return _compiled(kernel)(*args)
 
@@ -125,8 +133,7 @@ def _compiled(kernel: Kernel) -> Any:
   return jax.jit(functools.partial(call, kernel))
 
 
-def _batch(args: Any, axes: Any, *, kernel: Kernel, plain: Any) -> tuple[Any, list[int]]:
-  del plain
+def _batch(args: Any, axes: Any, *, kernel: Kernel, **_: Any) -> tuple[Any, list[int]]:
   is_mapped = [axis is not None for axis in axes]
   sizes = {x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None}
   first = [
@@ -136,13 +143,21 @@ def _batch(args: Any, axes: Any, *, kernel: Kernel, plain: Any) -> tuple[Any, li
   return out, [0] * len(out)
 
 
-def _lower_plain(context: Any, *args: Any, kernel: Kernel, plain: Any) -> Any:
-  del kernel
+def _drop_unused(used: Sequence[bool], *rest: Any) -> tuple[list[bool], Any]:
+  """Tells an equation which of its results the program uses."""
+  *_, equation = rest  # newer JAX has an argument more
+  if not any(used):
+    return [False] * len(equation.invars), None
+  params = {**equation.params, "used": tuple(used)}
+  return [True] * len(equation.invars), equation.replace(params=params)
+
+
+def _lower_plain(context: Any, *args: Any, plain: Any, **_: Any) -> Any:
   fun: Any = jax.extend.core.jaxpr_as_fun(plain)
   return mlir.lower_fun(fun, multiple_results=True)(context, *args)
 
 
-def _lower_on_cuda(context: Any, *args: Any, kernel: Kernel, plain: Any) -> Any:
+def _lower_on_cuda(context: Any, *args: Any, kernel: Kernel, plain: Any, used: Any) -> Any:
   """Lowers to the kernel, or to plain code under a name scope that says why."""
   reason = _refusal(context, kernel)
 
@@ -151,7 +166,12 @@ def _lower_on_cuda(context: Any, *args: Any, kernel: Kernel, plain: Any) -> Any:
     with jax.named_scope(scopes.plain_jax(reason)):
       return fun(*args)
 
-  return mlir.lower_fun(named if reason else kernel.run, multiple_results=True)(context, *args)
+  def run(*args: jax.Array) -> Any:
+    out = kernel.run(*args, used=used)
+    blank = (jnp.zeros(aval.shape, aval.dtype) for aval in plain.out_avals)
+    return [x if x is not None else zeros for x, zeros in zip(out, blank, strict=True)]
+
+  return mlir.lower_fun(named if reason else run, multiple_results=True)(context, *args)
 
 
 def _refusal(context: Any, kernel: Kernel) -> str:
@@ -162,5 +182,6 @@ def _refusal(context: Any, kernel: Kernel) -> str:
 
 
 batching.primitive_batchers[_kernel] = _batch
+partial_eval.dce_rules[_kernel] = _drop_unused
 mlir.register_lowering(_kernel, _lower_plain)
 mlir.register_lowering(_kernel, _lower_on_cuda, platform="cuda")

@@ -36,6 +36,7 @@ class BlockQuantizer:
     float8: the format.
     tiles: whether 128×128 elements share a scale, and not 1×128.
     power_of_two: rounds scales up to powers of two.
+    layouts: whether to write the matrices as they are, and whether to write their transposes.
   """
 
   batch: int
@@ -45,78 +46,94 @@ class BlockQuantizer:
   float8: Float8
   tiles: bool
   power_of_two: bool
+  layouts: tuple[bool, bool] = (True, True)
 
-  def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  def __call__(self, x: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
     """Quantizes ``x [batch, R, C]``, with ``R'`` the next multiple of 128 after R.
 
     Returns:
-      Data ``[batch, R, C]`` and its scales, then data ``[batch, C, R']`` and its scales. Scales
-      are ``[batch, C / 128, R]`` and ``[batch, R' / 128, C]``. With ``tiles``, they are
-      ``[batch, C / 128, R' / 128]`` and ``[batch, R' / 128, C / 128]``.
+      For each layout, data and scales. As they are: ``[batch, R, C]`` and ``[batch, C / 128, R]``,
+      or ``[batch, C / 128, R' / 128]`` with ``tiles``. Transposed: ``[batch, C, R']`` and
+      ``[batch, R' / 128, C]``, or ``[batch, R' / 128, C / 128]``.
     """
     high, wide = pl.cdiv(self.rows, SIDE), self.columns // SIDE
-    lines = (high, wide) if self.tiles else (self.rows, self.columns)
-    array = lambda shape, dtype: jax.ShapeDtypeStruct((self.batch, *shape), dtype)
-    out = (
-      array((self.rows, self.columns), self.float8.dtype),
-      array((wide, lines[0]), F32),
-      array((self.columns, high * SIDE), self.float8.dtype),
-      array((high, lines[1]), F32),
+    fp8 = self.float8.dtype
+    shapes = (
+      ((self.rows, self.columns), (wide, high if self.tiles else self.rows)),
+      ((self.columns, high * SIDE), (high, wide if self.tiles else self.columns)),
     )
+    array = lambda shape, dtype: jax.ShapeDtypeStruct((self.batch, *shape), dtype)
+    out = [(array(data, fp8), array(scale, F32)) for data, scale in self._chosen(*shapes)]
     square = (SIDE, SIDE)
-    fp8 = plgpu.SMEM(square, self.float8.dtype, transforms=swizzled(self.float8.dtype))
-    block = plgpu.SMEM(square, self.dtype, transforms=swizzled(self.dtype))
-    staged = [fp8, fp8] if self.tiles else [fp8, plgpu.SMEM((SIDE,), F32)] * 2
+    staged = plgpu.SMEM(square, fp8, transforms=swizzled(fp8)), plgpu.SMEM((SIDE,), F32)
     run = kernel(
       "fp8_quantize_tiles" if self.tiles else "fp8_quantize_strips",
       self._body,
-      out,
-      scratch_types=[block, *staged, plgpu.Barrier()],
+      [leaf for pair in out for leaf in pair],
+      scratch_types=[
+        plgpu.SMEM(square, self.dtype, transforms=swizzled(self.dtype)),
+        *(leaf for _ in out for leaf in staged),
+        plgpu.Barrier(),
+      ],
       grid=(self.batch, high, wide),
       grid_names=("batch", "i", "j"),
     )
-    return run(x)
+    leaves = run(x)
+    return list(zip(leaves[::2], leaves[1::2], strict=True))
+
+  def _chosen(self, as_is: Any, flipped: Any) -> list[Any]:
+    pairs = zip((as_is, flipped), self.layouts, strict=True)
+    return [layout for layout, is_chosen in pairs if is_chosen]
 
   @property
   def _body(self) -> Callable[..., None]:
-    quantize = self._tiles if self.tiles else self._strips
+    count = 2 * sum(self.layouts)
 
-    def body(x: Any, q: Any, scale: Any, q_t: Any, scale_t: Any, *scratch: Any) -> None:
-      block, *staged, barrier = scratch
+    def body(x: Any, *refs: Any) -> None:
+      out, (block, *staged, barrier) = refs[:count], refs[count:]
       item, i, j = (lax.axis_index(name) for name in ("batch", "i", "j"))
       rows, columns = pl.ds(i * SIDE, SIDE), pl.ds(j * SIDE, SIDE)
       plgpu.copy_gmem_to_smem(x.at[item, rows, columns], block, barrier)  # zeros beyond the end
       plgpu.barrier_wait(barrier)
-      as_is = q.at[item, rows, columns], scale.at[item, j]
-      flipped = q_t.at[item, columns, rows], scale_t.at[item, i]
-      quantize(block, staged, (*as_is, i), (*flipped, j))
+      places = self._chosen((_rows, (rows, columns), j, i), (_columns, (columns, rows), i, j))
+      inverse = self._scale_of_tile(block) if self.tiles else None
+      for number, (read, square, chunk, line) in enumerate(places):
+        data, scale = (ref.at[item] for ref in out[2 * number : 2 * number + 2])
+        half = read(block).astype(F32), staged[2 * number : 2 * number + 2]
+        to = data.at[square], scale.at[chunk], line
+        if inverse is None:
+          self._store_strips(*half, *to)
+        else:
+          self._store_tile(*half, *to, *inverse)
       plgpu.wait_smem_to_gmem(0)
 
     return body
 
-  def _strips(self, block: Any, staged: Any, as_is: Any, flipped: Any) -> None:
-    """Quantizes each row of the block, and each row of its transpose."""
-    halves = ((_rows, *staged[:2], *as_is), (_columns, *staged[2:], *flipped))
-    for read, q_staged, scale_staged, q, scale, line in halves:
-      x = read(block).astype(F32)
-      scales, inverse = scale_of_amax(_amax(x), self.float8, self.power_of_two)
-      # The conversion to FP8 saturates.
-      q_staged[...] = (x * along(inverse, x.shape, 0)).astype(self.float8.dtype)
-      scale_staged[...] = scales
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(q_staged, q)
-      plgpu.copy_smem_to_gmem(scale_staged, scale.at[pl.ds(line * SIDE, SIDE)])
-
-  def _tiles(self, block: Any, staged: Any, as_is: Any, flipped: Any) -> None:
-    """Quantizes the block with one scale."""
-    amax = jnp.max(_amax(_rows(block).astype(F32)), axis=0)
-    one, inverse = scale_of_amax(amax, self.float8, self.power_of_two)
-    for read, q_staged in ((_rows, staged[0]), (_columns, staged[1])):
-      q_staged[...] = (read(block).astype(F32) * inverse).astype(self.float8.dtype)
+  def _store_strips(self, x: Any, staged: Any, data: Any, scale: Any, line: Any) -> None:
+    """Quantizes each row of a block."""
+    amax = jnp.max(jnp.abs(x), axis=1)
+    scales, inverse = scale_of_amax(amax, self.float8, self.power_of_two)
+    staged[0][...] = self._cast(x * along(inverse, x.shape, 0))
+    staged[1][...] = scales
     plgpu.commit_smem()
-    for q_staged, (q, scale, line) in zip(staged, (as_is, flipped), strict=True):
-      plgpu.copy_smem_to_gmem(q_staged, q)
-      scale[line] = one
+    plgpu.copy_smem_to_gmem(staged[0], data)
+    plgpu.copy_smem_to_gmem(staged[1], scale.at[pl.ds(line * SIDE, SIDE)])
+
+  def _store_tile(
+    self, x: Any, staged: Any, data: Any, scale: Any, line: Any, one: Any, inverse: Any
+  ) -> None:
+    """Quantizes a block with its scale."""
+    staged[0][...] = self._cast(x * inverse)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(staged[0], data)
+    scale[line] = one
+
+  def _scale_of_tile(self, block: Any) -> tuple[Any, Any]:
+    amax = jnp.max(jnp.max(jnp.abs(_rows(block).astype(F32)), axis=1), axis=0)
+    return scale_of_amax(amax, self.float8, self.power_of_two)
+
+  def _cast(self, x: jax.Array) -> jax.Array:
+    return x.astype(self.float8.dtype)  # GPUs saturate here
 
 
 def _rows(block: Any) -> jax.Array:
@@ -125,7 +142,3 @@ def _rows(block: Any) -> jax.Array:
 
 def _columns(block: Any) -> jax.Array:
   return plgpu.layout_cast(load(transposed(block), plgpu.Layout.WGMMA_TRANSPOSED), WGMMA)
-
-
-def _amax(x: jax.Array) -> jax.Array:
-  return jnp.max(jnp.abs(x), axis=1)
