@@ -109,12 +109,12 @@ def quantize_strips(
   Returns:
     Data ``[batch, R, C']`` and scales ``[batch, C' / 128, R]``.
   """
-  batch, rows, _ = x.shape
   blocks = in_blocks(x, 1, SIDE)
+  batch, rows, _, wide, _ = blocks.shape
   scale, inverse = current_scale(blocks, float8, (2, 4), power_of_two)
   data = quantize(blocks, scale, float8, inverse, key).data
-  scale = lax.transpose(scale.reshape(batch, rows, -1), (0, 2, 1))
-  return QTensor(data.reshape(batch, rows, -1), scale)
+  scale = lax.transpose(scale.reshape(batch, rows, wide), (0, 2, 1))
+  return QTensor(data.reshape(batch, rows, wide * SIDE), scale)
 
 
 def quantize_tiles(x: jax.Array, float8: Float8, power_of_two: bool) -> tuple[QTensor, QTensor]:

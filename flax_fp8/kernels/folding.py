@@ -8,12 +8,12 @@ from jax import lax
 
 def fold(x: jax.Array) -> jax.Array:
   """``[mapped, batch, ...]`` to ``[mapped * batch, ...]``."""
-  return x.reshape(-1, *x.shape[2:])
+  return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def unfold(x: jax.Array, size: int) -> jax.Array:
   """Inverts ``fold`` for a mapped axis of a given size."""
-  return x.reshape(size, -1, *x.shape[1:])
+  return x.reshape(size, x.shape[0] // size, *x.shape[1:])
 
 
 def pad(x: jax.Array, rows: int, columns: int) -> jax.Array:

@@ -1,16 +1,7 @@
 """The FP8 GEMM with block scales, for Hopper.
 
-::
-
-    out[m, n] = sum over blocks c of K: sum(a[m, c] * b[n, c]) * a_scale[c, m] * b_scale[c, n]
-
 Tensor cores of Hopper add FP8 products with about 14 bits. The sum of each block of 128 terms is
 therefore scaled and added to a float32 total in registers.
-
-The last warpgroup only loads: it fills a ring of stages with 128 of K of both operands, by TMA.
-Each other warpgroup, a consumer, owns some rows of the tile and all of its columns, cut into cells
-of 64 rows. A cell's product of one stage has its own accumulator. While the tensor cores multiply
-one cell, the threads scale the cell before it and add it to its total.
 """
 
 from __future__ import annotations
@@ -34,6 +25,15 @@ _PRODUCER_REGISTERS = 24  # per thread of the warpgroup that loads; the consumer
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockGemm:
   """The kernel for given sizes.
+
+  ::
+
+      out[m, n] = sum over blocks c of K: sum(a[m, c] * b[n, c]) * a_scale[c, m] * b_scale[c, n]
+
+  The last warpgroup only loads: it fills a ring of stages with 128 of K of both operands, by TMA.
+  Each other warpgroup, a consumer, owns some rows of the tile and all of its columns, cut into
+  cells of 64 rows. A cell's product of one stage has its own accumulator. While the tensor cores
+  multiply one cell, the threads scale the cell before it and add it to its total.
 
   Attributes:
     batch: number of products.

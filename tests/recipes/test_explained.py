@@ -47,14 +47,29 @@ def test_three_fp8_gemms(name, target):
   assert got.doubts == ()
 
 
-def test_block_is_one_fp8_gemm_a_block():
-  got = report(fp8.Float8BlockScaling(), "h100")
+@pytest.mark.parametrize("target", ["h100", "b200"])
+def test_block_is_one_fp8_gemm_a_block_without_a_kernel(target):
+  with fp8.use_kernels("off" if target == "h100" else "auto"):
+    got = report.__wrapped__(fp8.Float8BlockScaling(), target)
   rows = Counter()
   for gemm in got.gemms:
     assert gemm.is_fp8
+    assert any("B200" in note for note in gemm.notes) == (target == "b200")
     rows[frozenset((gemm.extent.m, gemm.extent.n)), gemm.extent.k] += gemm.times
   chunks = {(M, N): K, (M, K): N, (K, N): M}
   assert rows == {(frozenset(size), 128): k // 128 for size, k in chunks.items()}
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10, 2), reason="the kernels need JAX 0.10.2")
+@pytest.mark.parametrize("target", ["h100", "h200"])
+def test_block_is_six_kernels_on_hopper(target):
+  """Three quantizers and three GEMMs; and casts of the float32 parameter and of its gradient."""
+  got = report(fp8.Float8BlockScaling(), target)
+  assert (got.fp8_gemms, got.total_gemms, got.launches) == (3, 3, 6 + 2)
+  assert {gemm.kernel for gemm in got.gemms} == {"Mosaic GPU"}
+  assert {gemm.role.value for gemm in got.gemms} == {"fprop", "dgrad", "wgrad"}
+  assert not any(gemm.notes for gemm in got.gemms)
+  assert got.doubts == ()
 
 
 @pytest.mark.slow

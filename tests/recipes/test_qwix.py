@@ -63,12 +63,12 @@ def test_block():
   recipe = fp8.Float8BlockScaling(power_of_two=False)
   strips, _ = cases.quantized(recipe, x, Role.INPUT)
   theirs = qwix.quantize(x, "float8_e4m3fn", channelwise_axes=(0,), tiled_axes={1: 128})
-  np.testing.assert_allclose(strips.scale[:, 0].T, theirs.scale, rtol=SCALES)
-  ours = np.moveaxis(np.asarray(strips.data[:, 0], np.float32), 0, 1).reshape(x.shape)
+  np.testing.assert_allclose(strips.scale[0].T, theirs.scale, rtol=SCALES)
+  ours = np.asarray(strips.data[0], np.float32)
   assert np.mean(ours != np.asarray(theirs.qvalue, np.float32)) <= 1e-4
   _, tiles = cases.quantized(recipe, x, Role.KERNEL)
   theirs = qwix.quantize(x, "float8_e4m3fn", tiled_axes={0: 128, 1: 128})
-  np.testing.assert_allclose(tiles.scale[:, 0, ::128].T, theirs.scale, rtol=SCALES)
+  np.testing.assert_allclose(tiles.scale[0].T, theirs.scale, rtol=SCALES)
 
 
 def test_mxfp8():
