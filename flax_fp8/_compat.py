@@ -375,3 +375,80 @@ def _uncalled(rule: Callable[..., Any], platform: str) -> Callable[..., Any]:
     return results
 
   return lower
+
+
+def hlo_sharding() -> Any:
+  """Returns XLA's class of shardings."""
+  return require("jax._src.lib", "xla_client").HloSharding
+
+
+def replicated_subgroup() -> Any:
+  """Returns XLA's name for the last dimension of a sharding along which devices hold copies."""
+  return require("jax._src.lib", "xla_client").OpSharding.Type.REPLICATED
+
+
+# Functions that register a partitioner, as "module:function", by the name of their custom call.
+partitioners: dict[str, str] = {}
+
+
+def register_partitioner(
+  name: str,
+  *,
+  propagate: Callable[..., Any],
+  partition: Callable[..., Any],
+  infer: Callable[..., Any],
+) -> bool:
+  """Registers a partitioner of custom calls for the CPU, and for plugins when they are loaded.
+
+  Args:
+    name: name of the custom call.
+    propagate: function of the sharding that a user of the call wants. Only GSPMD calls it.
+    partition: returns the program of one device and the shardings of operands and result.
+    infer: returns the sharding of the result. Only GSPMD calls it.
+
+  Returns:
+    Whether this JAX has partitioners of custom calls.
+  """
+  register = getattr(find("jax._src.lib", "xla_client"), "register_custom_call_partitioner", None)
+  for_plugins = find("jax._src.xla_bridge", "register_plugin_callbacks")
+  if register is None or for_plugins is None:
+    return False
+  given = {
+    "name": name,
+    "prop_user_sharding": propagate,
+    "partition": partition,
+    "infer_sharding_from_operands": infer,
+    "can_side_effecting_have_replicated_sharding": True,
+  }
+  register(**given)
+  for_plugins(functools.partial(register, **given))
+  return True
+
+
+def lower_manually(
+  fun: Callable[..., Any], args: Any, axes: dict[str, int], platforms: tuple[str, ...]
+) -> tuple[bytes, list[Any]]:
+  """Lowers the program of one device, in which all mesh axes are manual.
+
+  Args:
+    fun: function of arrays that returns a tuple of arrays. It may name the axes in collectives.
+    args: shapes and dtypes of one device's arguments.
+    axes: sizes of the mesh axes, by name.
+    platforms: platforms to lower for.
+
+  Returns:
+    The module as bytecode, and the abstract values of its results.
+  """
+  mlir: Any = importlib.import_module("jax._src.interpreters.mlir")
+  mesh = jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes))
+  manual = require("jax._src.sharding_impls", "SPMDAxisContext")(mesh, frozenset(axes))
+  # XLA copies the instructions, but not the table of their source lines, and warns about each.
+  without_lines = require("jax._src.config", "traceback_in_locations_limit")(0)
+  no_mesh = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+  named = require("jax._src.core", "extend_axis_env_nd")(axes.items())
+  with no_mesh, without_lines, named:
+    jaxpr = jax.make_jaxpr(fun)(*args)
+    module = mlir.build_mlir_module_helper(
+      jaxpr, name="local", platforms=platforms, backend=None, axis_context=manual
+    )
+  return mlir.module_to_bytecode(module), list(jaxpr.out_avals)

@@ -113,7 +113,7 @@ def _constrain(x: jax.Array) -> jax.Array:
 
 def _lower_in_rows(context: Any, x: Any) -> Any:
   module = context.module_context
-  if _is_exported(module) or not _is_alone(module.axis_context):
+  if _is_exported(module) or not is_alone(module.axis_context):
     return [x]
   return mlir.lower_fun(_constrain, multiple_results=False)(context, x)
 
@@ -123,7 +123,8 @@ def _is_exported(module: Any) -> bool:
   return module.lowering_parameters.for_export and described is None
 
 
-def _is_alone(context: Any) -> bool:
+def is_alone(context: Any) -> bool:
+  """Tells whether a program is lowered for one device, as inside a ``shard_map`` over all axes."""
   if hasattr(context, "num_devices"):
     return context.num_devices == 1
   return set(context.manual_axes) == set(context.mesh.axis_names)
@@ -140,13 +141,11 @@ mlir.register_lowering(_in_rows, _lower_in_rows, platform="cuda")
 
 
 def hopper_refusal(module: Any) -> str:
-  """Returns why a program that is being lowered does not run on one Hopper GPU; empty if it does.
+  """Returns why a program that is being lowered does not run on Hopper GPUs; empty if it does.
 
   Args:
     module: the context of the module, from a lowering rule.
   """
-  if not _is_alone(module.axis_context):
-    return "the compiler shards the program"
   if kind := _described(module):
     return "" if _HOPPER.search(kind) else f"a kernel for {kind} does not exist"
   if module.lowering_parameters.for_export:

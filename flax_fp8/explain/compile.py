@@ -12,6 +12,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ import jax.export
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
-from flax_fp8._compat import uncalled_host_callbacks
+from flax_fp8._compat import partitioners, uncalled_host_callbacks
 from flax_fp8.capability import capability
 from flax_fp8.explain import mosaic
 from flax_fp8.explain.child import run_child
@@ -28,6 +29,7 @@ from flax_fp8.explain.target import NAMES, GpuTarget
 from flax_fp8.platforms import described_gpu
 
 AnyMesh = Mesh | AbstractMesh
+_PACKAGES = Path(__file__).parents[2]  # the folder that flax_fp8 is in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +212,12 @@ def _export(jitted: Any, args: tuple[Any, ...], gpu: GpuTarget) -> tuple[dict[st
     "mesh": axes,
     "axis_types": types,
     "donated": [index for index, is_donated in enumerate(donated) if is_donated],
+    "packages": str(_PACKAGES),
+    "partitioners": [
+      function
+      for name, function in partitioners.items()
+      if name.encode() in exported.mlir_module_serialized
+    ],
   }
   return request, bytes(flat.serialize())
 

@@ -1,10 +1,10 @@
 """Child process that compiles one exported program for a described GPU.
 
-This file runs by path as a separate program. It imports JAX, but nothing from flax_fp8. It reads
-the request from stdin: a line of JSON, then the serialized program. Its arguments are two file
-descriptors. The first is a pipe that closes when the parent ends, which ends this process too. The
-second is the file for the reply, as JSON. Temporary files go to the folder TMPDIR, which it
-creates.
+This file runs by path as a separate program. It imports JAX, and flax_fp8 only for programs with
+custom calls that flax_fp8 partitions. It reads the request from stdin: a line of JSON, then the
+serialized program. Its arguments are two file descriptors. The first is a pipe that closes when the
+parent ends, which ends this process too. The second is the file for the reply, as JSON. Temporary
+files go to the folder TMPDIR, which it creates.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pkgutil
 import shutil
 import sys
 import tempfile
@@ -48,6 +49,14 @@ def prefer_for_oom_killer() -> None:
   """Makes the out-of-memory killer end this process before the process of the user."""
   with contextlib.suppress(OSError):
     Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def load_partitioners(request: dict[str, Any]) -> None:
+  """Registers the partitioners of the parent's flax_fp8 for custom calls of the program."""
+  for name in request["partitioners"]:
+    sys.path.insert(0, request["packages"])
+    pkgutil.resolve_name(name)()
+    sys.path.remove(request["packages"])
 
 
 def described_mesh(request: dict[str, Any]) -> Mesh:
@@ -88,6 +97,7 @@ def compile_with_text(lowered: Any) -> tuple[Any, str]:
 
 def answer(request: dict[str, Any], program: bytes) -> dict[str, Any]:
   """Compiles the program and returns the reply."""
+  load_partitioners(request)
   lowered = lower(request, program)
   compiled, text = compile_with_text(lowered)
   memory = compiled.memory_analysis()

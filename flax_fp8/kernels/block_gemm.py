@@ -12,7 +12,8 @@ from jax import lax
 
 from flax_fp8 import _compat, scopes
 from flax_fp8.fp8_dot import fp8_dot
-from flax_fp8.kernels.call import Kernel, call
+from flax_fp8.kernels.base import Kernel
+from flax_fp8.kernels.call import call
 from flax_fp8.kernels.folding import fold, pad, unfold
 from flax_fp8.kernels.tiles import SIDE, tile_for
 from flax_fp8.quantize import QTensor, dequantize_product
@@ -25,12 +26,13 @@ class BlockScaledGemm(Kernel):
   """Multiplies stacks of matrices that have scales for blocks of K.
 
   Attributes:
-    out_dtype: dtype of the result.
+    out_dtype: name of the dtype of the result.
   """
 
   name: ClassVar[str] = scopes.GEMM
+  rule: ClassVar[str] = "bmk bnk bkm bkn -> bmn"
 
-  out_dtype: Any
+  out_dtype: str
 
   def plain(self, *args: jax.Array) -> tuple[jax.Array, ...]:
     """Multiplies with one GEMM for each block of K.
@@ -46,11 +48,10 @@ class BlockScaledGemm(Kernel):
     out = dot_blocks(QTensor(a, a_scale), QTensor(b, b_scale))
     return (out.astype(self.out_dtype),)
 
-  def run(self, *args: jax.Array, used: Sequence[bool] = (True,)) -> tuple[jax.Array, ...]:
+  def run(self, *args: jax.Array) -> tuple[jax.Array, ...]:
     """Multiplies with one kernel. Pads odd sizes, which TMA can't address."""
     from flax_fp8.kernels.mosaic_gemm import BlockGemm  # noqa: PLC0415 - imports Pallas
 
-    del used
     a, b, a_scale, b_scale = args
     batch, m, k = a.shape
     n, by_rows = b.shape[1], b_scale.shape[2] == b.shape[1]
@@ -64,7 +65,7 @@ class BlockScaledGemm(Kernel):
       n=n + missing_n,
       k=k,
       by_rows=by_rows,
-      out_dtype=self.out_dtype,
+      out_dtype=jnp.dtype(self.out_dtype),
       tile=tile_for(m, n, k, "rows" if by_rows else "blocks"),
     )
     return (gemm(*operands)[:, :m, :n],)

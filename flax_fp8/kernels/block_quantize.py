@@ -16,8 +16,9 @@ from jax import lax
 
 from flax_fp8 import scopes
 from flax_fp8.contraction import in_blocks
-from flax_fp8.formats import E4M3, E5M2, Float8
-from flax_fp8.kernels.call import Kernel, call
+from flax_fp8.formats import E4M3, E5M2, Float8, float8
+from flax_fp8.kernels.base import Kernel
+from flax_fp8.kernels.call import call
 from flax_fp8.kernels.folding import fold, pad, unfold
 from flax_fp8.kernels.tiles import SIDE
 from flax_fp8.quantize import QTensor, current_scale, quantize
@@ -28,17 +29,25 @@ class BlockQuantize(Kernel):
   """Quantizes a stack of matrices for both GEMMs: as it is, and transposed.
 
   Attributes:
-    float8: the format.
+    format: name of the format.
     tiles: whether each block of 128×128 shares a scale, and not each strip of 128 along the axis
       that a GEMM sums over.
     power_of_two: rounds scales up to powers of two.
+    layouts: whether the matrices as they are, and their transposes, are used.
   """
 
   name: ClassVar[str] = scopes.QUANTIZE
+  rule: ClassVar[str] = "brc -> brc bcr bcr brc"
 
-  float8: Float8
+  format: str
   tiles: bool
   power_of_two: bool
+  layouts: tuple[bool, bool] = (True, True)
+
+  @property
+  def float8(self) -> Float8:
+    """The format."""
+    return float8(self.format)
 
   def plain(self, *args: jax.Array) -> tuple[jax.Array, ...]:
     """Quantizes ``[batch, R, C]``.
@@ -54,35 +63,36 @@ class BlockQuantize(Kernel):
       q, flipped = (quantize_strips(x, self.float8, self.power_of_two) for x in both)
     return q.data, q.scale, flipped.data, flipped.scale
 
-  def run(
-    self, *args: jax.Array, used: Sequence[bool] = (True,) * 4
-  ) -> tuple[jax.Array | None, ...]:
+  def run(self, *args: jax.Array) -> tuple[jax.Array, ...]:
     """Quantizes with one kernel. Pads odd sizes, which TMA can't address."""
     from flax_fp8.kernels.mosaic_quantize import BlockQuantizer  # noqa: PLC0415 - imports Pallas
 
     (x,) = args
-    batch, rows, columns = x.shape
-    x = pad(x, -rows % 8, -columns % SIDE)
-    as_is, flipped = any(used[:2]), any(used[2:])
+    batch, *sizes = x.shape
+    padded = pad(x, -sizes[0] % 8, -sizes[1] % SIDE)
     quantizer = BlockQuantizer(
       batch=batch,
-      rows=x.shape[1],
-      columns=x.shape[2],
+      rows=padded.shape[1],
+      columns=padded.shape[2],
       dtype=x.dtype,
       float8=self.float8,
       tiles=self.tiles,
       power_of_two=self.power_of_two,
-      layouts=(as_is, flipped),
+      layouts=self.layouts,
     )
-    sizes = (rows,) * as_is + (columns,) * flipped
-    pairs = iter(
-      [
-        (data[:, :size], scale if self.tiles else scale[:, :, :size])
-        for size, (data, scale) in zip(sizes, quantizer(x), strict=True)
-      ]
-    )
-    nothing = None, None
-    return (*(next(pairs) if as_is else nothing), *(next(pairs) if flipped else nothing))
+    cut = lambda x, axis, size: lax.slice_in_dim(x, 0, size, axis=axis)
+    pairs = iter(quantizer(padded))
+    results = [jnp.zeros(of.shape, of.dtype) for of in jax.eval_shape(self.plain, x)]
+    for index, (is_used, size) in enumerate(zip(self.layouts, sizes, strict=True)):
+      if is_used:
+        data, scale = next(pairs)
+        scale = scale if self.tiles else cut(scale, 2, size)
+        results[2 * index : 2 * index + 2] = cut(data, 1, size), scale
+    return tuple(results)
+
+  def using(self, used: Sequence[bool]) -> BlockQuantize:
+    """Returns the quantizer that writes only the layouts that are used."""
+    return dataclasses.replace(self, layouts=(any(used[:2]), any(used[2:])))
 
   def refusal(self, *args: Any) -> str:
     """Returns why the kernel can't quantize a stack of matrices."""

@@ -6,11 +6,10 @@ it is lowered for CUDA, the kernel is chosen. A program for a CPU therefore neve
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import functools
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import jax
 import jax.extend.core
@@ -18,7 +17,9 @@ import jax.numpy as jnp
 from jax.interpreters import batching, mlir, partial_eval
 
 from flax_fp8 import fields, scopes
-from flax_fp8.platforms import hopper_refusal
+from flax_fp8.kernels.base import Kernel
+from flax_fp8.kernels.partition import lower_partitioned, register
+from flax_fp8.platforms import hopper_refusal, is_alone
 
 Kernels = Literal["auto", "all", "off"]
 
@@ -58,51 +59,6 @@ def use_kernels(which: Kernels) -> contextlib.AbstractContextManager[Any]:
   return _use(which)
 
 
-class Kernel(abc.ABC):
-  """A computation that has both a kernel and plain JAX code. Subclasses are frozen dataclasses.
-
-  Attributes:
-    name: name scope of the computation, by which ``explain`` knows it.
-  """
-
-  name: ClassVar[str]
-
-  @abc.abstractmethod
-  def plain(self, *args: jax.Array) -> tuple[jax.Array, ...]:
-    """Computes in plain JAX."""
-
-  @abc.abstractmethod
-  def run(self, *args: jax.Array, used: Sequence[bool]) -> tuple[jax.Array | None, ...]:
-    """Computes with the kernel, on one GPU.
-
-    Args:
-      *args: arguments.
-      used: whether the program uses each result.
-
-    Returns:
-      The results; None is allowed for those that are not used.
-    """
-
-  @abc.abstractmethod
-  def refusal(self, *args: Any) -> str:
-    """Returns why the kernel can't take arguments of these shapes and dtypes; empty if it can."""
-
-  @abc.abstractmethod
-  def batch(
-    self, size: int, args: Sequence[jax.Array], is_mapped: Sequence[bool]
-  ) -> tuple[jax.Array, ...]:
-    """Computes for arguments with a mapped leading axis, with one call.
-
-    Args:
-      size: size of the mapped axis.
-      args: arguments; those that are mapped have the axis first.
-      is_mapped: whether each argument is mapped.
-
-    Returns:
-      Results with the mapped axis first.
-    """
-
-
 def call(kernel: Kernel, *args: jax.Array) -> tuple[jax.Array, ...]:
   """Runs a kernel where the program's GPU has it, and its plain code elsewhere.
 
@@ -112,8 +68,7 @@ def call(kernel: Kernel, *args: jax.Array) -> tuple[jax.Array, ...]:
     if _use.value == "off":
       return kernel.plain(*args)
     plain = jax.make_jaxpr(kernel.plain)(*args)
-    used = (True,) * len(plain.out_avals)
-    return tuple(_kernel.bind(*args, kernel=kernel, plain=plain, used=used))
+    return tuple(_kernel.bind(*args, kernel=kernel, plain=plain))
 
 
 _kernel: Any = jax.extend.core.Primitive("kernel")
@@ -122,8 +77,9 @@ _kernel.def_abstract_eval(lambda *avals, plain, **_: plain.out_avals)
 
 
 @_kernel.def_impl
-def _run_now(*args: jax.Array, kernel: Kernel, **_: Any) -> Any:
+def _run_now(*args: jax.Array, kernel: Kernel, plain: Any) -> Any:
   """Compiles even under ``jax.disable_jit``, since the platform is known only when lowering."""
+  del plain
   with jax.disable_jit(False):
     return _compiled(kernel)(*args)
 
@@ -133,7 +89,8 @@ def _compiled(kernel: Kernel) -> Any:
   return jax.jit(functools.partial(call, kernel))
 
 
-def _batch(args: Any, axes: Any, *, kernel: Kernel, **_: Any) -> tuple[Any, list[int]]:
+def _batch(args: Any, axes: Any, *, kernel: Kernel, plain: Any) -> tuple[Any, list[int]]:
+  del plain
   is_mapped = [axis is not None for axis in axes]
   sizes = {x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None}
   first = [
@@ -144,41 +101,47 @@ def _batch(args: Any, axes: Any, *, kernel: Kernel, **_: Any) -> tuple[Any, list
 
 
 def _drop_unused(used: Sequence[bool], *rest: Any) -> tuple[list[bool], Any]:
-  """Tells an equation which of its results the program uses."""
+  """Tells a kernel which of its results the program uses."""
   *_, equation = rest  # newer JAX has an argument more
   if not any(used):
     return [False] * len(equation.invars), None
-  params = {**equation.params, "used": tuple(used)}
+  params = equation.params | {"kernel": equation.params["kernel"].using(used)}
   return [True] * len(equation.invars), equation.replace(params=params)
 
 
-def _lower_plain(context: Any, *args: Any, plain: Any, **_: Any) -> Any:
+def _lower_plain(context: Any, *args: Any, kernel: Kernel, plain: Any) -> Any:
+  del kernel
   fun: Any = jax.extend.core.jaxpr_as_fun(plain)
   return mlir.lower_fun(fun, multiple_results=True)(context, *args)
 
 
-def _lower_on_cuda(context: Any, *args: Any, kernel: Kernel, plain: Any, used: Any) -> Any:
+def _lower_on_cuda(context: Any, *args: Any, kernel: Kernel, plain: Any) -> Any:
   """Lowers to the kernel, or to plain code under a name scope that says why."""
-  reason = _refusal(context, kernel)
+  if reason := _refusal(context, kernel):
+    return mlir.lower_fun(_because(reason, plain), multiple_results=True)(context, *args)
+  if is_alone(context.module_context.axis_context):
+    return mlir.lower_fun(kernel.run, multiple_results=True)(context, *args)
+  return lower_partitioned(context, *args, kernel=kernel)
+
+
+def _because(reason: str, plain: Any) -> Callable[..., Any]:
+  fun: Any = jax.extend.core.jaxpr_as_fun(plain)
 
   def named(*args: jax.Array) -> Any:
-    fun: Any = jax.extend.core.jaxpr_as_fun(plain)
     with jax.named_scope(scopes.plain_jax(reason)):
       return fun(*args)
 
-  def run(*args: jax.Array) -> Any:
-    out = kernel.run(*args, used=used)
-    blank = (jnp.zeros(aval.shape, aval.dtype) for aval in plain.out_avals)
-    return [x if x is not None else zeros for x, zeros in zip(out, blank, strict=True)]
-
-  return mlir.lower_fun(named if reason else run, multiple_results=True)(context, *args)
+  return named
 
 
 def _refusal(context: Any, kernel: Kernel) -> str:
   """Returns why a program that is being lowered can't use a kernel; empty if it can."""
   if jax.__version_info__ < _FIRST_JAX:
     return f"JAX {jax.__version__} is older than {'.'.join(map(str, _FIRST_JAX))}"
-  return hopper_refusal(context.module_context) or kernel.refusal(*context.avals_in)
+  module = context.module_context
+  if not is_alone(module.axis_context) and not register():
+    return "this JAX can't shard custom calls"
+  return hopper_refusal(module) or kernel.refusal(*context.avals_in)
 
 
 batching.primitive_batchers[_kernel] = _batch

@@ -82,8 +82,9 @@ class Float8BlockScaling(StatelessRecipe):
     """
     rows_of_scale = BLOCK if role is Role.KERNEL else 1
     shardings = tuple(_sharding(x, view, rows_of_scale) for view in views)
+    float8 = self.float8(role)
     one_pass = BlockQuantize(
-      float8=self.float8(role), tiles=role is Role.KERNEL, power_of_two=self.power_of_two
+      format=float8.name, tiles=role is Role.KERNEL, power_of_two=self.power_of_two
     )
 
     def at_once(x: jax.Array) -> tuple[QTensor, QTensor]:
@@ -94,7 +95,7 @@ class Float8BlockScaling(StatelessRecipe):
 
     def one_by_one(x: jax.Array, keys: Any) -> tuple[QTensor, QTensor]:
       first, second = (
-        quantize_strips(view.matrices(x), one_pass.float8, self.power_of_two, key)
+        quantize_strips(view.matrices(x), float8, self.power_of_two, key)
         for view, key in zip(views, keys, strict=True)
       )
       return first, second
@@ -120,7 +121,9 @@ class Float8BlockScaling(StatelessRecipe):
 
     def multiply(lhs: QTensor, rhs: QTensor) -> jax.Array:
       a, b = (rhs, lhs) if swaps else (lhs, rhs)
-      (out,) = call(BlockScaledGemm(out_dtype=dtype), a.data, b.data, a.scale, b.scale)
+      (out,) = call(
+        BlockScaledGemm(out_dtype=jnp.dtype(dtype).name), a.data, b.data, a.scale, b.scale
+      )
       if swaps and gemm.is_exchanged:
         return out.reshape([gemm.shape[axis] for axis in gemm.permutation])
       out = lax.transpose(out, (0, 2, 1)) if swaps else out
