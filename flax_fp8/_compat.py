@@ -17,9 +17,7 @@ from typing import Any
 
 import jax
 import jax.core
-import jax.numpy as jnp
 import numpy as np
-from jax.custom_batching import custom_vmap
 from jax.interpreters import ad
 
 
@@ -227,52 +225,6 @@ def is_ambiguous_sharding(error: Exception) -> bool:
   return kind is not None and isinstance(error, kind)
 
 
-def varying_axes(x: Any) -> frozenset[str]:
-  """Returns the mesh axes along which ``x`` varies, as tracked by a checked shard_map."""
-  aval = jax.typeof(x)
-  if hasattr(aval, "manual_axis_type"):
-    return frozenset(aval.manual_axis_type.varying)
-  return frozenset(aval.vma)
-
-
-def vary_as(x: jax.Array, *others: jax.Array) -> jax.Array:
-  """Marks ``x`` as varying along the mesh axes along which ``others`` vary.
-
-  A checked shard_map needs this after JAX primitives that do not track varying axes themselves.
-  """
-  axes = frozenset[str]().union(*map(varying_axes, others)) - varying_axes(x)
-  if not axes:
-    return x
-  lax: Any = jax.lax  # has pcast or pvary, depending on the version
-  names = tuple(sorted(axes))
-  return lax.pcast(x, names, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, names)
-
-
-def psum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-  """``lax.psum`` that can be mapped in a checked shard_map. Older JAX can't map its own there."""
-
-  @custom_vmap
-  def add(x: jax.Array) -> jax.Array:
-    return jax.lax.psum(x, axes)
-
-  @add.def_vmap
-  def rule(axis_size: int, in_batched: Any, x: jax.Array) -> tuple[jax.Array, bool]:
-    del axis_size  # the sum is elementwise, so the mapped axis does not matter
-    return psum(x, axes), in_batched[0]
-
-  return add(x)
-
-
-def unchecked_manual_axes() -> tuple[str, ...]:
-  """Returns the manual mesh axes of an enclosing ``shard_map(check_vma=False)``, else ``()``.
-
-  There JAX does not track varying axes, and it sums the cotangent of every replicated input over
-  these axes. ``axis_index`` always varies, so its type shows whether JAX tracks an axis.
-  """
-  axes = tuple(jax.sharding.get_abstract_mesh().manual_axes)
-  return tuple(a for a in axes if a not in varying_axes(jax.lax.axis_index(a)))
-
-
 def _with_parents(trace: Any) -> list[Any]:
   """Returns a trace and its parents without the EvalTrace. The last is the trace of a body."""
   traces: list[Any] = []
@@ -311,16 +263,6 @@ def in_running_body() -> contextlib.AbstractContextManager[Any]:
   is_loop = [type(trace).__name__ == "DynamicJaxprTrace" for trace in traces[:-1]]
   outside = len(is_loop) - is_loop[::-1].index(True) if True in is_loop else 0
   return enter(traces[outside])
-
-
-def manual_axes(x: Any) -> frozenset[str]:
-  """Returns the mesh axes of all shard_maps that enclose the creation of ``x``."""
-  return frozenset(jax.typeof(x).sharding.mesh.manual_axes)
-
-
-def scalar_aval() -> Any:
-  """Returns the abstract value of the float32 that stores one fp32_max_grad element."""
-  return jax.core.ShapedArray((), jnp.dtype("float32"))
 
 
 def split_jaxpr(jaxpr: Any, known: int, unknown: int, saveable: Any) -> tuple[Any, Any]:

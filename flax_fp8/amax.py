@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from flax_fp8 import _compat
+from flax_fp8 import varying
 
 
 # Inlined under a trace. Outside of a trace, compiled once for each shape.
@@ -153,9 +153,9 @@ def across_devices(largest: jax.Array, state: Any) -> jax.Array:
   Returns:
     float32 scalar; the maximum over these devices.
   """
-  if unchecked := _compat.unchecked_manual_axes():
+  if unchecked := varying.unchecked_manual_axes():
     return lax.pmax(largest, unchecked)
-  axes = _compat.varying_axes(largest).difference(
-    *map(_compat.varying_axes, jax.tree.leaves(state))
+  axes = varying.varying_axes(largest).difference(
+    *map(varying.varying_axes, jax.tree.leaves(state))
   )
   return lax.pmax(largest, tuple(sorted(axes))) if axes else largest

@@ -12,6 +12,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -27,7 +28,7 @@ class MaxGradRules(_compat.ElementRules):
   def physical_element_aval(dtype: Any) -> Any:
     """Each element is one float32."""
     del dtype
-    return _compat.scalar_aval()
+    return jax.core.ShapedArray((), jnp.dtype("float32"))
 
   @staticmethod
   def convert_from(dtype: MaxGradDType, other: Any) -> bool:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from flax_fp8 import _compat
+from flax_fp8 import varying
 from flax_fp8.contraction import Gemm, View
 from flax_fp8.fp8_dot import at_least, fp8_dot, is_fp8_gemm
 from flax_fp8.platforms import by_platform, in_rows
@@ -256,7 +256,7 @@ def _microscaled(dtype: Any) -> Callable[[QTensor, QTensor], jax.Array]:
   def native(lhs: QTensor, rhs: QTensor) -> jax.Array:
     operands = (lhs.data, rhs.data, lhs.scale, rhs.scale)
     out = jax.nn.scaled_matmul(*operands, preferred_element_type=dtype)
-    return _compat.vary_as(out, *operands)
+    return varying.vary_as(out, *operands)
 
   def plain(lhs: QTensor, rhs: QTensor) -> jax.Array:
     operands = _dequantize_microscaled(lhs), _dequantize_microscaled(rhs)

@@ -19,7 +19,7 @@ import jax.core
 import jax.numpy as jnp
 from jax import lax
 
-from flax_fp8 import _compat
+from flax_fp8 import _compat, varying
 from flax_fp8.meta_dtype import is_max_grad, to_float32, to_max_grad
 
 # For each live float32 tracer: a reference to the tracer, and a function that returns its cast.
@@ -61,7 +61,7 @@ def cast_once(value: Any) -> Any:
   if not isinstance(value, jax.core.Tracer):
     return value
   cast = value if is_max_grad(value) else _cast_under_own_trace(value)
-  axes = frozenset(_compat.unchecked_manual_axes()) - _compat.manual_axes(value)
+  axes = frozenset(varying.unchecked_manual_axes()) - varying.manual_axes(value)
   if not axes or _compat.is_of_running_body(value):
     return cast
   # JAX sums cotangents at this boundary, which it can do only in float32.
@@ -125,7 +125,7 @@ _cast_under = contextvars.ContextVar("cast_under", default=None)
 @contextlib.contextmanager
 def cast_here() -> Generator[None]:
   """Records the unchecked shard_maps that enclose a cast, for ``entered_since_cast``."""
-  token = _cast_under.set(frozenset(_compat.unchecked_manual_axes()))
+  token = _cast_under.set(frozenset(varying.unchecked_manual_axes()))
   try:
     yield
   finally:
@@ -139,4 +139,4 @@ def entered_since_cast() -> frozenset[str]:
   appears only when it compiles, and does not name the cause.
   """
   under = _cast_under.get()
-  return frozenset() if under is None else frozenset(_compat.unchecked_manual_axes()) - under
+  return frozenset() if under is None else frozenset(varying.unchecked_manual_axes()) - under

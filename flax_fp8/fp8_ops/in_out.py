@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_fp8 import _compat
+from flax_fp8 import varying
 from flax_fp8.fp8_ops.quantization import delayed_step, dequantize, quantize_dequantize_update
 from flax_fp8.meta_dtype import like, to_float32
 from flax_fp8.quantize import product
@@ -241,5 +241,5 @@ out_dq.defvjp(out_dq_fwd, out_dq_bwd)
 
 def emit(new: Any) -> tuple[jax.Array, ...]:
   """Returns new state as cotangents."""
-  axes = _compat.unchecked_manual_axes()
+  axes = varying.unchecked_manual_axes()
   return tuple(like(emit_once(to_float32(leaf), axes), leaf) for leaf in new)

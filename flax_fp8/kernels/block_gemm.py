@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_fp8 import _compat, scopes
+from flax_fp8 import scopes, varying
 from flax_fp8.fp8_dot import fp8_dot
 from flax_fp8.kernels.base import Kernel
 from flax_fp8.kernels.call import call
@@ -121,7 +121,7 @@ def dot_blocks(lhs: QTensor, rhs: QTensor) -> jax.Array:
   if lhs.data.shape[2] == 0:
     return zeros
   blocks = _blocks_first(lhs), _blocks_first(rhs)
-  return lax.scan(add, _compat.vary_as(zeros, *jax.tree.leaves(blocks)), blocks)[0]
+  return lax.scan(add, varying.vary_as(zeros, *jax.tree.leaves(blocks)), blocks)[0]
 
 
 def _blocks_first(q: QTensor) -> QTensor:

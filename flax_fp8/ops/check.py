@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flax_fp8 import _compat, fields
+from flax_fp8 import _compat, fields, varying
 from flax_fp8.capability import capability
 from flax_fp8.contraction import DimensionNumbers
 from flax_fp8.meta_dtype import is_max_grad, require_float32
@@ -213,7 +213,7 @@ def state(name: str, recipe: Recipe, value: Mapping[str, Any]) -> None:
 
 
 def _leaf(name: str, leaf: Any, shape: tuple[int, ...], recipe: Recipe) -> None:
-  if is_max_grad(leaf) and (axes := entered_since_cast() & _compat.manual_axes(leaf)):
+  if is_max_grad(leaf) and (axes := entered_since_cast() & varying.manual_axes(leaf)):
     raise TypeError(
       f"{name} must not pass into shard_map(check_vma=False) as fp32_max_grad, because JAX sums "
       f"cotangents at its boundary; got mesh axes {sorted(axes)}. Use check_vma=True, call "

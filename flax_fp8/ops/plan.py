@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import jax
 from jax.sharding import NamedSharding
 
-from flax_fp8 import _compat, contraction
+from flax_fp8 import _compat, contraction, varying
 from flax_fp8.contraction import DimensionNumbers, Gemm, View
 from flax_fp8.ops import calibration
 from flax_fp8.ops.calibration import Calibration
@@ -53,8 +53,8 @@ class Operand(Tensor):
 
   def reduce(self, grad: jax.Array) -> jax.Array:
     """Sums a gradient over the mesh axes along which the operand is replicated."""
-    axes = _compat.varying_axes(grad) - self.varying
-    return _compat.psum(grad, tuple(sorted(axes))) if axes else grad
+    axes = varying.varying_axes(grad) - self.varying
+    return varying.psum(grad, tuple(sorted(axes))) if axes else grad
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ class Plan:
     An unchecked shard_map sums the cotangents of its inputs. JAX does not sum cotangents of a
     function that is differentiated inside of the body.
     """
-    axes = _compat.unchecked_manual_axes()
+    axes = varying.unchecked_manual_axes()
     runs_here = axes and self.body is not None and self.body == _compat.running_body()
     return () if runs_here else axes
 
@@ -185,7 +185,7 @@ def make_plan(
     fprop=PlannedGemm(kind=GemmKind.FPROP, gemm=fprop, dtype=dtype),
     lhs_gemm=PlannedGemm(kind=lhs_kind, gemm=to_lhs, dtype=left.dtype),
     rhs_gemm=PlannedGemm(kind=rhs_kind, gemm=to_rhs, dtype=right.dtype),
-    body=_compat.running_body() if _compat.unchecked_manual_axes() else None,
+    body=_compat.running_body() if varying.unchecked_manual_axes() else None,
   )
 
 
@@ -198,6 +198,6 @@ def _operand(
     kinds=(GemmKind.FPROP, backward),
     views=views,
     dtype=x.dtype,
-    varying=_compat.varying_axes(x),
+    varying=varying.varying_axes(x),
     sharding=explicit_sharding(x) or replicated_as(explicit_sharding(beside)),
   )

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from flax_fp8 import _compat
 from flax_fp8.recipes.base import Role
 from flax_fp8.sharding import explicit_sharding
+from flax_fp8.varying import varying_axes
 
 INPUT = "fp8_input"
 KERNEL = "fp8_kernel"
@@ -67,7 +67,7 @@ def pack(tree: Any) -> Any:
   different mesh axes, or on a mesh with explicit axes.
   """
   leaves, structure = jax.tree.flatten(tree)
-  varying = {_compat.varying_axes(leaf) for leaf in leaves}
+  varying = {varying_axes(leaf) for leaf in leaves}
   if len(varying) != 1 or any(leaf.size != 1 or explicit_sharding(leaf) for leaf in leaves):
     return tree
   return Packed(jnp.concatenate([leaf.reshape(1) for leaf in leaves]), structure)

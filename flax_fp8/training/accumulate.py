@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_fp8 import _compat, fields
+from flax_fp8 import fields, varying
 from flax_fp8.linen.containers import leaves_with_path, map_with_path
 from flax_fp8.linen.state import is_state
 from flax_fp8.meta_dtype import to_float32
@@ -188,7 +188,7 @@ def _nothing(path: Any, leaf: Any) -> jax.Array:
   """Returns the initial value of a sum, or of a maximum if ``leaf`` is state."""
   like = to_float32(leaf) if is_state(path) else leaf
   empty = jnp.full_like(like, -jnp.inf if is_state(path) else 0, dtype=_wide(like))
-  return _compat.vary_as(empty, like)
+  return varying.vary_as(empty, like)
 
 
 def _add(path: Any, total: jax.Array, cotangent: jax.Array, share: jax.Array | None) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_fp8 import _compat, fields
+from flax_fp8 import fields, varying
 from flax_fp8.linen.containers import leaves_with_path, map_with_path
 from flax_fp8.linen.state import OVERWRITE_WITH_GRADIENT, is_state
 from flax_fp8.meta_dtype import fp32_max_grad, is_max_grad, require_float32, to_max_grad
@@ -307,7 +307,7 @@ def _collect(path: Any, grad: Any, old: Any) -> Any:
     return grad
   new = overwrite_leaf(old, grad)
   # If a cached program was traced for another body, only the first device may give a nonzero value.
-  axes = _compat.unchecked_manual_axes()
+  axes = varying.unchecked_manual_axes()
   return lax.pmax(new, axes) if axes else new
 
 
