@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -119,9 +119,24 @@ def _lower_on_cuda(context: Any, *args: Any, kernel: Kernel, plain: Any) -> Any:
   """Lowers to the kernel, or to plain code under a name scope that says why."""
   if reason := _refusal(context, kernel):
     return mlir.lower_fun(_because(reason, plain), multiple_results=True)(context, *args)
-  if is_alone(context.module_context.axis_context):
+  if not is_alone(context.module_context.axis_context):
+    return lower_partitioned(context, *args, kernel=kernel)
+  with _advice():
     return mlir.lower_fun(kernel.run, multiple_results=True)(context, *args)
-  return lower_partitioned(context, *args, kernel=kernel)
+
+
+@contextlib.contextmanager
+def _advice() -> Generator[None]:
+  """Adds advice to JAX's error for a machine without the tools that compile kernels."""
+  try:
+    yield
+  except RuntimeError as error:
+    if "PTX compilation provider" not in str(error):
+      raise
+    raise RuntimeError(
+      "Float8BlockScaling: its kernels need ptxas of the CUDA toolkit; JAX did not find it. Run "
+      'pip install nvidia-cuda-nvcc, or trace inside fp8.use_kernels("off").'
+    ) from error
 
 
 def _because(reason: str, plain: Any) -> Callable[..., Any]:
