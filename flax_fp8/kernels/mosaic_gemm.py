@@ -43,6 +43,9 @@ class BlockGemm:
     by_rows: whether ``b`` has a scale for each row, and not for each 128 rows.
     out_dtype: dtype of the result.
     tile: how the work is cut.
+
+  Raises:
+    ValueError: the tile has too many columns for scales of blocks.
   """
 
   batch: int
@@ -52,6 +55,10 @@ class BlockGemm:
   by_rows: bool
   out_dtype: Any
   tile: Tile
+
+  def __post_init__(self) -> None:
+    """Checks the tile."""
+    self.tile.check_scales("rows" if self.by_rows else "blocks")
 
   @property
   def stages_of_k(self) -> int:
