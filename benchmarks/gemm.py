@@ -10,9 +10,10 @@ A layer stands alone, so ``grad`` is an argument as ``x`` and ``kernel`` are. Sh
 Transformer Engine's published figures, and of Llama 3 8B's and 70B's projections with 8192 tokens
 (``harness/sizes.py``). ``speedup`` is BF16's time over a variant's, the median over rounds in which
 all variants ran in turn. Beside the layers, the bare GEMMs: their
-operands are quantized already, in the layout that FP8 takes, and BF16's are ready too. Each GEMM of
-the compiled programs is checked to have the dtype that its row says. Transformer Engine publishes
-speedups of 1.69 (delayed) and 1.58 (current) for its layers; the goal for rowwise is 1.45.
+operands are quantized already, in the layout that FP8 takes, and BF16's are ready too. ``FP8`` has
+one scale for a tensor, and ``block`` is the kernel of block scaling. Each GEMM of the compiled
+programs is checked to have the dtype that its row says. Transformer Engine publishes speedups of
+1.69 (delayed), 1.58 (current) and 1.40 (block) for its layers; the goal for rowwise is 1.45.
 """
 
 import functools
@@ -24,10 +25,13 @@ import jax
 import jax.numpy as jnp
 
 from flax_fp8.contraction import forward_gemm
+from flax_fp8.kernels.block_gemm import BlockScaledGemm
+from flax_fp8.kernels.call import call
+from flax_fp8.kernels.tiles import SIDE
 from flax_fp8.products import dot_per_tensor
 from flax_fp8.quantize import QTensor
 from harness import clock, timed
-from harness.names import BF16
+from harness.names import BF16, BLOCK
 from harness.options import Options
 from harness.programs import Program, layer_programs, repeated
 from harness.sizes import GROUPS, TINY_GROUPS, Shape
@@ -72,13 +76,41 @@ def bare_program(
   return Program(repeated(step, repeat), shapes, repeat, 2 * m * n * k, formats is not None)
 
 
+def bare_block_program(sizes: tuple[int, int, int], kind: str, repeat: int) -> Program:
+  """One GEMM of ready E4M3 operands with the scales of ``block``; its result is bfloat16.
+
+  ``sizes`` are rows, columns, contracted. Operands are padded to whole blocks along the last.
+  """
+  m, n, k = sizes
+  blocks = -(-k // SIDE)
+  kernel, scales_of_n = (
+    BlockScaledGemm(out_dtype=jnp.bfloat16),
+    n if kind == "wgrad" else -(-n // SIDE),
+  )
+
+  def step(state: Any, operands: Any, scales: Any) -> tuple[Any, Any]:
+    return state, call(kernel, *operands, *scales["scale"])
+
+  array = lambda dtype, *shape: jax.ShapeDtypeStruct((1, *shape), dtype)
+  operands = [array(E4M3, rows, blocks * SIDE) for rows in (m, n)]
+  scales = [array(jnp.float32, blocks, count) for count in (m, scales_of_n)]
+  return Program(
+    repeated(step, repeat), ({}, operands, {"scale": scales}), repeat, 2 * m * n * k, True
+  )
+
+
 def bare(group: str, shapes: Mapping[str, Shape], options: Options) -> dict[str, Any]:
   """The three GEMMs of each layer of a group, in BF16 and in FP8."""
   found: dict[str, Any] = {}
+  with_blocks = BLOCK in options.choose(VARIANTS)
   for (layer, shape), (kind, formats) in itertools.product(shapes.items(), FORMATS.items()):
-    how = kind == "fprop", timed.steps(shape.flops // 3, options)
+    sizes, repeat = shape.gemms[kind], timed.steps(shape.flops // 3, options)
     both = {BF16: None, FP8: formats}
-    programs = {name: bare_program(shape.gemms[kind], each, *how) for name, each in both.items()}
+    programs = {
+      name: bare_program(sizes, each, kind == "fprop", repeat) for name, each in both.items()
+    }
+    if with_blocks:
+      programs[BLOCK] = bare_block_program(sizes, kind, repeat)
     found[f"{group}: {layer}, bare {kind}"] = programs
   return found
 
@@ -101,11 +133,12 @@ def summarize(found: timed.Found) -> dict[str, float]:
       means = clock.summarize({name: found[name] for name in names}, BF16)
       summary |= {f"{group}: {name}": each["geometric_mean"] for name, each in means.items()}
       summary |= {f"{group}, sum: {name}": each["of_the_sum"] for name, each in means.items()}
-  for name in found:
+  for name, variant in itertools.product(found, (FP8, BLOCK)):
     kinds = [found.get(f"{name}, bare {kind}", {}) for kind in FORMATS]
-    if all(FP8 in each for each in kinds):
+    if all(variant in each for each in kinds):
       total = lambda of, kinds=kinds: sum(each[of]["ms"]["median"] for each in kinds)
-      summary[f"{name}: bare GEMMs"] = total(BF16) / total(FP8)
+      which = "" if variant == FP8 else f", {variant}"
+      summary[f"{name}: bare GEMMs{which}"] = total(BF16) / total(variant)
   return summary
 
 

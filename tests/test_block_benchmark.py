@@ -85,7 +85,9 @@ def test_gradients_are_those_of_half_the_sum_of_squares():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", block.KINDS)
-@pytest.mark.parametrize("name", [BF16, "BF16, fused", "delayed", "rowwise, fused"])
+@pytest.mark.parametrize(
+  "name", [BF16, "BF16, fused", "delayed", "rowwise, fused", "block", "block, fused"]
+)
 def test_projections_of_every_turn_are_of_the_dtype_that_the_row_says(kind, name):
   """All seven, forward and backward, in every layer and turn; only attention's may differ."""
   program = make(kind, name, SMALL, 256)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import sys
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from flax_fp8.explain.target import GpuTarget
 from flax_fp8.explain.traffic import KernelClass
 from harness import clock, compiling, output, programs, timed
 from harness.models import dense
-from harness.names import BF16
+from harness.names import BF16, BLOCK
 from harness.options import Options
 from harness.sizes import PUBLISHED, TINY_GROUPS, Shape
 from harness.variants import VARIANTS
@@ -326,8 +327,35 @@ def test_bare_gemms_are_of_operands_that_are_ready():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", gemm.FORMATS)
+def test_bare_gemms_of_block_are_one_kernel(kind):
+  program = gemm.bare_block_program(Shape(256, 384, 512).gemms[kind], kind, REPEAT)
+  report = fp8.explain(program.fn, *program.shapes, target="h100")
+  assert report.fp8_gemms == report.total_gemms == REPEAT
+  assert compiling.problems(report, program) == []
+  kinds = {kernel.kind for kernel in report.kernels}
+  assert kinds.isdisjoint({KernelClass.QUANTIZE, KernelClass.TRANSPOSE, KernelClass.REDUCE})
+
+
+@pytest.mark.slow
+def test_a_layer_of_block_has_six_kernels(reports):
+  """A quantizer for each tensor, and a GEMM for each product. The others are the loop's own."""
+  _, report = reports[BLOCK]
+  kernels = [kernel for kernel in report.kernels if kernel.read + kernel.written > 1024]
+  in_loop = Counter(kernel.kind for kernel in kernels if kernel.times == REPEAT)
+  assert in_loop == {KernelClass.FP8_GEMM: 3, KernelClass.QUANTIZE: 3}
+
+
+def test_bare_gemms_of_block_are_left_out_with_the_recipe():
+  shapes = {"small": Shape(16, 16, 16)}
+  for variants, names in (((), [BF16, gemm.FP8, BLOCK]), (("delayed",), [BF16, gemm.FP8])):
+    made = gemm.bare("a", shapes, options(tiny=True, variants=variants))
+    assert {tuple(programs) for programs in made.values()} == {tuple(names)}
+
+
+@pytest.mark.slow
 def test_tiny(monkeypatch, capsys, tmp_path):
-  command = "gemm.py --tiny --rounds 3 --repeat 2 --variants delayed rowwise --threads 2 --out"
+  command = "gemm.py --tiny --rounds 3 --repeat 2 --variants delayed block --threads 2 --out"
   monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path)])
   gemm.main()
   found = json.loads((tmp_path / "gemm.json").read_text())
@@ -339,13 +367,14 @@ def test_tiny(monkeypatch, capsys, tmp_path):
   assert found["found"].keys() == layers | bare
   for layer in layers:
     each = found["found"][layer]
-    assert list(each) == [BF16, "delayed", "rowwise"]
+    assert list(each) == [BF16, "delayed", BLOCK]
     assert each[BF16]["speedup"] == {"median": 1, "low": 1, "high": 1}
     assert all(len(variant["ms_rounds"]) == 3 for variant in each.values())
     assert all(variant["ms"]["median"] > 0 for variant in each.values())
     assert all(variant["tokens_per_second"] > 0 for variant in each.values())
   assert found["summary"][f"{PUBLISHED}: {BF16}"] == 1
-  assert {f"{layer}: bare GEMMs" for layer in layers} < found["summary"].keys()
+  for bare_gemms in ("bare GEMMs", f"bare GEMMs, {BLOCK}"):
+    assert {f"{layer}: {bare_gemms}" for layer in layers} < found["summary"].keys()
   printed = capsys.readouterr().out
   assert output.NO_MEASUREMENT in printed
   assert f"{PUBLISHED}: delayed: " in printed

@@ -2,7 +2,8 @@
 
 BF16 = "BF16"
 FLAX = "flax.linen.fp8_ops"
-RECIPES = ("delayed", "current", "rowwise", "block", "mxfp8")
+BLOCK = "block"
+RECIPES = ("delayed", "current", "rowwise", BLOCK, "mxfp8")
 # Okabe and Ito's colors, which color-blind readers can tell apart, and a gray for the baseline.
 COLORS = {
   "bf16-perturbed": "#999999",
@@ -11,7 +12,7 @@ COLORS = {
   "delayed": "#0072B2",
   "current": "#56B4E9",
   "rowwise": "#009E73",
-  "block": "#D55E00",
+  BLOCK: "#D55E00",
   "mxfp8": "#CC79A7",
   "float16": "#000000",
 }

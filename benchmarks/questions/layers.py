@@ -13,7 +13,7 @@ import flax_fp8 as fp8
 from flax_fp8.meta_dtype import to_float32
 from harness import plot
 from harness.models import Block, Heads, Mlp, Stack, SwiGLU, dense
-from harness.names import BF16, FLAX
+from harness.names import BF16, BLOCK, FLAX
 from harness.programs import loss_of
 from harness.sizes import LLAMA, Shape
 from harness.table import Column
@@ -22,6 +22,7 @@ from questions import base
 from questions.base import Case, Figures, array, extra, figures, question
 
 LAYER = Shape(8192, 4096, 4096)
+FOUR = {**base.THREE, BLOCK: VARIANTS[BLOCK]}
 
 
 def explain_step(
@@ -87,7 +88,7 @@ def traffic() -> Iterator[Case]:
   each of its two FP8 layouts once.
   """
   for shape in (LAYER, Shape(15872, 4096, 16384)):
-    for name, variant in base.THREE.items():
+    for name, variant in FOUR.items():
       known = {"floor_mib": floor_mib(shape)} if variant.is_fp8 else {}
       module, x = dense(shape.features, variant), array(shape.tokens, shape.width)
       measure = functools.partial(explain_step, module, x, max_grad=name == "delayed")
@@ -99,7 +100,7 @@ def traffic() -> Iterator[Case]:
     "8 MLPs, nn.scan, remat": (Mlp, 8, {"scan": True, "remat": True}),
   }
   for case, (block, length, how) in stacks.items():
-    for name, variant in base.THREE.items():
+    for name, variant in FOUR.items():
       arguments = (LLAMA, variant, "mix") if block is Block else (variant,)
       module, x = Stack(block, arguments, length, **how), array(8192, 4096 if length == 1 else 2048)
       asked = {"loss": True, "max_grad": name == "delayed"}
@@ -115,6 +116,7 @@ ASKED: dict[str, Variant] = {
   "current": RECIPES["current"],
   "rowwise": RECIPES["rowwise"],
   "rowwise, BF16 wgrad": Variant(recipe=fp8.Float8RowwiseScaling(high_precision=("wgrad",))),
+  BLOCK: VARIANTS[BLOCK],
   **OTHERS,
 }
 
