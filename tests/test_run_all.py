@@ -7,6 +7,7 @@ import time
 import pytest
 from rich.console import Console
 
+import block
 import run_all
 from run_all import Script
 
@@ -79,6 +80,17 @@ def test_every_script_is_there_and_its_name_is_its_own():
   for each in run_all.SCRIPTS:
     assert each.command[0] == "-m" or each.command[0].endswith(".py")
     assert each is run_all.TESTS or (run_all.HERE / each.command[0]).exists()
+
+
+def test_the_benchmarks_that_time_recipes_fit_in_eleven_minutes():
+  """The first six. What comes after them has what is left of 14 minutes."""
+  assert [each.name for each in run_all.SCRIPTS[2:6]] == ["gemm", "block", "kernel_times", "step"]
+  assert sum(each.seconds for each in run_all.SCRIPTS[:6]) <= 660
+  assert all(set(each.command) >= {"--seconds"} for each in run_all.SCRIPTS[2:6])
+
+
+def test_variants_of_the_block_exist():
+  assert set(run_all.BLOCK) <= set(block.ALL)
 
 
 def test_the_tests_run_with_xlas_default_flags():
