@@ -24,8 +24,8 @@ recorded for the same preset, it is printed below the table.
 the same bits as a run that was not killed.
 
 Before training, each step is compiled for the attached GPU, or for a described H200, and its FP8
-GEMMs are counted. The benchmark stops if a projection's GEMM is not FP8. For block recipes the
-GEMMs are only counted: not every GPU has one FP8 GEMM for them.
+GEMMs are counted. The benchmark stops if a projection's GEMM is not FP8. With ``mxfp8`` the GEMMs
+are only counted: not every GPU has FP8 GEMMs for it.
 """
 
 import argparse

@@ -146,16 +146,17 @@ def hopper_refusal(module: Any) -> str:
   Args:
     module: the context of the module, from a lowering rule.
   """
-  if kind := _described(module):
-    return "" if _HOPPER.search(kind) else f"a kernel for {kind} does not exist"
-  if module.lowering_parameters.for_export:
-    return "an exported program may run on any GPU"
-  devices = getattr(module.axis_context, "device_assignment", None) or jax.devices()
-  kind = devices[0].device_kind
-  return "" if _HOPPER.search(kind) else f"a kernel for {kind} does not exist"
+  kind, capability = _described(module), None
+  if not kind:
+    if module.lowering_parameters.for_export:
+      return "an exported program may run on any GPU"
+    devices = getattr(module.axis_context, "device_assignment", None) or jax.devices()
+    kind, capability = devices[0].device_kind, getattr(devices[0], "compute_capability", None)
+  is_hopper = _HOPPER.search(kind) if capability is None else str(capability) == "9.0"
+  return "" if is_hopper else f"there is no kernel for {kind}"
 
 
-_HOPPER = re.compile(r"\bG?H[12]00\b|\bH20\b")  # compute capability 9.0
+_HOPPER = re.compile(r"\bG?H(20|[128]00)\b")
 _described_gpu: Any = jax.extend.core.Primitive("described_gpu")
 
 

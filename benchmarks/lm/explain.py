@@ -22,9 +22,8 @@ Reports = dict[Run, fp8.Report]
 
 DEFAULT_TARGET = "h200"
 NONE = "none"
-# These recipes promise one FP8 GEMM per product on every GPU with FP8. Block recipes do not: blocks
-# may be multiplied one by one, and MX blocks need Blackwell. Their GEMMs are only counted.
-ONE_GEMM_EACH = frozenset({"delayed", "current", "rowwise"})
+# The GEMMs of these recipes are FP8 on every GPU with FP8. MX blocks need Blackwell.
+ALWAYS_FP8 = frozenset({"delayed", "current", "rowwise", "block"})
 # The GEMMs that stay BF16: the head's, and those of attention, whose module is the layer itself.
 NO_PROJECTION = re.compile(r"^(\w+/)?(head|embedding|layers)$")
 
@@ -84,7 +83,7 @@ def require_fp8_gemms(config: TrainConfig, run: Run, report: fp8.Report) -> None
   """Raises AssertionError unless each projection's GEMMs are FP8, or no GEMM in a run without FP8.
 
   FLOPs are compared as well, because the compiler may merge GEMMs that share an input. A GPU
-  without FP8 units, or a recipe that does not promise single GEMMs, is not checked.
+  without FP8 units, or a recipe that needs newer units than some GPUs have, is not checked.
   """
   has_units = report.target is None or "fp8" in report.target.peak_flops
   weights = config.shape.layers * sum(k * n for k, n in config.shape.projections.values())
@@ -92,7 +91,7 @@ def require_fp8_gemms(config: TrainConfig, run: Run, report: fp8.Report) -> None
   found = sum(g.flops for g in report.gemms if g.is_fp8)
   if recipe_of(run) is None:
     wanted = 0
-  elif recipe_name(run) not in ONE_GEMM_EACH or not has_units:
+  elif recipe_name(run) not in ALWAYS_FP8 or not has_units:
     return
   else:
     report.assert_fp8([NO_PROJECTION])
