@@ -165,15 +165,16 @@ def show_found(content: Content, console: Console) -> None:
 
 
 def bars(axes: Any, found: Found, ylabel: str, key: str = "speedup") -> None:
-  """Draws a group of bars for each case: a figure of each variant, with its quartiles."""
-  names = [name for name in clock.in_all(found.values()) if name == base(name)]
+  """Draws a group of bars for each case: a figure of each variant that it has, with quartiles."""
+  names = dict.fromkeys(name for each in found.values() for name in each if name == base(name))
   width = 0.9 / len(names)
   for index, name in enumerate(names):
-    values = [each[name][key] for each in found.values()]
+    having = [number for number, each in enumerate(found.values()) if name in each]
+    values = [each[name][key] for each in found.values() if name in each]
     spreads = [v if isinstance(v, dict) else clock.spread([v]) for v in values]
     middle, low, high = ([each[at] for each in spreads] for at in ("median", "low", "high"))
     ends = [np.subtract(middle, low), np.subtract(high, middle)]
-    places = np.arange(len(found)) + index * width
+    places = np.array(having) + index * width
     axes.bar(places, middle, width, yerr=ends, color=plot.color(name), label=label(name))
   axes.axhline(1, color="black", linewidth=0.8)
   cases = [case.replace(": ", "\n") for case in found]
