@@ -19,6 +19,9 @@ from harness.sizes import GROUPS, PUBLISHED, Shape
 from tune_tiles import Compiled, Gemm
 
 GEMM = Gemm("rows", 4096, 4096, 15872)
+needs_kernels = pytest.mark.skipif(
+  jax.__version_info__ < (0, 10, 2), reason="block's kernels need JAX 0.10.2"
+)
 
 
 def measure_with(seconds_of, asked=None):
@@ -43,6 +46,7 @@ def test_gemms_are_those_of_the_published_layers_once_each():
   assert len({gemm.key for gemm in found}) == 9
 
 
+@needs_kernels
 def test_gemms_are_those_that_a_layer_looks_up(monkeypatch):
   """Lowered for a described H100."""
   pytest.importorskip("jax_plugins.xla_cuda13", reason="the CUDA plugin supports only Linux")
@@ -163,6 +167,7 @@ def test_a_tile_that_spills_with_another_jax_may_be_kept():
   assert "kept, and not in GEOMETRIES: rows [(1, 256, 64, 1)," in shown.get()
 
 
+@needs_kernels
 @pytest.mark.slow
 @pytest.mark.child
 def test_ptxas_tells_of_spills():
