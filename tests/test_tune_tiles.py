@@ -13,6 +13,7 @@ import flax_fp8 as fp8
 import tune_tiles
 from flax_fp8.kernels import block_gemm, tiles
 from flax_fp8.kernels.tiles import DEFAULT, Tile
+from gemm import bare_block_program
 from harness import output, programs
 from harness.options import Options
 from harness.sizes import GROUPS, PUBLISHED, Shape
@@ -137,6 +138,27 @@ def test_the_table_shows_the_default_too(tmp_path):
     tune_tiles.show(output.read_json(tmp_path, "tune_tiles"), console)
   assert "1.190" in shown.get()
   assert "4096 x 4096 x 15872, rows" in shown.get()
+
+
+def test_what_does_not_run_is_noted_and_the_default_must(monkeypatch, tmp_path):
+  """With GEMMs of this CPU in the place of the kernel's."""
+  small, options = Gemm("blocks", 16, 16, 128), Options(out=tmp_path, rounds=3, threads=1)
+
+  def make(gemm, tile, repeat):
+    if tile == failing:
+      raise_in_trace = lambda state, *_: 1 / 0
+      return programs.Program(jax.jit(raise_in_trace), ({},), repeat, gemm.flops, is_fp8=True)
+    return bare_block_program((gemm.m, gemm.n, gemm.k), "fprop", 2)
+
+  monkeypatch.setattr(tune_tiles, "program", make)
+  failing, other = Tile(stages=3), Tile(raster=4)
+  found = tune_tiles.time_tiles(options)(small, [DEFAULT, failing, other])
+  assert {tile: len(times) for tile, times in found.items()} == {DEFAULT: 3, other: 3}
+  assert all(seconds > 0 for times in found.values() for seconds in times)
+  assert "ZeroDivisionError" in options.failures[0]
+  failing = DEFAULT
+  with pytest.raises(RuntimeError, match="the default tile must run"):
+    tune_tiles.time_tiles(options)(small, [DEFAULT, other])
 
 
 def compile_one(gemm, tile):
