@@ -1,0 +1,187 @@
+"""Kernels inside of JAX's transformations, and where they are used."""
+
+import functools
+import itertools
+import pickle
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flax_fp8 as fp8
+from flax_fp8.formats import E4M3
+from flax_fp8.kernels.block_gemm import BlockScaledGemm
+from flax_fp8.kernels.block_quantize import BlockQuantize
+from flax_fp8.kernels.call import call
+
+GEMM = BlockScaledGemm(out_dtype=jnp.float32)
+STRIPS, TILES = (
+  BlockQuantize(float8=E4M3, tiles=tiles, power_of_two=True) for tiles in (False, True)
+)
+BLOCK = fp8.Float8BlockScaling()
+K, N = 256, 130
+IS_ONE_GPU_KERNEL = pytest.mark.skipif(
+  jax.__version_info__ < (0, 10, 2), reason="the kernels need JAX 0.10.2"
+)
+
+
+def integers(seed, *shape):
+  """Makes small integers, whose sums of products are exact in any order."""
+  return np.random.default_rng(seed).integers(-7, 8, shape).astype(np.float32)
+
+
+def operands(batch, m, groups):
+  scale = lambda seed, *shape: 2.0 ** integers(seed, *shape)
+  sizes = (batch, m, K), (batch, N, K)
+  data = [jnp.asarray(integers(seed, *size), E4M3.dtype) for seed, size in enumerate(sizes)]
+  return *data, scale(2, batch, K // 128, m), scale(3, batch, K // 128, groups)
+
+
+def uses_kernels(fun, *args):
+  return "kernel=Block" in str(jax.make_jaxpr(fun)(*args))
+
+
+SUBSETS = [mapped for mapped in itertools.product([False, True], repeat=4) if any(mapped)]
+QUICK = [(True, False, True, False), (False, True, True, False), (True,) * 4]
+NAMES = "a", "b", "a_scale", "b_scale"
+MAPPED = [
+  pytest.param(
+    mapped,
+    id=" ".join(itertools.compress(NAMES, mapped)),
+    marks=() if mapped in QUICK else pytest.mark.slow,
+  )
+  for mapped in SUBSETS
+]
+
+
+@pytest.mark.parametrize("groups", [2, N], ids=["by blocks", "by rows"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("mapped", MAPPED)
+def test_mapped_products_are_those_of_a_loop(mapped, batch, groups):
+  """The mapped axis is the last of the operand, so it has to be moved."""
+  args, size = operands(batch, 5, groups), 3
+  rolled = lambda x: [jnp.roll(x.astype(jnp.float32), i, 1).astype(x.dtype) for i in range(size)]
+  args = [jnp.stack(rolled(x), -1) if own else x for x, own in zip(args, mapped, strict=True)]
+  product = functools.partial(call, GEMM)
+  (got,) = jax.vmap(product, tuple(-1 if own else None for own in mapped))(*args)
+  one = lambda i: [x[..., i] if own else x for x, own in zip(args, mapped, strict=True)]
+  np.testing.assert_array_equal(got, [product(*one(i))[0] for i in range(size)])
+
+
+@pytest.mark.parametrize("quantizer", [STRIPS, TILES], ids=["strips", "tiles"])
+def test_mapped_matrices_are_quantized_as_in_a_loop(quantizer):
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 130, 20, 4)), jnp.bfloat16)
+  quantize = functools.partial(call, quantizer)
+  got = jax.vmap(jax.vmap(quantize, in_axes=-1))(x)
+  for i, j in np.ndindex(3, 4):
+    want = quantize(x[i, ..., j])
+    jax.tree.map(np.testing.assert_array_equal, tuple(out[i, j] for out in got), want)
+
+
+def test_off_applies_inside_of_compiled_functions():
+  """``jax.jit`` traces again if the selection changes, and remembers both programs."""
+  traced = []
+
+  @jax.jit
+  def quantize(x):
+    traced.append(None)
+    return call(STRIPS, x)
+
+  x = jnp.ones((1, 8, 128), jnp.bfloat16)
+  for which, count in (("auto", 1), ("off", 2), ("all", 3), ("auto", 3), ("off", 3)):
+    with fp8.use_kernels(which):
+      out = quantize(x)
+      assert uses_kernels(quantize, x) == (which != "off")
+    assert len(traced) == count
+    jax.tree.map(np.testing.assert_array_equal, out, STRIPS.plain(x))
+
+
+def test_unknown_selection():
+  with pytest.raises(ValueError, match=r"use_kernels: which must be one of .*'auto'"):
+    fp8.use_kernels("none")
+
+
+def test_eager_calls():
+  args = operands(1, 5, 2)
+  want = GEMM.plain(*args)
+  for got in (call(GEMM, *args), jax.jit(functools.partial(call, GEMM))(*args)):
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+  with jax.disable_jit():
+    jax.tree.map(np.testing.assert_array_equal, call(GEMM, *args), want)
+
+
+def layer_loss(params, x):
+  layer = nn.Dense(16, dot_general_cls=BLOCK.dot_general_cls)
+  return jnp.sum(layer.apply(params, x) ** 2)
+
+
+def layer_arguments():
+  x = jnp.asarray(integers(0, 24, 16)) / 8
+  return {"params": {"kernel": jnp.asarray(integers(1, 16, 16)) / 8, "bias": jnp.ones(16)}}, x
+
+
+def test_gradients_in_transformations():
+  """Scan, remat and jit give the gradients of an unrolled, eager model."""
+  params, x = layer_arguments()
+  layer = nn.Dense(16, dot_general_cls=BLOCK.dot_general_cls)
+
+  def unrolled(params, x):
+    for _ in range(2):
+      x = layer.apply(params, x) / 8
+    return jnp.sum(x)
+
+  def scanned(wrap, params, x):
+    step = wrap(lambda x, _: (layer.apply(params, x) / 8, None))
+    return jnp.sum(jax.lax.scan(step, x, None, length=2)[0])
+
+  want = jax.grad(unrolled)(params, x)
+  for wrap in (lambda step: step, jax.checkpoint):
+    got = jax.jit(jax.grad(functools.partial(scanned, wrap)))(params, x)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), got, want)
+
+
+def test_debug_nans():
+  """A step on finite numbers has no NaN in between, and a NaN in the input is found."""
+  params, x = layer_arguments()
+  with jax.debug_nans(True):
+    jax.block_until_ready(jax.grad(layer_loss)(params, x))
+    with pytest.raises(FloatingPointError, match="invalid value"):
+      jax.block_until_ready(jax.grad(layer_loss)(params, x.at[3, 3].set(jnp.nan)))
+
+
+@pytest.mark.parametrize("kernel", [GEMM, STRIPS, TILES], ids=repr)
+def test_kernels_are_values(kernel):
+  """They are parameters of an equation: printed, compared, hashed and pickled."""
+  again = pickle.loads(pickle.dumps(kernel))
+  assert again == kernel
+  assert hash(again) == hash(kernel)
+
+
+def test_printed_equation():
+  printed = str(jax.make_jaxpr(functools.partial(call, TILES))(jnp.ones((1, 8, 128), jnp.bfloat16)))
+  assert f"kernel={TILES!r}" in printed
+
+
+SCRIPT = """
+import sys
+import flax.linen as nn, jax, jax.numpy as jnp
+import flax_fp8 as fp8
+before = "jax.experimental.pallas" in sys.modules
+layer = nn.Dense(8, dot_general_cls=fp8.Float8BlockScaling().dot_general_cls)
+x = jnp.ones((4, 16), jnp.bfloat16)
+jax.jit(jax.grad(lambda params: layer.apply(params, x).sum()))(layer.init(jax.random.key(0), x))
+print(before, "jax.experimental.pallas" in sys.modules)
+"""
+
+
+@pytest.mark.slow
+def test_programs_for_a_cpu_never_import_pallas():
+  out = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+  before, after = out.stdout.split()
+  if before == "True":
+    pytest.skip("flax or jax imports Pallas itself")
+  assert after == "False"
