@@ -86,9 +86,10 @@ class BlockScaledGemm(Kernel):
     """Merges the mapped axis with the batch, or with the rows of ``a`` if only ``a`` has it."""
     a, b, a_scale, b_scale = args
     if not (is_mapped[1] or is_mapped[3]) and a.shape[1] == 1 and all(is_mapped[::2]):
-      rows = fold(a[:, 0])[None], lax.transpose(a_scale, (1, 2, 0, 3))
-      (out,) = call(self, rows[0], b, rows[1].reshape(*rows[1].shape[:2], -1), b_scale)
-      return (out.reshape(size, 1, -1, out.shape[2]),)
+      rows, (_, _, blocks, m) = fold(a[:, 0])[None], a_scale.shape
+      a_scale = lax.transpose(a_scale, (1, 2, 0, 3)).reshape(1, blocks, size * m)
+      (out,) = call(self, rows, b, a_scale, b_scale)
+      return (out.reshape(size, 1, m, out.shape[2]),)
     widen = lambda x: jnp.broadcast_to(x, (size, *x.shape))
     alike = (x if own else widen(x) for x, own in zip(args, is_mapped, strict=True))
     (out,) = call(self, *map(fold, alike))

@@ -90,13 +90,15 @@ def _compiled(kernel: Kernel) -> Any:
 
 
 def _batch(args: Any, axes: Any, *, kernel: Kernel, plain: Any) -> tuple[Any, list[int]]:
-  del plain
   is_mapped = [axis is not None for axis in axes]
-  sizes = {x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None}
+  (size,) = {x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None}
+  if size == 0:
+    empty = [jnp.zeros((0, *aval.shape), aval.dtype) for aval in plain.out_avals]
+    return empty, [0] * len(empty)
   first = [
     x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(args, axes, strict=True)
   ]
-  out = kernel.batch(sizes.pop(), first, is_mapped)
+  out = kernel.batch(size, first, is_mapped)
   return out, [0] * len(out)
 
 
