@@ -5,18 +5,22 @@ import itertools
 import pickle
 import subprocess
 import sys
+from collections import Counter
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import flax_fp8 as fp8
 from flax_fp8.formats import E4M3
 from flax_fp8.kernels.block_gemm import BlockScaledGemm
 from flax_fp8.kernels.block_quantize import BlockQuantize
 from flax_fp8.kernels.call import call
+from tests.explain.programs import Stack, mean_square, shapes, spec
 
 GEMM = BlockScaledGemm(out_dtype=jnp.float32)
 STRIPS, TILES = (
@@ -80,6 +84,23 @@ def test_mapped_matrices_are_quantized_as_in_a_loop(quantizer):
   for i, j in np.ndindex(3, 4):
     want = quantize(x[i, ..., j])
     jax.tree.map(np.testing.assert_array_equal, tuple(out[i, j] for out in got), want)
+
+
+@pytest.mark.parametrize(
+  ("size", "m", "n", "k"), [(0, 5, 4, 128), (3, 0, 4, 128), (3, 5, 0, 128), (3, 5, 4, 0)], ids=str
+)
+def test_mapped_products_of_empty_matrices(size, m, n, k):
+  zeros = lambda *shape: jnp.zeros(shape, E4M3.dtype)
+  ones = lambda *shape: jnp.ones(shape)
+  args = zeros(size, 1, m, k), zeros(1, n, k), ones(size, 1, k // 128, m), ones(1, k // 128, n)
+  (out,) = jax.vmap(functools.partial(call, GEMM), (0, None, 0, None))(*args)
+  np.testing.assert_array_equal(out, np.zeros((size, 1, m, n)))
+
+
+def test_no_matrices_are_quantized():
+  got = jax.vmap(functools.partial(call, STRIPS))(jnp.ones((0, 1, 8, 20), jnp.bfloat16))
+  want = STRIPS.plain(jnp.ones((1, 8, 20), jnp.bfloat16))
+  assert [out.shape for out in got] == [(0, *out.shape) for out in want]
 
 
 def test_off_applies_inside_of_compiled_functions():
@@ -185,3 +206,70 @@ def test_programs_for_a_cpu_never_import_pallas():
   if before == "True":
     pytest.skip("flax or jax imports Pallas itself")
   assert after == "False"
+
+
+M = 512
+LAYER = nn.Dense(256, use_bias=False, dtype=jnp.bfloat16, dot_general_cls=BLOCK.dot_general_cls)
+
+
+def experts():
+  """Four layers at once, each with its kernel and its tokens."""
+  x = spec(4, M, K)
+  init = lambda x: LAYER.init(jax.random.key(0), x)
+  loss = lambda params, x: jnp.mean(jax.vmap(LAYER.apply)(params, x).astype(jnp.float32) ** 2)
+  return jax.grad(loss, (0, 1)), (jax.eval_shape(jax.vmap(init), x), x)
+
+
+def scan_of_remat():
+  """Three blocks of two layers, recomputed in the backward pass."""
+  model, x = Stack(BLOCK.dot_general_cls), spec(M, K)
+  return jax.grad(mean_square(model)), (shapes(model, x), x)
+
+
+def microbatches():
+  """Two of them; kernels are quantized once."""
+  x = spec(2, M, K)
+  step = lambda params, x: fp8.accumulate_gradients(mean_square(LAYER), params, x)
+  return step, (shapes(LAYER, spec(M, K)), x)
+
+
+def devices():
+  """Data parallelism over eight devices, each with the whole kernel."""
+  mesh = AbstractMesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  whole, parted = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+  gradient = lambda *args: jax.lax.pmean(jax.grad(mean_square(LAYER))(*args), "data")
+  step = jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+  params = shapes(LAYER, spec(M, K))
+  params = jax.tree.map(lambda x: spec(*x.shape, dtype=x.dtype, sharding=whole), params)
+  return step, (params, spec(8 * M, K, sharding=parted))
+
+
+def on_batches(*rows):
+  return {(role, batch): times for role, batch, times in rows}
+
+
+# Role, matrices of one call, and times in a step.
+COMPILED = {
+  experts: on_batches(("fprop", 4, 1), ("dgrad", 4, 1), ("wgrad", 4, 1)),
+  scan_of_remat: on_batches(
+    ("fprop", 1, 6), ("fprop again", 1, 3), ("dgrad", 1, 6), ("wgrad", 1, 6)
+  ),
+  microbatches: on_batches(("fprop", 1, 2), ("wgrad", 1, 2)),
+  devices: on_batches(("fprop", 1, 1), ("wgrad", 1, 1)),
+}
+
+
+@IS_ONE_GPU_KERNEL
+@pytest.mark.parametrize(
+  "make",
+  [pytest.param(make, marks=() if make is devices else pytest.mark.slow) for make in COMPILED],
+  ids=[make.__name__ for make in COMPILED],
+)
+def test_each_gemm_is_one_kernel_on_an_h100(make):
+  fun, args = make()
+  report, found = fp8.explain(fun, *args, target="h100"), Counter()
+  for gemm in report.gemms:
+    assert (gemm.kernel, gemm.notes) == ("Mosaic GPU", ())
+    found[gemm.role.value, gemm.extent.batch] += gemm.times
+  assert found == COMPILED[make]
+  assert report.doubts == ()
