@@ -91,19 +91,13 @@ def test_tiny_compiled(monkeypatch, tmp_path):
   assert [(row["fp8_gemms"], row["mib_sent"]) for row in mlps] == [(0, 0), (48, 0)]
 
 
-def test_block_has_a_bar_in_each_case_but_fsdp():
+def test_each_variant_has_a_bar_in_the_cases_that_it_has():
   row = lambda case, name: {"case": case, "variant": name, "estimated_ms": 2.0}
   names = {"nn.scan, remat": (BF16, BLOCK), "FSDP, nn.scan, remat": (BF16,)}
   rows = [row(case, name) for case, own in names.items() for name in own]
   content = {"rows": rows, "environment": {"date": "2026-11-27", "device": "cpu"}, "target": "h100"}
   (axes,) = training.draw(content).axes
   assert [len(bars) for bars in axes.containers if hasattr(bars, "patches")] == [2, 1]
-
-
-def test_block_is_compiled_in_each_case_but_fsdp():
-  cases = [each[:2] for each in training.step_compiled()]
-  without = {case for case, _ in cases} - {case for case, name in cases if name == BLOCK}
-  assert without == {case for case, (*_, fsdp) in training.STEPS.items() if fsdp}
 
 
 def test_kernels_and_their_moments_are_split_along_features():

@@ -73,16 +73,11 @@ def step_compiled(shape: ModelShape = WIDTHS, length: int = 8192) -> Iterator[Ca
   residual stream is split along the batch. XLA then gathers each BF16 kernel once, and once more
   with remat. For embedding and head it sends activations instead, which are smaller.
 
-  ``block`` is left out of FSDP. Where XLA shards a program, the recipe has no hand-written kernels,
-  but one GEMM for each block of K: some 100,000 kernels for these two layers.
-
   The MLPs are those of ``traffic``: forward and backward in bfloat16, of a loss.
   """
   for case, (layers, remat, scan, fsdp) in STEPS.items():
     own = dataclasses.replace(shape, layers=layers, remat=remat)
     for name in NAMES:
-      if fsdp and name == BLOCK:
-        continue
       model = decoder(own, VARIANTS[name], "mix", scan=scan, split=fsdp)
       how = (explain_fsdp if fsdp else explain_one, model, VARIANTS[name], length)
       yield case, name, functools.partial(*how), {}
