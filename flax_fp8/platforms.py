@@ -6,9 +6,10 @@ branch for all of them, and the CPU rejects a dot_general with an explicit FP8 a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -150,10 +151,18 @@ def hopper_refusal(module: Any) -> str:
   if not kind:
     if module.lowering_parameters.for_export:
       return "an exported program may run on any GPU"
-    devices = getattr(module.axis_context, "device_assignment", None) or jax.devices()
+    devices = getattr(module.axis_context, "device_assignment", None) or _cuda_devices()
+    if not devices:
+      return "no GPU is attached, and none is described"
     kind, capability = devices[0].device_kind, getattr(devices[0], "compute_capability", None)
   is_hopper = _HOPPER.search(kind) if capability is None else str(capability) == "9.0"
   return "" if is_hopper else f"there is no kernel for {kind}"
+
+
+def _cuda_devices() -> Sequence[Any]:
+  with contextlib.suppress(RuntimeError):  # there are none
+    return jax.local_devices(backend="cuda")
+  return ()
 
 
 _HOPPER = re.compile(r"\bG?H(20|[128]00)\b")

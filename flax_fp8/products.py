@@ -270,6 +270,9 @@ def _microscaled(dtype: Any) -> Callable[[QTensor, QTensor], jax.Array]:
 
   @multiply.def_vmap
   def rule(axis_size: int, in_batched: Any, lhs: QTensor, rhs: QTensor) -> tuple[jax.Array, bool]:
+    if axis_size == 0:
+      batch, m = lhs.data.shape[-3:-1]
+      return jnp.zeros((0, batch, m, rhs.data.shape[-2]), dtype), True
     lhs, lhs_mapped = _map_alike(lhs, in_batched[0], axis_size)
     rhs, rhs_mapped = _map_alike(rhs, in_batched[1], axis_size)
     if lhs_mapped and rhs_mapped:

@@ -272,7 +272,8 @@ def scale_from_amax(
   Numerics:
     Scales are clamped to ``[2**-126, 2**126]``. With a valid fallback, neither result is zero,
     infinite or NaN. Both round as in a compiled program of flax.linen.fp8_ops, whose compiler turns
-    the division by a quotient into a product. FP8 values are bit-identical to Flax's.
+    the division by a quotient into a product. FP8 values are bit-identical to Flax's. With
+    ``power_of_two``, both are exact: the smallest power of two at which nothing saturates.
 
   Example:
     >>> import jax.numpy as jnp
@@ -286,13 +287,29 @@ def scale_from_amax(
   """
   usable = (amax > 0.0) & (amax < np.inf)
   # Avoids an intermediate infinity, at which JAX's debug modes would stop.
-  inverse = (jnp.float32(float8_max) / jnp.where(usable, amax, 1.0)) / jnp.float32(2.0**margin)
-  inverse = jnp.clip(inverse, 1.0 / _LARGEST_SCALE, 1.0 / _SMALLEST_SCALE)
-  scale = 1.0 / inverse
+  largest = jnp.where(usable, amax, 1.0)
   if power_of_two:
-    scale = _round_up_to_power_of_two(scale)
-    inverse = 1.0 / scale
+    limit = jnp.float32(float8_max) / jnp.float32(2.0**margin)
+    scale, inverse = _power_of_two(largest, jnp.broadcast_to(limit, largest.shape))
+  else:
+    inverse = (jnp.float32(float8_max) / largest) / jnp.float32(2.0**margin)
+    inverse = jnp.clip(inverse, 1.0 / _LARGEST_SCALE, 1.0 / _SMALLEST_SCALE)
+    scale = 1.0 / inverse
   return jnp.where(usable, scale, fallback), jnp.where(usable, inverse, 1.0 / fallback)
+
+
+def _power_of_two(amax: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns the smallest power of two that is at least ``amax / limit``, and its inverse.
+
+  Computes with exponents and mantissas. A division on a GPU is not exact, and its last bit would
+  double a scale.
+  """
+  mantissa = np.int32(0x7FFFFF)
+  a, b = (lax.bitcast_convert_type(x, jnp.int32) for x in (amax, limit))
+  exponent = (a >> 23) - (b >> 23) + jnp.where((a & mantissa) > (b & mantissa), 1, 0)
+  exponent = jnp.clip(exponent, -126, 126)
+  to_float = lambda exponent: lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+  return to_float(exponent), to_float(-exponent)
 
 
 def current_scale(
@@ -339,10 +356,3 @@ def scale_of_amax(
   """
   fallback = jnp.where(amax < np.inf, 1.0, amax * 0.0)  # NaN if amax is infinite or NaN
   return scale_from_amax(amax, fallback, float8.max, power_of_two=power_of_two)
-
-
-def _round_up_to_power_of_two(scale: jax.Array) -> jax.Array:
-  bits = lax.bitcast_convert_type(scale, jnp.uint32)
-  mantissa = bits & np.uint32(0x7FFFFF)
-  exponent = (bits >> np.uint32(23)) + (mantissa != 0).astype(jnp.uint32)
-  return lax.bitcast_convert_type(exponent << np.uint32(23), jnp.float32)

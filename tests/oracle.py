@@ -100,10 +100,9 @@ def roll(history: np.ndarray, amax: float) -> np.ndarray:
 
 
 def amax(*tensors: np.ndarray) -> float:
-  """Returns the largest magnitude of all tensors of one state, element by element."""
-  return max(
-    (abs(float(v)) for t in tensors for v in np.asarray(t, np.float64).ravel()), default=0.0
-  )
+  """Returns the largest magnitude of all tensors of one state; NaN if one value is NaN."""
+  values = [abs(float(v)) for t in tensors for v in np.asarray(t, np.float64).ravel()]
+  return math.nan if any(map(math.isnan, values)) else max(values, default=0.0)
 
 
 def inverse_of_amax(amax: float, name: str) -> np.float32:
@@ -131,12 +130,14 @@ def quantize_by_amax(
 ) -> tuple[np.ndarray, np.float32]:
   """Quantizes values by their own amax. Returns them and their common scale.
 
-  The scale is the reciprocal of ``max / amax``, both float32, or the next power of two.
+  The scale is the reciprocal of ``max / amax``, both float32. A power of two is the smallest that
+  is at least ``amax / max``.
   """
   inverse = inverse_of_amax(amax(x), name)
   scale = np.float32(1) / inverse
-  if power_of_two and math.isfinite(scale):
-    scale = np.float32(next_power_of_two(float(scale)))
+  if power_of_two and math.isfinite(scale) and amax(x) > 0:
+    exact = next_power_of_two(float(amax(x)) / magnitudes(name)[-1])
+    scale = np.float32(min(max(exact, 2.0**-126), 2.0**126))
     inverse = np.float32(1) / scale
   return _round_all(np.float32(x) * inverse, name), scale
 

@@ -122,6 +122,21 @@ class TestScaleFromAmax:
     assert mantissa == 0.5
     assert exact <= rounded < 2 * exact
 
+  @pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.name)
+  @pytest.mark.parametrize("margin", [0, 1, -2])
+  def test_power_of_two_is_exact(self, fmt, margin):
+    """Also at the format's largest value times a power of two, and at its neighbors."""
+    limit = fmt.max / 2.0**margin
+    whole = (np.float32(limit) * np.exp2(np.arange(-90, 91))).astype(np.float32)
+    above = np.nextafter(whole, np.float32(np.inf))
+    amax = np.concatenate([whole, np.nextafter(whole, np.float32(0)), above])
+    want = np.concatenate([whole, whole, 2 * whole]) / limit
+    scale, inverse = quantize.scale_from_amax(
+      jnp.asarray(amax), jnp.ones_like(amax), fmt.max, margin, power_of_two=True
+    )
+    np.testing.assert_array_equal(scale, want)
+    np.testing.assert_array_equal(inverse, 1 / want)
+
 
 @pytest.mark.parametrize(
   ("lhs", "rhs"), [(2.0**-70, 2.0**-75), (2.0**-126, 2.0**3), (2.0**80, 2.0**70), (2.0**120, 1.5)]

@@ -124,7 +124,13 @@ def _lower_on_cuda(context: Any, *args: Any, kernel: Kernel, plain: Any) -> Any:
   if not is_alone(context.module_context.axis_context):
     return lower_partitioned(context, *args, kernel=kernel)
   with _advice():
-    return mlir.lower_fun(kernel.run, multiple_results=True)(context, *args)
+    return mlir.lower_fun(_jitted(kernel), multiple_results=True)(context, *args)
+
+
+@functools.cache
+def _jitted(kernel: Kernel) -> Any:
+  """Jits a kernel, so that a program with many equal calls lowers it once."""
+  return jax.jit(kernel.run)
 
 
 @contextlib.contextmanager

@@ -100,6 +100,11 @@ class _Call:
       list(context.platforms or context.module_context.platforms),
     )
 
+  @classmethod
+  def load(cls, config: bytes) -> _Call:
+    """Reads what ``dump`` wrote."""
+    return cls(**json.loads(config))
+
   def dump(self) -> str:
     """Writes it as JSON, always in the same order, since the text is a key of caches."""
     return json.dumps(dataclasses.asdict(self), sort_keys=True)
@@ -146,7 +151,7 @@ class _Arrays:
   """The operands and results of a call that XLA partitions."""
 
   def __init__(self, operands: Any, given: Any, result: Any, wanted: Any, config: bytes) -> None:
-    self.call = _Call(**json.loads(config))
+    self.call = _Call.load(config)
     self.kernel = self.call.load_kernel()
     self.operands, self.result = list(operands), result
     self.results = list(result.tuple_shapes()) if result.is_tuple() else [result]
@@ -184,10 +189,8 @@ def _partition(operands: Any, given: Any, result: Any, wanted: Any, config: byte
   wanted = wanted.tuple_elements() if result.is_tuple() else [wanted]
   arrays = _Arrays(operands, given, result, wanted, config)
   plan = arrays.plan
-  axes, automatic = arrays.call.named_axes(arrays.axes)
   args = arrays.shards(arrays.operands, plan.operands)
-  run = _summed(arrays.kernel.run, plan, automatic)
-  program, avals = lower_manually(run, args, axes, tuple(arrays.call.platforms))
+  program, avals = _program(config, arrays.axes, plan, tuple(args))
   expected = arrays.shards(arrays.results, plan.results)
   if [(x.shape, x.dtype) for x in avals] != [(x.shape, x.dtype) for x in expected]:
     raise ValueError(
@@ -195,6 +198,17 @@ def _partition(operands: Any, given: Any, result: Any, wanted: Any, config: byte
       f"{avals} instead of {expected}. Change its rule, {arrays.kernel.rule!r}."
     )
   return program, list(map(arrays.axes.encode, plan.operands)), arrays.result_sharding()
+
+
+@functools.cache
+def _program(
+  config: bytes, device_axes: DeviceAxes, plan: ShardingPlan, args: tuple[jax.ShapeDtypeStruct, ...]
+) -> tuple[bytes, list[Any]]:
+  """Lowers the program of one device, once for all equal calls."""
+  call = _Call.load(config)
+  axes, automatic = call.named_axes(device_axes)
+  run = _summed(call.load_kernel().run, plan, automatic)
+  return lower_manually(run, args, axes, tuple(call.platforms))
 
 
 def _summed(run: Callable[..., Any], plan: ShardingPlan, names: list[str]) -> Callable[..., Any]:

@@ -22,9 +22,9 @@ from flax_fp8.kernels.block_quantize import BlockQuantize
 from flax_fp8.kernels.call import call
 from tests.explain.programs import Stack, mean_square, shapes, spec
 
-GEMM = BlockScaledGemm(out_dtype=jnp.float32)
+GEMM = BlockScaledGemm(out_dtype="float32")
 STRIPS, TILES = (
-  BlockQuantize(float8=E4M3, tiles=tiles, power_of_two=True) for tiles in (False, True)
+  BlockQuantize(format=E4M3.name, tiles=tiles, power_of_two=True) for tiles in (False, True)
 )
 BLOCK = fp8.Float8BlockScaling()
 K, N = 256, 130

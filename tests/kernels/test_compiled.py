@@ -56,9 +56,8 @@ def shipped():
   for scales in ("blocks", "rows"):
     assert tiles.tile_for(*SIZES, scales) is tiles.DEFAULT
     yield f"default, {scales}", scales, SIZES
-  path = Path(tiles.__file__).with_name("tiles.json")
-  for each in json.loads(path.read_text(encoding="utf-8")):
-    yield f"{'x'.join(map(str, each['mnk']))}, {each['scales']}", each["scales"], each["mnk"]
+  for scales, *sizes in tiles.read_table(json.loads(tiles.FILE.read_text(encoding="utf-8"))):
+    yield f"{'x'.join(map(str, sizes))}, {scales}", scales, tuple(sizes)
 
 
 def gemms():
@@ -83,7 +82,7 @@ def test_gemm(scales, sizes, out, formats, compiled):
   m, n, k = sizes
   groups = n if scales == "rows" else -(-n // 128)
   text = compiled(
-    BlockScaledGemm(out_dtype=out).run,
+    BlockScaledGemm(out_dtype=jnp.dtype(out).name).run,
     ((1, m, k), formats[0].dtype),
     ((1, n, k), formats[1].dtype),
     ((1, k // 128, m), jnp.float32),
@@ -102,7 +101,7 @@ def test_gemm(scales, sizes, out, formats, compiled):
 @pytest.mark.parametrize("float8", [E4M3, E5M2], ids=lambda float8: float8.name)
 def test_quantizer(float8, dtype, is_tiled, power_of_two, compiled):
   """NaN and subnormal values are kept, and the conversion saturates."""
-  quantizer = BlockQuantize(float8=float8, tiles=is_tiled, power_of_two=power_of_two)
+  quantizer = BlockQuantize(format=float8.name, tiles=is_tiled, power_of_two=power_of_two)
   text = compiled(quantizer.run, ((2, 264, 200), dtype))
   assert_no_spills(text)
   assert set(re.findall(r"\bmax\.[\w.]*", text)) == {"max.NaN.f32"}
@@ -116,7 +115,7 @@ def test_quantizer(float8, dtype, is_tiled, power_of_two, compiled):
 @pytest.mark.parametrize("layout", [0, 1], ids=["as it is", "transposed"])
 @pytest.mark.parametrize("is_tiled", [False, True], ids=["strips", "tiles"])
 def test_quantizer_of_one_layout(is_tiled, layout, compiled):
-  quantizer = BlockQuantize(float8=E4M3, tiles=is_tiled, power_of_two=True)
+  quantizer = BlockQuantize(format=E4M3.name, tiles=is_tiled, power_of_two=True)
   used = tuple(number // 2 == layout for number in range(4))
-  run = lambda x: [out for out in quantizer.run(x, used=used) if out is not None]
-  assert_no_spills(compiled(run, ((2, 264, 200), jnp.bfloat16)))
+  text = compiled(quantizer.using(used).run, ((2, 264, 200), jnp.bfloat16))
+  assert_no_spills(text)

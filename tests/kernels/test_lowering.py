@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 import flax_fp8 as fp8
 from flax_fp8 import ops, platforms
 from flax_fp8.kernels import call
-from flax_fp8.kernels.block_gemm import BlockScaledGemm
 
 NEEDS_KERNELS = pytest.mark.skipif(
   jax.__version_info__ < (0, 10, 2), reason="the kernels need JAX 0.10.2"
@@ -119,10 +118,10 @@ def test_other_gpus(kind, options, reason):
   [("No PTX compilation provider is available.", "pip install nvidia-cuda-nvcc"), ("other", "oth")],
 )
 def test_a_machine_without_ptxas(theirs, ours, monkeypatch):
-  def run(self, *args):
+  def run(*args):
     raise RuntimeError(theirs)
 
-  monkeypatch.setattr(BlockScaledGemm, "run", run)
+  monkeypatch.setattr(call, "_jitted", lambda kernel: run)
   monkeypatch.setattr(call, "_refusal", lambda *_: "")
   step = jax.jit(dense).trace(array(8, 128), array(128, 8))
   with pytest.raises(RuntimeError, match=ours):
