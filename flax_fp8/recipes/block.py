@@ -59,8 +59,8 @@ class Float8BlockScaling(StatelessRecipe):
   Numerics:
     Sizes that are not multiples of 128 are padded with zeros, which changes neither scales nor
     sums. A block of zeros has scale 1. A block with a NaN or an infinity has scale NaN, and all
-    results that sum over it are NaN. Several contracted axes are merged into one, in their order. If the
-    scales of two blocks have a product beyond float32's range, the kernels may give NaN for zero.
+    results that sum over it are NaN. Several contracted axes are merged into one, in their order.
+    If the scales of two blocks have a product beyond float32's range, kernels may give NaN for 0.
 
   Example:
     >>> import flax.linen as nn
