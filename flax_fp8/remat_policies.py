@@ -40,6 +40,6 @@ save_fp8_inputs = _named(saved.INPUT, saved.SCALARS, AMAX)
 
 # Saves only the amaxes that scales of the same step come from: a float for each tensor, or for each
 # of its rows. The backward pass recomputes everything else, but reads no tensor again for its amax.
-# Recipes with state need no amax to quantize, and block scaling's kernel reads a tensor once, so this
-# saves nothing of theirs.
+# Recipes with state need no amax to quantize, and block scaling's kernel reads a tensor once. So
+# this saves nothing of theirs.
 save_fp8_scales = _named(AMAX)
