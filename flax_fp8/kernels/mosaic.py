@@ -46,7 +46,13 @@ def kernel(name: str, body: Callable[..., Any], out: Any, **options: Any) -> Cal
   """
   body.__name__ = name
   lane = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
-  return plgpu.kernel(body, out_type=out, compiler_params=lane, **options)
+  launch = plgpu.kernel(body, out_type=out, compiler_params=lane, **options)
+
+  def run(*operands: jax.Array) -> Any:
+    with jax.enable_x64(False):  # indices in a kernel are int32
+      return launch(*operands)
+
+  return run
 
 
 def along(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:

@@ -62,6 +62,14 @@ def test_fsdp_gathers_kernels_in_fp8():
 
 
 @NEEDS_KERNELS
+def test_64_bit_mode_changes_nothing():
+  """Indices in a kernel stay int32."""
+  with jax.enable_x64(True):
+    report = fp8.explain(jax.grad(loss), array(WIDE, NARROW), array(TOKENS, WIDE), target="h100")
+  assert {gemm.kernel for gemm in report.gemms} == {"Mosaic GPU"}
+
+
+@NEEDS_KERNELS
 def test_mixed_formats_need_a_newer_jax():
   def step(x, w):
     return jax.vjp(functools.partial(dense, fp8_format=fp8.Format.HYBRID), x, w)[1](x[:, :NARROW])
