@@ -86,6 +86,7 @@ def test_gradients_are_those_of_half_the_sum_of_squares():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", block.KINDS)
 @pytest.mark.parametrize("name", COMPILED)
 def test_projections_of_every_turn_are_of_the_dtype_that_the_row_says(kind, name):

@@ -19,6 +19,9 @@ def write_source(folder: Path, code: str) -> Path:
   return source
 
 
+LONG = ("training_loop", "whole_models")
+
+
 def committed(source: Path) -> nbformat.NotebookNode:
   return nbformat.read(source.with_suffix(".ipynb"), as_version=4)
 
@@ -28,7 +31,13 @@ def cells(notebook: nbformat.NotebookNode) -> list[tuple[str, str, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", build.SOURCES, ids=lambda source: source.stem)
+@pytest.mark.parametrize(
+  "source",
+  [
+    pytest.param(each, id=each.stem, marks=pytest.mark.exhaustive if each.stem in LONG else ())
+    for each in build.SOURCES
+  ],
+)
 def test_runs_without_errors_and_warnings(source: Path):
   build.execute(source)
 

@@ -29,6 +29,7 @@ def test_widths_are_those_of_llama_3_8b():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_loop_takes_optimizer_steps():
   last, first = run("delayed", 3)
   assert int(last.step) == 3
@@ -47,6 +48,7 @@ def test_variants_begin_with_the_same_parameters():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_tiny_timed(monkeypatch, capsys, tmp_path):
   names = ("delayed", FLAX)
   command = f"step.py --tiny --rounds 2 --repeat 1 --threads 2 --variants {' '.join(names)} --out"

@@ -12,7 +12,7 @@ cells = [
     case,
     column,
     id=f"{case.name}-{column}",
-    marks=pytest.mark.slow if case.name in SLOW else (),
+    marks=(pytest.mark.slow, pytest.mark.exhaustive) if case.name in SLOW else (),
   )
   for case in transformations.CASES
   for column in transformations.COLUMNS

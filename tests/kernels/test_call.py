@@ -50,13 +50,14 @@ def uses_kernels(fun, *args):
 
 
 SUBSETS = [mapped for mapped in itertools.product([False, True], repeat=4) if any(mapped)]
+EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)
 QUICK = [(True, False, True, False), (False, True, True, False), (True,) * 4]
 NAMES = "a", "b", "a_scale", "b_scale"
 MAPPED = [
   pytest.param(
     mapped,
     id=" ".join(itertools.compress(NAMES, mapped)),
-    marks=() if mapped in QUICK else pytest.mark.slow,
+    marks=() if mapped in QUICK else EXHAUSTIVE,
   )
   for mapped in SUBSETS
 ]

@@ -68,7 +68,7 @@ def gemms():
         words = name, jnp.dtype(out).name, *(each.name[7:11] for each in formats)
         quick = scales == "blocks" and sizes is SIZES and out == jnp.bfloat16
         is_slow = not quick or formats != (E4M3, E4M3)
-        marks = pytest.mark.slow if is_slow else ()
+        marks = (pytest.mark.slow, pytest.mark.exhaustive) if is_slow else ()
         yield pytest.param(scales, sizes, out, formats, id=" ".join(words), marks=marks)
 
 
@@ -95,6 +95,7 @@ def test_gemm(scales, sizes, out, formats, compiled):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("power_of_two", [True, False], ids=["power of two", ""])
 @pytest.mark.parametrize("is_tiled", [False, True], ids=["strips", "tiles"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -112,6 +113,7 @@ def test_quantizer(float8, dtype, is_tiled, power_of_two, compiled):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("layout", [0, 1], ids=["as it is", "transposed"])
 @pytest.mark.parametrize("is_tiled", [False, True], ids=["strips", "tiles"])
 def test_quantizer_of_one_layout(is_tiled, layout, compiled):

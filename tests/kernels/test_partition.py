@@ -21,6 +21,11 @@ TP = {"data": 2, "tp": 4}
 ROOT = Path(__file__).parents[2]
 
 
+def seeds(count, quick):
+  marks = lambda seed: () if seed < quick else (pytest.mark.slow, pytest.mark.exhaustive)
+  return [pytest.param(seed, marks=marks(seed)) for seed in range(count)]
+
+
 def mesh_of(sizes, devices=None):
   devices = np.array(jax.devices() if devices is None else devices)
   shape = tuple(sizes.values())
@@ -98,7 +103,7 @@ def random_spec(rng, shape, sizes, lead=()):
   return P(*(tuple(dim) or None for dim in dims))
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", seeds(12, quick=3))
 def test_gemm_with_random_shardings(seed):
   rng = np.random.default_rng(seed)
   sizes = [{"x": 2, "y": 2, "z": 2}, TP, {"x": 3, "y": 2}][seed % 3]
@@ -113,7 +118,7 @@ def test_gemm_with_random_shardings(seed):
 
 
 @pytest.mark.parametrize("manual", ["x", "y", "z", "xz", "yz"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3, quick=1))
 def test_partially_manual(manual, seed):
   rng = np.random.default_rng(seed)
   sizes = dict.fromkeys("xyz", 2)

@@ -83,6 +83,7 @@ def test_setups_are_compared_with_one_process_and_one_device(monkeypatch, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_handover_keeps_parameters_and_loss(tmp_path):
   found = handover.main(["--preset", "micro", "--steps", "6", "--out", str(tmp_path)])
   assert [(change["step"], change["to"]) for change in found["changes"]] == [

@@ -24,7 +24,7 @@ LINEN_REFUSES = ("Tagged", "Keyless", "Tagged_in_state")
 
 
 def parametrized(names):
-  marks = lambda name: () if name in QUICK else pytest.mark.slow
+  marks = lambda name: () if name in QUICK else (pytest.mark.slow, pytest.mark.exhaustive)
   values = [pytest.param(CONTAINERS[name], id=name, marks=marks(name)) for name in names]
   return pytest.mark.parametrize("wrap", values)
 
