@@ -19,7 +19,7 @@ def write_source(folder: Path, code: str) -> Path:
   return source
 
 
-LONG = ("training_loop", "whole_models")
+LONG = ("proof", "training_loop", "whole_models")
 
 
 def committed(source: Path) -> nbformat.NotebookNode:

@@ -81,6 +81,7 @@ def test_equal(made, copied):
 @pytest.mark.parametrize("copied", COPIES, ids=["pickle", "deepcopy"])
 class TestCopies:
   @pytest.mark.slow
+  @pytest.mark.exhaustive
   def test_a_report_of_a_step(self, copied):
     report = fp8.check_train_step(step, make_state(), X)
     assert copied(report) == report
@@ -90,6 +91,7 @@ class TestCopies:
     assert str(copied(found)) == str(found)
 
   @pytest.mark.slow
+  @pytest.mark.exhaustive
   @pytest.mark.parametrize(("cls", "skip_nonfinite"), [(fp8.TrainState, True), (Averaged, False)])
   def test_a_state_trains_on(self, cls, skip_nonfinite, copied):
     state, _ = step(make_state(cls, skip_nonfinite), X)

@@ -78,7 +78,9 @@ FAST = ("JAX's dots", "dots")
 @pytest.mark.parametrize(
   ("policy", "gemms"),
   [
-    pytest.param(*case, id=name, marks=[] if name in FAST else pytest.mark.slow)
+    pytest.param(
+      *case, id=name, marks=[] if name in FAST else (pytest.mark.slow, pytest.mark.exhaustive)
+    )
     for name, case in POLICIES.items()
   ],
 )

@@ -65,6 +65,7 @@ def test_tiny_timed(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_tiny_compiled(monkeypatch, tmp_path):
   """21 FP8 GEMMs a layer; remat computes six of seven projections again. Only FSDP sends."""
   script, console = output.ROOT / "benchmarks" / "step.py", Console(width=200)

@@ -108,6 +108,7 @@ def test_calibration_without_state_says_so():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_calibration_is_part_of_what_is_resumed(served, monkeypatch):
   """Of runs that have state. A resumed run is not calibrated again."""
   record, _, out, _ = served
@@ -125,6 +126,7 @@ def test_calibration_is_part_of_what_is_resumed(served, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_is_exported_is_the_trained_model(served):
   """The same loss; and the sizes."""
   record, _, out, _ = served
@@ -137,6 +139,7 @@ def test_what_is_exported_is_the_trained_model(served):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_program_runs_where_there_is_nothing_but_jax(served, tmp_path):
   _, trained, out, _ = served
   folder = out / "export"
@@ -152,6 +155,7 @@ def test_the_program_runs_where_there_is_nothing_but_jax(served, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_mxfp8_is_exported_for_cpus_and_for_gpus(monkeypatch):
   """In one program where this JAX can, else in the one of this machine."""
   run = "mxfp8-converted"

@@ -74,12 +74,13 @@ def assert_serves_the_same(module, variables, args):
   return served, frozen
 
 
+EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)
 QUICK_RECIPES = ("delayed", "fprop_kept", "rowwise", "block")
 
 
 @pytest.mark.parametrize(
   "recipe",
-  [pytest.param(name, marks=() if name in QUICK_RECIPES else pytest.mark.slow) for name in RECIPES],
+  [pytest.param(name, marks=() if name in QUICK_RECIPES else EXHAUSTIVE) for name in RECIPES],
 )
 def test_every_recipe_serves_the_same_bits(recipe):
   module, variables = trained(CASES["scanned"], RECIPES[recipe])
@@ -373,10 +374,11 @@ SLOW = [  # stateless recipes ignore the axes of state
 def lifted_cases():
   for case in dict.fromkeys([*LIFTED, *SLOW]):
     slow = case not in LIFTED or case[1] not in QUICK or case[2] == "mxfp8"
-    yield pytest.param(*case, marks=pytest.mark.slow if slow else (), id=", ".join(case))
+    yield pytest.param(*case, marks=EXHAUSTIVE if slow else (), id=", ".join(case))
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("make", "name", "recipe"), [*lifted_cases()])
 def test_axes_of_lifted_transformations_anywhere(make, name, recipe):
   model = MAKE[make](name, RECIPES[recipe])
@@ -458,6 +460,7 @@ def amaxes_read(served, frozen, x):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("interval", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_tensor_that_was_always_zero(interval):
   recipe = dataclasses.replace(FIRST, interval=interval)
@@ -492,6 +495,7 @@ def test_seen_tensors_are_not_read_for_their_amax():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["1", pytest.param("vmap 1", marks=pytest.mark.slow)])
 def test_stacks_without_recorded_amaxes(name):
   model = lifts.written(name, FIRST)

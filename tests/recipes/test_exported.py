@@ -24,7 +24,9 @@ def exported(run, variables, batch):
 
 QUICK = ("delayed",)
 cases = [
-  pytest.param(name, batch, marks=() if name in QUICK else pytest.mark.slow)
+  pytest.param(
+    name, batch, marks=() if name in QUICK else (pytest.mark.slow, pytest.mark.exhaustive)
+  )
   for name in ONE_OF_EACH_CLASS
   for batch in (("b", "32*b") if name == "delayed" else ("b",))
 ]
