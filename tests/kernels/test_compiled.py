@@ -6,9 +6,6 @@ They say what the interpreter can't: it runs on the CPU and knows no layouts and
 import ctypes
 import json
 import re
-import shutil
-from importlib.util import find_spec
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +17,9 @@ from flax_fp8.kernels import tiles
 from flax_fp8.kernels.block_gemm import BlockScaledGemm
 from flax_fp8.kernels.block_quantize import BlockQuantize
 
-pytestmark = [
-  pytest.mark.skipif(jax.__version_info__ < (0, 10, 2), reason="the kernels need JAX 0.10.2"),
-  pytest.mark.skipif(
-    not (
-      shutil.which("ptxas") or Path("/usr/local/cuda/bin/ptxas").exists() or find_spec("nvidia")
-    ),
-    reason="the kernels are assembled by ptxas, of the package nvidia-cuda-nvcc",
-  ),
-]
+pytestmark = pytest.mark.skipif(
+  jax.__version_info__ < (0, 10, 2), reason="the kernels need JAX 0.10.2"
+)
 
 MIXED = jax.__version_info__ >= (0, 11)
 SIZES = 272, 208, 768  # M, N and K of the default tile

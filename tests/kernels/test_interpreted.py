@@ -97,7 +97,7 @@ def exact(a, b, a_scale, b_scale):
 
 
 def check_product(args, out_dtype):
-  """Asserts that the kernel and its plain twin are as near to float64 as their roundings allow."""
+  """Asserts that the kernel and plain JAX are as near to float64 as their roundings allow."""
   gemm, (want, magnitude) = BlockScaledGemm(out_dtype=jnp.dtype(out_dtype).name), exact(*args)
   blocks = args[0].shape[2] // 128
   # A term is added at most 127 times in its block, scaled twice, and added once for each block.
@@ -209,9 +209,9 @@ def check_quantizer(x, **options):
   )  # as XLA on a CPU
   of_oracle = rows, quantizer.float8.name, quantizer.power_of_two
   wanted = (*by_oracle(wide, *of_oracle), *by_oracle(wide.swapaxes(1, 2), *of_oracle))
-  for ours, twin, want in zip(got, plain, wanted, strict=True):
-    assert (ours.shape, ours.dtype) == (twin.shape, twin.dtype)
-    np.testing.assert_array_equal(bits(ours), bits(twin))
+  for ours, theirs, want in zip(got, plain, wanted, strict=True):
+    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+    np.testing.assert_array_equal(bits(ours), bits(theirs))
     np.testing.assert_array_equal(bits(ours), bits(want.astype(ours.dtype)))
 
 
@@ -237,10 +237,10 @@ def test_one_layout_alone(layout, tiles):
   quantizer = BlockQuantize(format=E4M3.name, tiles=tiles, power_of_two=True)
   used = tuple(number // 2 == layout for number in range(4))
   got = interpret(quantizer.using(used).run, x)
-  for ours, twin, is_used in zip(got, quantizer.plain(x), used, strict=True):
-    assert (ours.shape, ours.dtype) == (twin.shape, twin.dtype)
+  for ours, theirs, is_used in zip(got, quantizer.plain(x), used, strict=True):
+    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
     if is_used:
-      np.testing.assert_array_equal(bits(ours), bits(twin))
+      np.testing.assert_array_equal(bits(ours), bits(theirs))
 
 
 @pytest.mark.slow
