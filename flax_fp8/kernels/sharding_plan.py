@@ -12,8 +12,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from flax_fp8.kernels.shardings import Axes, DeviceAxes, Dims
-
-_BLOCK = 128  # elements with one scale
+from flax_fp8.kernels.tiles import SIDE
 
 Shape = tuple[int, ...]
 
@@ -90,9 +89,9 @@ def divides(lengths: list[int], count: int) -> bool:
   """
   if any(length % count for length in lengths):
     return False
-  blocks = -(-max(lengths) // _BLOCK)
+  blocks = -(-max(lengths) // SIDE)
   long = [length for length in lengths if length > blocks]
-  return len(set(lengths)) == 1 or all(length // count % _BLOCK == 0 for length in long)
+  return len(set(lengths)) == 1 or all(length // count % SIDE == 0 for length in long)
 
 
 def make_plan(

@@ -16,11 +16,10 @@ from flax_fp8.formats import Format
 from flax_fp8.kernels.block_gemm import BlockScaledGemm, by_rows
 from flax_fp8.kernels.block_quantize import BlockQuantize, quantize_strips
 from flax_fp8.kernels.call import call
+from flax_fp8.kernels.tiles import SIDE
 from flax_fp8.quantize import QTensor
 from flax_fp8.recipes.base import GemmKind, Role, StatelessRecipe, split_key
 from flax_fp8.sharding import evenly, explicit_sharding, in_auto
-
-BLOCK = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +85,7 @@ class Float8BlockScaling(StatelessRecipe):
       For each GEMM, data ``[batch, rows, K]``, with K padded to whole blocks. Scales are
       ``[batch, blocks of K, rows]``; those of kernels ``[batch, blocks of K, blocks of rows]``.
     """
-    rows_of_scale = BLOCK if role is Role.KERNEL else 1
+    rows_of_scale = SIDE if role is Role.KERNEL else 1
     shardings = tuple(_sharding(x, view, rows_of_scale) for view in views)
     float8 = self.float8(role)
     one_pass = BlockQuantize(
@@ -113,7 +112,7 @@ class Float8BlockScaling(StatelessRecipe):
   def in_matrices(self, q: QTensor, view: View) -> QTensor:
     """Removes the padding, and gives each element its scale."""
     columns = view.sizes[2]
-    scale = jnp.repeat(lax.transpose(by_rows(q), (0, 2, 1)), BLOCK, axis=2)
+    scale = jnp.repeat(lax.transpose(by_rows(q), (0, 2, 1)), SIDE, axis=2)
     return QTensor(q.data[:, :, :columns], scale[:, :, :columns])
 
   def contract(
@@ -162,12 +161,12 @@ def _sharding(x: jax.Array, view: View, rows_of_scale: int) -> QTensor | None:
   if (sharding := explicit_sharding(x)) is None:
     return None
   (batch, kept, columns), (by_batch, by_kept, by_columns) = view.sizes, view.mesh_axes(sharding)
-  blocks, groups = -(-columns // BLOCK), -(-kept // rows_of_scale)
+  blocks, groups = -(-columns // SIDE), -(-kept // rows_of_scale)
   by_blocks = evenly(sharding, (blocks,), (by_columns,)).spec
   named = by_blocks[0] or () if by_blocks else ()
   names = (named,) if isinstance(named, str) else named
   shardings: tuple[NamedSharding, NamedSharding] = (
-    evenly(sharding, (batch, kept, blocks * BLOCK), (by_batch, by_kept, names)),
+    evenly(sharding, (batch, kept, blocks * SIDE), (by_batch, by_kept, names)),
     evenly(sharding, (batch, blocks, groups), (by_batch, names, by_kept)),
   )
   return QTensor(*shardings)  # type: ignore[arg-type]
